@@ -1,0 +1,63 @@
+# Baton: every target sets up what it needs. Override on the command line:
+#   make sft RECIPE=recipes/real.yaml LAUNCH=recipes/launch/cpu2.yaml SET="sft.train.max_steps=100"
+RECIPE ?= recipes/tiny.yaml
+LAUNCH ?=
+SET    ?=
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN     = $(BIN)/baton run $(RECIPE) $(if $(LAUNCH),--launch $(LAUNCH)) $(SET)
+# Two processes on two cores must not spin against each other while they wait.
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help setup tokenizer pretrain sft reward ppo dpo rlhf align-dpo eval report chat test test-fast lint bench clean
+
+help:  ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo; echo "  RECIPE=$(RECIPE)  LAUNCH=$(LAUNCH)  SET=\"section.key=value ...\""
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Baton needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
+	@touch $@
+
+setup: $(VENV)/.ready  ## create .venv from requirements.lock
+tokenizer: setup  ## train the tokenizer
+	$(RUN) --to tokenizer
+pretrain: setup  ## ... and pretrain
+	$(RUN) --to pretrain
+sft: setup  ## ... and tune on instructions
+	$(RUN) --to sft
+reward: setup  ## ... and train the reward model
+	$(RUN) --to reward
+ppo: setup  ## ... and align with PPO against the reward model
+	$(RUN) --to ppo
+dpo: setup  ## ... and align with DPO on the preference pairs
+	$(RUN) --to dpo
+rlhf: setup  ## the whole chain: tokenizer to PPO, then evaluation and the report
+	$(RUN) --to ppo --to evaluate
+	$(BIN)/baton report $(RECIPE)
+align-dpo: setup  ## the chain with DPO in place of reward model and PPO
+	$(RUN) --to dpo --to evaluate
+	$(BIN)/baton report $(RECIPE)
+eval: setup  ## evaluate the models that the run has
+	$(RUN) --to evaluate
+report: setup  ## one HTML page about the run
+	$(BIN)/baton report $(RECIPE)
+chat: setup  ## talk to the newest aligned model
+	$(BIN)/baton chat $(RECIPE)
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+test-fast: setup  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+lint: setup  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+bench: setup  ## the benchmarks
+	$(BIN)/python -m benchmarks
+clean:  ## remove runs/ and caches, keep .venv
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

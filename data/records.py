@@ -1,0 +1,61 @@
+"""What every source is turned into before anything is encoded: four record types, each knowing where it came from."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a record was read: `file` as the user named it (or `world:<kind>`), `row` counted from 1."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document for pretraining."""
+
+    text: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation for instruction tuning: its last message is an assistant's."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A conversation that ends with the user's turn, and two answers to it, the first better than the second."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that ends with the user's turn, and the columns that reward functions and checkers are given."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+Record: TypeAlias = Text | Chat | Preference | Prompt

@@ -1,0 +1,1 @@
+"""Reward functions: the learned reward model, plain callables, and their weighted composition."""

@@ -1,0 +1,99 @@
+"""What the sections of a recipe have in common. Each stage's own `config.py` builds on these. No torch here."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data.config import SourceConfig
+
+
+class Strict(BaseModel):
+    """Unknown keys and wrong types are errors; a value is never converted from another type in silence."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TrainConfig(Strict):
+    """Optimisation, under the names of `transformers.TrainingArguments` wherever it has one.
+
+    The batch is given once, for all processes together: `gradient_accumulation_steps` follows from it, so that the
+    same recipe takes the same steps on one process and on sixty-four.
+    """
+
+    global_batch_size: int = Field(default=32, ge=1)
+    """Sequences (pairs, for preference stages) in one optimizer step, over all processes and accumulation."""
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Sequences in one forward pass of one process. `global_batch_size` must be a multiple of this times processes."""
+    per_device_eval_batch_size: int = Field(default=16, ge=1)
+    """The same, in evaluation."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps; -1: as many as `num_train_epochs` make."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data; not read when `max_steps` is given."""
+    learning_rate: float = Field(default=1e-4, ge=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "cosine"
+    """Shape of the learning rate over the run."""
+    warmup_steps: float = Field(default=0.0, ge=0)
+    """Steps of linear warm-up; a value below 1 is a share of all steps."""
+    decay_steps: float = Field(default=0.2, ge=0)
+    """`warmup_stable_decay` only: steps of decay at the end; a value below 1 is a share of all steps."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first moment decay."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's second moment decay."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are clipped to this global norm, under every engine; 0: never."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Autocast in bfloat16 over float32 weights; `auto`: on GPUs that have it, not on CPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    torch_compile: bool | Literal["auto"] = "auto"
+    """Compile the model's forward pass; `auto`: on GPUs only."""
+    logging_steps: int = Field(default=10, ge=1)
+    """Optimizer steps between two lines of metrics.jsonl."""
+    eval_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between two evaluations on held-out data; 0: only at the end."""
+    save_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between two saved states; 0: every tenth of the run."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Saved states that are kept."""
+    report_to: Literal["none", "wandb"] = "none"
+    """Mirror metrics.jsonl to Weights & Biases as well."""
+
+
+class ModelArguments(Strict):
+    """How a stage loads its parent's weights."""
+
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention kernel; `auto`: sdpa, or flash_attention_2 where the GPU and the package allow it."""
+
+
+class StageConfig(Strict):
+    """Keys that every section may have."""
+
+    stage: str = ""
+    """Which stage package runs the section; by default the one of the section's own name."""
+
+
+class TrainedStageConfig(StageConfig):
+    """A stage that starts from a parent and trains it on data."""
+
+    parent: str
+    """A section of this recipe, a checkpoint directory, or a model id of the hub."""
+    data: list[SourceConfig] = Field(min_length=1)
+    """What the stage is fed."""
+    eval_data: list[SourceConfig] = Field(default_factory=list)
+    """Held-out data, for the losses and metrics that the manifest keeps."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens in one row; what is longer is handled by `truncation`."""
+    truncation: Literal["drop", "error", "keep_end"] = "drop"
+    """A row longer than `max_length`: dropped and counted; an error that names it; or its beginning is cut."""
+    max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
+    """The stage refuses to start when more than this share of its rows was dropped, for whatever reason."""
+    model_args: ModelArguments = Field(default_factory=ModelArguments)
+    """How the weights are loaded."""
