@@ -13,31 +13,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class TrainConfig(Strict):
-    """Optimisation, under the names of `transformers.TrainingArguments` wherever it has one.
+class OptimizerConfig(Strict):
+    """One optimizer step under any engine, under the names of `transformers.TrainingArguments`."""
 
-    The batch is given once, for all processes together: `gradient_accumulation_steps` follows from it, so that the
-    same recipe takes the same steps on one process and on sixty-four.
-    """
-
-    global_batch_size: int = Field(default=32, ge=1)
-    """Sequences (pairs, for preference stages) in one optimizer step, over all processes and accumulation."""
     per_device_train_batch_size: int = Field(default=8, ge=1)
-    """Sequences in one forward pass of one process. `global_batch_size` must be a multiple of this times processes."""
-    per_device_eval_batch_size: int = Field(default=16, ge=1)
-    """The same, in evaluation."""
-    max_steps: int = Field(default=-1, ge=-1)
-    """Optimizer steps; -1: as many as `num_train_epochs` make."""
-    num_train_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data; not read when `max_steps` is given."""
+    """Sequences in one forward and backward pass of one process."""
     learning_rate: float = Field(default=1e-4, ge=0)
     """Peak learning rate."""
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "cosine"
-    """Shape of the learning rate over the run."""
-    warmup_steps: float = Field(default=0.0, ge=0)
-    """Steps of linear warm-up; a value below 1 is a share of all steps."""
-    decay_steps: float = Field(default=0.2, ge=0)
-    """`warmup_stable_decay` only: steps of decay at the end; a value below 1 is a share of all steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -52,6 +34,34 @@ class TrainConfig(Strict):
     """Autocast in bfloat16 over float32 weights; `auto`: on GPUs that have it, not on CPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Saved states that are kept."""
+    report_to: Literal["none", "wandb"] = "none"
+    """Mirror metrics.jsonl to Weights & Biases as well."""
+
+
+class TrainConfig(OptimizerConfig):
+    """A whole training, under the names of `transformers.TrainingArguments` wherever it has one.
+
+    The batch is given once, for all processes together: `gradient_accumulation_steps` follows from it, so that the
+    same recipe takes the same steps on one process and on sixty-four.
+    """
+
+    global_batch_size: int = Field(default=32, ge=1)
+    """Sequences (pairs, for preference stages) in one optimizer step, over all processes and accumulation; a multiple
+    of `per_device_train_batch_size` times the number of processes."""
+    per_device_eval_batch_size: int = Field(default=16, ge=1)
+    """Sequences in one forward pass of one process in evaluation."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps; -1: as many as `num_train_epochs` make."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data; not read when `max_steps` is given."""
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "cosine"
+    """Shape of the learning rate over the run."""
+    warmup_steps: float = Field(default=0.0, ge=0)
+    """Steps of linear warm-up; a value below 1 is a share of all steps."""
+    decay_steps: float = Field(default=0.2, ge=0)
+    """`warmup_stable_decay` only: steps of decay at the end; a value below 1 is a share of all steps."""
     torch_compile: bool | Literal["auto"] = "auto"
     """Compile the model's forward pass; `auto`: on GPUs only."""
     logging_steps: int = Field(default=10, ge=1)
@@ -60,10 +70,6 @@ class TrainConfig(Strict):
     """Optimizer steps between two evaluations on held-out data; 0: only at the end."""
     save_steps: int = Field(default=0, ge=0)
     """Optimizer steps between two saved states; 0: every tenth of the run."""
-    save_total_limit: int = Field(default=2, ge=1)
-    """Saved states that are kept."""
-    report_to: Literal["none", "wandb"] = "none"
-    """Mirror metrics.jsonl to Weights & Biases as well."""
 
 
 class ModelArguments(Strict):
