@@ -1,0 +1,75 @@
+"""What a stage's result depends on, computed without torch: the runner compares it with what a published stage had."""
+
+from functools import cache
+from pathlib import Path
+
+from data.config import SourceBase
+from data.fingerprint import fingerprint
+from handoff.errors import HandoffError
+from handoff.files import canonical_hash, sha256_file
+from handoff.manifest import Inputs
+from handoff.parent import open_parent
+from handoff.stage import StageDir
+from stages.recipe import Recipe, Section
+
+_ROOT = Path(__file__).resolve().parent.parent
+# Keys that change what is kept or shown, never what is learned.
+_WITHOUT_EFFECT = {"report_to", "save_total_limit"}
+
+
+def stage_inputs(recipe: Recipe, name: str) -> Inputs:
+    """Inputs of section `name`.
+
+    Raises:
+        HandoffError: a parent has not been published, or is no checkpoint.
+        DataError: a data source does not exist.
+    """
+    section = recipe.sections[name]
+    parents = {role: _parent_fingerprint(recipe, ref) for role, ref in section.parents.items()}
+    for model in present_soft_parents(recipe, section):
+        parents[model] = _parent_fingerprint(recipe, model)
+    return Inputs(
+        recipe=_without(section.config.model_dump(mode="json")),
+        parents=parents,
+        data=dict(fingerprint(source, recipe.data_root) for source in sources(section)),
+        code=code_fingerprint(section.stage),
+        seed=recipe.seed,
+    )
+
+
+def sources(section: Section) -> list[SourceBase]:
+    """Every data source that the section names, under whichever key."""
+    values = (value for _, value in section.config if isinstance(value, list))
+    return [source for value in values for source in value if isinstance(source, SourceBase)]
+
+
+def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
+    """Sections that `section` would look at and that have been published, in the recipe's order."""
+    return [name for name in section.soft_parents if StageDir(recipe.run_dir / name).manifest() is not None]
+
+
+@cache
+def code_fingerprint(stage: str) -> str:
+    """Hash of the code that computes the stage's result: its package, and what all stages share."""
+    files = sorted((_ROOT / "stages" / stage).rglob("*.py"))
+    files += [_ROOT / "stages" / "models.py", _ROOT / "stages" / "callbacks.py"]
+    for package in ("data", "rollout", "reward"):  # data/world is part of the data's fingerprint
+        files += sorted((_ROOT / package).glob("*.py"))
+    return canonical_hash({str(file.relative_to(_ROOT)): sha256_file(file) for file in files})
+
+
+def _parent_fingerprint(recipe: Recipe, ref: str) -> str:
+    if ref in recipe.sections:
+        manifest = StageDir(recipe.run_dir / ref).manifest()
+        if manifest is None:
+            raise HandoffError(
+                f"{recipe.run_dir / ref}: not published yet; make it with `baton run {recipe.path} --to {ref}`"
+            )
+        return manifest.fingerprint
+    return open_parent(ref, recipe.run_dir, {"tokenizer", "causal_lm", "reward_model"}, verify=False).fingerprint
+
+
+def _without(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without(item) for key, item in value.items() if key not in _WITHOUT_EFFECT}
+    return value

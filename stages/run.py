@@ -1,0 +1,276 @@
+"""The frame around every stage: from a recipe's section to a published directory.
+
+    python -m stages.sft recipes/tiny.yaml train.learning_rate=1e-4
+    accelerate launch --config_file recipes/launch/ddp.yaml -m stages.sft recipes/tiny.yaml
+
+A stage's `train(run)` gets a `Run`: its typed configuration, its parents opened and checked, its data counted, and the
+places to write to. Under several processes every rank has a `Run`; only the main one writes.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from handoff.errors import GateError, HandoffError, UserError
+from handoff.files import canonical_hash
+from handoff.manifest import Inputs, Manifest, ParentRecord
+from handoff.parent import Parent, open_parent
+from handoff.stage import StageDir
+from stages.inputs import present_soft_parents, stage_inputs
+from stages.recipe import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from data.config import SourceConfig
+    from data.load import Loaded
+    from data.records import Record
+
+R = TypeVar("R", bound="Record")
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "baton-align")
+
+
+class Run:
+    """One stage of one recipe, being run. Not made by stages themselves: see `run_section`."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        from rich.console import Console
+
+        from stages import runtime
+
+        self.recipe = recipe
+        self.section = recipe.sections[name]
+        self.config: Any = self.section.config  # the stage's own Config; each train.py names the type
+        self.seed = recipe.seed
+        self.dir = StageDir(recipe.run_dir / name)
+        self.is_main = runtime.is_main()
+        self.console = Console(quiet=not self.is_main, highlight=False)
+        self.resumable = False
+        self._runtime = runtime
+        self._started = time.time()
+        self._parents: dict[str, Parent] = {}
+        self._data: dict[str, Any] = {}
+        self._mirror: Any = None
+
+    def begin(self, inputs: Inputs) -> None:
+        """Takes the stage's directory. Afterwards `resumable` says whether an earlier start had the same inputs."""
+        self._inputs = inputs
+        if self.is_main:
+            self.resumable = self.dir.begin(inputs)
+        self.resumable = self._runtime.broadcast_object(self.resumable)
+
+    # ---- what comes in
+
+    def parent(self, role: str = "parent", kinds: frozenset[str] = frozenset({"causal_lm"})) -> Parent:
+        """The parent in that role, its files and its contract checked. Raises HandoffError."""
+        ref = self.section.parents[role]
+        opened = open_parent(ref, self.recipe.run_dir, set(kinds), verify=self.is_main)
+        self._parents[role] = opened
+        return opened
+
+    def present_models(self) -> list[Parent]:
+        """The published ones among the models that the section looks at (evaluation), in the recipe's order."""
+        names = present_soft_parents(self.recipe, self.section)
+        for name in names:
+            kinds = {"causal_lm"}
+            self._parents[name] = open_parent(name, self.recipe.run_dir, kinds, verify=self.is_main)
+        return [self._parents[name] for name in names]
+
+    def load(self, sources: Sequence["SourceConfig"], want: type[R], label: str = "data") -> "Loaded[R]":
+        """Reads records. `account` has to follow once they are encoded, since encoding may drop rows too."""
+        from data.load import load
+
+        loaded = load(sources, want, self.recipe.data_root, self.seed)
+        self._data.setdefault("fingerprints", {}).update(loaded.fingerprints)
+        return loaded
+
+    def account(self, loaded: "Loaded[R]", label: str = "data", max_drop_fraction: float = 1.0) -> None:
+        """Prints what became of the rows, keeps it for the manifest, and refuses when too many were dropped.
+
+        Raises:
+            DataError: more than `max_drop_fraction` of the rows was dropped, or none is left.
+        """
+        self.console.print(f"  {label}: {loaded.accounting.summary()}", markup=False)
+        loaded.accounting.check(max_drop_fraction)
+        self._data[label] = loaded.accounting.metrics()
+
+    # ---- what goes out
+
+    def rewind(self, step: int | None) -> None:
+        """Cuts metrics.jsonl and samples.jsonl back to what was written up to `step` (None: empties them)."""
+        if not self.is_main:
+            return
+        for path in (self.dir.metrics_path, self.dir.samples_path):
+            if not path.exists():
+                continue
+            kept = []
+            if step is not None:
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                    # The last line may be torn by a kill; it is behind the step then.
+                    if line.endswith("\n") and json.loads(line)["step"] <= step:
+                        kept.append(line)
+            path.write_text("".join(kept), encoding="utf-8")
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl. Keys that depend on the clock begin with `time/`."""
+        if not self.is_main:
+            return
+        line = {"step": step, **metrics}
+        with self.dir.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=True) + "\n")
+        if self._mirror is not None:
+            self._mirror.log(line)
+
+    def mirror(self) -> None:
+        """Starts mirroring to Weights & Biases; called by stages whose `train.report_to` says so."""
+        if not self.is_main:
+            return
+        from stages.tracker import WandbMirror
+
+        started = self.dir.started_path
+        self._mirror = WandbMirror(
+            project="baton",
+            name=f"{self.recipe.name}/{self.section.name}",
+            run_id=canonical_hash([str(started.resolve()), started.stat().st_mtime_ns])[:16],
+            config=self.section.resolved,
+            folder=str(self.dir.path),
+        )
+
+    def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Lines of samples.jsonl: prompt, completion, score, and whatever else the stage has to show."""
+        if not self.is_main:
+            return
+        with self.dir.samples_path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+
+    def publish(
+        self,
+        kind: str,
+        write_model: Callable[[Path], None] | None,
+        metrics: dict[str, Any],
+        extra: dict[str, Any] | None = None,
+        files: Sequence[str] = (),
+    ) -> None:
+        """Publishes the stage. Every rank calls it; `write_model` runs on the main one, behind a barrier for the rest."""
+        if self.is_main:
+            from stages.runtime import engine_record
+
+            self.dir.publish(
+                write_model,
+                files=list(files),
+                name=self.section.name,
+                stage=self.section.stage,
+                kind=kind,
+                parents={
+                    role: ParentRecord(path=str(p.path), fingerprint=p.fingerprint, name=p.name)
+                    for role, p in self._parents.items()
+                },
+                inputs=self._inputs,
+                recipe=self.section.resolved,
+                data=self._data,
+                seed=self.seed,
+                engine=engine_record(),
+                versions={package: version(package) for package in _PACKAGES},
+                metrics={**metrics, "time/total": round(time.time() - self._started, 2)},
+                extra=extra or {},
+            )
+            self._announce(self.dir.manifest())
+        self._runtime.barrier()
+
+    def _announce(self, manifest: Manifest | None) -> None:
+        assert manifest is not None
+        shown = {k: v for k, v in manifest.metrics.items() if isinstance(v, int | float) and not k.startswith("time/")}
+        text = "  ".join(f"{key} {value:.4g}" for key, value in list(shown.items())[:6])
+        self.console.print(f"  published {self.dir.path}  {text}", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
+        """A bar with rate and time left; yields `advance(n)`. Nothing is drawn where nobody looks."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        shown = self.is_main and self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=not shown) as bar:
+            task = bar.add_task(description, total=total, rate="")
+
+            def advance(n: int = 1) -> None:
+                speed = bar.tasks[0].speed if shown else None
+                bar.update(task, advance=n, rate=f"{speed:.1f}/s" if speed else "")
+
+            yield advance
+
+    def close(self) -> None:
+        """Lets go of the directory and the mirror."""
+        if self._mirror is not None:
+            self._mirror.close()
+        if self.is_main:
+            self.dir.close()
+
+
+def run_section(recipe: Recipe, name: str) -> None:
+    """Runs one section in this process. Raises what the stage raises."""
+    from stages import runtime
+
+    runtime.prepare()
+    section = recipe.sections[name]
+    inputs = stage_inputs(recipe, name)
+    run = Run(recipe, name)
+    try:
+        run.begin(inputs)
+        train = importlib.import_module(f"stages.{section.stage}.train").train
+        train(run)
+    finally:
+        run.close()
+        runtime.shutdown()
+
+
+def choose_section(recipe: Recipe, stage: str, name: str | None) -> str:
+    """Which section `python -m stages.<stage>` means. Raises RecipeError when it is not clear."""
+    if name is not None:
+        if name not in recipe.sections:
+            raise RecipeError(f"{recipe.path}: no section `{name}`; there are {', '.join(recipe.sections)}")
+        return name
+    candidates = [s.name for s in recipe.sections.values() if s.stage == stage]
+    if stage in candidates:
+        return stage
+    if len(candidates) != 1:
+        raise RecipeError(
+            f"{recipe.path}: {'no section runs' if not candidates else 'several sections run'} the stage `{stage}`"
+            + (f" ({', '.join(candidates)}); choose one with --section" if candidates else "")
+        )
+    return candidates[0]
+
+
+def main(stage: str, arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m stages.<stage>`. Exits with 0, 2 (a user's mistake) or 3 (a gate of the recipe)."""
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=f"Runs the stage {stage}.")
+    parser.add_argument("recipe", help="the recipe file")
+    parser.add_argument("overrides", nargs="*", help="key=value, of the section or dotted from the top of the recipe")
+    parser.add_argument("--section", help="which section, where several run this stage")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        plain = load_recipe(Path(options.recipe))
+        name = choose_section(plain, stage, options.section)
+        recipe = load_recipe(Path(options.recipe), options.overrides, section=name) if options.overrides else plain
+        run_section(recipe, name)
+    except UserError as error:
+        kind = "" if isinstance(error, RecipeError | HandoffError) else f"{type(error).__name__}: "
+        print(f"{kind}{error}", file=sys.stderr)
+        sys.exit(2)
+    except GateError as error:
+        print(str(error), file=sys.stderr)
+        sys.exit(3)
