@@ -1,0 +1,95 @@
+"""Rewards that are plain code.
+
+A reward function is a callable `(prompts, completions, **columns) -> list[float | None]`: `prompts` are conversations
+(tuples of `data.records.Message`), `completions` the answers' texts, and each column is a list as long as they are:
+the prompt's own columns, and of the answer `completion_ids` (tokens, its stop token included) and `stopped` (bool).
+None says that the function has no opinion on a row, which then counts as 0.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from data.records import Message
+from handoff.errors import UserError
+
+
+class RewardFunction(Protocol):
+    def __call__(
+        self, prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], **columns: Any
+    ) -> list[float | None]: ...
+
+
+class RewardError(UserError):
+    """A reward of the recipe cannot be had, or gave something that is no reward."""
+
+
+def length_penalty(
+    prompts: Sequence[tuple[Message, ...]],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    free: int = 32,
+    **columns: Any,
+) -> list[float | None]:
+    """0 up to `free` tokens, then −1 for every further `free` tokens.
+
+    >>> length_penalty([], ["a", "b"], completion_ids=[[1] * 32, [1] * 48])
+    [0.0, -0.5]
+    """
+    return [-max(0, len(ids) - free) / free or 0.0 for ids in completion_ids]
+
+
+def repetition_penalty(
+    prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], n: int = 3, **columns: Any
+) -> list[float | None]:
+    """Minus the share of word n-grams that occurred before in the same answer.
+
+    >>> repetition_penalty([], ["a b c d", "a b c a b c"])
+    [0.0, -0.25]
+    """
+    out: list[float | None] = []
+    for text in completions:
+        words = text.split()
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        out.append(-(len(grams) - len(set(grams))) / len(grams) if grams else 0.0)
+    return [value or 0.0 for value in out]
+
+
+def exact_match(
+    prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], answer: Sequence[str | None], **columns: Any
+) -> list[float | None]:
+    """1 where the completion, stripped, is the column `answer`; None where there is no such answer.
+
+    >>> exact_match([], [" 42 ", "41", "x"], answer=["42", "42", None])
+    [1.0, 0.0, None]
+    """
+    return [None if a is None else float(c.strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+def world_correct(
+    prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], family: Sequence[str | None], **columns: Any
+) -> list[float | None]:
+    """1 where the embedded world's checker accepts the answer; None for prompts that are not the world's."""
+    from data.world import correct
+
+    rows = [{"family": f, **{k: v[i] for k, v in columns.items()}} for i, f in enumerate(family)]
+    return [None if r["family"] is None else float(correct(r, c)) for r, c in zip(rows, completions, strict=True)]
+
+
+FUNCTIONS: dict[str, Callable[..., list[float | None]]] = {
+    f.__name__: f for f in (length_penalty, repetition_penalty, exact_match, world_correct)
+}
+
+
+def find(name: str) -> Callable[..., list[float | None]]:
+    """A function of this module by name, or any callable as `package.module:name`. Raises RewardError."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise RewardError(f"no reward function `{name}`: use one of {', '.join(FUNCTIONS)}, or `package.module:name`")
+    try:
+        function: Callable[..., list[float | None]] = vars(importlib.import_module(module_name))[attribute]
+    except (ImportError, KeyError) as error:
+        raise RewardError(f"reward function `{name}` cannot be imported: {error!r}") from error
+    return function
