@@ -72,6 +72,18 @@ class TrainConfig(OptimizerConfig):
     """Optimizer steps between two saved states; 0: every tenth of the run."""
 
 
+class MuonTrainConfig(TrainConfig):
+    """Training that may use Muon for the hidden weight matrices."""
+
+    optim: Literal["adamw", "muon"] = "adamw"
+    """`muon`: orthogonalised momentum for the hidden matrices, AdamW for embeddings, head, norms and biases. Not under
+    DeepSpeed or FSDP, which cut matrices into pieces."""
+    muon_learning_rate: float = Field(default=0.02, ge=0)
+    """Peak learning rate of the matrices under `muon`; `learning_rate` is that of the rest."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Momentum of the matrices under `muon`."""
+
+
 class ModelArguments(Strict):
     """How a stage loads its parent's weights."""
 

@@ -1,0 +1,83 @@
+"""Muon for the matrices inside a transformer, AdamW for everything else, behind one `torch.optim.Optimizer`.
+
+Muon orthogonalises the momentum of a weight matrix before it steps (Keller Jordan, https://kellerjordan.github.io/posts/muon/;
+`torch.optim.Muon`). It is meant for hidden matrices alone: embeddings, the output head, norms and biases stay with AdamW.
+Trainer, scheduler, accelerate and the saved state each expect a single optimizer, so the two share one list of
+parameter groups and one state here.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.config import MuonTrainConfig
+
+
+def hidden_matrices(model: PreTrainedModel) -> list[str]:
+    """Names of the two-dimensional weights of linear layers, without embeddings and the output head.
+
+    GPT-2's `Conv1D` layers hold theirs transposed, which does not matter to an orthogonalised step.
+    """
+    outside = {id(model.get_input_embeddings().weight)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        outside.add(id(head.weight))
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.ndim == 2 and id(parameter) not in outside | embeddings
+    ]
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Both optimizers in one. The scheduler scales each group's own peak rate by the same factor."""
+
+    def __init__(self, matrices: Iterable[nn.Parameter], others: list[dict[str, Any]], config: MuonTrainConfig) -> None:
+        self._muon = torch.optim.Muon(
+            list(matrices),
+            lr=config.muon_learning_rate,
+            momentum=config.muon_momentum,
+            weight_decay=config.weight_decay,
+        )
+        self._adamw = torch.optim.AdamW(
+            others,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+        )
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        # The parts work on the groups and the state that the outside sees, changes and saves.
+        split = len(self._muon.param_groups)
+        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:split], self.param_groups[split:]
+        self._muon.state = self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores both parts. `Optimizer.load_state_dict` replaces the groups and the state, hence the new link."""
+        super().load_state_dict(state_dict)
+        self._link()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step of each; closures are not supported."""
+        assert closure is None
+        self._muon.step()
+        self._adamw.step()
+
+
+def muon_adamw(model: PreTrainedModel, decayed: set[str], config: MuonTrainConfig) -> MuonAdamW:
+    """The optimizer for `model`; `decayed` names the parameters that weight decay applies to."""
+    matrices = set(hidden_matrices(model))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rest = [(name, p) for name, p in named if name not in matrices]
+    others = [
+        {"params": [p for name, p in rest if name in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
+    ]
+    return MuonAdamW((p for name, p in named if name in matrices), [g for g in others if g["params"]], config)
