@@ -1,0 +1,375 @@
+"""Recipes: one YAML file for a whole upbringing, a section for each stage. Strict, typed, and quick: no torch here.
+
+    name: tiny                    # runs/tiny receives everything
+    seed: 42
+    data_root: ../shared/data     # optional: where `source: file` paths start
+    output_root: runs             # optional
+    x-notes: anything             # keys that begin with x- are yours (notes, YAML anchors), nothing reads them
+    stages:
+      tokenizer: {...}            # keys: those of stages/tokenizer/config.py
+      reward: {stage: reward_model, parent: sft, ...}
+
+What a section may hold is the `Config` of its stage package, `stages/<stage>/config.py`; what it comes after, the
+function `parents` there says (see `stages/registry.py`). A parent is a section, a checkpoint directory, or a model id
+of the hub, `organisation/name`.
+
+Overrides, `section.key.key=value`, have the same rules as the file; the value is YAML, a number names an entry of a
+list (`sft.data.0.size=100`). Everything wrong with a recipe is reported at once, as a `RecipeError`.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from handoff.errors import UserError
+from stages.config import StageConfig, Strict
+from stages.recipe_errors import Translator
+from stages.recipe_text import (
+    COMMAND_LINE,
+    Document,
+    KeyPath,
+    Problem,
+    apply_override,
+    did_you_mean,
+    read_document,
+)
+from stages.registry import Registry
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_RESERVED_SECTIONS = ("logs", "stages", "name", "seed", "data_root", "output_root")
+
+
+class RecipeError(UserError):
+    """A recipe cannot be used. The message has a line for each mistake: `file:line: section.key: what is wrong`."""
+
+
+class TopLevel(Strict):
+    """The keys of a recipe outside its sections."""
+
+    name: str = Field(min_length=1)
+    """Names the folder of the run: `<output_root>/<name>`."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """The one seed that all randomness of the run is derived from."""
+    data_root: str | None = None
+    """Folder that `path` of file sources starts from; the working directory when absent."""
+    output_root: str = "runs"
+    """Folder that runs are written to."""
+    stages: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    """The sections, by name."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One stage of a recipe."""
+
+    name: str
+    stage: str
+    """The stage package that runs it."""
+    config: Any
+    """Instance of that package's `config.Config`; typed there."""
+    parents: dict[str, str]
+    """Role -> section, checkpoint directory or hub id. Needed: they are made first when they are sections."""
+    soft_parents: list[str]
+    """Come first when they are run as well; not needed."""
+    resolved: dict[str, Any]
+    """Every key with its value, defaults included, as plain values."""
+    provenance: dict[str, str]
+    """Dotted key -> "default", "<file>:<line>" or "command line"."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that was read, overridden and checked."""
+
+    path: Path
+    name: str
+    seed: int
+    data_root: Path | None
+    output_root: Path
+    sections: dict[str, Section]
+    """By name, in the order of the file."""
+    overrides: tuple[str, ...] = ()
+    """As given on the command line: what repeats this recipe in another process."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Of the keys outside the sections."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything that the recipe makes is written."""
+        return self.output_root / self.name
+
+    def section(self, name: str) -> Section:
+        """A section by name; RecipeError when there is none."""
+        if name not in self.sections:
+            raise RecipeError(
+                f"{self.path}: no section {name}{did_you_mean(name, self.sections) or _among(self.sections)}"
+            )
+        return self.sections[name]
+
+    def order(self, targets: Sequence[str] | None = None) -> list[str]:
+        """Sections in an order in which parents come first, otherwise that of the file.
+
+        With `targets`: only these and what they need. Soft parents order, they are never pulled in.
+        """
+        wanted = set(self.sections)
+        if targets is not None:
+            wanted = set()
+            waiting = [self.section(name).name for name in targets]
+            while waiting:
+                name = waiting.pop()
+                if name not in wanted:
+                    wanted.add(name)
+                    waiting += self.needs(name)
+        result: list[str] = []
+        while len(result) < len(wanted):
+            ready = (n for n in self.sections if n in wanted and n not in result and self._is_ready(n, wanted, result))
+            result.append(next(ready))
+        return result
+
+    def needs(self, name: str) -> list[str]:
+        """The sections among a section's parents."""
+        return [ref for ref in dict.fromkeys(self.sections[name].parents.values()) if ref in self.sections]
+
+    def _is_ready(self, name: str, wanted: set[str], done: list[str]) -> bool:
+        before = [*self.needs(name), *self.sections[name].soft_parents]
+        return all(other in done for other in before if other in wanted)
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe as plain values, defaults included."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "data_root": None if self.data_root is None else str(self.data_root),
+            "output_root": str(self.output_root),
+            "stages": {name: section.resolved for name, section in self.sections.items()},
+        }
+
+    def explain(self) -> dict[str, str]:
+        """Where each value of `resolved()` came from: `sft.train.max_steps` -> `recipes/tiny.yaml:31`."""
+        result = dict(self.provenance)
+        for name, section in self.sections.items():
+            result |= {f"{name}.{key}": place for key, place in section.provenance.items()}
+        return result
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), section: str | None = None, registry: Registry | None = None
+) -> Recipe:
+    """Reads and checks a recipe.
+
+    With `section`, an override may also be relative to that section (`train.learning_rate=1e-4`), unless its first
+    word is itself a section or a key of the top level. Raises RecipeError with every mistake found.
+    """
+    document = read_document(Path(path))
+    if not isinstance(document.value, dict):
+        if not document.problems:
+            document.complain((), "is empty" if document.value is None else "must hold keys: name, stages, ...")
+        _refuse(document)
+    loader = _Loader(document, registry or Registry())
+    for override in overrides:
+        loader.override(override, section)
+    recipe = loader.recipe(Path(path), tuple(overrides))
+    if section is not None:
+        recipe.section(section)
+    return recipe
+
+
+def _refuse(document: Document) -> None:
+    """Raises what was found so far, in the order of the file."""
+    if document.problems:
+        raise RecipeError("\n".join(str(problem) for problem in sorted(set(document.problems))))
+
+
+def _among(names: Iterable[str]) -> str:
+    return f"; there are {', '.join(names)}"
+
+
+class _Loader:
+    """The steps from a document to a recipe."""
+
+    def __init__(self, document: Document, registry: Registry) -> None:
+        self.document = document
+        self.registry = registry
+
+    def override(self, text: str, section: str | None) -> None:
+        key, equals, value = text.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            self._bad_override(text, "an override has the form section.key=value")
+            return
+        given = self.document.value.get("stages")
+        sections = list(given) if isinstance(given, dict) else []
+        if path[0] in sections:
+            if len(path) == 1:
+                self._bad_override(key, f"is a section; set one of its keys: {key}.key=value")
+                return
+            apply_override(self.document, ("stages", *path), value)
+        elif path[0] in TopLevel.model_fields and path[0] != "stages":
+            apply_override(self.document, path, value)
+        elif section is not None and section in sections:
+            apply_override(self.document, ("stages", section, *path), value)
+        else:
+            self._bad_override(key, self._unknown_start(path, sections))
+
+    def _unknown_start(self, path: tuple[str, ...], sections: Sequence[str]) -> str:
+        known = [name for name in TopLevel.model_fields if name != "stages"]
+        if path[0] == "stages" and len(path) > 1:
+            return f"leave out `stages.`: {'.'.join(path[1:])}=..."
+        hint = did_you_mean(path[0], [*sections, *known])
+        if not hint and sections:
+            hint = f", write for example {sections[-1]}.{'.'.join(path)}"
+        return f"{path[0]} is neither a section ({', '.join(sections)}) nor one of {', '.join(known)}{hint}"
+
+    def _bad_override(self, key: str, message: str) -> None:
+        self.document.problems.append(Problem(-1, COMMAND_LINE, key, message))
+
+    def recipe(self, path: Path, overrides: tuple[str, ...]) -> Recipe:
+        raw = {key: value for key, value in self.document.value.items() if not key.startswith("x-")}
+        top = self._validate(TopLevel, raw, (), "the recipe")
+        given = raw.get("stages")
+        sections: dict[str, Section] = {}
+        for name, content in given.items() if isinstance(given, dict) else ():
+            section = self._section(name, {} if content is None else content)
+            if section is not None:
+                sections[name] = section
+        if isinstance(top, TopLevel) and not _NAME.fullmatch(top.name):
+            self.document.complain(("name",), f"'{top.name}' cannot name a folder: letters, digits, - and _ only")
+        for section in sections.values():
+            self._check_references(section, list(given or {}))
+        self._check_cycles(sections)
+        _refuse(self.document)
+        assert isinstance(top, TopLevel)
+        return Recipe(
+            path=path,
+            name=top.name,
+            seed=top.seed,
+            data_root=None if top.data_root is None else Path(top.data_root).expanduser(),
+            output_root=Path(top.output_root).expanduser(),
+            sections=sections,
+            overrides=overrides,
+            provenance={key: self._source((key,)) for key in TopLevel.model_fields if key != "stages"},
+        )
+
+    def _validate(self, model: type[BaseModel], raw: Any, prefix: KeyPath, stage: str) -> BaseModel | None:
+        """JSON's strictness rather than Python's: a list may fill a tuple, but text is never read as a number."""
+        try:
+            return model.model_validate_json(json.dumps(raw))
+        except ValidationError as error:
+            others = self.registry.config_classes if prefix else dict[str, type[BaseModel]]
+            Translator(self.document, prefix, stage, model, others).add(raw, error.errors(include_url=False))
+            return None
+
+    def _section(self, name: str, raw: Any) -> Section | None:
+        where: KeyPath = ("stages", name)
+        if not _NAME.fullmatch(name) or name in _RESERVED_SECTIONS:
+            self.document.complain(
+                where,
+                "cannot name a section: a letter, then letters, digits, - and _"
+                + (f"; {name} is reserved" if name in _RESERVED_SECTIONS else ""),
+            )
+            return None
+        if not isinstance(raw, dict):
+            return None  # the top level has complained
+        stage = raw.get("stage", name)
+        if stage not in self.registry.names:
+            at = (*where, "stage") if "stage" in raw else where
+            hint = did_you_mean(str(stage), self.registry.names) or _among(self.registry.names)
+            more = "" if "stage" in raw else "; a section with a name of its own says `stage: <which>`"
+            self.document.complain(at, f"there is no stage {stage}{hint}{more}")
+            return None
+        model = self.registry.config_class(stage)
+        config = self._validate(model, raw | {"stage": stage}, where, stage)
+        if config is None:
+            return None
+        assert isinstance(config, StageConfig)
+        resolved = config.model_dump(mode="json")
+        return Section(
+            name=name,
+            stage=stage,
+            config=config,
+            parents=self.registry.parents(stage, config),
+            soft_parents=self.registry.soft_parents(stage, config),
+            resolved=resolved,
+            provenance={".".join(map(str, p)): self._source((*where, *p)) for p in leaves(resolved)},
+        )
+
+    def _source(self, path: KeyPath) -> str:
+        places = self.document.places
+        return next((places[path[:n]] for n in range(len(path), 0, -1) if self._gave(path, n)), "default")
+
+    def _gave(self, path: KeyPath, length: int) -> bool:
+        """Whether the first `length` parts of a path were written down, and as a value that held the rest of it."""
+        if path[:length] not in self.document.places:
+            return False
+        value = self.document.value
+        for part in path[:length]:
+            value = value[part]
+        return length == len(path) or not isinstance(value, dict | list)
+
+    def _check_references(self, section: Section, names: Sequence[str]) -> None:
+        for ref in [*section.parents.values(), *section.soft_parents]:
+            if ref == section.name:
+                self.document.complain(_find(section, ref), "a stage cannot start from itself")
+            elif ref not in names and not Path(ref).expanduser().is_dir() and not _is_hub_id(ref):
+                hint = did_you_mean(ref, names) or _among(names)
+                message = (
+                    f"{ref} is no section of this recipe, no existing folder and no hub id (organisation/name){hint}"
+                )
+                self.document.complain(_find(section, ref), message)
+
+    def _check_cycles(self, sections: Mapping[str, Section]) -> None:
+        graph = {
+            name: [ref for ref in [*section.parents.values(), *section.soft_parents] if ref in sections and ref != name]
+            for name, section in sections.items()
+        }
+        done: set[str] = set()
+
+        def visit(name: str, trail: tuple[str, ...]) -> None:
+            if name in trail:
+                circle = [*trail[trail.index(name) :], name]
+                if not self.document.problems:
+                    self.document.complain(("stages", name), f"sections wait for each other: {' <- '.join(circle)}")
+                return
+            if name not in done:
+                for ref in graph[name]:
+                    visit(ref, (*trail, name))
+                done.add(name)
+
+        for name in graph:
+            visit(name, ())
+
+
+def _find(section: Section, ref: str) -> KeyPath:
+    """Where in a section a reference stands."""
+    for path in leaves(section.resolved):
+        value: Any = section.resolved
+        for part in path:
+            value = value[part]
+        if value == ref:
+            return ("stages", section.name, *path)
+        if isinstance(value, list) and ref in value:
+            return ("stages", section.name, *path, value.index(ref))
+    return ("stages", section.name)
+
+
+def _is_hub_id(ref: str) -> bool:
+    """`organisation/name`; what starts with a folder that exists here was meant as a path."""
+    return _HUB_ID.fullmatch(ref) is not None and not Path(ref.split("/")[0]).is_dir()
+
+
+def leaves(value: Any, path: KeyPath = ()) -> Iterable[KeyPath]:
+    """The key paths of all values that hold no further keys; a list of plain values is one value."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        for row, inner in enumerate(value):
+            yield from leaves(inner, (*path, row))
+    else:
+        yield path

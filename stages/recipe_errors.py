@@ -1,0 +1,248 @@
+"""What pydantic found wrong with a section, in plain words: key, place, what was expected, what was meant.
+
+The models are also walked here for the names of their keys, so that a misspelt key finds its neighbour, a key of
+another stage is told from one that exists nowhere, and a key in the wrong place is sent to the right one. No torch.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from stages.recipe_text import Document, KeyPath, did_you_mean, dotted
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "none_required": "null",
+}
+_RANGE = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+    "multiple_of": ("multiple_of", "a multiple of"),
+}
+_OTHER_BOOLEANS = {"on": "true", "yes": "true", "off": "false", "no": "false"}
+_SHOWN_KEYS = 12
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a value of this type may be, through unions, `Annotated`, lists and mappings."""
+    origin = get_origin(annotation)
+    if origin is None:
+        return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    if origin is Literal:
+        return []
+    arguments = get_args(annotation)
+    found: list[type[BaseModel]] = []
+    for argument in arguments[:1] if origin is Annotated else arguments:
+        found += [model for model in models_in(argument) if model not in found]
+    return found
+
+
+def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Every key that a section of this model may hold, at any depth; the entries of a list share their keys."""
+    for name, info in model.model_fields.items():
+        yield (name,)
+        for inner in models_in(info.annotation):
+            yield from ((name, *rest) for rest in keys_of(inner))
+
+
+def _models_at(model: type[BaseModel], raw: Any, path: KeyPath) -> list[type[BaseModel]]:
+    """The models that the mapping at `path` of a section may be; those that its own keys rule out are left out."""
+    models, value = [model], raw
+    for part in path:
+        value = value[part]
+        if isinstance(part, str):
+            models = [
+                inner
+                for outer in models
+                if part in outer.model_fields
+                for inner in models_in(outer.model_fields[part].annotation)
+            ]
+        if isinstance(value, dict):
+            fitting = [inner for inner in models if _fits(inner, value)]
+            models = fitting or models
+    return models
+
+
+def _fits(model: type[BaseModel], value: Mapping[str, Any]) -> bool:
+    """False when a key that tells the members of a union apart (`source: world`) says that this is another member."""
+    for name, info in model.model_fields.items():
+        if get_origin(info.annotation) is Literal and info.is_required() and name in value:
+            allowed = get_args(info.annotation)
+            if len(allowed) == 1 and value[name] not in allowed:
+                return False
+    return True
+
+
+class Translator:
+    """Turns the errors of one section into problems of the document.
+
+    `others` gives, when asked, the models of all stages by name: only an unknown key needs them.
+    """
+
+    def __init__(
+        self,
+        document: Document,
+        prefix: KeyPath,
+        stage: str,
+        model: type[BaseModel],
+        others: Callable[[], Mapping[str, type[BaseModel]]],
+    ) -> None:
+        self.document = document
+        self.prefix = prefix
+        self.stage = stage
+        self.model = model
+        self.others = others
+
+    def add(self, raw: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> None:
+        """Notes all errors; those of one value, which several members of a union refuse, become one message."""
+        located = [(*_locate(raw, error), error) for error in errors]
+        messages: dict[KeyPath, list[str]] = {}
+        for path, tags, error in located:
+            if not _is_best_member(tags, located):
+                continue
+            known = messages.setdefault(path, [])
+            message = self._message(raw, path, error)
+            if message not in known:
+                known.append(message)
+        for path, parts in messages.items():
+            expected = [part.removeprefix("expected ") for part in parts if part.startswith("expected ")]
+            rest = [part for part in parts if not part.startswith("expected ")]
+            value = _get(raw, path)
+            if expected:
+                rest.insert(0, f"expected {' or '.join(expected)}, not {_show(value)}{_boolean_hint(value, expected)}")
+            self.document.complain((*self.prefix, *path), "; ".join(rest))
+
+    def _message(self, raw: Mapping[str, Any], path: KeyPath, error: ErrorDetails) -> str:
+        kind, context = error["type"], error.get("ctx", {})
+        if kind == "extra_forbidden":
+            return self._unknown(raw, path)
+        if kind == "missing":
+            return "missing, this key has to be given"
+        if kind in _EXPECTED:
+            return "expected " + _EXPECTED[kind]
+        if kind in _RANGE:
+            name, words = _RANGE[kind]
+            return f"{_show(_get(raw, path))} is out of range, it must be {words} {context[name]:g}"
+        if kind in ("literal_error", "union_tag_invalid"):
+            words = str(context["expected"] if kind == "literal_error" else context["expected_tags"])
+            choices = re.findall(r"'([^']*)'", words)
+            given = context["tag"] if kind == "union_tag_invalid" else _get(raw, path)
+            if len(choices) < 2:
+                return "expected " + words.replace("'", "")
+            return f"{_show(given)} is none of {', '.join(choices)}{did_you_mean(str(given), choices)}"
+        if kind == "union_tag_not_found":
+            return f"missing, {_tag_choices(self.model, raw, path, str(context['discriminator']).strip(chr(39)))}"
+        if kind == "too_short":
+            return f"needs at least {_count(context['min_length'], 'entry', 'entries')}"
+        if kind == "too_long":
+            return f"takes at most {_count(context['max_length'], 'entry', 'entries')}"
+        if kind == "string_too_short":
+            return f"needs at least {_count(context['min_length'], 'character', 'characters')}"
+        if kind in ("value_error", "assertion_error"):
+            return str(context["error"])
+        return error["msg"].replace("Input should", "should")
+
+    def _unknown(self, raw: Mapping[str, Any], path: KeyPath) -> str:
+        key = str(path[-1])
+        siblings = sorted({name for model in _models_at(self.model, raw, path[:-1]) for name in model.model_fields})
+        here = did_you_mean(key, siblings)
+        others = {stage: set(keys_of(model)) for stage, model in self.others().items() if stage != self.stage}
+        names = tuple(str(part) for part in path if isinstance(part, str))
+        owners = sorted(stage for stage, keys in others.items() if names in keys) or sorted(
+            stage for stage, keys in others.items() if any(path_[-1] == key for path_ in keys)
+        )
+        elsewhere = sorted({".".join(keys) for keys in keys_of(self.model) if keys[-1] == key})
+        if elsewhere:
+            section = dotted(self.prefix)
+            return f"unknown key here, its place is {' or '.join(f'{section}.{place}' for place in elsewhere)}"
+        if owners:
+            return f"unknown key{here or '.'} {key} is a key of {' and '.join(owners)}, not of {self.stage}"
+        if here:
+            return "unknown key" + here
+        shown = ", ".join(siblings[:_SHOWN_KEYS]) + (", ..." if len(siblings) > _SHOWN_KEYS else "")
+        return f"unknown key, known here: {shown}" if siblings else "unknown key"
+
+
+def _locate(raw: Any, error: ErrorDetails) -> tuple[KeyPath, tuple[tuple[KeyPath, str], ...]]:
+    """The path of a value in the section, and the members of unions that pydantic names on the way there."""
+    path: KeyPath = ()
+    tags: list[tuple[KeyPath, str]] = []
+    holder = raw
+    for position, part in enumerate(error["loc"]):
+        last = position == len(error["loc"]) - 1
+        if isinstance(holder, dict) and isinstance(part, str):
+            if part in holder or (last and error["type"] == "missing"):
+                path, holder = (*path, part), holder.get(part)
+            else:
+                tags.append((path, part))
+        elif isinstance(holder, list) and isinstance(part, int) and part < len(holder):
+            path, holder = (*path, part), holder[part]
+    return path, tuple(tags)
+
+
+def _is_best_member(
+    tags: tuple[tuple[KeyPath, str], ...],
+    located: Sequence[tuple[KeyPath, tuple[tuple[KeyPath, str], ...], ErrorDetails]],
+) -> bool:
+    """Whether every union on the way was read as the member with the fewest errors: the one that was meant."""
+    for path, tag in tags:
+        counts: dict[str, int] = {}
+        for _, other_tags, _ in located:
+            for other_path, other in other_tags:
+                if other_path == path:
+                    counts[other] = counts.get(other, 0) + 1
+        if tag != min(counts, key=lambda name: counts[name]):
+            return False
+    return True
+
+
+def _tag_choices(model: type[BaseModel], raw: Mapping[str, Any], path: KeyPath, key: str) -> str:
+    choices = [
+        str(choice)
+        for member in _models_at(model, raw, path)
+        if key in member.model_fields
+        for choice in get_args(member.model_fields[key].annotation)
+    ]
+    return f"it has to say `{key}:` {' or '.join(choices)}"
+
+
+def _get(raw: Any, path: KeyPath) -> Any:
+    for part in path:
+        raw = raw.get(part) if isinstance(raw, dict) else raw[part]
+    return raw
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _boolean_hint(value: Any, expected: Sequence[str]) -> str:
+    if isinstance(value, str) and any("true or false" in words for words in expected):
+        word = _OTHER_BOOLEANS.get(value.lower())
+        return f": write {word}" if word else ""
+    return ""
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
