@@ -15,11 +15,11 @@ class RewardConfig(BaseModel):
     function: str | None = None
     """A function of `reward.functions`, or any callable as `package.module:name`."""
     weight: float = 1.0
-    """Factor of this reward in the sum. A learned reward is normalised before: mean 0, deviation 1 on held-out answers."""
+    """Factor in the sum. A learned reward is normalised before: mean 0, deviation 1 on held-out answers."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
     reencode: bool = False
-    """The model has another tokenizer or chat template than the policy: answers are decoded and encoded again for it."""
+    """The model has another tokenizer or chat template than the policy: answers are encoded again for it."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

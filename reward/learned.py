@@ -39,9 +39,7 @@ def last_token_scores(
 
 
 @torch.no_grad()
-def score(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32
-) -> torch.Tensor:
+def score(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> torch.Tensor:
     """Raw scores (N,) fp32 on the CPU of rows of prompt and answer tokens, in evaluation mode.
 
     Raises:

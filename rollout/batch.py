@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """input_ids, attention_mask, position_ids: (B, P + R) long; completion_ids (B, R) long, completion_mask (B, R) bool."""
+    """input_ids, attention_mask, position_ids: (B, P + R) long; completion_ids long, completion_mask bool: (B, R)."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor

@@ -2,9 +2,9 @@
 
 Legend: B rows, P prompt length (left-padded), V vocabulary.
 
-Why not `model.generate`: the log-probability of each sampled token under exactly the distribution that it was drawn
-from is needed by the policy gradient, rows must not depend on which batch or process they were decoded in, and rows that
-have ended should not be computed any further.
+Why not `model.generate`: the policy gradient needs the log-probability of each sampled token under exactly the
+distribution that it was drawn from, rows must not depend on which batch or process they were decoded in, and rows
+that have ended should not be computed any further.
 
 Sampling is by inversion: the row's uniform number for a position picks the token from the cumulative distribution. The
 numbers come from (seed, key of the row), not from a stream, so that a resumed or differently split run draws the same.

@@ -158,7 +158,7 @@ class Run:
         extra: dict[str, Any] | None = None,
         files: Sequence[str] = (),
     ) -> None:
-        """Publishes the stage. Every rank calls it; `write_model` runs on the main one, behind a barrier for the rest."""
+        """Publishes the stage. Every rank calls it; `write_model` runs on the main one, the others wait."""
         if self.is_main:
             from stages.runtime import engine_record
 

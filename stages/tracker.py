@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 class WandbMirror:
-    """Sends metrics from a thread of its own. The run id is the caller's, so that a resumed stage goes on in its run."""
+    """Sends metrics from a thread of its own. The run id is the caller's: a resumed stage goes on in its run."""
 
     def __init__(self, project: str, name: str, run_id: str, config: dict[str, Any], folder: str) -> None:
         self._settings = {"project": project, "name": name, "id": run_id, "config": config, "dir": folder}

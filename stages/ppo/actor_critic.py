@@ -1,0 +1,99 @@
+"""Policy and critic as one module, so that every engine wraps, shards and clips them together.
+
+Legend: B rows, P longest prompt, R longest completion, V vocabulary, H hidden size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reward.learned import backbone
+from rollout.batch import PaddedBatch
+
+
+class Critic(nn.Module):
+    """A transformer body with a linear head that reads a value at every position."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """`model`: whose body is taken over; the head starts at zero."""
+        super().__init__()
+        self.body = backbone(model)
+        self.head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def start_from_reward_head(self, score: nn.Linear, mean: float, std: float, weight: float) -> None:
+        """Values begin as the reward model's opinion of the prefix, in the units of the weighted, normalised reward."""
+        with torch.no_grad():
+            self.head.weight.copy_(score.weight * (weight / std))
+            self.head.bias.fill_(-mean * weight / std)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """(B, P + R) -> values (B, P + R), fp32."""
+        hidden = self.body(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return self.head(hidden).squeeze(-1).float()
+
+
+class ActorCritic(nn.Module):
+    """`forward` gives both, for the completion tokens of a padded batch only."""
+
+    def __init__(self, policy: PreTrainedModel, critic: Critic) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """`width` R -> logits (B, R, V) that predict each completion token, values (B, R) of the state before it."""
+        return (
+            completion_logits(self.policy, input_ids, attention_mask, position_ids, width),
+            completion_values(self.critic, input_ids, attention_mask, position_ids, width),
+        )
+
+
+def completion_logits(
+    policy: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, width: int
+) -> Tensor:
+    """Logits (B, R, V). The vocabulary projection is computed for the completion's columns only."""
+    logits = policy(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits
+    return logits[:, -width - 1 : -1]
+
+
+def completion_values(
+    critic: Critic, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, width: int
+) -> Tensor:
+    """Values (B, R): at column t the value of prompt and completion before token t."""
+    return critic(input_ids, attention_mask, position_ids)[:, -width - 1 : -1]
+
+
+def model_inputs(batch: PaddedBatch) -> dict[str, Tensor | int]:
+    """The batch as keyword arguments of the functions above."""
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+        "width": batch.completion_ids.shape[1],
+    }
+
+
+def micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int, rank: int, world: int) -> list[list[int]]:
+    """Splits `rows` into micro-batches of like length and returns those of one rank, equally many on every rank.
+
+    Each chunk of `size` × `world` rows is dealt out in turn, so that the ranks' rows are of like length, too. The
+    number of rows has to be a multiple of `world`.
+    """
+    assert len(rows) % world == 0
+    ordered = sorted(rows, key=lambda row: (lengths[row], row))
+    chunks = [ordered[start : start + size * world] for start in range(0, len(ordered), size * world)]
+    return [chunk[rank::world] for chunk in chunks]
