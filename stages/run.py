@@ -74,13 +74,13 @@ class Run:
         self._parents[role] = opened
         return opened
 
-    def present_models(self) -> list[Parent]:
-        """The published ones among the models that the section looks at (evaluation), in the recipe's order."""
+    def present_parents(self) -> dict[str, Parent]:
+        """The published ones among the sections that this one looks at (evaluation), opened, in the recipe's order."""
         names = present_soft_parents(self.recipe, self.section)
-        for name in names:
-            kinds = {"causal_lm"}
-            self._parents[name] = open_parent(name, self.recipe.run_dir, kinds, verify=self.is_main)
-        return [self._parents[name] for name in names]
+        kinds = {"causal_lm", "reward_model"}
+        opened = {name: open_parent(name, self.recipe.run_dir, kinds, verify=self.is_main) for name in names}
+        self._parents |= opened
+        return opened
 
     def load(self, sources: Sequence["SourceConfig"], want: type[R], label: str = "data") -> "Loaded[R]":
         """Reads records. `account` has to follow once they are encoded, since encoding may drop rows too."""
