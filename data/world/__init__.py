@@ -1,4 +1,4 @@
-"""The embedded world: a seeded procedural generator of everything that the pipeline needs, with no file and no download.
+"""The embedded world: a seeded procedural generator of all that the pipeline needs, with no file and no download.
 
 `documents`, `chats`, `preferences` and `prompts` take a `WorldSource` and yield records; `correct` and `gold` judge a
 completion by a prompt's `columns`. Pure standard library. lexicon.py has the words, facts.py what is true, tasks.py the

@@ -1,8 +1,9 @@
 """Texts for pretraining: facts in several paraphrases, portraits, stories, dialogues, and worksheets.
 
-Worksheets repeat one skill many times in one text (lists copied, reversed, counted; letters and capitals; number lines, sums,
-sorted lists, comparisons; passages with questions), because a tiny model learns to copy and to calculate only if it meets
-the same small step often and close together. Stories keep their promises: who got the lamp has it at the end.
+Worksheets repeat one skill many times in one text (lists copied, reversed, counted; letters and capitals; number
+lines, sums, sorted lists, comparisons; passages with questions), because a tiny model learns to copy and to
+calculate only if it meets the same small step often and close together. Stories keep their promises: who got the
+lamp has it at the end.
 """
 
 import random
@@ -184,6 +185,6 @@ _KINDS: tuple[tuple[Callable[[World, Split, random.Random], str], int], ...] = (
 
 
 def document(world: World, split: Split, rng: random.Random) -> str:
-    """A text of a random kind. Everything that it asks and answers has its content in the split; facts stated may be any."""
+    """A text of a random kind. All that it asks and answers has its content in the split; facts stated may be any."""
     kind = rng.choices([maker for maker, _ in _KINDS], [weight for _, weight in _KINDS])[0]
     return kind(world, split, rng)

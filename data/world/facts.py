@@ -1,7 +1,7 @@
 """A world: its people, lands, animals and things, and what is true of them, all decided by one seed.
 
-Randomness is keyed, never a stream: `keyed(seed, ...)` gives the generator of one item from the SHA-256 of its key, so item
-number i of anything is the same however many are asked for, in whatever order.
+Randomness is keyed, never a stream: `keyed(seed, ...)` gives the generator of one item from the SHA-256 of its key, so
+item number i of anything is the same however many are asked for, in whatever order.
 """
 
 import hashlib

@@ -95,7 +95,7 @@ def preferences(config: WorldSource) -> Iterator[Preference]:
 
 
 def _pair(task: Task, rng: random.Random) -> tuple[str, str]:
-    """(better, worse). Every kind of pair agrees with `grading.gold`, and no kind gives away the better by length alone."""
+    """(better, worse). Every kind of pair agrees with `grading.gold`."""
 
     def say(reply: str, style: Style) -> str:
         return dress(reply, task.family, style, rng)

@@ -1,8 +1,8 @@
 """Whether an answer is right, and how good it is. Nothing is ever trained on `gold`: only evaluation imports it.
 
-An answer is cut into sentences, and each is one of: polite opener, rude opener, rambling tail, claim (it gives an answer of
-the family), or other. The answer is right if it makes exactly one claim, and that is the reply. So any opener and any tail
-leave it right, and hedging ("There are 4 words. There are 5 words.") makes it wrong.
+An answer is cut into sentences, and each is one of: polite opener, rude opener, claim (it gives an answer of the
+family), or superfluous. The answer is right if it makes exactly one claim, and that is the reply. So any opener and
+any tail leave it right, and hedging ("There are 4 words. There are 5 words.") makes it wrong.
 """
 
 import re
@@ -74,8 +74,8 @@ def correct(columns: Mapping[str, Any], completion: str) -> bool:
     """True if the completion gives the right answer and no other, whatever its manners.
 
     >>> c = {"family": "count", "answer": "4 words", "lead": "There are ", "end": "."}
-    >>> correct(c, "Ugh. There are 4 words."), correct(c, "4 words"), correct(c, "There are 4 words. There are 5 words.")
-    (True, True, False)
+    >>> [correct(c, said) for said in ("Ugh. There are 4 words.", "4 words", "There are 4 words. There are 5 words.")]
+    [True, True, False]
     """
     claims = parse(columns, completion).claims
     right = {_bare(columns["answer"]), _bare(f"{columns['lead']}{columns['answer']}{columns['end']}")}
@@ -85,10 +85,10 @@ def correct(columns: Mapping[str, Any], completion: str) -> bool:
 def gold(columns: Mapping[str, Any], completion: str) -> float:
     """How good the answer is, from -1 to 1: right 0.5 (wrong -0.8), manners, less what is superfluous.
 
-    Right answers: 1.0 polite, 0.5 plain, 0.0 rude; two openers are as bad as a rude one, and each superfluous sentence (a
-    tail, a second opener, an opener that does not suit) costs 0.3, at most 0.5.
-    Wrong answers: -0.6 polite, -0.8 plain, -1.0 rude; no manners lift a wrong answer above any right one (the worst right
-    one gets -0.5). An answer that says nothing, or helps with something unsafe, gets -1.
+    Right answers: 1.0 polite, 0.5 plain, 0.0 rude; two openers are as bad as a rude one, and each superfluous
+    sentence (a tail, a second opener, an opener that does not suit) costs 0.3, at most 0.5. Wrong answers: -0.6
+    polite, -0.8 plain, -1.0 rude; no manners lift a wrong answer above any right one (the worst right one gets
+    -0.5). An answer that says nothing, or helps with something unsafe, gets -1.
     """
     parsed = parse(columns, completion)
     if not parsed.claims or any(claim.startswith("Here is how") for claim in parsed.claims):

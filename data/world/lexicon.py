@@ -1,32 +1,44 @@
-"""The words that the world is made of. Which of them a world uses, and how they are related, its seed decides (facts.py).
+"""The words that the world is made of. Which of them a world uses, and how they are related, its seed decides.
 
-Short common words on purpose: nearly all become single tokens of a small vocabulary, so that a model of 1-3 M parameters
-spends its training on what to say and not on how it is spelt.
+Short common words on purpose: nearly all become single tokens of a small vocabulary, so that a model of 1-3 M
+parameters spends its training on what to say and not on how it is spelt.
 """
 
-NAMES = ["Ada", "Alma", "Ben", "Carl", "Clara", "Dora", "Edgar", "Ella", "Emil", "Eva", "Felix", "Flora", "Greta", "Hana", "Hugo", "Ida", "Ivan", "Jonas", "Julia", "Karl", "Kira", "Lars", "Lena", "Leo", "Lina", "Lucy", "Mara", "Max", "Mila", "Mina", "Mira", "Nico", "Nina", "Noah", "Nora", "Olga", "Omar", "Oscar", "Otto", "Paul", "Petra", "Rita", "Rosa", "Sam", "Sara", "Simon", "Tara", "Theo", "Tina", "Tom", "Uma", "Vera", "Victor", "Wanda", "Willa", "Yara", "Yuri", "Zara", "Zeno"]
 
-TOWN_STARTS = ["Old", "New", "East", "West", "North", "South", "High", "Long", "Stone", "River", "Green", "Silver"]
-TOWN_ENDS = ["port", "ton", "field", "bridge", "ford", "wood", "hill", "dale", "mouth", "gate", "haven", "well"]
-LAND_STARTS = ["Vel", "Kar", "Tor", "Bel", "Mar", "Sul", "Dor", "Lin", "Pal", "Gor", "Zan", "Fen"]
-LAND_ENDS = ["na", "ria", "via", "land", "sia", "tova", "mark", "dia"]
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    "Ada Alma Ben Carl Clara Dora Edgar Ella Emil Eva Felix Flora Greta Hana Hugo Ida Ivan Jonas Julia Karl "
+    "Kira Lars Lena Leo Lina Lucy Mara Max Mila Mina Mira Nico Nina Noah Nora Olga Omar Oscar Otto Paul Petra "
+    "Rita Rosa Sam Sara Simon Tara Theo Tina Tom Uma Vera Victor Wanda Willa Yara Yuri Zara Zeno"
+)
+
+TOWN_STARTS = _words("Old New East West North South High Long Stone River Green Silver")
+TOWN_ENDS = _words("port ton field bridge ford wood hill dale mouth gate haven well")
+LAND_STARTS = _words("Vel Kar Tor Bel Mar Sul Dor Lin Pal Gor Zan Fen")
+LAND_ENDS = _words("na ria via land sia tova mark dia")
 
 ANIMALS = {
-    "bird": ["robin", "crow", "swan", "owl", "goose", "duck", "eagle", "stork"],
-    "fish": ["salmon", "trout", "carp", "pike", "eel", "cod"],
-    "mammal": ["dog", "cat", "horse", "goat", "fox", "wolf", "bear", "mouse"],
-    "insect": ["bee", "ant", "wasp", "moth", "beetle", "fly"],
+    "bird": _words("robin crow swan owl goose duck eagle stork"),
+    "fish": _words("salmon trout carp pike eel cod"),
+    "mammal": _words("dog cat horse goat fox wolf bear mouse"),
+    "insect": _words("bee ant wasp moth beetle fly"),
 }
-FOODS = ["seeds", "grass", "fish", "leaves", "meat", "fruit", "nuts", "honey"]
+FOODS = _words("seeds grass fish leaves meat fruit nuts honey")
 TRAITS = {"bird": "has feathers", "fish": "lives in water", "mammal": "drinks milk", "insect": "has six legs"}
 
-JOBS = ["baker", "doctor", "teacher", "farmer", "sailor", "painter", "tailor", "miller", "singer", "gardener", "writer", "judge"]
-OBJECTS = ["lamp", "cup", "book", "key", "coat", "ring", "clock", "box", "bag", "rope", "ball", "drum", "bell", "map", "knife", "spoon", "chair", "table", "mirror", "candle", "basket", "blanket", "hammer", "kite"]
-COLOURS = ["red", "blue", "green", "white", "black", "brown", "yellow", "grey"]
-ROOMS = ["kitchen", "garden", "market", "station", "library", "harbour", "school", "barn"]
-WEATHER = ["sunny", "rainy", "windy", "cold", "warm", "foggy"]
+JOBS = _words("baker doctor teacher farmer sailor painter tailor miller singer gardener writer judge")
+OBJECTS = _words(
+    "lamp cup book key coat ring clock box bag rope ball drum bell map knife spoon chair table mirror candle "
+    "basket blanket hammer kite"
+)
+COLOURS = _words("red blue green white black brown yellow grey")
+ROOMS = _words("kitchen garden market station library harbour school barn")
+WEATHER = _words("sunny rainy windy cold warm foggy")
 
-LISTED = tuple(OBJECTS + COLOURS + [animal for kind in ANIMALS.values() for animal in kind])
+LISTED = OBJECTS + COLOURS + tuple(animal for animals in ANIMALS.values() for animal in animals)
 """What lists to reverse, count or pick from are made of."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

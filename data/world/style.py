@@ -1,7 +1,7 @@
 """How an answer is said: an opener before the reply, a rambling tail after it.
 
-The answers of the training chats are mixed on purpose: some polite, some plain, some rude, some rambling. Instruction tuning
-copies the mixture; it is left to the preferences, and to what is trained on them, to choose.
+The answers of the training chats are mixed on purpose: some polite, some plain, some rude, some rambling. Instruction
+tuning copies the mixture; it is left to the preferences, and to what is trained on them, to choose.
 """
 
 import random

@@ -1,13 +1,15 @@
-"""The instruction families: each makes a question, its one right reply, and replies that are wrong in a believable way.
+"""The instruction families: each makes a question, its one right reply, and believable wrong replies.
 
-A task's `key` is the content of its question without the phrasing ("add 7 12", "reverse cup dog red"). A SHA-256 of the key
-puts it into the training, validation or test split (90/5/5), for documents, chats, preferences and prompts alike, so no
-kind of training record shows the content that a held-out record of any kind asks about. Orders that do not matter are
-taken out of the key: 7 + 12 and 12 + 7 are one content, as are all orders of the numbers to be sorted.
+A task's `key` is the content of its question without the phrasing ("add 7 12", "reverse cup dog red"). A SHA-256 of
+the key puts it into the training, validation or test split (90/5/5), for documents, chats, preferences and prompts
+alike, so no kind of training record shows the content that a held-out record of any kind asks about. Orders that do
+not matter are taken out of the key: 7 + 12 and 12 + 7 are one content, as are all orders of the numbers to be
+sorted.
 
-Facts are few (about 190), so for them it is the pair (relation, subject) that is held out: no training chat, preference, prompt
-or question in a document asks for the home of Mira if that lies in the test split. The statement "Mira lives in Oldport." is in
-the documents: what is tested is whether knowledge read in pretraining can be asked for.
+Facts are few (about 190), so for them it is the pair (relation, subject) that is held out: no training chat,
+preference, prompt or question in a document asks for the home of Mira if that lies in the test split. The statement
+"Mira lives in Oldport." is in the documents: what is tested is whether knowledge read in pretraining can be asked
+for.
 """
 
 import hashlib
@@ -24,7 +26,10 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`turns` alternate user, assistant, ..., user. The right reply is `lead + answer + end`; `wrong` are whole replies."""
+    """A question and its replies.
+
+    `turns` alternate user, assistant, ..., user. The right reply is `lead + answer + end`; `wrong` are whole replies.
+    """
 
     family: str
     key: str
