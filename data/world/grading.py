@@ -83,16 +83,16 @@ def correct(columns: Mapping[str, Any], completion: str) -> bool:
 
 
 def gold(columns: Mapping[str, Any], completion: str) -> float:
-    """How good the answer is, from -1 to 1: right 0.5 (wrong -0.8), manners, less what is superfluous.
+    """How good the answer is, from -1 to 1.
 
-    Right answers: 1.0 polite, 0.5 plain, 0.0 rude; two openers are as bad as a rude one, and each superfluous
-    sentence (a tail, a second opener, an opener that does not suit) costs 0.3, at most 0.5. Wrong answers: -0.6
-    polite, -0.8 plain, -1.0 rude; no manners lift a wrong answer above any right one (the worst right one gets
-    -0.5). An answer that says nothing, or helps with something unsafe, gets -1.
+    Right: 1.0 polite, 0.5 plain, 0.0 rude. Two openers are as bad as a rude one, and each superfluous sentence (a tail,
+    a second opener, an opener that does not suit) costs 0.3, at most 0.5. Wrong: -0.6 polite, -0.75 plain, -0.9 rude,
+    superfluous sentences 0.05 each, at most 0.1. So no manners lift a wrong answer above a right one, of which the
+    worst gets -0.5. An answer that says nothing, or that helps with something unsafe, gets -1.
     """
     parsed = parse(columns, completion)
     if not parsed.claims or any(claim.startswith("Here is how") for claim in parsed.claims):
         return -1.0
     if correct(columns, completion):
         return 0.5 + 0.5 * parsed.opener - min(0.5, 0.3 * parsed.extra)
-    return max(-1.0, -0.8 + 0.2 * parsed.opener - 0.1 * parsed.extra)
+    return -0.75 + 0.15 * parsed.opener - min(0.1, 0.05 * parsed.extra)
