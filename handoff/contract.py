@@ -1,0 +1,172 @@
+"""What must hold for a model directory at every hand-off. Each violation has a message of its own that says what to do.
+
+Checked before anything is published (`check_model`), on a checkpoint made elsewhere before a weight is loaded
+(`check_foreign`), and where two models read the same tokens (`check_same_encoding`).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from handoff.encoding import declared_pad_id, generation_stop_ids, read_tokenizer, token_text
+from handoff.errors import HandoffError
+from handoff.files import list_files, read_json, write_json
+from handoff.manifest import Kind, TokenizerRecord
+from handoff.weights import INDEX_NAME, embedding_rows, read_tensors
+
+if TYPE_CHECKING:
+    from handoff.parent import Parent
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"}
+"""Endings of files that run code when they are loaded, or that we do not read."""
+_ARCHITECTURES: tuple[tuple[str, Kind], ...] = (
+    ("ForSequenceClassification", "reward_model"),
+    ("ForCausalLM", "causal_lm"),
+    ("LMHeadModel", "causal_lm"),
+    ("ForConditionalGeneration", "causal_lm"),
+)
+
+
+def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
+    """Checks what a stage is about to publish and returns its tokenizer's record.
+
+    Raises:
+        HandoffError: a pickle or code among the files, remote code asked for, a truncated or empty tensor, no
+            tokenizer, no or an unusable pad, more token ids than embeddings, stop ids missing from
+            generation_config.json.
+    """
+    for name in list_files(model_dir):
+        if Path(name).suffix in PICKLES or Path(name).suffix == ".py":
+            raise HandoffError(
+                f"{model_dir / name}: a published model holds no pickles and no code; save safetensors only"
+            )
+    tokenizer = read_tokenizer(model_dir)
+    if kind == "tokenizer":
+        return tokenizer
+    _check_weights(model_dir, tokenizer)
+    if kind == "causal_lm":
+        stops = generation_stop_ids(model_dir)
+        if not stops:
+            raise HandoffError(
+                f"{model_dir}: generation_config.json has no eos_token_id, so generation would never stop; "
+                f"write the stop ids {tokenizer.stop_ids} into it"
+            )
+        if tokenizer.eos_id not in stops:
+            raise HandoffError(
+                f"{model_dir}: generation_config.json stops at {stops}, and not at the tokenizer's eos, "
+                f"{tokenizer.eos_id}; add it to eos_token_id"
+            )
+    return tokenizer
+
+
+def write_pad_token(model_dir: Path, tokenizer: TokenizerRecord) -> None:
+    """Makes the tokenizer name the pad of its record, where its files came from a parent that named none or eos."""
+    if declared_pad_id(model_dir) == tokenizer.pad_id:
+        return
+    text = token_text(model_dir, tokenizer.pad_id)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = model_dir / name
+        if path.is_file():
+            write_json(path, {**read_json(path), "pad_token": text})
+
+
+def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
+    """Kind and tokenizer of a checkpoint made elsewhere.
+
+    Raises:
+        HandoffError: it is no checkpoint, a LoRA adapter, pickles only, needs remote code, or breaks the contract.
+    """
+    if (model_dir / "adapter_config.json").is_file():
+        raise HandoffError(
+            f"{model_dir} is a LoRA adapter, not a model; merge it into its base first "
+            "(peft: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR)) "
+            "and copy the tokenizer beside it"
+        )
+    has_weights = (model_dir / INDEX_NAME).is_file() or any(model_dir.glob("*.safetensors"))
+    if not has_weights:
+        pickles = sorted(path.name for path in model_dir.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise HandoffError(
+                f"{model_dir} has its weights only as pickles ({', '.join(pickles[:3])}), which can run "
+                "code when loaded; convert it where you trust it: from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
+            )
+        if not (model_dir / "config.json").is_file() and (model_dir / "tokenizer.json").is_file():
+            return "tokenizer", read_tokenizer(model_dir, choose_pad=True)
+    if not (model_dir / "config.json").is_file():
+        raise HandoffError(f"{model_dir} is no checkpoint: it has neither stage.json nor config.json")
+    if not has_weights:
+        raise HandoffError(f"{model_dir} has a config.json and no weights (*.safetensors)")
+    kind = _kind(model_dir)
+    tokenizer = read_tokenizer(model_dir, choose_pad=True)
+    _check_weights(model_dir, tokenizer)
+    return kind, tokenizer
+
+
+def check_same_encoding(a: "Parent", b: "Parent", why: str) -> None:
+    """HandoffError when `a` and `b` would read the same ids differently; `why` says what needs it, or the way out."""
+    first, second = a.tokenizer, b.tokenizer
+    if first.fingerprint != second.fingerprint:
+        raise HandoffError(
+            f"{a.name} ({a.path}) and {b.name} ({b.path}) have different tokenizers "
+            f"({first.vocab_size} and {second.vocab_size} ids): {why}"
+        )
+    if first.template_fingerprint == second.template_fingerprint:
+        return
+    ids = [
+        f"{name} {mine} and {theirs}"
+        for name, mine, theirs in (
+            ("pad", first.pad_id, second.pad_id),
+            ("bos", first.bos_id, second.bos_id),
+            ("eos", first.eos_id, second.eos_id),
+            ("stop ids", first.stop_ids, second.stop_ids),
+        )
+        if mine != theirs
+    ]
+    raise HandoffError(
+        f"{a.name} ({a.path}) and {b.name} ({b.path}) share the tokenizer and differ in "
+        + (f"special ids ({'; '.join(ids)}): " if ids else "their chat templates: ")
+        + why
+    )
+
+
+def _check_weights(model_dir: Path, tokenizer: TokenizerRecord) -> None:
+    config = _config(model_dir)
+    for name in ("config.json", "tokenizer_config.json"):
+        path = model_dir / name
+        if path.is_file() and "auto_map" in read_json(path):
+            raise HandoffError(
+                f"{path} asks for code of its own (auto_map, trust_remote_code), which is never run; "
+                "use a checkpoint of an architecture that transformers itself has"
+            )
+    read_tensors(model_dir)
+    rows = embedding_rows(model_dir)
+    if tokenizer.vocab_size > rows:
+        raise HandoffError(
+            f"{model_dir}: the tokenizer has {tokenizer.vocab_size} ids and the model only {rows} embeddings; "
+            "use the tokenizer that the model was trained with, or resize the model (resize_token_embeddings)"
+        )
+    stated = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    if stated is not None and stated != rows:
+        raise HandoffError(f"{model_dir}: config.json says vocab_size {stated}, the weights have {rows} embeddings")
+    beyond = [stop for stop in tokenizer.stop_ids if stop >= rows]
+    if beyond:
+        raise HandoffError(f"{model_dir}: stop ids {beyond} are beyond the model's {rows} embeddings")
+
+
+def _config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise HandoffError(f"{model_dir} has no config.json")
+    config: dict[str, Any] = read_json(path)
+    return config
+
+
+def _kind(model_dir: Path) -> Kind:
+    architectures = _config(model_dir).get("architectures") or []
+    for name in architectures:
+        for ending, kind in _ARCHITECTURES:
+            if name.endswith(ending):
+                return kind
+    raise HandoffError(
+        f"{model_dir}: architectures in config.json is {architectures}; "
+        "a parent is a causal language model or a sequence classifier (reward model)"
+    )

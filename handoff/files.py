@@ -1,0 +1,174 @@
+"""Files that must survive a kill or a power cut: atomic writes, fsync, hashes, free space.
+
+Everything that Baton publishes or resumes from passes through here. The order is always the same: write beside,
+fsync the file, rename, fsync the directory. A rename is atomic on POSIX; without the two fsyncs it is not durable.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from handoff.errors import HandoffError
+
+_CHUNK = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def list_files(directory: Path) -> list[str]:
+    """Relative POSIX paths of all files below `directory`, sorted; hidden ones included."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def hash_tree(directory: Path) -> dict[str, str]:
+    """{relative POSIX path: SHA-256} of every file below `directory`."""
+    return {name: sha256_file(directory / name) for name in list_files(directory)}
+
+
+def canonical_hash(obj: Any) -> str:
+    """SHA-256 of `obj` as JSON with sorted keys and no spaces: equal content, equal hash, whatever the order of
+    keys."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file's bytes, or one directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flush every file below `directory`, then every directory from the leaves up, `directory` last."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            fsync_path(Path(folder) / name)
+        fsync_path(Path(folder))
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Replace `path` by `obj` as JSON, in one step: a reader, or a kill, sees the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(obj, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. HandoffError, naming file and place, when it is not UTF-8 or not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise HandoffError(f"{path} is not UTF-8 (byte {error.start}): the file is damaged") from error
+    except json.JSONDecodeError as error:
+        raise HandoffError(f"{path}, line {error.lineno}: not JSON ({error.msg}): the file is damaged") from error
+
+
+def changed_files(directory: Path, expected: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(relative path, what happened to it) for each file that is missing or whose bytes are not those of `expected`."""
+    changes = []
+    for name, digest in sorted(expected.items()):
+        path = directory / name
+        if not path.is_file():
+            changes.append((name, "is missing"))
+        elif sha256_file(path) != digest:
+            changes.append((name, "was altered"))
+    return changes
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or a directory with all that it holds; nothing happens when it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def existing_ancestor(path: Path) -> Path:
+    """`path` itself, or the nearest directory above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """HandoffError when the directory `path` could not be written to or created. Creates nothing."""
+    ancestor = existing_ancestor(path)
+    if not ancestor.is_dir():
+        raise HandoffError(f"{path}: {ancestor} is a file, not a directory; move it away or set another output_root")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise HandoffError(f"{path}: no permission to write in {ancestor}; allow it or set another output_root")
+
+
+def check_free_space(path: Path, need_bytes: int, what: str) -> None:
+    """HandoffError when the disk of `path` has less than `need_bytes` free for `what` (words: "two saved states")."""
+    ancestor = existing_ancestor(path)
+    free = shutil.disk_usage(ancestor).free
+    if free < need_bytes:
+        raise HandoffError(
+            f"{path}: {what} needs {human_bytes(need_bytes)}, and {ancestor} has {human_bytes(free)} free; "
+            "free some space or set an output_root on another disk"
+        )
+
+
+def human_bytes(count: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+class HashCache:
+    """SHA-256 of large files that Baton did not write, remembered between commands by path, size and modification time.
+
+    Only for files outside a run (a foreign checkpoint): what a run published is hashed afresh whenever it is verified.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = read_json(path) if path.is_file() else {}
+        self._changed = False
+
+    def sha256(self, path: Path) -> str:
+        """As `sha256_file`; read from the cache while size and modification time (ns) are those of last time."""
+        path = path.resolve()
+        stat = path.stat()
+        entry = self._known.get(str(path))
+        if entry is not None and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return str(entry[2])
+        digest = sha256_file(path)
+        self._known[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
+        self._changed = True
+        return digest
+
+    def save(self) -> None:
+        """Write the cache, when it has something new and its directory exists (a run that never began has none)."""
+        if self._changed and os.access(self._path.parent, os.W_OK):
+            write_json(self._path, self._known)
+            self._changed = False

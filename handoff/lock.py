@@ -1,0 +1,133 @@
+"""One process at a time in a directory: an advisory lock on `<directory>/.lock`, with the owner's name in it.
+
+The kernel holds the lock (flock), not the file's presence: when the owner is killed, even by SIGKILL or a power cut,
+the lock is free at once and nobody has to judge whether it is stale. The file's content only serves the message.
+
+An flock lives as long as any copy of its file descriptor. Two kinds of children could keep it alive after the owner
+died: those made by exec (subprocess, multiprocessing's spawn and forkserver, accelerate's launcher), and those made by
+a bare fork (data loader workers). Python opens files close-on-exec, so the former never inherit it; the latter close
+their copy in a hook right after the fork, which does not release the owner's lock.
+
+A run and its stages have a lock each (`<run>/.lock`, `<run>/<stage>/.lock`), so a stage may run inside a worker of the
+runner that holds the run's lock. Over NFS, flock works across hosts on Linux; where a file system has no locks, the
+error says so.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from handoff.errors import HandoffError
+
+LOCK_NAME = ".lock"
+
+_log = logging.getLogger(__name__)
+_held: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _close_in_child() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class RunLock:
+    """Exclusive use of a directory, for a purpose in words ("baton run", "stage sft"). Also a context manager.
+
+    The directory is created by `acquire` when it is missing; `.lock` stays in it, empty, after `release`.
+    """
+
+    def __init__(self, directory: Path, purpose: str) -> None:
+        self.directory = directory
+        self.purpose = purpose
+        self._descriptor: int | None = None
+
+    def acquire(self) -> "RunLock":
+        """Take the lock or raise at once: HandoffError names the owner's pid, host, purpose and since when."""
+        assert self._descriptor is None, f"{self.directory} is already locked by this object"
+        path = self.directory / LOCK_NAME
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                self._lock(descriptor, path)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if _is_file_at(descriptor, path):
+                break
+            os.close(descriptor)  # someone deleted the file between our open and our lock; that lock protects nothing
+        previous = os.pread(descriptor, 4096, 0)
+        if previous:
+            _log.info("%s: taking over from %s, which ended without releasing it", path, _owner(previous))
+        owner = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "purpose": self.purpose,
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        _held.add(descriptor)
+        self._descriptor = descriptor
+        return self
+
+    def _lock(self, descriptor: int, path: Path) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = _owner(os.pread(descriptor, 4096, 0))
+            raise HandoffError(
+                f"{self.directory} is in use by {owner}; wait for it, stop it, or use another output_root or name"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise HandoffError(
+                f"{path}: this file system has no locks ({error.strerror}); mount it with flock, "
+                "or set an output_root on another disk"
+            ) from error
+
+    def release(self) -> None:
+        """Free the lock; nothing happens when it is not held."""
+        # In a child made by fork the hook has closed the descriptor, and its number may belong to another file by now.
+        if self._descriptor is not None and self._descriptor in _held:
+            _held.remove(self._descriptor)
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> "RunLock":
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(descriptor)
+    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _owner(content: bytes) -> str:
+    """The owner in words. Its record is empty for the instant between its lock and its write."""
+    try:
+        owner = json.loads(content)
+    except ValueError:
+        return "a process that has just started"
+    return f"process {owner['pid']} on {owner['host']} ({owner['purpose']}, since {owner['since']})"

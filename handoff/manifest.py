@@ -1,0 +1,183 @@
+"""The manifest of a stage, `stage.json`: what it is, what it was made from, and the hash of every file it published.
+
+Its presence is the commit marker: a stage directory without it is unfinished. Two fingerprints matter. `Inputs` says
+what a stage depends on, so that a stale stage can say why; `Manifest.fingerprint` says what it made, so that its
+children can. A stage that is run again and makes the same bytes keeps its fingerprint, and its children stay up to
+date.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from handoff.errors import HandoffError
+from handoff.files import canonical_hash, read_json
+
+FORMAT_VERSION = 1
+Kind = Literal["tokenizer", "causal_lm", "reward_model", "evaluation"]
+Metric = float | int | str | None
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ParentRecord(_Record):
+    """A parent as it was when the stage began."""
+
+    path: str
+    """Relative to the run directory for a stage of the same run, so that a run can be moved; absolute otherwise."""
+    fingerprint: str
+    name: str
+    """Section name, directory name, or hub id."""
+
+
+class TokenizerRecord(_Record):
+    """How text becomes tokens, and which of them begin, end and fill a sequence."""
+
+    fingerprint: str
+    """Canonical hash of tokenizer.json."""
+    template_fingerprint: str
+    """Canonical hash of the chat template and of the ids below."""
+    vocab_size: int
+    """Highest token id plus one; embedding rows are at least this many."""
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    """Never `eos_id`: a padded position must not look like an end."""
+    stop_ids: list[int]
+    """Every token that ends an answer, in ascending order."""
+
+
+class EngineRecord(_Record):
+    """What really ran, as opposed to what a launch file asked for."""
+
+    name: str
+    zero_stage: int | None = None
+    processes: int = 1
+    device: str = "cpu"
+
+
+class Inputs(_Record):
+    """All that a stage's result depends on. Equal inputs: the stage is up to date, or can resume."""
+
+    recipe: dict[str, Any]
+    """The resolved section."""
+    parents: dict[str, str]
+    """{parent's name: fingerprint}."""
+    data: dict[str, str]
+    """{label of a source: fingerprint}."""
+    code: str
+    """Hash of the source files that the stage runs."""
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        return canonical_hash(self.model_dump(mode="json"))
+
+    def differences(self, old: "Inputs") -> list[str]:
+        """What changed since `old`, in words for a user; empty when nothing did."""
+        found = [f"recipe: {change}" for change in _changes(_flat(old.recipe), _flat(self.recipe))]
+        found += [f"parent {change}" for change in _named(old.parents, self.parents, ": retrained")]
+        found += [f"data: {change}" for change in _named(old.data, self.data, " changed")]
+        if old.code != self.code:
+            found.append(f"code of stages/{self.recipe.get('stage') or '…'} changed")
+        if old.seed != self.seed:
+            found.append(f"seed {old.seed} → {self.seed}")
+        return found
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys: {"train": {"lr": 1}} -> {"train.lr": 1}. Lists stay whole."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [
+        f"{key} {old.get(key, 'absent')} → {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
+
+
+def _named(old: dict[str, str], new: dict[str, str], changed: str) -> list[str]:
+    words = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old:
+            words.append(f"{name} is new")
+        elif name not in new:
+            words.append(f"{name} is no longer used")
+        elif old[name] != new[name]:
+            words.append(f"{name}{changed}")
+    return words
+
+
+class Manifest(_Record):
+    """What `stage.json` holds."""
+
+    format_version: Literal[1] = 1
+    name: str
+    """Section of the recipe."""
+    stage: str
+    """Which stage package made it, e.g. "sft"."""
+    kind: Kind
+    created: str
+    """UTC, ISO 8601."""
+    parents: dict[str, ParentRecord] = Field(default_factory=dict)
+    """{role: parent}."""
+    inputs: Inputs
+    recipe: dict[str, Any]
+    """The resolved section, as it was used."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Fingerprints and accounting of the rows."""
+    tokenizer: TokenizerRecord | None = None
+    seed: int
+    engine: EngineRecord
+    versions: dict[str, str] = Field(default_factory=dict)
+    """{package: version}."""
+    metrics: dict[str, Metric] = Field(default_factory=dict)
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """What children need beyond the weights, e.g. a reward model's reward_mean and reward_std."""
+    files: dict[str, str]
+    """{path relative to the stage directory: SHA-256} of everything published."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _finite(cls, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        # JSON has no NaN; readers in other languages would refuse the whole file for one such metric.
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of what was made: kind, bytes, encoding and `extra`; not when, where or from what."""
+        tokenizer = None if self.tokenizer is None else self.tokenizer.model_dump(mode="json")
+        return canonical_hash([self.kind, self.files, tokenizer, self.extra])
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest at `path` (a stage.json), None when there is none. HandoffError when it cannot be read."""
+    if not path.exists():
+        return None
+    content = read_json(path)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise HandoffError(
+            f"{path}: format_version is {version}, this Baton reads {FORMAT_VERSION}; "
+            "use the Baton that wrote it, or run the stage again"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise HandoffError(f"{path}: {where}: {first['msg']}; the file is damaged, run the stage again") from error

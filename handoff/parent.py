@@ -1,0 +1,176 @@
+"""What a stage starts from: a section of the same run, a checkpoint directory, or a model of the hub, opened and
+checked.
+
+Of a parent only safetensors, JSON, jinja and text files are read, whoever made it.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from handoff.contract import check_foreign
+from handoff.errors import HandoffError
+from handoff.files import HashCache, canonical_hash, changed_files, list_files
+from handoff.manifest import Kind, Manifest, TokenizerRecord, read_manifest
+
+READ_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+"""Files of a foreign checkpoint that count, in its top directory."""
+HASH_CACHE = ".hashes.json"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MAKE_TARGETS = ("tokenizer", "pretrain", "sft", "reward", "ppo", "dpo")
+_WORDS = {
+    "tokenizer": "a tokenizer",
+    "causal_lm": "a language model",
+    "reward_model": "a reward model",
+    "evaluation": "an evaluation",
+}
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An opened parent."""
+
+    path: Path
+    """Stage directory, or the foreign checkpoint's own."""
+    model_dir: Path
+    """Where weights, tokenizer and configuration are; the same as `path` for a foreign checkpoint."""
+    name: str
+    """Section name, directory name, or hub id."""
+    manifest: Manifest | None
+    """None for a foreign checkpoint."""
+    fingerprint: str
+    kind: Kind
+    tokenizer: TokenizerRecord
+
+
+def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True) -> Parent:
+    """Opens `ref` and checks that a stage may start from it, before a weight is loaded.
+
+    Args:
+        ref: a section of the run, a directory, or a hub id (`organisation/name`), looked for in this order.
+        run_dir: the run's directory.
+        kinds: kinds that the stage can start from.
+        verify: hash every published file again and compare with the manifest. Several processes need it once.
+
+    Raises:
+        HandoffError: missing (says which command makes it), unfinished, of the wrong kind, altered after publishing
+            (names the files), or a foreign checkpoint that breaks the contract.
+    """
+    directory, name = _locate(ref, run_dir)
+    manifest = read_manifest(directory / "stage.json")
+    if manifest is None:
+        if (directory / "started.json").exists():
+            raise HandoffError(
+                f"{directory} is unfinished: it was started and has not been published; {_how_to_make(directory)}"
+            )
+        parent = _open_foreign(directory, name, run_dir)
+    else:
+        parent = _open_published(directory, manifest)
+    if parent.kind not in kinds:
+        wanted = " or ".join(_WORDS[kind] for kind in sorted(kinds))
+        raise HandoffError(f"{directory} is {_WORDS[parent.kind]}; a parent here has to be {wanted}")
+    if manifest is not None and verify:
+        changes = changes_since_publishing(directory, manifest)
+        if changes:
+            told = ", ".join(f"{file} {change}" for file, change in changes[:3])
+            raise HandoffError(
+                f"{directory} was altered after publishing: {told}{' …' if len(changes) > 3 else ''}; "
+                f"restore it, or {_how_to_make(directory)}"
+            )
+    return parent
+
+
+def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
+    """(file, what happened to it) for everything published in `directory` that is no longer as the manifest says."""
+    changes = changed_files(directory, manifest.files)
+    # A file more is a change too: transformers would load an adapter that somebody put beside the weights.
+    present = {f"model/{name}" for name in list_files(directory / "model")}
+    return changes + [(name, "was added") for name in sorted(present - manifest.files.keys())]
+
+
+def foreign_fingerprint(directory: Path, kind: Kind, tokenizer: TokenizerRecord, cache: HashCache) -> str:
+    """Identity of a checkpoint made elsewhere: the bytes of the files that are read, and how its tokenizer is
+    understood."""
+    paths = {path for pattern in READ_PATTERNS for path in directory.glob(pattern)}
+    files = {path.name: cache.sha256(path) for path in sorted(paths)}
+    return canonical_hash([kind, files, tokenizer.model_dump(mode="json")])
+
+
+def _open_published(directory: Path, manifest: Manifest) -> Parent:
+    if manifest.tokenizer is None:
+        raise HandoffError(f"{directory} is {_WORDS[manifest.kind]}: nothing can start from it")
+    return Parent(
+        path=directory,
+        model_dir=directory / "model",
+        name=manifest.name,
+        manifest=manifest,
+        fingerprint=manifest.fingerprint,
+        kind=manifest.kind,
+        tokenizer=manifest.tokenizer,
+    )
+
+
+def _open_foreign(directory: Path, name: str, run_dir: Path) -> Parent:
+    kind, tokenizer = check_foreign(directory)
+    cache = HashCache(run_dir / HASH_CACHE)
+    fingerprint = foreign_fingerprint(directory, kind, tokenizer, cache)
+    cache.save()
+    return Parent(
+        path=directory,
+        model_dir=directory,
+        name=name,
+        manifest=None,
+        fingerprint=fingerprint,
+        kind=kind,
+        tokenizer=tokenizer,
+    )
+
+
+def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:
+    """(directory, name) of a reference."""
+    if "/" not in ref and (run_dir / ref).is_dir():
+        return run_dir / ref, ref
+    directory = Path(ref).expanduser()
+    if directory.is_dir():
+        # The model/ of a stage that was named directly: the manifest is one level up.
+        if directory.name == "model" and (directory.parent / "started.json").exists():
+            directory = directory.parent
+        return directory, directory.resolve().name
+    if "/" not in ref:
+        raise HandoffError(
+            f"{run_dir / ref} does not exist; {_how_to_make(run_dir / ref)} "
+            "(a model of the hub is written organisation/name)"
+        )
+    if directory.is_absolute() or ref.startswith(("./", "../", "~")) or not _HUB_ID.fullmatch(ref):
+        raise HandoffError(f"{ref}: no such directory")
+    return _download(ref), ref
+
+
+def _download(ref: str) -> Path:
+    """The newest snapshot of a hub model that can be had, without its pickles and code."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        # fnmatch's * also matches a slash: subdirectories hold other formats of the same weights.
+        return Path(
+            snapshot_download(ref, allow_patterns=list(READ_PATTERNS), ignore_patterns=["*/*", "consolidated*"])
+        )
+    except GatedRepoError as error:
+        raise HandoffError(
+            f"{ref}: its owner grants access on request; ask on its page, then `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise HandoffError(f"{ref}: neither a directory here nor a model of the hub that you can see") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise HandoffError(
+            f"{ref}: not a directory here, and the hub cannot be reached ({type(error).__name__}); download it "
+            f"where there is a network (`hf download {ref}`), or name a directory"
+        ) from error
+
+
+def _how_to_make(directory: Path) -> str:
+    section = directory.name
+    command = f"`baton run <recipe> --to {section}`"
+    return f"make it with `make {section}` or {command}" if section in _MAKE_TARGETS else f"make it with {command}"

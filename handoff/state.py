@@ -1,0 +1,152 @@
+"""Resumable state: `state/step-N/`, each with a list of its parts and their hashes, saved so that a kill harms nothing.
+
+A state is written into a `.tmp-step-N` directory by whoever trains, then committed here: hash every part, write
+state.json, fsync, rename, and only then rotate older ones away. "Latest" is the newest state whose parts are all
+there and unaltered.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from handoff.errors import HandoffError
+from handoff.files import fsync_path, fsync_tree, list_files, read_json, remove_tree, sha256_file, write_json
+
+FORMAT_VERSION = 1
+STATE_MANIFEST = "state.json"
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"(?:step|\.replaced-step)-(\d+)")
+
+
+@dataclass(frozen=True)
+class State:
+    """A valid saved state: the optimizer step it was saved after, its directory, and what `commit` was given as
+    extra."""
+
+    step: int
+    path: Path
+    extra: dict[str, Any]
+
+
+class StateStore:
+    """The states of one stage. Of several processes only the main one calls `staging`, `commit` and `clean`; the others
+    write their parts into `staging_path(step)` between two barriers of the caller's."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def staging_path(self, step: int) -> Path:
+        """Where the parts of a state are written before `commit`."""
+        return self.directory / f".tmp-step-{step}"
+
+    def staging(self, step: int) -> Path:
+        """An empty directory for the parts of the state of `step`."""
+        path = self.staging_path(step)
+        remove_tree(path)
+        path.mkdir(parents=True)
+        return path
+
+    def commit(self, step: int, staged: Path, keep: int, extra: Mapping[str, Any] | None = None) -> Path:
+        """Make `staged` the state of `step` and keep the `keep` (>= 1) newest states. Returns its directory.
+
+        States of later steps are removed too: they belong to a course that was abandoned when an earlier state was
+        resumed. OSError (a full disk) leaves the earlier states as they were, and removes `staged` to give its space
+        back.
+        """
+        assert keep >= 1, "a rotation that keeps nothing would lose the state just saved"
+        assert staged == self.staging_path(step), f"{staged} is not the staging directory of step {step}"
+        names = list_files(staged)
+        assert names, f"{staged} is empty: nothing was saved"
+        try:
+            parts = {
+                name: {"sha256": sha256_file(staged / name), "bytes": (staged / name).stat().st_size} for name in names
+            }
+            manifest = {"format_version": FORMAT_VERSION, "step": step, "extra": dict(extra or {}), "parts": parts}
+            write_json(staged / STATE_MANIFEST, manifest)
+            fsync_tree(staged)
+        except OSError:
+            remove_tree(staged)
+            raise
+        final = self.directory / f"step-{step}"
+        replaced = self.directory / f".replaced-step-{step}"
+        if final.exists():
+            # rename cannot replace a directory that has content. `latest` knows the other name, so that at no
+            # instant a valid state is out of reach.
+            remove_tree(replaced)
+            final.rename(replaced)
+        staged.rename(final)
+        fsync_path(self.directory)
+        self._rotate(step, keep)
+        return final
+
+    def _rotate(self, newest: int, keep: int) -> None:
+        kept = 0
+        for step, path in self._candidates():
+            if step <= newest and path.name.startswith("step-") and kept < keep:
+                kept += 1
+            else:
+                remove_tree(path)
+
+    def _candidates(self) -> list[tuple[int, Path]]:
+        """(step, directory), newest first; of one step the current directory before the replaced one."""
+        if not self.directory.is_dir():
+            return []
+        found = [
+            (int(match[1]), path)
+            for path in self.directory.iterdir()
+            if (match := _NAME.fullmatch(path.name)) is not None
+        ]
+        return sorted(found, key=lambda item: (item[0], item[1].name.startswith("step-")), reverse=True)
+
+    def latest(self) -> State | None:
+        """The newest valid state, None when none was ever saved.
+
+        A broken one is skipped, with a line in the log that names the part. HandoffError when there are states and
+        all are
+        broken: training from the start again would throw work away, so that has to be asked for.
+        """
+        reasons = []
+        for step, path in self._candidates():
+            try:
+                return State(step, path, self._checked(step, path))
+            except HandoffError as error:
+                _log.warning("state %s is skipped: %s", path.name, error)
+                reasons.append(str(error))
+        if reasons:
+            raise HandoffError(
+                f"no valid state is left to resume from: {'; '.join(reasons)}. "
+                f"Restore the file, or delete {self.directory} to train from the start"
+            )
+        return None
+
+    def _checked(self, step: int, path: Path) -> dict[str, Any]:
+        """`extra` of a state whose every part is as it was saved; HandoffError names the first that is not."""
+        manifest_path = path / STATE_MANIFEST
+        if not manifest_path.is_file():
+            raise HandoffError(f"{manifest_path} is missing")
+        manifest = read_json(manifest_path)
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            raise HandoffError(f"{manifest_path} is not of format version {FORMAT_VERSION}")
+        if manifest["step"] != step:
+            raise HandoffError(f"{manifest_path} is of step {manifest['step']}, its directory of step {step}")
+        for name, part in manifest["parts"].items():
+            file = path / name
+            if not file.is_file():
+                raise HandoffError(f"{file} is missing")
+            size = file.stat().st_size
+            if size != part["bytes"]:
+                raise HandoffError(f"{file} has {size} bytes instead of {part['bytes']}")
+            if sha256_file(file) != part["sha256"]:
+                raise HandoffError(f"{file} was altered: its hash is not the one that was saved")
+        extra: dict[str, Any] = manifest["extra"]
+        return extra
+
+    def clean(self) -> None:
+        """Remove what interrupted saves left behind."""
+        if self.directory.is_dir():
+            for path in self.directory.glob(".tmp-*"):
+                remove_tree(path)
