@@ -70,7 +70,7 @@ def train(run: Run) -> None:
     with run.progress(len(parents) * len(prompts) * 2, "evaluate") as advance:
         for name, parent in parents.items():
             encoder = Encoder.from_pretrained(parent.model_dir)
-            model = models.load_causal_lm(parent, config.model_args).eval().to(runtime.device())
+            model = models.load_reference(parent, config.model_args, bf16=False).to(runtime.device())
             answered[name] = _answer(run, config, model, encoder, prompts, advance)
             if documents is not None:
                 bits_per_byte[name] = {
@@ -78,7 +78,9 @@ def train(run: Run) -> None:
                 }
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
             if origin is not None and origin.name in answered:
-                reference = models.load_causal_lm(parents[origin.name], config.model_args).eval().to(runtime.device())
+                reference = models.load_reference(parents[origin.name], config.model_args, bf16=False).to(
+                    runtime.device()
+                )
                 ids = [encoder.prompt(p.record.messages) for p in prompts]
                 logp = _logprobs(reference, ids, answered[name].sampled, encoder.pad_id, config)
                 answered[name].kl = [sum(c.logprobs) - lp for c, lp in zip(answered[name].sampled, logp, strict=True)]
@@ -158,7 +160,7 @@ def _rewards(
     config: Config, reward: Parent, policy: Parent, prompts: Sequence[EncodedPrompt], answered: Answered
 ) -> list[float]:
     """Normalised scores of the learned reward model; it may have an encoding of its own."""
-    model = models.load_reward_model(reward, config.model_args).eval().to(runtime.device())
+    model = models.frozen(models.load_scalar(reward, config.model_args, bf16=False, seed=0)).to(runtime.device())
     encoder = Encoder.from_pretrained(policy.model_dir)
     messages = [p.record.messages for p in prompts]
     return LearnedReward(reward, model, policy, reencode=True)(

@@ -77,12 +77,13 @@ def train(run: Run) -> None:
     encoder = Encoder.from_pretrained(parent.model_dir)
     prompts = _load_prompts(run, encoder, config.data, "prompts")
     heldout = _load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
-    rewards = _load_rewards(run, config, parent, device)
+    bf16 = accelerator.mixed_precision == "bf16"
+    rewards = _load_rewards(run, config, parent, bf16)
 
     # Models.
-    policy = models.load_causal_lm(parent, config.model_args, dropout=False)
-    critic = _make_critic(run, config, parent)
-    reference = models.load_causal_lm(parent, config.model_args).eval().requires_grad_(False).to(device)
+    policy = models.without_dropout(models.load_policy(parent, config.model_args, bf16))
+    critic = _make_critic(run, config, parent, bf16)
+    reference = models.load_reference(parent, config.model_args, bf16).to(device)
     if t.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     actor_critic = ActorCritic(policy, critic)
@@ -236,7 +237,7 @@ def train(run: Run) -> None:
     policy_weights = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
     run.publish(
         "causal_lm",
-        lambda path: models.save_model(policy, encoder, path, state_dict=policy_weights),
+        lambda path: models.save(policy, policy_weights, parent, path, "causal_lm"),
         {key: metrics[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")},
     )
 
@@ -285,27 +286,27 @@ def _load_prompts(run: Run, encoder: Encoder, sources: Sequence[Any], label: str
     return prompts
 
 
-def _load_rewards(run: Run, config: Config, policy: Parent, device: torch.device) -> Composition:
+def _load_rewards(run: Run, config: Config, policy: Parent, bf16: bool) -> Composition:
     """Every entry of `reward`, with its models loaded and frozen."""
     learned = {}
     for entry in config.reward:
         if entry.model is None:
             continue
         parent = run.parent(f"reward:{entry.model}", frozenset({"reward_model"}))
-        model = models.load_reward_model(parent, config.model_args).eval().requires_grad_(False).to(device)
+        model = models.frozen(models.load_scalar(parent, config.model_args, bf16, run.seed)).to(runtime.device())
         learned[entry.model] = LearnedReward(parent, model, policy, reencode=entry.reencode)
     return Composition(config.reward, learned)
 
 
-def _make_critic(run: Run, config: Config, policy: Parent) -> Critic:
+def _make_critic(run: Run, config: Config, policy: Parent, bf16: bool) -> Critic:
     """From the reward model, with its head in the units of the normalised reward; else from the policy's body."""
     ref = config.critic_parent
     if ref is None:
-        return Critic(models.load_causal_lm(policy, config.model_args, dropout=False))
+        return Critic(models.without_dropout(models.load_policy(policy, config.model_args, bf16)))
     role = "critic" if config.critic is not None else f"reward:{ref}"
     parent = run.parent(role, frozenset({"reward_model"}))
     check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
-    model = models.load_reward_model(parent, config.model_args, dropout=False)
+    model = models.without_dropout(models.load_scalar(parent, config.model_args, bf16, run.seed))
     critic = Critic(model)
     weight = next((entry.weight for entry in config.reward if entry.model == ref), 1.0)
     assert parent.manifest is not None  # a reward model of another origin has been refused above
@@ -346,7 +347,7 @@ def _stop_if_lost(metrics: dict[str, float], t: PPOTrainConfig, iteration: int) 
     if metrics["objective/kl"] > t.kl_limit:
         raise GateError(
             f"iteration {iteration}: an answer is {metrics['objective/kl']:.1f} nats from the reference, above "
-            f"kl_limit {t.kl_limit}. Usual causes: learning_rate too high, kl_coef too low, a reward that pays without bound."
+            f"kl_limit {t.kl_limit}. Usual causes: learning_rate too high, kl_coef too low, a reward without bound."
         )
     if metrics["val/first_ratio_deviation"] > _FIRST_RATIO_TOLERANCE:
         raise GateError(
