@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,25 +146,30 @@ def human_bytes(count: int) -> str:
 
 
 class HashCache:
-    """SHA-256 of large files that Baton did not write, remembered between commands by path, size and modification time.
+    """SHA-256 of large files that Baton did not write, remembered between commands by path, size, inode and change
+    time.
 
+    The change time, unlike the modification time, cannot be set back: a file that was written to is hashed again.
     Only for files outside a run (a foreign checkpoint): what a run published is hashed afresh whenever it is verified.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, list[Any]] = read_json(path) if path.is_file() else {}
+        self._known: dict[str, list[Any]] = {}
+        with suppress(HandoffError):  # a damaged cache is an empty one
+            self._known = read_json(path) if path.is_file() else {}
         self._changed = False
 
     def sha256(self, path: Path) -> str:
-        """As `sha256_file`; read from the cache while size and modification time (ns) are those of last time."""
+        """As `sha256_file`; from the cache while the file is as it was last time."""
         path = path.resolve()
         stat = path.stat()
+        seen = [stat.st_size, stat.st_ino, stat.st_ctime_ns]
         entry = self._known.get(str(path))
-        if entry is not None and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return str(entry[2])
+        if entry is not None and entry[:3] == seen:
+            return str(entry[3])
         digest = sha256_file(path)
-        self._known[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
+        self._known[str(path)] = [*seen, digest]
         self._changed = True
         return digest
 

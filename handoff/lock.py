@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -43,21 +44,27 @@ os.register_at_fork(after_in_child=_close_in_child)
 class RunLock:
     """Exclusive use of a directory, for a purpose in words ("baton run", "stage sft"). Also a context manager.
 
-    The directory is created by `acquire` when it is missing; `.lock` stays in it, empty, after `release`.
+    `acquire` creates the directory when it is missing. `release` leaves `.lock` in it, empty; where the directory
+    was created for the lock and nothing else came into it, directory and lock go again.
     """
 
     def __init__(self, directory: Path, purpose: str) -> None:
         self.directory = directory
         self.purpose = purpose
         self._descriptor: int | None = None
+        self._created: list[Path] = []  # directories that acquire made, the outermost first
 
     def acquire(self) -> "RunLock":
         """Take the lock or raise at once: HandoffError names the owner's pid, host, purpose and since when."""
         assert self._descriptor is None, f"{self.directory} is already locked by this object"
         path = self.directory / LOCK_NAME
         while True:
+            self._created = _missing(self.directory)
             self.directory.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue  # its last owner has just removed the directory
             try:
                 self._lock(descriptor, path)
             except BaseException:
@@ -103,6 +110,11 @@ class RunLock:
         if self._descriptor is not None and self._descriptor in _held:
             _held.remove(self._descriptor)
             os.ftruncate(self._descriptor, 0)
+            if self._created and [path.name for path in self.directory.iterdir()] == [LOCK_NAME]:
+                (self.directory / LOCK_NAME).unlink()
+                with suppress(OSError):  # somebody has put something there meanwhile
+                    for directory in reversed(self._created):
+                        directory.rmdir()
             os.close(self._descriptor)
         self._descriptor = None
 
@@ -113,6 +125,12 @@ class RunLock:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _missing(directory: Path) -> list[Path]:
+    """The directories that mkdir(parents=True) will create, the outermost first."""
+    directory = directory.absolute()
+    return [folder for folder in reversed([directory, *directory.parents]) if not folder.exists()]
 
 
 def _is_file_at(descriptor: int, path: Path) -> bool:

@@ -5,6 +5,7 @@ Of a parent only safetensors, JSON, jinja and text files are read, whoever made 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +90,11 @@ def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[
     return changes + [(name, "was added") for name in sorted(present - manifest.files.keys())]
 
 
-def foreign_fingerprint(directory: Path, kind: Kind, tokenizer: TokenizerRecord, cache: HashCache) -> str:
+def foreign_fingerprint(directory: Path, kind: Kind, tokenizer: TokenizerRecord, sha256: Callable[[Path], str]) -> str:
     """Identity of a checkpoint made elsewhere: the bytes of the files that are read, and how its tokenizer is
     understood."""
     paths = {path for pattern in READ_PATTERNS for path in directory.glob(pattern)}
-    files = {path.name: cache.sha256(path) for path in sorted(paths)}
+    files = {path.name: sha256(path) for path in sorted(paths)}
     return canonical_hash([kind, files, tokenizer.model_dump(mode="json")])
 
 
@@ -114,7 +115,7 @@ def _open_published(directory: Path, manifest: Manifest) -> Parent:
 def _open_foreign(directory: Path, name: str, run_dir: Path) -> Parent:
     kind, tokenizer = check_foreign(directory)
     cache = HashCache(run_dir / HASH_CACHE)
-    fingerprint = foreign_fingerprint(directory, kind, tokenizer, cache)
+    fingerprint = foreign_fingerprint(directory, kind, tokenizer, cache.sha256)
     cache.save()
     return Parent(
         path=directory,

@@ -21,7 +21,6 @@ from handoff.errors import HandoffError
 from handoff.files import (
     check_free_space,
     check_writable,
-    existing_ancestor,
     fsync_path,
     fsync_tree,
     hash_tree,
@@ -52,7 +51,6 @@ class StageDir:
         self.samples_path = path / "samples.jsonl"
         self._lock = RunLock(path, f"stage {path.name}")
         self._inputs: Inputs | None = None
-        self._new_dirs: list[Path] = []  # created by begin, the outermost first
         self._fresh = False  # begin wrote started.json
         self._set_aside = False  # ... and moved earlier content away for it
 
@@ -78,7 +76,6 @@ class StageDir:
         """
         check_writable(self.path)
         check_free_space(self.path, need_bytes, f"stage {self.path.name}")
-        self._new_dirs = _missing_dirs(self.path)
         try:
             self._lock.acquire()
         except OSError as error:
@@ -198,7 +195,7 @@ class StageDir:
                 name=name,
                 stage=stage,
                 kind=kind,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                created=datetime.now(UTC).isoformat(),
                 parents={role: self._relative(parent) for role, parent in parents.items()},
                 inputs=inputs,
                 recipe=dict(recipe),
@@ -282,17 +279,3 @@ class StageDir:
             remove_tree(self._aside)
             with suppress(OSError):
                 self._aside.parent.rmdir()
-        elif self._new_dirs:
-            (self.path / LOCK_NAME).unlink()
-            with suppress(OSError):  # another stage has begun beside it meanwhile
-                for directory in reversed(self._new_dirs):
-                    directory.rmdir()
-
-
-def _missing_dirs(path: Path) -> list[Path]:
-    """The directories that mkdir(parents=True) would create, the outermost first."""
-    ancestor = existing_ancestor(path)
-    path = path.absolute()
-    return [
-        folder for folder in reversed([path, *path.parents]) if folder != ancestor and folder.is_relative_to(ancestor)
-    ]

@@ -1,73 +1,109 @@
-"""Whether a run is still what it published: every file of every stage hashed again, and every child's parents
-compared."""
+"""Whether a run is still what it published: every file of its whole lineage hashed again, every edge compared.
+
+The lineage may lead out of the run, to a stage of another run or to a checkpoint made elsewhere; those are followed
+too.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from handoff.contract import check_foreign
 from handoff.errors import HandoffError
+from handoff.files import sha256_file
 from handoff.manifest import Manifest, ParentRecord, read_manifest
-from handoff.parent import changes_since_publishing, open_parent
+from handoff.parent import changes_since_publishing, foreign_fingerprint
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: the stage, the file ("" when it is about no single one), and what, in words."""
+    """One thing that is wrong: the stage (its path, when it is of another run), the file ("" when it is about no single
+    one), and what, in words."""
 
     stage: str
     file: str
     message: str
 
 
+@dataclass(frozen=True)
+class Ancestry:
+    """One published stage and what it was made from."""
+
+    stage: str
+    kind: str
+    created: str
+    fingerprint: str
+    parents: dict[str, ParentRecord]
+    """{role: parent}, each with the fingerprint that it had then."""
+
+
+def lineage(run_dir: Path) -> list[Ancestry]:
+    """The published stages of a run in the order of their publishing. HandoffError: no such run, or a damaged
+    manifest."""
+    manifests = [(folder.name, read_manifest(folder / "stage.json")) for folder in _stage_dirs(run_dir)]
+    published = [
+        Ancestry(name, manifest.kind, manifest.created, manifest.fingerprint, manifest.parents)
+        for name, manifest in manifests
+        if manifest is not None
+    ]
+    return sorted(published, key=lambda ancestry: ancestry.created)
+
+
 def verify_run(run_dir: Path) -> list[Problem]:
-    """Everything that differs from what the stages of `run_dir` published, parents before children; empty when
-    nothing does.
+    """Everything that differs from what the stages of `run_dir` and their ancestors published; empty when nothing does.
 
     Unfinished stages have published nothing and are passed over. HandoffError when there is no such run.
     """
-    manifests, problems = _manifests(run_dir)
-    for name, manifest in manifests.items():
-        for file, change in changes_since_publishing(run_dir / name, manifest):
-            problems.append(Problem(name, file, f"{change} after publishing"))
+    problems: list[Problem] = []
+    waiting = [(folder, folder.name) for folder in _stage_dirs(run_dir)]
+    seen = {folder.resolve() for folder, _ in waiting}
+    while waiting:
+        directory, label = waiting.pop(0)
+        try:
+            manifest = read_manifest(directory / "stage.json")
+        except HandoffError as error:
+            problems.append(Problem(label, "stage.json", str(error)))
+            continue
+        if manifest is None:
+            continue
+        problems += [
+            Problem(label, file, f"{change} after publishing")
+            for file, change in changes_since_publishing(directory, manifest)
+        ]
         for role, record in manifest.parents.items():
-            message = _lineage_fault(run_dir, role, record)
-            if message:
-                problems.append(Problem(name, "", message))
+            path = directory.parent / record.path  # an absolute path stays itself
+            fault = _fault(path, record)
+            if fault:
+                problems.append(Problem(label, "", f"{role} {record.name}: {fault}"))
+            if _is_stage(path) and path.resolve() not in seen:
+                seen.add(path.resolve())
+                waiting.append((path, str(path)))
     return problems
 
 
-def _manifests(run_dir: Path) -> tuple[dict[str, Manifest], list[Problem]]:
-    """{stage: manifest} in the order of publishing, and the ones that cannot be read."""
+def _stage_dirs(run_dir: Path) -> list[Path]:
     if not run_dir.is_dir():
         raise HandoffError(f"{run_dir}: no such run")
-    manifests, problems = {}, []
-    for folder in sorted(run_dir.iterdir()):
-        if folder.name.startswith(".") or not folder.is_dir():
-            continue
-        try:
-            manifest = read_manifest(folder / "stage.json")
-        except HandoffError as error:
-            problems.append(Problem(folder.name, "stage.json", str(error)))
-            continue
-        if manifest is not None:
-            manifests[folder.name] = manifest
-    return dict(sorted(manifests.items(), key=lambda item: item[1].created)), problems
+    return sorted(folder for folder in run_dir.iterdir() if folder.is_dir() and _is_stage(folder))
 
 
-def _lineage_fault(run_dir: Path, role: str, record: ParentRecord) -> str | None:
-    """What is wrong with one edge of the lineage, or None."""
-    path = run_dir / record.path  # an absolute path stays itself
+def _is_stage(path: Path) -> bool:
+    return (path / "stage.json").exists() or (path / "started.json").exists()
+
+
+def _fault(path: Path, record: ParentRecord) -> str | None:
+    """What is wrong between a stage and one of its parents, None when the parent is as it was."""
+    if not path.is_dir():
+        return f"{path} is gone"
     try:
-        if (path / "stage.json").exists() or (path / "started.json").exists():
-            manifest = read_manifest(path / "stage.json")
-            present = None if manifest is None else manifest.fingerprint
-        elif path.is_dir():
-            present = open_parent(str(path), run_dir, {"tokenizer", "causal_lm", "reward_model"}).fingerprint
+        if _is_stage(path):
+            manifest: Manifest | None = read_manifest(path / "stage.json")
+            if manifest is None:
+                return f"{path} is unfinished: it was begun again after this stage"
+            present = manifest.fingerprint
         else:
-            return f"{role} {record.name}: {path} is gone"
+            present = foreign_fingerprint(path, *check_foreign(path), sha256_file)
     except HandoffError as error:
-        return f"{role} {record.name}: {error}"
-    if present is None:
-        return f"{role} {record.name}: {path} is unfinished, it was begun again after this stage"
-    if present != record.fingerprint:
-        return f"{role} {record.name}: retrained since ({record.fingerprint[:12]} then, {present[:12]} now)"
-    return None
+        return str(error)
+    if present == record.fingerprint:
+        return None
+    return f"it is another one now (fingerprint {record.fingerprint[:12]} then, {present[:12]} now)"
