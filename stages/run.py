@@ -180,6 +180,7 @@ class Run:
                 versions={package: version(package) for package in _PACKAGES},
                 metrics={**metrics, "time/total": round(time.time() - self._started, 2)},
                 extra=extra or {},
+                tokenizer=self._parents["parent"].tokenizer if "parent" in self._parents else None,
             )
             self._announce(self.dir.manifest())
         self._runtime.barrier()
