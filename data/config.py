@@ -1,18 +1,18 @@
 """One entry of a recipe's `data:` list."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class SourceBase(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     weight: float = Field(default=1.0, gt=0)
-    """Share of this source in the mixture, relative to the other entries' weights (> 0). Only read when `limit` of the
-    mixture or the number of steps asks for fewer rows than there are."""
+    """How densely this source is used, relative to the other entries of the list (> 0): of the source with the largest
+    weight all rows, of the others `weight / largest weight` of their rows, chosen by a hash of the row."""
     limit: int | None = Field(default=None, ge=1)
-    """At most this many records of the source, the first ones in its own order; all when absent."""
+    """At most this many usable records of the source, the first ones in its own order; all when absent."""
 
 
 class WorldSource(SourceBase):
@@ -31,25 +31,39 @@ class WorldSource(SourceBase):
     """Which world. Another seed, another set of people, places and facts."""
 
 
-class FileSource(SourceBase):
+class RowsSource(SourceBase):
+    """What files and hub data sets share: how their rows are read, and which are held out."""
+
+    format: Literal[
+        "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
+    ] = "auto"
+    """How a row is read; `auto` decides by the columns of each file's first row and says what it chose."""
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of rows set aside by a hash of the first user turn (of the text), half for validation, half for test. Equal
+    prompts fall on the same side in every file. Give the same share wherever the rows are used."""
+    split: Literal["all", "train", "validation", "test"] = "all"
+    """Which part of the rows to use. Anything but `all` needs `holdout`, and `holdout` needs anything but `all`."""
+
+    @model_validator(mode="after")
+    def _holdout_and_split_agree(self) -> Self:
+        if self.split != "all" and self.holdout == 0:
+            raise ValueError(f"split: {self.split} needs `holdout`, the share of rows that is set aside")
+        if self.split == "all" and self.holdout > 0:
+            raise ValueError("`holdout` needs `split: train`, `validation` or `test`, or it would set nothing aside")
+        return self
+
+
+class FileSource(RowsSource):
     """Local files: txt, jsonl, json, csv or parquet, each also with .gz."""
 
     source: Literal["file"]
     path: str
     """A file, a folder or a glob, relative to the recipe's `data_root` (to the working directory without one)."""
-    format: Literal[
-        "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
-    ] = "auto"
-    """How a row is read; `auto` decides by the columns of the first row and says what it chose."""
     exclude: list[str] = Field(default_factory=list)
     """File names (globs) of a folder or glob that are left out, e.g. a held-out book."""
-    holdout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of rows set aside by a hash of the prompt (of the text), half for validation, half for test."""
-    split: Literal["all", "train", "validation", "test"] = "all"
-    """Which part of the rows to use. Anything but `all` needs `holdout`."""
 
 
-class HubSource(SourceBase):
+class HubSource(RowsSource):
     """A data set of the Hugging Face hub, by name."""
 
     source: Literal["hub"]
@@ -59,14 +73,8 @@ class HubSource(SourceBase):
     """Configuration name of the data set."""
     hub_split: str = "train"
     """Split of the data set as published, e.g. `train` or `train[:1000]`."""
-    format: Literal[
-        "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
-    ] = "auto"
-    """As for files."""
-    holdout: float = Field(default=0.0, ge=0, lt=1)
-    """As for files."""
-    split: Literal["all", "train", "validation", "test"] = "all"
-    """As for files."""
+    revision: str | None = None
+    """Commit or tag of the data set, so that a run can be repeated; its newest when absent."""
 
 
 SourceConfig = Annotated[WorldSource | FileSource | HubSource, Field(discriminator="source")]

@@ -1,0 +1,101 @@
+"""Where every row went: rows in = rows used + rows dropped, by reason. Nothing is left out without being counted."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from data.errors import DataError
+from data.records import Origin
+
+EXAMPLES_KEPT = 3
+"""Places named for each reason in messages."""
+
+
+@dataclass
+class Accounting:
+    """Counts of one list of sources, from reading to encoding. At all times rows_in == rows_used + sum(dropped)."""
+
+    rows_in: int = 0
+    """Rows that were asked for: of the chosen split, within `limit` and the mixture's weights."""
+    rows_used: int = 0
+    """Those that are still there."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows that were asked for and could not be used, by reason."""
+    set_aside: Counter[str] = field(default_factory=Counter)
+    """Rows that were read and not asked for (another split, the mixture's weight), by reason; not part of rows_in."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What else a user should know, e.g. the format that was recognised, columns not read, turns cut; with counts."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first places of each reason."""
+
+    def read(self, rows: int = 1) -> None:
+        """Rows came in and count as used until they are dropped."""
+        self.rows_in += rows
+        self.rows_used += rows
+
+    def drop(self, reason: str, origin: Origin) -> None:
+        """A row that had come in cannot be used after all."""
+        assert self.rows_used > 0, "dropped more rows than were read"
+        self.rows_used -= 1
+        self.dropped[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < EXAMPLES_KEPT:
+            places.append(str(origin))
+
+    def put_aside(self, reason: str, rows: int = 1) -> None:
+        """Rows that had come in turn out not to be asked for."""
+        assert self.rows_used >= rows, "set aside more rows than were read"
+        self.rows_in -= rows
+        self.rows_used -= rows
+        self.set_aside[reason] += rows
+
+    def merge(self, other: "Accounting") -> None:
+        """Add the counts of another list of sources to these."""
+        self.rows_in += other.rows_in
+        self.rows_used += other.rows_used
+        self.dropped.update(other.dropped)
+        self.set_aside.update(other.set_aside)
+        self.notes.update(other.notes)
+        for reason, places in other.examples.items():
+            mine = self.examples.setdefault(reason, [])
+            mine.extend(places[: EXAMPLES_KEPT - len(mine)])
+
+    def check(self, max_drop_fraction: float) -> None:
+        """Refuse to go on when too much was lost.
+
+        Raises:
+            DataError: more than this share of the rows was dropped, or none is left; names reasons and first places.
+        """
+        lost = sum(self.dropped.values())
+        if self.rows_used == 0:
+            raise DataError(f"no row is left of {self.rows_in} that were read:\n{self._reasons()}")
+        if lost > max_drop_fraction * self.rows_in:
+            raise DataError(
+                f"{lost} of {self.rows_in} rows were dropped, more than max_drop_fraction = {max_drop_fraction:g} "
+                f"allows:\n{self._reasons()}\nMend the data, or raise max_drop_fraction if that is meant."
+            )
+
+    def metrics(self) -> dict[str, int]:
+        """For metrics.jsonl: `data/rows_in`, `data/rows_used`, `data/dropped/<reason>`, `data/set_aside/<reason>`."""
+        counts = {"data/rows_in": self.rows_in, "data/rows_used": self.rows_used}
+        counts |= {f"data/dropped/{_slug(reason)}": n for reason, n in sorted(self.dropped.items())}
+        return counts | {f"data/set_aside/{_slug(reason)}": n for reason, n in sorted(self.set_aside.items())}
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{self.rows_in} rows in, {self.rows_used} used, {sum(self.dropped.values())} dropped"]
+        if self.dropped:
+            lines.append(self._reasons())
+        lines += [f"  set aside, {reason}: {n}" for reason, n in self.set_aside.most_common()]
+        lines += [f"  note: {note}" + (f" ({n} times)" if n > 1 else "") for note, n in self.notes.items()]
+        return "\n".join(lines)
+
+    def _reasons(self) -> str:
+        return "\n".join(
+            f"  dropped, {reason}: {n} (first at {', '.join(self.examples[reason])})"
+            for reason, n in self.dropped.most_common()
+        )
+
+
+def _slug(reason: str) -> str:
+    """A reason as part of a metric's name: letters, digits and underscores."""
+    return "_".join("".join(c if c.isalnum() else " " for c in reason.lower()).split())

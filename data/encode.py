@@ -1,0 +1,367 @@
+"""The one encoder: from records to token ids and loss masks. No stage turns text into ids in any other way.
+
+Three things make what a model is trained on equal to what it sees when it generates, whatever the template:
+
+1. A conversation is cut into contexts and answers (data/turns.py) and each part is encoded by itself. So the ids of a
+   prompt are always a prefix of the ids of the answered conversation: no token merges across the border, and the mask
+   is a matter of structure (exactly the answers and their stop tokens), never of searching.
+2. Answers and documents are encoded with special tokens switched off: `<|end|>` in a text is seven characters there,
+   not a stop. In messages it is refused, because the rendered conversation could not be told from a forged one.
+3. Ids of special tokens come from the template alone: a beginning-of-sequence token appears once or not at all.
+
+What is dropped or cut is counted in the `Accounting` that the caller passes.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+
+from data.accounting import Accounting
+from data.errors import DataError, RowRefused
+from data.records import Chat, Message, Preference, Prompt, Text
+from data.template import CHAT_TEMPLATE
+from data.turns import OwnTurns, Split, TemplateTurns, Turns
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
+Truncation: TypeAlias = Literal["drop", "error", "keep_end"]
+
+TOO_LONG = "longer than max_length"
+_BATCH = 4096
+"""Records encoded in one call of the tokenizer: enough to keep it busy, little enough not to matter for memory."""
+
+
+class Encoder:
+    """A tokenizer with its chat template, as ids. All lists of ids are plain `list[int]`."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """The tokenizer is not changed: the encoder works on a copy of its tables.
+
+        Raises:
+            DataError: no pad or end token, pad equal to end, or a chat template that cannot be trained on.
+        """
+        from tokenizers import Tokenizer
+
+        self.tokenizer = tokenizer
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+            missing = "eos_token" if tokenizer.eos_token_id is None else "pad_token"
+            raise DataError(
+                f"{tokenizer.name_or_path}: no {missing}; name one in the tokenizer's tokenizer_config.json"
+            )
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise DataError(
+                f"{tokenizer.name_or_path}: pad_token and eos_token are both {tokenizer.eos_token!r}, so a model would "
+                "never learn to stop; name another token of the vocabulary as pad_token in tokenizer_config.json"
+            )
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id
+        self.vocab_size = len(tokenizer)
+        """Entries of the tokenizer, added tokens included; a model has at least as many embedding rows."""
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or "(?!)")
+        starts = self._backend.encode("").ids
+        self._document_start = [i for i in starts if i == self.bos_id]
+        self._turns: Turns | None = None
+        self._before: list[int] = []
+        self._after: list[int] = []
+        self.stop_ids: list[int] = [self.eos_id]
+        """Generation ends at any of these; the first is the one that ends an answer."""
+        if tokenizer.chat_template is not None:
+            own = tokenizer.chat_template == CHAT_TEMPLATE
+            self._turns = OwnTurns() if own else TemplateTurns(self._render, self._find_special)
+            shape = self._turns.shape
+            self._before, self._after, stop = self._encode([shape.before, shape.after, shape.stop], special=True)
+            self.stop_ids = list(dict.fromkeys([*stop, self.eos_id]))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Encoder":
+        """Load the tokenizer that lies in `folder`. Raises DataError as the constructor does."""
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise DataError(
+                f"{folder}: the tokenizer has no tokenizer.json; save it once with AutoTokenizer to make one"
+            )
+        return cls(tokenizer)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The conversation with the header of the answer to come. Raises DataError where it cannot be expressed."""
+        return _or_raise(self.prompts([messages])[0])
+
+    def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The conversation, and for each token whether it is an answer's or the stop token of one.
+
+        Ends with the last answer's stop token. Raises DataError where the conversation cannot be expressed.
+        """
+        return _or_raise(self.chats([messages])[0])
+
+    def answer(self, text: str) -> list[int]:
+        """A completion and its stop token: `prompt(m) + answer(t)` is `chat` of `m` answered with `t`."""
+        return self.answers([text])[0]
+
+    def document(self, text: str) -> list[int]:
+        """A text and the end token, after a beginning token where the tokenizer itself begins texts with one."""
+        return self.documents([text])[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a completion: no special tokens, and nothing that the template puts around an answer."""
+        rest = list(ids)
+        if rest[: len(self._before)] == self._before:
+            rest = rest[len(self._before) :]
+        text: str = self._backend.decode(rest, skip_special_tokens=True)
+        return text.removesuffix(self._turns.shape.after) if self._turns else text
+
+    def prompts(self, batch: Sequence[Sequence[Message]]) -> list[list[int] | RowRefused]:
+        """`prompt` of many conversations at once; a conversation that cannot be expressed gives its refusal."""
+        return [r if isinstance(r, RowRefused) else r[0] for r in self._conversations(batch, generation=True)]
+
+    def chats(self, batch: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]] | RowRefused]:
+        """`chat` of many conversations at once; a conversation that cannot be expressed gives its refusal."""
+        return self._conversations(batch, generation=False)
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """`answer` of many texts at once."""
+        turns = self._require_template()
+        return [self._closed(ids) for ids in self._encode([turns.shape.text(t) for t in texts], special=False)]
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """`document` of many texts at once."""
+        return [[*self._document_start, *ids, self.eos_id] for ids in self._encode(texts, special=False)]
+
+    def refusal(self, text: str) -> RowRefused | None:
+        """Why a message with this text cannot be encoded, or None."""
+        found = self._special.search(text)
+        return RowRefused(f"text contains the special token {found.group()}") if found else None
+
+    def _require_template(self) -> Turns:
+        if self._turns is None:
+            raise DataError(
+                f"{self.tokenizer.name_or_path}: the tokenizer has no chat template, so it can encode documents and no "
+                "conversations; put a chat_template.jinja beside its tokenizer.json"
+            )
+        return self._turns
+
+    def _conversations(
+        self, batch: Sequence[Sequence[Message]], generation: bool
+    ) -> list[tuple[list[int], list[bool]] | RowRefused]:
+        splits = [self._split(messages, generation) for messages in batch]
+        usable = [s for s in splits if isinstance(s, Split)]
+        contexts = iter(self._encode([text for s in usable for text in s.contexts], special=True))
+        answers = iter(self._encode([text for s in usable for text in s.answers], special=False))
+        results: list[tuple[list[int], list[bool]] | RowRefused] = []
+        for split in splits:
+            if isinstance(split, RowRefused):
+                results.append(split)
+                continue
+            ids: list[int] = []
+            mask: list[bool] = []
+            for turn in range(len(split.contexts)):
+                context = next(contexts)
+                answer = self._closed(next(answers)) if turn < len(split.answers) else []
+                ids += context + answer
+                mask += [False] * len(context) + [True] * len(answer)
+            results.append((ids, mask))
+        return results
+
+    def _split(self, messages: Sequence[Message], generation: bool) -> Split | RowRefused:
+        turns = self._require_template()
+        for message in messages:
+            refusal = self.refusal(message.content)
+            if refusal:
+                return refusal
+        try:
+            return turns.split(messages, generation)
+        except RowRefused as refusal:
+            return refusal
+
+    def _closed(self, answer: list[int]) -> list[int]:
+        return [*self._before, *answer, *self._after, self.stop_ids[0]]
+
+    def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """`special`: whether a special token's text becomes that token, or is text like any other."""
+        self._backend.encode_special_tokens = not special
+        distinct = list(dict.fromkeys(texts))
+        encoded = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(distinct, encoded, strict=True)}
+        return [ids[text] for text in texts]
+
+    def _find_special(self, text: str) -> str | None:
+        found = self._special.search(text)
+        return found.group() if found else None
+
+    def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except TemplateError as error:
+            raise RowRefused(f"the chat template refuses it: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as the policy is given it, ending with the header of the answer to come."""
+
+    ids: list[int]
+    record: Prompt
+
+
+def encode_documents(records: Sequence[Text], encoder: Encoder, block: int) -> "NDArray[np.int32]":
+    """All documents one after another, cut into blocks: shape (N, block), int32.
+
+    Documents end with the end token and may run on from one block into the next; the tail that fills no block (fewer
+    than `block` tokens of all) is left out.
+
+    Raises:
+        DataError: the documents together are shorter than one block.
+    """
+    import numpy as np
+
+    parts = [
+        np.fromiter(ids, dtype=np.int32, count=len(ids))
+        for batch in _batches(records)
+        for ids in encoder.documents([record.text for record in batch])
+    ]
+    stream = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    blocks = len(stream) // block
+    if blocks == 0:
+        raise DataError(
+            f"{len(records)} documents make {len(stream)} tokens, fewer than one block of {block}: add data, or lower "
+            "the block length"
+        )
+    return stream[: blocks * block].reshape(blocks, block)
+
+
+def encode_chats(
+    records: Sequence[Chat], encoder: Encoder, max_length: int, truncation: Truncation, accounting: Accounting
+) -> list[dict[str, list[int]]]:
+    """Rows `{"input_ids", "labels"}` of equal length each, labels -100 wherever nothing is to be learnt.
+
+    `truncation` says what becomes of rows with more than `max_length` tokens: dropped and counted; an error; or their
+    beginning is cut (a beginning token is kept), so that the last answer and its stop token stay at the end.
+
+    Raises:
+        DataError: a row is too long under `error`, or no row is left.
+    """
+    rows, shortest = [], 0
+    for batch in _batches(records):
+        for record, result in zip(batch, encoder.chats([r.messages for r in batch]), strict=True):
+            if isinstance(result, RowRefused):
+                accounting.drop(result.reason, record.origin)
+                continue
+            ids, mask = result
+            assert any(mask), f"{record.origin}: a chat without an answer"
+            labels = [i if supervised else -100 for i, supervised in zip(ids, mask, strict=True)]
+            if len(ids) > max_length:
+                shortest = min(shortest or len(ids), len(ids))
+                if truncation != "keep_end":
+                    _too_long(record, len(ids), max_length, truncation, accounting)
+                    continue
+                accounting.notes["rows whose beginning was cut to max_length"] += 1
+                head = 1 if ids[0] == encoder.bos_id else 0
+                ids = ids[:head] + ids[len(ids) - max_length + head :]
+                labels = [-100] * head + labels[len(labels) - max_length + head :]
+            rows.append({"input_ids": ids, "labels": labels})
+    return _some(rows, len(records), shortest, max_length)
+
+
+def encode_preferences(
+    records: Sequence[Preference], encoder: Encoder, max_length: int, truncation: Truncation, accounting: Accounting
+) -> list[dict[str, list[int]]]:
+    """Rows `{"prompt_ids", "chosen_ids", "rejected_ids"}`; both answers end with the stop token.
+
+    A row is as long as its prompt and the longer answer. `truncation` is as in `encode_chats`; under `keep_end` the
+    prompt alone is cut, and a row whose answer leaves no room for it is dropped.
+
+    Raises:
+        DataError: a row is too long under `error`, or no row is left.
+    """
+    rows, shortest = [], 0
+    for batch in _batches(records):
+        prompts = encoder.prompts([r.prompt for r in batch])
+        chosens = encoder.answers([r.chosen for r in batch])
+        rejecteds = encoder.answers([r.rejected for r in batch])
+        for record, prompt, chosen, rejected in zip(batch, prompts, chosens, rejecteds, strict=True):
+            refusal = encoder.refusal(record.chosen) or encoder.refusal(record.rejected)
+            if isinstance(prompt, RowRefused) or refusal:
+                accounting.drop(prompt.reason if isinstance(prompt, RowRefused) else str(refusal), record.origin)
+                continue
+            if chosen == rejected:
+                accounting.drop("chosen and rejected are the same tokens", record.origin)
+                continue
+            room = max_length - max(len(chosen), len(rejected))
+            if len(prompt) > room:
+                shortest = min(shortest or len(prompt) + max_length - room, len(prompt) + max_length - room)
+                head = 1 if prompt[0] == encoder.bos_id else 0
+                if truncation != "keep_end" or room <= head:
+                    _too_long(record, len(prompt) + max_length - room, max_length, truncation, accounting)
+                    continue
+                accounting.notes["prompts whose beginning was cut to max_length"] += 1
+                prompt = prompt[:head] + prompt[len(prompt) - room + head :]
+            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return _some(rows, len(records), shortest, max_length)
+
+
+def encode_prompts(
+    records: Sequence[Prompt], encoder: Encoder, max_length: int, accounting: Accounting
+) -> list[EncodedPrompt]:
+    """Prompts of at most `max_length` tokens; longer ones are dropped, for a cut prompt asks something else.
+
+    Raises:
+        DataError: no row is left.
+    """
+    rows, shortest = [], 0
+    for batch in _batches(records):
+        for record, ids in zip(batch, encoder.prompts([r.messages for r in batch]), strict=True):
+            if isinstance(ids, RowRefused):
+                accounting.drop(ids.reason, record.origin)
+            elif len(ids) > max_length:
+                shortest = min(shortest or len(ids), len(ids))
+                accounting.drop(TOO_LONG, record.origin)
+            else:
+                rows.append(EncodedPrompt(ids, record))
+    return _some(rows, len(records), shortest, max_length)
+
+
+def _batches(records: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(records), _BATCH):
+        yield records[start : start + _BATCH]
+
+
+def _too_long(
+    record: Chat | Preference, length: int, max_length: int, truncation: Truncation, accounting: Accounting
+) -> None:
+    if truncation == "error":
+        raise DataError(
+            f"{record.origin}: {length} tokens, and max_length is {max_length}; raise max_length, shorten the row, or "
+            "set truncation to drop or keep_end"
+        )
+    accounting.drop(TOO_LONG, record.origin)
+
+
+def _some(rows: list[T], records: int, shortest: int, max_length: int) -> list[T]:
+    if not rows and shortest:
+        raise DataError(
+            f"no row is left of {records}: the shortest of those too long has {shortest} tokens, and max_length is "
+            f"{max_length}; raise max_length"
+        )
+    return rows
+
+
+def _or_raise(result: T | RowRefused) -> T:
+    if isinstance(result, RowRefused):
+        raise result
+    return result

@@ -1,0 +1,253 @@
+"""From the `data:` list of a recipe to records of one kind, with an account of every row.
+
+What is an error at once, because the data is not what the recipe says it is: a missing or empty file, a damaged one
+(truncated gzip, not UTF-8, broken JSON), a missing column, `null` or a wrong type in a column that is read, an unknown
+role, a format that has no such records (documents where conversations are wanted), a source none of whose rows can be
+used.
+
+What is dropped and counted, because real data has such rows: empty text, empty prompt, empty answer, roles out of
+order, chosen equal to rejected, chosen and rejected that answer different prompts, no answer where one is wanted, a
+conversation labelled as bad, no final answer in a GSM8K row; and by the encoder: rows that are too long, and messages
+that contain a special token's text. The caller bounds it with `Accounting.check(max_drop_fraction)`.
+
+What is mended: a byte order mark, Windows line ends, Project Gutenberg's wrapping, an empty system message; and with a
+note that counts it: the Alpaca instruction header inside a prompt, turns after the last answer of a conversation.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar, cast
+
+from data.accounting import Accounting
+from data.config import SourceConfig, WorldSource
+from data.errors import DataError, RowRefused
+from data.fingerprint import fingerprints, label
+from data.formats import Conversation, Document, Format, Pair, Parsed, detect, parse
+from data.records import Chat, Message, Origin, Preference, Prompt, Record, Text
+from data.sampling import shuffled
+from data.sources import read_rows
+
+R = TypeVar("R", bound=Record)
+
+CUT_TURN = "conversations whose turns after the last answer were cut"
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[R]):
+    records: list[R]
+    """In the source's own order; of several sources, shuffled together by the seed."""
+    accounting: Accounting
+    fingerprints: dict[str, str]
+    """sha256 by label, one for each source."""
+
+
+def load(sources: Sequence[SourceConfig], want: type[R], root: Path | None, seed: int) -> Loaded[R]:
+    """All records of the sources as `want` (Text, Chat, Preference or Prompt), turned into it where that makes sense.
+
+    A chat becomes a prompt by leaving out its last answer, which goes to `columns["reference"]`; a pair becomes a
+    prompt the same way (the chosen answer is the reference) and a chat with the chosen answer. Nothing becomes a
+    document. A prompt keeps in `columns` whatever other columns its row has.
+
+    Mixture: of the source with the largest weight all rows are used, of the others `weight / largest weight` of their
+    rows: those whose hash with the seed is lowest.
+
+    Raises:
+        DataError: see the head of this module; the message names file, row and field.
+    """
+    digests = fingerprints(sources, root)
+    accounting = Accounting()
+    records: list[R] = []
+    largest = max((source.weight for source in sources), default=1.0)
+    for source in sources:
+        own = Accounting()
+        loaded = _load_source(source, want, root, own)
+        share = source.weight / largest
+        kept = _thin(loaded, share, seed) if share < 1 else loaded
+        if len(kept) < len(loaded):
+            own.put_aside("mixture weight", len(loaded) - len(kept))
+        accounting.merge(own)
+        records += kept
+    if len(sources) > 1:
+        records = [records[i] for i in shuffled(len(records), seed, "mixture")]
+    return Loaded(records, accounting, digests)
+
+
+def _load_source(source: SourceConfig, want: type[R], root: Path | None, accounting: Accounting) -> list[R]:
+    """The usable records of one source, of its split and up to its limit."""
+    records: list[R] = []
+    split = "all" if isinstance(source, WorldSource) else source.split
+    holdout = 0.0 if isinstance(source, WorldSource) else source.holdout
+    for parsed, row, origin in _parsed_rows(source, want, root, accounting):
+        accounting.read()
+        try:
+            if isinstance(parsed, RowRefused):
+                raise parsed
+            record = _shape(parsed, want, origin, accounting)
+        except RowRefused as refusal:
+            # Its prompt may be what is wrong with it, so its place is decided by the row itself.
+            if _in_split(json.dumps(row, sort_keys=True, default=str), holdout, split):
+                accounting.drop(refusal.reason, origin)
+            else:
+                accounting.put_aside("other split")
+            continue
+        if not _in_split(_holdout_key(record), holdout, split):
+            accounting.put_aside("other split")
+            continue
+        records.append(record)
+        if len(records) == source.limit:
+            break
+    if not records:
+        raise DataError(
+            f"{label(source)}: no row can be used (split {split}, holdout {holdout:g}):\n{accounting.summary()}"
+        )
+    return records
+
+
+def _parsed_rows(
+    source: SourceConfig, want: type[R], root: Path | None, accounting: Accounting
+) -> Iterator[tuple[Parsed | RowRefused, object, Origin]]:
+    if isinstance(source, WorldSource):
+        for record in _world(source):
+            yield _parsed(record), None, record.origin
+        return
+    formats: dict[str, Format] = {}
+    unread: dict[str, set[str]] = {}
+    for row, origin in read_rows(source, root):
+        if origin.file not in formats:
+            formats[origin.file] = detect(row, want is Text, origin) if source.format == "auto" else source.format
+            accounting.notes[f"files read as {formats[origin.file]}"] += 1
+        try:
+            parsed: Parsed | RowRefused = parse(row, formats[origin.file], origin, needs_answer=want is not Prompt)
+        except RowRefused as refusal:
+            parsed = refusal
+        if want is not Prompt and not isinstance(parsed, (RowRefused, Document)):
+            unread.setdefault(origin.file, set()).update(parsed.columns)
+        yield parsed, row, origin
+    for file, names in unread.items():
+        if names:
+            accounting.notes[f"{file}: columns not read: {', '.join(sorted(names))}"] += 1
+
+
+def _world(source: WorldSource) -> Iterator[Record]:
+    from data import world
+
+    generators: dict[str, Callable[[WorldSource], Iterator[Record]]] = {
+        "documents": world.documents,
+        "chats": world.chats,
+        "preferences": world.preferences,
+        "prompts": world.prompts,
+    }
+    return generators[source.kind](source)
+
+
+def _parsed(record: Record) -> Parsed:
+    """A generated record in the terms of one that was read, so that both go the same way from here."""
+    if isinstance(record, Text):
+        return Document(record.text)
+    if isinstance(record, Preference):
+        return Pair(record.prompt, record.chosen, record.rejected, {})
+    return Conversation(record.messages, record.columns if isinstance(record, Prompt) else {})
+
+
+def _shape(parsed: Parsed, want: type[R], origin: Origin, accounting: Accounting) -> R:
+    """The record that is wanted. Raises RowRefused for an unfit row, DataError where the kind cannot be made of it."""
+    if isinstance(parsed, Document) or want is Text:
+        if not isinstance(parsed, Document) or want is not Text:
+            held = {Document: "documents", Conversation: "conversations", Pair: "pairs of answers"}[type(parsed)]
+            raise DataError(f"{origin}: holds {held}; wanted are records of kind {want.__name__}. Use other data here")
+        if not parsed.text.strip():
+            raise RowRefused("empty text")
+        return cast(R, Text(parsed.text, origin))
+    if isinstance(parsed, Conversation):
+        accounting.notes.update(parsed.notes)
+        return cast(R, _from_conversation(parsed, want, origin, accounting))
+    return cast(R, _from_pair(parsed, want, origin))
+
+
+def _from_conversation(parsed: Conversation, want: type[R], origin: Origin, accounting: Accounting) -> Record:
+    messages = _without_empty_system(parsed.messages)
+    if want is Chat:
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        if not answers:
+            raise RowRefused("no answer")
+        _check_turns(messages[: answers[-1] + 1])
+        if answers[-1] + 1 < len(messages):
+            accounting.notes[CUT_TURN] += 1
+        return Chat(messages[: answers[-1] + 1], origin)
+    if want is Prompt:
+        _check_turns(messages)
+        if messages[-1].role != "assistant":
+            return Prompt(messages, origin, parsed.columns | parsed.found)
+        return Prompt(messages[:-1], origin, parsed.columns | parsed.found | {"reference": messages[-1].content})
+    raise DataError(f"{origin}: holds conversations with one answer; a preference needs `chosen` and `rejected`")
+
+
+def _from_pair(parsed: Pair, want: type[R], origin: Origin) -> Record:
+    prompt = _without_empty_system(parsed.prompt)
+    _check_turns((*prompt, Message("assistant", parsed.chosen)))
+    if want is Chat:
+        return Chat((*prompt, Message("assistant", parsed.chosen)), origin)
+    if want is Prompt:
+        return Prompt(prompt, origin, parsed.columns | {"reference": parsed.chosen})
+    if not parsed.rejected.strip():
+        raise RowRefused("empty answer")
+    if parsed.chosen.strip() == parsed.rejected.strip():
+        raise RowRefused("chosen and rejected are the same")
+    return Preference(prompt, parsed.chosen, parsed.rejected, origin)
+
+
+def _without_empty_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    return messages[1:] if messages and messages[0].role == "system" and not messages[0].content.strip() else messages
+
+
+_MAY_FOLLOW = {
+    "system": (None,),
+    "user": (None, "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def _check_turns(messages: tuple[Message, ...]) -> None:
+    """Raises RowRefused for turns without text and for turns that do not alternate; a tool may answer an assistant."""
+    if not messages:
+        raise RowRefused("empty prompt")
+    before = None
+    for message in messages:
+        if before not in _MAY_FOLLOW[message.role]:
+            raise RowRefused("roles out of order")
+        if not message.content.strip() and message.role != "tool":
+            raise RowRefused("empty answer" if message.role == "assistant" else "empty prompt")
+        before = message.role
+
+
+def _holdout_key(record: Record) -> str:
+    """What is alike in records that must not be on two sides: the first user turn, or the text."""
+    if isinstance(record, Text):
+        return record.text
+    messages = record.prompt if isinstance(record, Preference) else record.messages
+    return next(message.content for message in messages if message.role == "user")
+
+
+def _in_split(key: str, holdout: float, split: str) -> bool:
+    if split == "all":
+        return True
+    place = _place("holdout", " ".join(key.split()).casefold())
+    actual = "train" if place >= holdout else "validation" if place < holdout / 2 else "test"
+    return actual == split
+
+
+def _thin(records: list[R], share: float, seed: int) -> list[R]:
+    """`share` of the records: those with the lowest hash, in their own order."""
+    places = [_place(f"mixture {seed}", repr(record)) for record in records]
+    order = sorted(range(len(records)), key=lambda i: places[i])
+    return [records[i] for i in sorted(order[: max(1, round(share * len(records)))])]
+
+
+def _place(purpose: str, text: str) -> float:
+    """A number in [0, 1) that follows from the text."""
+    digest = hashlib.sha256(f"{purpose}\n{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
