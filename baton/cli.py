@@ -1,0 +1,172 @@
+"""The `baton` command. Every sub-command imports what it needs when it runs, so that `--help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from handoff.errors import GateError, UserError
+
+app = typer.Typer(
+    name="baton",
+    help="Brings a language model up in stages: tokenizer, pretraining, instruction tuning, reward model, PPO or DPO, "
+    "evaluation.\n\nExit codes: 0 done; 1 a stage broke, or `verify` found differences; 2 a mistake in a recipe, "
+    "in data or in the command; 3 a result below what the recipe demands; 128+n ended by signal n.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, e.g. recipes/tiny.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Values laid over the recipe: section.key=value ...", metavar="[KEY=VALUE]...", show_default=False
+    ),
+]
+RunArgument = Annotated[
+    Path, typer.Argument(help="A recipe, or the folder of its run, e.g. runs/tiny.", show_default=False)
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this section and what it needs; may be given several times.", show_default=False),
+    ] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(help="Run this section from its start even if it is up to date.", show_default=False),
+    ] = None,
+    launch: Annotated[
+        Path | None, typer.Option(help="An accelerate configuration, e.g. recipes/launch/ddp.yaml.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and why; run nothing.")] = False,
+) -> None:
+    """Run the stages of a recipe that are not up to date, each saying why.
+
+    An interrupted stage resumes. A stage whose recipe, parent, data or code changed is run again; what it had made is
+    kept in <run>/.previous.
+    """
+    from baton.runner import run_pipeline
+    from stages.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    sys.exit(run_pipeline(loaded, to or (), force or (), launch, dry_run=dry_run))
+
+
+@app.command()
+def status(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Show where each stage stands: up to date, stale and why, unfinished, or new."""
+    from baton.status import print_overview
+    from stages.recipe import load_recipe
+
+    print_overview(load_recipe(recipe, overrides or ()))
+
+
+@app.command()
+def verify(target: RunArgument) -> None:
+    """Hash every published file of a run again and check that each stage's parents are the ones it was made from.
+
+    Exit code 1 when something differs.
+    """
+    from handoff.verify import verify_run
+
+    run_dir = run_dir_of(target)
+    problems = verify_run(run_dir)
+    for problem in problems:
+        place = "/".join(part for part in (problem.stage, problem.file) if part)
+        print(f"{run_dir}/{place}: {problem.message}", file=sys.stderr)
+    if problems:
+        sys.exit(1)
+    print(f"{run_dir}: every file is as it was published, and every stage was made from the parents that are here")
+
+
+@app.command()
+def config(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    section: Annotated[str | None, typer.Option(help="Only this section.", show_default=False)] = None,
+) -> None:
+    """Print the recipe with every value that will be used, and where each one came from."""
+    from baton.show import show_recipe
+    from stages.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    print(show_recipe(loaded, None if section is None else loaded.section(section)), end="")
+
+
+@app.command()
+def report(
+    target: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file; by default <run>/report.html.", show_default=False)
+    ] = None,
+) -> None:
+    """Write one HTML page about a run."""
+    from baton.report import build
+
+    print(build(run_dir_of(target), output))
+
+
+@app.command()
+def chat(
+    target: Annotated[
+        Path, typer.Argument(help="A recipe, the folder of its run, or the folder of a model.", show_default=False)
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Which section to talk to; by default the newest aligned one.", show_default=False),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(help="Two sections that answer side by side.", show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut off here.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+) -> None:
+    """Talk to a model in the terminal. /quit ends, /reset begins anew, /system TEXT sets the system message."""
+    from baton.chat import talk
+
+    talk(target, model, compare, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def run_dir_of(target: Path) -> Path:
+    """The folder of a run, given itself or its recipe. Raises UserError when there is no such run."""
+    if target.is_dir():
+        return target
+    if not target.exists() and target.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{target}: no such run; `baton run <recipe>` makes one")
+    from stages.recipe import load_recipe
+
+    run_dir = load_recipe(target).run_dir
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: nothing has been run yet; make it with `baton run {target}`")
+    return run_dir
+
+
+def main() -> NoReturn:
+    """Entry point of the console script: a user's mistake is a message and an exit code, not a traceback."""
+    try:
+        app()
+    except UserError as error:
+        fail(str(error), 2)
+    except GateError as error:
+        fail(str(error), 3)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Prints to stderr, in red where that is a terminal, and exits."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="red", markup=False)
+    sys.exit(code)

@@ -1,0 +1,133 @@
+"""What a stage prints, on its way to the terminal and to its log.
+
+A stage writes to one descriptor: a pseudo-terminal when somebody looks, so that progress bars are drawn, a pipe
+otherwise. The bytes go to the terminal as they are. The log gets what a reader would have seen at the end: colours are
+taken out, and of a line that was drawn over and over only its last state is kept.
+"""
+
+import codecs
+import fcntl
+import os
+import pty
+import re
+import sys
+import termios
+import threading
+from collections import deque
+from pathlib import Path
+from typing import TextIO
+
+TAIL = 20
+"""Lines that are shown again when a stage fails."""
+_REDRAWN = 12
+"""Lines that a progress display may go back over; older ones are written to the log."""
+_CONTROL = re.compile(
+    r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|\r|\n|[^\x1b\r\n]+", re.DOTALL
+)
+_UNFINISHED = re.compile(r"\x1b(?:\[[0-9;?]*|\][^\x07]*)?$")
+
+
+class PlainText:
+    """Terminal output as the text that remains on the screen. Knows the few moves that progress displays make."""
+
+    def __init__(self, log: TextIO) -> None:
+        self._log = log
+        self._lines: deque[str] = deque()
+        self._current = ""
+        self._rewrite = False
+        self._rest = ""
+        self.tail: deque[str] = deque(maxlen=TAIL)
+
+    def feed(self, text: str) -> None:
+        """The next piece of output, cut anywhere."""
+        text = self._rest + text
+        unfinished = _UNFINISHED.search(text)
+        self._rest = unfinished.group() if unfinished else ""
+        text = text[: len(text) - len(self._rest)]
+        for part in _CONTROL.finditer(text):
+            self._apply(part.group(), part.group(1), part.group(2))
+        while len(self._lines) > _REDRAWN:
+            self._write(self._lines.popleft())
+        self._log.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        for line in [*self._lines, *([self._current] if self._current else [])]:
+            self._write(line)
+        self._lines.clear()
+        self._current = ""
+        self._log.flush()
+
+    def _write(self, line: str) -> None:
+        self._log.write(line + "\n")
+        if line.strip():
+            self.tail.append(line)
+
+    def _apply(self, part: str, argument: str | None, command: str | None) -> None:
+        if part == "\n":
+            self._lines.append(self._current.rstrip())
+            self._current, self._rewrite = "", False
+        elif part == "\r":
+            self._rewrite = True
+        elif command == "A":  # up
+            for _ in range(int(argument or 1)):
+                self._current = self._lines.pop() if self._lines else ""
+            self._rewrite = True
+        elif command == "K":  # erase the line
+            self._current, self._rewrite = "", False
+        elif not part.startswith("\x1b"):
+            if self._rewrite:
+                self._current, self._rewrite = "", False
+            self._current += part
+
+
+class Tee:
+    """Copies what a stage writes to `descriptor` to the terminal and, as plain text, to a log."""
+
+    def __init__(self, log_path: Path, header: str) -> None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path = log_path
+        self._log = log_path.open("a", encoding="utf-8")
+        self._log.write(header + "\n")
+        self._text = PlainText(self._log)
+        if sys.stdout.isatty():
+            self._source, self.descriptor = pty.openpty()
+            size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
+            fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, size)
+        else:
+            self._source, self.descriptor = os.pipe()
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def _copy(self) -> None:
+        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        watched = True
+        while True:
+            try:
+                piece = os.read(self._source, 1 << 16)
+            except OSError:  # a pseudo-terminal whose other end was closed
+                piece = b""
+            if not piece:
+                return
+            text = decode(piece)
+            self._text.feed(text)
+            if watched:
+                try:
+                    sys.stdout.write(text)
+                    sys.stdout.flush()
+                except OSError:  # nobody reads any more (`| head`): that is no reason to stop a training
+                    watched = False
+
+    def release(self) -> None:
+        """Closes this process's copy of `descriptor`, once the stage has its own."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def close(self) -> list[str]:
+        """Waits for the last output and returns the last lines. What outlives the stage is cut off."""
+        self.release()
+        self._thread.join(timeout=2.0)
+        self._text.close()
+        self._log.close()
+        return list(self._text.tail)

@@ -1,0 +1,225 @@
+"""`baton run`: the stages of a recipe, one after the other, those that need it, each in a process of its own.
+
+The order follows from the parents. What is up to date is skipped; a stage whose recipe, parent, data or code changed
+is run again; one that was interrupted resumes. A child is looked at once its parents are there: a parent that was run
+again and came out the same leaves it up to date. All of this needs no torch.
+
+Without a launch file, stages are forked from a server that has the heavy imports behind it (`baton/worker.py`). With
+one, each stage that trains or generates is started by `accelerate launch`.
+"""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from rich.console import Console
+
+from baton.output import Tee
+from baton.status import InputsOf, Standing, State, overview, standing
+from data.fingerprint import fingerprint
+from handoff.errors import UserError
+from handoff.lock import RunLock
+from handoff.stage import StageDir
+from stages.inputs import sources, stage_inputs
+from stages.recipe import Recipe, Section
+
+LOGS = "logs"
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Running(Protocol):
+    """A stage that was started."""
+
+    def send(self, signum: int) -> None:
+        """Passes a signal on."""
+
+    def wait(self) -> int:
+        """Waits for the end; negative for a signal."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A way to start a stage: what a user would type for the same, and what is done with the descriptor to print to."""
+
+    command: Sequence[str]
+    begin: Callable[[int], Running]
+
+
+class LaunchedStage:
+    """A stage under `accelerate launch`: a session of processes, which all get what is sent."""
+
+    def __init__(self, command: Sequence[str], descriptor: int) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=descriptor, stderr=descriptor, start_new_session=True
+        )
+
+    def send(self, signum: int) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signum)
+
+    def wait(self) -> int:
+        return self._process.wait()
+
+
+def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: bool) -> Start:
+    """How a section is started. The tokenizer is trained by one process, whatever the launch file says."""
+    arguments = [str(recipe.path), *recipe.overrides, "--section", section.name]
+    module = f"stages.{section.stage}"
+    if launch is None or section.stage == "tokenizer":
+        from baton.worker import WarmStage
+
+        return Start(
+            ["python", "-m", module, *arguments],
+            lambda descriptor: WarmStage(section.stage, arguments, descriptor, preload=preload),
+        )
+    rest = ["--config_file", str(launch), "-m", module, *arguments]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *rest]
+    return Start(["accelerate", "launch", *rest], lambda descriptor: LaunchedStage(launcher, descriptor))
+
+
+StartOf = Callable[[Recipe, Section], Start]
+
+
+class Runner:
+    """One run of a recipe's stages.
+
+    `start` and `inputs_of` are how a stage is started and what it depends on.
+    """
+
+    def __init__(self, recipe: Recipe, start: StartOf, console: Console, inputs_of: InputsOf = stage_inputs) -> None:
+        self.recipe = recipe
+        self.start = start
+        self.console = console
+        self.inputs_of = inputs_of
+        self._running: Running | None = None
+        self._signals: list[int] = []
+
+    def run(self, names: Sequence[str], force: Sequence[str] = ()) -> int:
+        """Brings the sections up to date, in the order given. Returns 0, or the exit code of the stage that failed."""
+        with RunLock(self.recipe.run_dir, "baton run"), self._forwarding():
+            for name in names:
+                found = standing(self.recipe, name, self.inputs_of)
+                if name in force:
+                    # Without a record of its start, the stage sets its directory aside and begins anew.
+                    StageDir(self.recipe.run_dir / name).started_path.unlink(missing_ok=True)
+                    found = Standing(name, State.STALE, ("forced",), found.manifest)
+                skipped = found.state is State.UP_TO_DATE
+                self._say(names, name, f"{found}, skipped" if skipped else str(found))
+                if skipped:
+                    continue
+                code = self._stage(self.recipe.sections[name])
+                if code:
+                    return code
+        return 0
+
+    def _say(self, names: Sequence[str], name: str, words: str) -> None:
+        width = max(len(other) for other in names)
+        self.console.print(f"[bold]{name:{width}}[/]  ", end="")
+        self.console.print(words, markup=False, soft_wrap=True)
+
+    def _stage(self, section: Section) -> int:
+        start = self.start(self.recipe, section)
+        command = shlex.join(start.command)
+        log_path = self.recipe.run_dir / LOGS / f"{section.name}.log"
+        tee = Tee(log_path, f"=== {datetime.now().astimezone().isoformat(timespec='seconds')}  {command}")
+        begun = time.monotonic()
+        self._running = start.begin(tee.descriptor)
+        tee.release()
+        code = self._running.wait()
+        self._running = None
+        tail = tee.close()
+        code = 128 - code if code < 0 else code
+        published = StageDir(self.recipe.run_dir / section.name).manifest() is not None
+        if self._signals and not (code == 0 and published):
+            code = code or 128 + self._signals[0]
+        elif code == 0 and not published:
+            code = 1
+            tail.append(f"the stage ended without publishing {self.recipe.run_dir / section.name}")
+        took = time.monotonic() - begun
+        if code == 0:
+            self.console.print(f"  done in {took:.0f} s", highlight=False)
+            return 128 + self._signals[0] if self._signals else 0
+        self._failed(section.name, code, took, tail, log_path, command)
+        return code
+
+    def _failed(self, name: str, code: int, took: float, tail: Sequence[str], log_path: Path, command: str) -> None:
+        said = Console(stderr=True, highlight=False, soft_wrap=True)
+        said.print(f"[bold red]{name} failed[/] with exit code {code} after {took:.0f} s; its last lines:")
+        for line in tail:
+            said.print(f"  | {line}", markup=False)
+        said.print(f"log:    {log_path}", markup=False)
+        said.print(f"repeat: {command}", markup=False)
+
+    @contextmanager
+    def _forwarding(self) -> Iterator[None]:
+        """Signals to the runner go to the stage, and the runner waits for what it makes of them. The third kills."""
+
+        def forward(signum: int, frame: FrameType | None) -> None:
+            self._signals.append(signum)
+            if self._running is None:
+                sys.exit(128 + signum)
+            self._running.send(signal.SIGKILL if len(self._signals) > 2 else signum)
+
+        before = {signum: signal.signal(signum, forward) for signum in _FORWARDED}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def run_pipeline(
+    recipe: Recipe, targets: Sequence[str], force: Sequence[str], launch: Path | None, *, dry_run: bool
+) -> int:
+    """`baton run`: see there. Returns the exit code."""
+    names = recipe.order(targets or None)
+    for name in force:
+        if recipe.section(name).name not in names:
+            raise UserError(f"--force {name}: this section is not among those to be run ({', '.join(names)})")
+    if launch is not None and not launch.is_file():
+        raise UserError(f"--launch {launch}: no such file; the repository's own are in recipes/launch/")
+    check_data(recipe, names)
+    console = Console(highlight=False)
+    if dry_run:
+        _print_plan(recipe, names, force, console)
+        return 0
+    stages = {recipe.sections[name].stage for name in names}
+    preload = launch is None and stages != {"tokenizer"}
+    return Runner(recipe, lambda r, s: start_of(r, s, launch, preload=preload), console).run(names, force)
+
+
+def check_data(recipe: Recipe, names: Sequence[str]) -> None:
+    """Looks at the data of every section before the first one is run: a wrong path shows at once, not after hours.
+
+    Raises:
+        UserError: `data_root` is no folder; DataError: a source does not exist.
+    """
+    if recipe.data_root is not None and not recipe.data_root.is_dir():
+        page = re.search(r"docs/[\w./-]+\.md", recipe.path.read_text(encoding="utf-8"))
+        where = f"; {page.group()} says what belongs there" if page else ""
+        raise UserError(
+            f"{recipe.provenance['data_root']}: data_root: there is no folder {recipe.data_root}{where}. "
+            "Another place: data_root=<folder> on the command line"
+        )
+    for name in names:
+        for source in sources(recipe.sections[name]):
+            fingerprint(source, recipe.data_root)
+
+
+def _print_plan(recipe: Recipe, names: Sequence[str], force: Sequence[str], console: Console) -> None:
+    found = overview(recipe)
+    for name in names:
+        words = "forced" if name in force else str(found[name])
+        console.print(f"[bold]{name:{max(map(len, names))}}[/]  ", end="")
+        console.print(words, markup=False, soft_wrap=True)

@@ -1,0 +1,131 @@
+"""Where each stage of a recipe stands: new, unfinished, up to date, or stale and why. No torch here.
+
+A stage is compared with what it was made from: the inputs in its manifest against those that the recipe, the parents,
+the data and the code have now. A stage whose parent is to be run again is stale with it for this view; the runner looks
+again once the parent is there, since a parent that comes out the same changes nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+
+from handoff.errors import UserError
+from handoff.manifest import Inputs, Manifest
+from handoff.stage import StageDir
+from stages.inputs import stage_inputs
+from stages.recipe import Recipe
+
+
+class State(Enum):
+    """What the runner would do with a stage."""
+
+    UP_TO_DATE = "up to date"
+    STALE = "stale"
+    UNFINISHED = "unfinished"
+    NEW = "new"
+    BLOCKED = "blocked"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A stage's state and, in words, why."""
+
+    section: str
+    state: State
+    reasons: tuple[str, ...] = ()
+    manifest: Manifest | None = None
+
+    def __str__(self) -> str:
+        return f"{self.state.value}: {'; '.join(self.reasons)}" if self.reasons else self.state.value
+
+
+InputsOf = Callable[[Recipe, str], Inputs]
+
+
+def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> Standing:
+    """The standing of a section whose parents are all published. Raises what computing its inputs raises."""
+    stage = StageDir(recipe.run_dir / name)
+    manifest = stage.manifest()
+    now = inputs_of(recipe, name)
+    if manifest is not None:
+        changes = now.differences(manifest.inputs)
+        return Standing(name, State.STALE if changes else State.UP_TO_DATE, tuple(changes), manifest)
+    started = stage.started_inputs()
+    if started is None:
+        return Standing(name, State.NEW)
+    changes = now.differences(started)
+    if changes:
+        return Standing(name, State.STALE, ("was not finished", *changes))
+    step = saved_step(stage)
+    return Standing(name, State.UNFINISHED, ("starts again" if step is None else f"resumes from step {step}",))
+
+
+def saved_step(stage: StageDir) -> int | None:
+    """The step of the newest saved state. Its hashes are left to the stage, which checks them before it resumes."""
+    steps = [int(path.name.removeprefix("step-")) for path in stage.state_dir.glob("step-*")]
+    return max(steps, default=None)
+
+
+def overview(recipe: Recipe, inputs_of: InputsOf = stage_inputs) -> dict[str, Standing]:
+    """The standing of every section, in the order in which they run. Mistakes in one section do not hide the others."""
+    result: dict[str, Standing] = {}
+    for name in recipe.order():
+        waiting = [parent for parent in recipe.needs(name) if result[parent].state is not State.UP_TO_DATE]
+        try:
+            if any(result[parent].manifest is None for parent in waiting):
+                manifest = StageDir(recipe.run_dir / name).manifest()
+                state = State.NEW if manifest is None else State.STALE
+                result[name] = Standing(name, state, _waits(waiting, result), manifest)
+                continue
+            found = standing(recipe, name, inputs_of)
+            if waiting and found.state is State.UP_TO_DATE:
+                found = Standing(name, State.STALE, _waits(waiting, result), found.manifest)
+            result[name] = found
+        except UserError as error:
+            result[name] = Standing(name, State.BLOCKED, (str(error),))
+    return result
+
+
+def _waits(parents: list[str], known: Mapping[str, Standing]) -> tuple[str, ...]:
+    return tuple(f"parent {parent} is {known[parent].state.value}" for parent in parents)
+
+
+def print_overview(recipe: Recipe) -> None:
+    """`baton status`: a table of all stages."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from baton.report.collect import Stage
+    from baton.report.facts import headline, seconds
+    from baton.report.text import duration
+
+    styles = {
+        State.UP_TO_DATE: "green",
+        State.STALE: "yellow",
+        State.UNFINISHED: "cyan",
+        State.NEW: "default",
+        State.BLOCKED: "red",
+    }
+    table = Table(
+        "stage", "state", "why", "made", "took", "headline", title=f"{recipe.path} → {recipe.run_dir}", box=None
+    )
+    for name, found in overview(recipe).items():
+        made, took, metric = "", "", ""
+        if found.manifest is not None:
+            stage = Stage(name, found.manifest, [], [], None, None)
+            made, took = ago(found.manifest.created), duration(seconds(stage))
+            metric = " ".join(headline(stage))
+        style = styles[found.state]
+        table.add_row(name, f"[{style}]{found.state.value}[/]", "\n".join(found.reasons), made, took, metric)
+    Console().print(table)
+
+
+def ago(created: str) -> str:
+    """A time (ISO 8601) as its distance from now, in one unit."""
+    passed = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        count = int(passed // length)
+        if count:
+            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return "just now"
