@@ -1,9 +1,9 @@
 """Muon for the matrices inside a transformer, AdamW for everything else, behind one `torch.optim.Optimizer`.
 
-Muon orthogonalises the momentum of a weight matrix before it steps (Keller Jordan, https://kellerjordan.github.io/posts/muon/;
-`torch.optim.Muon`). It is meant for hidden matrices alone: embeddings, the output head, norms and biases stay with AdamW.
-Trainer, scheduler, accelerate and the saved state each expect a single optimizer, so the two share one list of
-parameter groups and one state here.
+Muon orthogonalises the momentum of a weight matrix before it steps (Keller Jordan 2024,
+https://kellerjordan.github.io/posts/muon/; `torch.optim.Muon`). It is meant for hidden matrices alone: embeddings, the
+output head, norms and biases stay with AdamW. Trainer, scheduler, accelerate and the saved state each expect a single
+optimizer, so the two share one list of parameter groups and one state here.
 """
 
 from collections.abc import Iterable

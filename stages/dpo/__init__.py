@@ -1,0 +1,1 @@
+"""Direct preference optimisation: from an instruction-tuned model, on preference pairs, to an aligned one."""

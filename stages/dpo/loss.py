@@ -1,0 +1,56 @@
+"""What DPO is judged by on held-out pairs: pure functions of log-probabilities. The training's loss is TRL's."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+# Nats a token of chosen answers below the reference: each token 1.6 times less likely.
+_COLLAPSE = -0.5
+_LONGER = 1.5
+_FEWER_STOPS = 0.05
+
+
+def pair_metrics(logps: Mapping[str, np.ndarray], beta: float) -> dict[str, float]:
+    """Held-out metrics under TRL's names.
+
+    Args:
+        logps: (N,) each: `chosen`, `rejected`, `ref_chosen`, `ref_rejected` (sums of nats over the answer's tokens),
+            `chosen_tokens`.
+        beta: of the implied reward beta * (log pi - log pi_ref), Rafailov et al. 2023, eq. 5. The loss is eq. 7; it is
+            ln 2 where policy and reference are equal.
+    """
+    chosen = beta * (logps["chosen"] - logps["ref_chosen"])
+    rejected = beta * (logps["rejected"] - logps["ref_rejected"])
+    return {
+        "loss": float(np.logaddexp(0, rejected - chosen).mean()),
+        "rewards/accuracies": float((chosen > rejected).mean()),
+        "rewards/margins": float((chosen - rejected).mean()),
+        "rewards/chosen": float(chosen.mean()),
+        "rewards/rejected": float(rejected.mean()),
+        "logps/chosen": float(logps["chosen"].mean()),
+        "logps/rejected": float(logps["rejected"].mean()),
+        "chosen_logratio_per_token": float(chosen.sum() / beta / logps["chosen_tokens"].sum()),
+    }
+
+
+def alarms(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """What is known to go wrong with DPO, in words with a remedy, from the metrics before and after training."""
+    found = []
+    drift = after["chosen_logratio_per_token"]
+    if drift < _COLLAPSE:
+        found.append(
+            f"chosen answers lost {-drift:.2f} nats a token: the model pushes both answers down. Raise beta, lower the "
+            "learning rate, train less, or add sft_weight (0.1 to 1)"
+        )
+    if "stop_rate" in after:
+        if after["answer_tokens"] > _LONGER * before["answer_tokens"]:
+            found.append(
+                f"answers grew from {before['answer_tokens']:.0f} to {after['answer_tokens']:.0f} tokens: length may be "
+                "what was learned. Compare the lengths of chosen and rejected answers in the data"
+            )
+        if after["stop_rate"] < before["stop_rate"] - _FEWER_STOPS:
+            found.append(
+                f"fewer answers stop ({before['stop_rate']:.2f} before, {after['stop_rate']:.2f} now): train less, or "
+                "look for chosen answers that are cut off"
+            )
+    return found

@@ -1,0 +1,129 @@
+"""Held-out measurements, row by row: what a batch held or how many processes shared the rows changes nothing.
+
+Legend: B rows, T tokens.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from data.encode import Encoder
+from rollout.engine import SamplingSpec, generate
+from stages import runtime
+
+if TYPE_CHECKING:
+    from stages.run import Run
+    from stages.trainer import StageTrainer
+
+_SHOWN = 8
+
+
+@torch.no_grad()
+def measure_rows(
+    trainer: "StageTrainer",
+    rows: Sequence[Any],
+    lengths: Sequence[int],
+    collate: Callable[[list[Any]], dict[str, Any]],
+    measure: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]],
+) -> dict[str, np.ndarray]:
+    """Per-row measurements of the model as it stands, in the order of `rows`, the same on every process.
+
+    Args:
+        trainer: whose wrapped model is measured, in evaluation mode and the training's precision.
+        rows: what `collate` takes; at least one.
+        lengths: tokens of each row; rows of like length share a batch.
+        collate: rows -> batch.
+        measure: (model, batch) -> {name: (B,) tensor}.
+    """
+    model = trainer.model_wrapped
+    was_training = model.training
+    model.eval()
+    size = trainer.args.per_device_eval_batch_size
+    by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
+    batches = [by_length[start : start + size] for start in range(0, len(rows), size)]
+    # Every process makes the same number of passes, whatever it does with the last: collectives need all of them.
+    passes = math.ceil(len(batches) / runtime.world_size())
+    mine: list[tuple[list[int], dict[str, list[float]]]] = []
+    try:
+        for index in range(passes):
+            position = index * runtime.world_size() + runtime.rank()
+            batch = batches[min(position, len(batches) - 1)]
+            inputs = trainer._prepare_inputs(collate([rows[i] for i in batch]))
+            with trainer.compute_loss_context_manager():
+                values = measure(model, inputs)
+            if position < len(batches):
+                mine.append((batch, {name: value.double().tolist() for name, value in values.items()}))
+    finally:
+        model.train(was_training)
+    gathered = [part for parts in runtime.all_gather_object(mine) for part in parts]
+    result = {name: np.zeros(len(rows)) for name in gathered[0][1]}
+    for batch, values in gathered:
+        for name, column in values.items():
+            result[name][batch] = column
+    return result
+
+
+def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sums over each row's labels: `nats` (B,), how many tokens were the likeliest (`correct`), and `tokens` (B,).
+
+    The model has TRL's fused head (`trl.trainer.utils.add_fused_lm_head`), so no logits of size (B, T, V) are made.
+    """
+    out = model(**batch, fused_lm_head=True)
+    labelled = batch["labels"][:, 1:] != -100
+    return {
+        "nats": -out.log_probs.sum(-1),
+        "correct": (out.is_top1 & labelled).sum(-1),
+        "tokens": labelled.sum(-1),
+    }
+
+
+def greedy_answers(
+    run: "Run",
+    trainer: "StageTrainer",
+    encoder: Encoder,
+    prompts: Sequence[tuple[Sequence[int], str]],
+    max_new_tokens: int,
+) -> dict[str, float]:
+    """Answers prompts (ids, text to show) greedily, each process its share; some answers go to samples.jsonl.
+
+    Returns:
+        `stop_rate`, the share that ended with a stop token, and `answer_tokens`, their mean length; nothing without
+        prompts.
+    """
+    if not prompts:
+        return {}
+    spec = SamplingSpec(max_new_tokens, tuple(encoder.stop_ids), encoder.pad_id, temperature=0.0)
+    mine = range(runtime.rank(), len(prompts), runtime.world_size())
+    with runtime.gathered(trainer.accelerator, trainer.model_wrapped) as model:
+        done = generate(
+            model,
+            [prompts[i][0] for i in mine],
+            spec,
+            [("greedy", i) for i in mine],
+            run.seed,
+            batch_size=trainer.args.per_device_eval_batch_size,
+        )
+    shares = runtime.all_gather_object(list(zip(mine, done, strict=True)))
+    answers = dict(pair for share in shares for pair in share)
+    run.samples(
+        trainer.state.global_step,
+        [
+            {"prompt": text, "completion": encoder.decode(answers[i].ids), "score": None, "source": "held-out data"}
+            for i, (_, text) in enumerate(prompts[:_SHOWN])
+        ],
+    )
+    return {
+        "stop_rate": float(np.mean([answer.end == "stop" for answer in answers.values()])),
+        "answer_tokens": float(np.mean([len(answer.ids) for answer in answers.values()])),
+    }
+
+
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval for a share, 95 % by default (Wilson 1927, J. Am. Stat. Assoc. 22)."""
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)

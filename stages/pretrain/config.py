@@ -1,0 +1,44 @@
+"""The section of a recipe that the pretraining stage reads."""
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from data.config import SourceConfig
+from stages.config import ModelArguments, MuonTrainConfig, StageConfig
+
+
+class Config(StageConfig):
+    """Next-token prediction on documents: from random weights, or on from a checkpoint."""
+
+    parent: str
+    """A tokenizer, for random weights (then `model` says what is built); or a causal language model to go on from."""
+    model: dict[str, Any] | None = None
+    """`architecture`: a model type of transformers (llama, mistral, qwen3, gpt2, ...); every other key is a field of
+    that architecture's configuration, checked against it when the stage starts."""
+    data: list[SourceConfig] = Field(min_length=1)
+    """Documents."""
+    eval_data: list[SourceConfig] = Field(default_factory=list)
+    """Held-out documents, for loss, perplexity and bits per byte."""
+    block_size: int = Field(default=256, ge=8)
+    """Tokens in one row. Documents are laid end to end, each with an end token, and cut into rows."""
+    isolate_documents: bool = False
+    """No document of a row sees the one before it. Costs a mask in attention; pays where documents are short and tell
+    nothing about each other."""
+    max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
+    """The stage refuses to start when more than this share of the documents was dropped."""
+    model_args: ModelArguments = Field(default_factory=ModelArguments)
+    """How the weights are loaded."""
+    train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
+    """The training."""
+
+    @model_validator(mode="after")
+    def _architecture(self) -> Self:
+        if self.model is not None and not isinstance(self.model.get("architecture"), str):
+            raise ValueError("model: needs `architecture`, e.g. llama")
+        return self
+
+
+def parents(config: Config) -> dict[str, str]:
+    """Role -> reference."""
+    return {"parent": config.parent}

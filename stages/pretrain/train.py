@@ -1,0 +1,150 @@
+"""Pretraining with transformers' Trainer on packed blocks of documents.
+
+    python -m stages.pretrain recipes/tiny.yaml
+    accelerate launch --config_file recipes/launch/ddp.yaml -m stages.pretrain recipes/tiny.yaml
+
+Legend: N rows, B rows of a batch, T tokens of a row (`block_size`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
+
+from data.encode import encode_documents
+from data.records import Text
+from stages import models, runtime
+from stages.measure import measure_rows, token_losses
+from stages.pretrain.config import Config
+from stages.recipe import RecipeError
+from stages.run import Run
+from stages.trainer import StageTrainer, StepOrder, arguments, fit
+
+
+def train(run: Run) -> None:
+    """Runs the stage."""
+    config: Config = run.config
+    parent = run.parent(kinds=frozenset({"tokenizer", "causal_lm"}))
+    if (parent.kind == "tokenizer") != (config.model is not None):
+        raise RecipeError(
+            f"{run.section.name}.model: "
+            + (
+                "says what to build from a tokenizer"
+                if config.model is None
+                else "the parent is a model already; drop it"
+            )
+        )
+    encoder = models.load_encoder(parent)
+
+    # Data: blocks of tokens; held-out documents as windows that score every token once.
+    loaded = run.load(config.data, Text)
+    blocks = encode_documents(loaded.records, encoder, config.block_size)  # (N, T)
+    run.account(loaded, max_drop_fraction=config.max_drop_fraction)
+    windows, heldout_bytes = np.empty((0, 2, config.block_size), dtype=np.int64), 0
+    if config.eval_data:
+        held = run.load(config.eval_data, Text)
+        run.account(held, "held-out data", config.max_drop_fraction)
+        texts = [record.text for record in held.records]
+        windows = scoring_windows(encoder.documents(texts), encoder.eos_id, config.block_size)
+        heldout_bytes = sum(len(text.encode()) for text in texts)
+
+    # Model and trainer.
+    args = arguments(TrainingArguments, run, len(blocks))
+    if config.model is not None:
+        torch.manual_seed(run.seed)
+        shape = models.model_config(config.model, encoder, config.block_size)
+        model = models.build(shape, config.model_args, args.bf16)
+    else:
+        model = models.load_causal_lm(parent, config.model_args, bf16=args.bf16)
+    parameters = sum(p.numel() for p in model.parameters())
+    run.console.print(f"  {parameters / 1e6:.2f} M parameters, {blocks.size:,} tokens in rows of {config.block_size}")
+    collate = Collator(encoder.eos_id if config.isolate_documents else None)
+    trainer = StageTrainer(model=model, args=args, train_dataset=Blocks(blocks), data_collator=collate)
+    add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    order = StepOrder(len(blocks), config.train.global_batch_size, run.seed)
+
+    def hold_out() -> dict[str, float]:
+        if not len(windows):
+            return {}
+        lengths = [windows.shape[-1]] * len(windows)
+        found = measure_rows(trainer, windows, lengths, collate.labelled, token_losses)
+        nats, tokens = found["nats"].sum(), found["tokens"].sum()
+        return {
+            "loss": nats / tokens,
+            "perplexity": math.exp(min(nats / tokens, 700.0)),
+            "bits_per_byte": nats / math.log(2) / heldout_bytes,
+            "mean_token_accuracy": found["correct"].sum() / tokens,
+        }
+
+    fit(run, trainer, order, hold_out)
+
+    metrics = trainer.evaluate() | {
+        "parameters": parameters,
+        "train_tokens": trainer.state.global_step * config.train.global_batch_size * config.block_size,
+    }
+    weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
+    run.publish("causal_lm", lambda path: models.save_model(model, encoder, path, weights), metrics)
+
+
+class Blocks(Dataset[np.ndarray]):
+    """Rows of token ids, (N, T) int32."""
+
+    def __init__(self, blocks: np.ndarray) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._blocks[index]
+
+
+class Collator:
+    """Rows of equal length, without padding."""
+
+    def __init__(self, boundary: int | None) -> None:
+        """`boundary`: the end token that isolates documents from one another; None lets them see each other."""
+        self._boundary = boundary
+
+    def __call__(self, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Blocks (T,) -> input_ids, labels and, isolated, position_ids, each (B, T) long. Every token is a label."""
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return self._batch(ids, ids.clone())
+
+    def labelled(self, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """The same from windows (2, T) of ids and labels."""
+        ids, labels = torch.from_numpy(np.stack(rows)).unbind(1)
+        return self._batch(ids, labels.clone())
+
+    def _batch(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._boundary is None:
+            return {"input_ids": ids, "labels": labels}
+        first = torch.zeros_like(ids, dtype=torch.bool)  # the first token of each document
+        first[:, 1:] = ids[:, :-1] == self._boundary
+        columns = torch.arange(ids.shape[1]).expand_as(ids)
+        begins = torch.where(first, columns, 0).cummax(dim=1).values
+        # Nothing is left to predict a document's first token from.
+        return {"input_ids": ids, "labels": labels.masked_fill(first, -100), "position_ids": columns - begins}
+
+
+def scoring_windows(documents: Sequence[Sequence[int]], end: int, width: int) -> np.ndarray:
+    """Windows over the documents laid end to end that score each token once, with half a window of context or more.
+
+    Returns:
+        (N, 2, T) long: ids, and labels that are -100 for context. T is `width`, or less where all tokens are fewer.
+    """
+    stream = np.fromiter((t for ids in documents for t in ids), dtype=np.int64)
+    stream = np.concatenate([[end], stream])  # context for the first token; not scored itself
+    width = min(width, len(stream))
+    starts = [*range(0, len(stream) - width, max(1, width // 2)), len(stream) - width]
+    windows = np.full((len(starts), 2, width), -100, dtype=np.int64)
+    scored = 1
+    for window, start in zip(windows, starts, strict=True):
+        window[0] = stream[start : start + width]
+        window[1, scored - start :] = window[0, scored - start :]
+        scored = start + width
+    return windows

@@ -1,0 +1,35 @@
+"""The section of a recipe that the SFT stage reads."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from stages.config import MuonTrainConfig, TrainedStageConfig
+
+
+class Config(TrainedStageConfig):
+    """Instruction tuning on conversations; the loss is on answers and their stop tokens alone."""
+
+    packing: bool = False
+    """Several conversations in one row of `max_length` tokens, none of which sees another. Pays on GPUs, where rows are
+    long; on a CPU rows of like length in a batch are faster."""
+    group_by_length: bool = True
+    """Rows of like length share a step, so that little is padding. Not read with `packing`."""
+    eval_answers: int = Field(default=32, ge=0)
+    """Held-out conversations whose last turn is answered greedily before and after, for the rate of answers that stop;
+    some of the answers go to samples.jsonl."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens of such an answer, at most."""
+    train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
+    """The training."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.packing and "group_by_length" in self.model_fields_set and self.group_by_length:
+            raise ValueError("packing and group_by_length are two ways to avoid padding; choose one")
+        return self
+
+
+def parents(config: Config) -> dict[str, str]:
+    """Role -> reference."""
+    return {"parent": config.parent}

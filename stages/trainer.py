@@ -1,0 +1,258 @@
+"""What every Trainer-based stage gets around its upstream trainer (transformers' or TRL's), by inheritance, no fork.
+
+- The rows of each optimizer step depend on seed and epoch alone: not on the number of processes or where a resume was.
+- States are committed whole or not at all, the newest valid one is resumed, a full disk costs one state, no training.
+- Held-out metrics are the stage's own, at the start, every `eval_steps` and at the end.
+- Upstream's model cards, telemetry, progress bars and prints are off.
+"""
+
+import errno
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from data.sampling import shuffled
+from handoff.state import State, StateStore
+from stages import runtime
+from stages.callbacks import FlowCallback, MetricsCallback, ProgressCallback
+from stages.config import MuonTrainConfig, TrainConfig
+from stages.optimizer import muon_adamw
+
+if TYPE_CHECKING:
+    from stages.run import Run
+
+logger = logging.getLogger(__name__)
+# Rows are sorted by length within so many optimizer steps at a time, then the steps are shuffled: little padding, and
+# still a new composition of every step in every epoch.
+_SORTED_STEPS = 8
+
+
+class StepOrder(Sampler[int]):
+    """Which rows make up each optimizer step: a function of (seed, epoch) alone.
+
+    An epoch is a whole number of steps; the last one is filled up with rows from the epoch's beginning, so that every
+    row is seen, every process has the same number of passes, and no step is smaller than the others.
+    """
+
+    def __init__(self, rows: int, step_size: int, seed: int, lengths: Sequence[int] | None = None) -> None:
+        """`lengths` (one a row) puts rows of like length into the same step, longest first within it."""
+        assert rows > 0 and (lengths is None or len(lengths) == rows)
+        self.steps = math.ceil(rows / step_size)
+        self._rows, self._step_size, self._seed, self._epoch = rows, step_size, seed, 0
+        self._lengths = None if lengths is None else np.asarray(lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * self._step_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.resize(shuffled(self._rows, self._seed, "order", self._epoch), len(self))
+        if self._lengths is not None:
+            window = _SORTED_STEPS * self._step_size
+            parts = [order[start : start + window] for start in range(0, len(order), window)]
+            order = np.concatenate([part[np.argsort(-self._lengths[part], kind="stable")] for part in parts])
+            order = order.reshape(self.steps, self._step_size)
+            order = order[shuffled(self.steps, self._seed, "steps", self._epoch)].reshape(-1)
+        return iter(order.tolist())
+
+
+class StageTrainer(Trainer):
+    """A mixin: `class SftTrainer(StageTrainer, trl.SFTTrainer)`. `fit` sets what it needs before it trains."""
+
+    run: "Run"
+    order: StepOrder
+    train_config: TrainConfig
+    store: StateStore
+    hold_out: Callable[[], dict[str, float]]
+    # TRL's trainers count the tokens seen here, and forget them when they resume.
+    _total_train_tokens: int = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
+        return self.order
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW as the Trainer makes it, or Muon and AdamW."""
+        config = self.train_config
+        if isinstance(config, MuonTrainConfig) and config.optim == "muon" and self.optimizer is None:
+            self.optimizer = muon_adamw(self.model, set(self.get_decay_parameter_names(self.model)), config)
+        return super().create_optimizer(model)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The stage's own held-out metrics, logged with the prefix `eval_`."""
+        metrics = {f"eval_{key}": value for key, value in self.hold_out().items()}
+        if metrics:
+            self.run.log(self.state.global_step, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Upstream writes into a temporary folder; what it wrote becomes a state when all of it is there."""
+        step = self.state.global_step
+        written = Path(self.args.output_dir) / f"checkpoint-{step}"
+        full = False
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # torch and safetensors each have their own way to say that the disk is full
+            if not disk_is_full(error):
+                raise
+            full = True
+        full = any(runtime.all_gather_object(full))
+        if runtime.is_main():
+            if not full:
+                full = not self._commit(step, written)
+            if full:
+                logger.warning("no room to save the state of step %d; the earlier one stays, training goes on", step)
+            shutil.rmtree(written, ignore_errors=True)
+        runtime.barrier()
+
+    def _commit(self, step: int, written: Path) -> bool:
+        extra = {"engine": runtime.engine_record().model_dump(), "tokens": self._total_train_tokens}
+        try:
+            staged = self.store.staging(step)
+            written.rename(staged)
+            self.store.commit(step, staged, self.train_config.save_total_limit, extra)
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            return False
+        return True
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: the manifest says what this is."""
+
+    def _send_telemetry(self) -> None:
+        """None: no network after the start."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether this is a write that failed for want of space or quota, whoever reports it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "No space left on device" in text or "PytorchStreamWriter failed writing file" in text
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of the whole training."""
+    per_epoch = math.ceil(rows / config.global_batch_size)
+    return config.max_steps if config.max_steps > 0 else max(1, math.ceil(config.num_train_epochs * per_epoch))
+
+
+def _whole(value: float, total: int) -> int:
+    """Steps from a number of steps, or from a share of all."""
+    return math.ceil(value * total) if value < 1 else int(value)
+
+
+def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) -> TrainingArguments:
+    """TrainingArguments, or a TRL config, from the recipe's `train:` and the engine.
+
+    Args:
+        kind: the class to make.
+        run: of the stage, whose config has `train`.
+        rows: of the training data.
+        own: fields of `kind` that the stage decides.
+
+    Raises:
+        RecipeError, LaunchError: the global batch does not divide by the processes, and what else the runtime refuses.
+    """
+    config: TrainConfig = run.config.train
+    total = total_steps(config, rows)
+    schedule = {}
+    if config.lr_scheduler_type == "warmup_stable_decay":
+        schedule = {"num_decay_steps": _whole(config.decay_steps, total)}
+    quiet()
+    fields: dict[str, Any] = {
+        # Inside the state's folder, under a name that `StateStore.clean` removes.
+        "output_dir": str(run.dir.state_dir / ".tmp-trainer"),
+        "max_steps": total,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "lr_scheduler_kwargs": schedule,
+        "warmup_steps": _whole(config.warmup_steps, total),
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps or math.ceil(total / 10),
+        "eval_strategy": "no",
+        "seed": run.seed,
+        "data_seed": run.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return kind(**{**fields, **runtime.training_arguments_kwargs(config), **own})
+
+
+def quiet() -> None:
+    """Upstream's notes are not for the user of a recipe; its errors are."""
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # TRL asks it before it draws its own bars
+    for name in ("trl", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[[], dict[str, float]]) -> None:
+    """Trains, from the newest valid state where there is one.
+
+    Args:
+        run: of the stage.
+        trainer: made with `arguments`.
+        order: the rows of each step.
+        hold_out: held-out metrics of the model as it stands; called before the first step and every `eval_steps`.
+
+    Raises:
+        LaunchError: the state was saved by another engine or number of processes.
+        GateError: the loss is not finite.
+    """
+    config: TrainConfig = run.config.train
+    trainer.run, trainer.order, trainer.train_config, trainer.hold_out = run, order, config, hold_out
+    trainer.store = StateStore(run.dir.state_dir)
+    state = latest_state(run, trainer.store)
+    run.rewind(state.step if state is not None else None)
+    if config.report_to == "wandb":
+        run.mirror()
+    if state is not None:
+        trainer._total_train_tokens = state.extra["tokens"]
+        run.console.print(f"  resuming after step {state.step}")
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(FlowCallback(trainer, config.eval_steps))
+    trainer.add_callback(MetricsCallback(run))
+    with run.progress(trainer.args.max_steps, run.section.name) as advance:
+        trainer.add_callback(ProgressCallback(advance))
+        trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
+
+
+def latest_state(run: "Run", store: StateStore) -> State | None:
+    """The state to resume from; None for a fresh start. Raises LaunchError when another engine saved it."""
+    state = None
+    if run.is_main:
+        store.clean()
+        state = store.latest() if run.resumable else None
+    state = runtime.broadcast_object(state)
+    if state is not None:
+        saved, now = state.extra["engine"], runtime.engine_record().model_dump()
+        if any(saved[key] != now[key] for key in ("name", "zero_stage", "processes")):
+            raise runtime.LaunchError(
+                f"{state.path} was saved by {saved['name']} on {saved['processes']} processes, this is {now['name']} "
+                f"on {now['processes']}: launch it as before, or delete {store.directory} to train from the start"
+            )
+    return state
