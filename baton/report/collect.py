@@ -1,0 +1,208 @@
+"""Reads a run's directory. All that touches the disk is here; what is broken becomes a warning, not the report's end.
+
+Stages whose manifest is missing were started and not finished; their metrics are shown as far as they go.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from handoff.errors import HandoffError, UserError
+from handoff.files import read_json
+from handoff.manifest import Manifest
+from handoff.stage import StageDir
+from handoff.weights import read_tensors
+
+
+class Estimate(BaseModel):
+    """A mean over `n` items with its 95 % interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+class WinRate(Estimate):
+    """Share of prompts on which a model's answer is better than that of the model `over`."""
+
+    over: str
+
+
+class Sample(BaseModel):
+    """One prompt and what each model answered."""
+
+    prompt: str
+    reference: str | None = None
+    answers: dict[str, str]
+
+
+class Results(BaseModel):
+    """An evaluation's results.json. Rates and accuracies are shares in [0, 1]."""
+
+    models: list[str]
+    metrics: dict[str, dict[str, Estimate]] = {}
+    families: dict[str, dict[str, Estimate]] = {}
+    win_rates: dict[str, WinRate] = {}
+    samples: list[Sample] = []
+    bits_per_byte: dict[str, Estimate] = {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's directory. `manifest` is None when the stage has not been published."""
+
+    name: str
+    manifest: Manifest | None
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    results: Results | None
+    parameters: int | None
+    """Elements of all tensors in model/."""
+
+    @property
+    def kind(self) -> str:
+        """The stage's package; for an unpublished one, whose manifest would say it, its own name."""
+        return self.manifest.stage if self.manifest else self.name
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """Role -> the name of the section or checkpoint."""
+        return {role: parent.name for role, parent in self.manifest.parents.items()} if self.manifest else {}
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric, finite ones only, in order; a step logged twice counts with its last value."""
+        found = {}
+        for row in self.metrics:
+            value = row.get(key)
+            if isinstance(value, int | float) and math.isfinite(value):
+                found[row["step"]] = float(value)
+        steps = sorted(found)
+        return steps, [found[step] for step in steps]
+
+    def has(self, key: str) -> bool:
+        """Whether the stage logged that metric, finite at least once."""
+        return bool(self.series(key)[0])
+
+
+@dataclass
+class RunData:
+    """A run: its stages with parents before children, and what could not be read."""
+
+    path: Path
+    stages: list[Stage]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The directory's name, which is the recipe's."""
+        return self.path.name
+
+    @property
+    def published(self) -> list[Stage]:
+        """The stages that are done."""
+        return [stage for stage in self.stages if stage.manifest]
+
+    def stage(self, name: str) -> Stage | None:
+        """The stage of that name, if the run has it."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+def read_run(run_dir: Path) -> RunData:
+    """Reads every stage in `run_dir`.
+
+    Raises:
+        UserError: there is no such directory, or no stage in it.
+    """
+    run_dir = run_dir.resolve()
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run; make it with `baton run recipes/{run_dir.name}.yaml`")
+    problems: list[str] = []
+    stages = []
+    for folder in sorted(path for path in run_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        directory = StageDir(folder)
+        if directory.manifest_path.exists() or directory.started_path.exists():
+            stages.append(_read_stage(directory, folder.name, problems))
+    if not stages:
+        raise UserError(f"{run_dir}: no stage has been started here; run `baton run recipes/{run_dir.name}.yaml` first")
+    return RunData(run_dir, _in_order(stages), problems)
+
+
+def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
+    try:
+        manifest = directory.manifest()
+    except HandoffError as error:
+        problems.append(str(error))
+        manifest = None
+    parameters = None
+    if manifest and manifest.kind in ("causal_lm", "reward_model"):
+        try:  # headers only; tied tensors are stored, and counted, once
+            parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(directory.model_dir).values())
+        except (HandoffError, OSError) as error:
+            problems.append(str(error))
+    return Stage(
+        name=name,
+        manifest=manifest,
+        metrics=_read_lines(directory.metrics_path, problems),
+        samples=_read_lines(directory.samples_path, problems),
+        results=_read_results(manifest, directory.path / "results.json", problems),
+        parameters=parameters,
+    )
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that have a step. Others are counted in `problems`."""
+    if not path.exists():
+        return []
+    rows, broken = [], []
+    # Not splitlines(): a text that a model wrote may hold other line separators, which JSON leaves as they are.
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for index, line in enumerate(text.split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+            rows.append(row)
+        else:
+            broken.append(index)
+    if broken:
+        problems.append(
+            f"{path.parent.name}/{path.name}: {len(broken)} of {len(broken) + len(rows)} lines cannot be read "
+            f"(the first is line {broken[0]}); they are left out here"
+        )
+    return rows
+
+
+def _read_results(manifest: Manifest | None, path: Path, problems: list[str]) -> Results | None:
+    """The results of a published evaluation; None for every other stage."""
+    if manifest is None or manifest.kind != "evaluation":
+        return None
+    try:
+        return Results.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        problems.append(f"{path}: {place}: {first['msg']}; run the evaluation again")
+    except (OSError, ValueError) as error:
+        problems.append(f"{path}: {error}; run the evaluation again")
+    return None
+
+
+def _in_order(stages: Sequence[Stage]) -> list[Stage]:
+    """Parents before children; otherwise as they were made, the unpublished last."""
+    waiting = sorted(stages, key=lambda s: (s.manifest is None, s.manifest.created if s.manifest else "", s.name))
+    ordered: list[Stage] = []
+    while waiting:
+        left = {stage.name for stage in waiting}
+        ready = next((s for s in waiting if not left & (set(s.parents.values()) - {s.name})), waiting[0])
+        waiting.remove(ready)
+        ordered.append(ready)
+    return ordered

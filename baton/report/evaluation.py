@@ -1,0 +1,239 @@
+"""The evaluation's tables and its verdict, from results.json: values with 95 % intervals, placed on a common scale.
+
+The verdict is made of sentences whose every number stands in the tables. A difference is called clear only when the two
+intervals do not overlap, which asks for more than a test of the difference would.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from baton.report.collect import Estimate, Results, RunData, Stage, WinRate
+from baton.report.text import number, percent, short
+
+ALIGNED = ("ppo", "dpo")
+"""Stages that align a tuned model; what they gained is told over their parent."""
+
+# metric -> (heading, what it is, better: 1 higher, -1 lower, 0 neither)
+_METRICS = {
+    "accuracy": ("Exact accuracy", "share of held-out items answered exactly", 1),
+    "stop_rate": ("Stops by itself", "share of answers that end at a stop token", 1),
+    "gold": ("Gold score", "the hidden score, from −1 to 1, that no stage trains on", 1),
+    "reward": ("Learned reward", "mean score of the reward model", 0),
+    "kl": ("KL from parent", "nats per answer", 0),
+    "length_tokens": ("Length", "tokens per answer", 0),
+    "bits_per_byte": ("Bits per byte", "on held-out text; lower is better", -1),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with its interval; `left`, `width` and `dot` are percent of the column's common scale."""
+
+    value: str
+    interval: str
+    left: float
+    width: float
+    dot: float
+    scaled: bool
+    """Whether the column has a scale: more than one number."""
+    best: bool
+    """The best of its column, or not told apart from it by the intervals."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of the table."""
+
+    heading: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the table; a cell is None where that model was not measured."""
+
+    model: str
+    cells: list[Cell | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Models by metrics."""
+
+    columns: list[Column]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One family: a cell per model, with the share in percent for its colour."""
+
+    family: str
+    cells: list[tuple[str, str, float] | None]
+    """(value, interval, percent)"""
+
+
+@dataclass(frozen=True)
+class Win:
+    """How often `model` beats `over`."""
+
+    model: str
+    over: str
+    cell: Cell
+    sentence: str
+
+
+def metric_table(results: Results) -> Table:
+    """Every metric of every model."""
+    measured = {model: dict(results.metrics.get(model, {})) for model in results.models}
+    for model, bits in results.bits_per_byte.items():
+        measured.setdefault(model, {})["bits_per_byte"] = bits
+    names = [n for n in _METRICS if any(n in m for m in measured.values())]
+    names += sorted({name for metrics in measured.values() for name in metrics} - set(_METRICS))
+    cells = {name: _column(name, {model: m[name] for model, m in measured.items() if name in m}) for name in names}
+    columns = [Column(*_METRICS.get(name, (name, "", 0))[:2]) for name in names]
+    rows = [Row(model, [cells[name].get(model) for name in names]) for model in results.models]
+    return Table(columns, rows)
+
+
+def _column(metric: str, found: Mapping[str, Estimate]) -> dict[str, Cell]:
+    sign = _METRICS.get(metric, ("", "", 0))[2]
+    ends = [end for e in found.values() for end in (e.value, e.low, e.high) if end is not None]
+    low, high = min(ends), max(ends)
+    if sign and len(found) > 1:
+        top = max(found.values(), key=lambda e: sign * e.value)
+        best = {model for model, e in found.items() if e.value == top.value or _overlap(e, top)}
+    else:
+        best = set()
+    return {model: _cell(e, low, high, model in best) for model, e in found.items()}
+
+
+def _cell(estimate: Estimate, low: float, high: float, best: bool) -> Cell:
+    span = high - low or 1.0
+    left, right = (estimate.value if end is None else end for end in (estimate.low, estimate.high))
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / span, 2)
+
+    return Cell(
+        number(estimate.value),
+        interval(estimate),
+        place(left),
+        round(place(right) - place(left), 2),
+        place(estimate.value),
+        high > low,
+        best,
+    )
+
+
+def interval(estimate: Estimate) -> str:
+    """`0.71 to 0.79`; empty where no interval was computed."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{number(estimate.low)} to {number(estimate.high)}"
+
+
+def heat_table(results: Results) -> list[Heat]:
+    """Accuracy of each model in each family, the families in the evaluation's order."""
+    rows = []
+    for family, models in results.families.items():
+        cells = []
+        for model in results.models:
+            e = models.get(model)
+            cells.append((number(e.value), interval(e), round(100 * min(1.0, max(0.0, e.value)), 1)) if e else None)
+        rows.append(Heat(family, cells))
+    return rows
+
+
+def wins(results: Results) -> list[Win]:
+    """Win rates on a scale from 0 to 1."""
+    return [
+        Win(model, win.over, _cell(win, 0.0, 1.0, best=False), _win_sentence(model, win))
+        for model, win in results.win_rates.items()
+    ]
+
+
+def _win_sentence(model: str, win: WinRate) -> str:
+    if win.low is None or win.high is None:
+        return ""
+    if win.low > 0.5:
+        return f"{model} is better"
+    if win.high < 0.5:
+        return f"{win.over} is better"
+    return "no clear difference"
+
+
+def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
+    """The aligned models of the evaluation whose parent was measured too, with it; the largest gain first."""
+    found = []
+    for model in results.models:
+        stage = run.stage(model)
+        if stage and stage.manifest and stage.kind in ALIGNED:
+            parent = stage.parents.get("parent", "")
+            if parent in results.metrics and model in results.metrics:
+                found.append((stage, parent))
+
+    def gain(pair: tuple[Stage, str]) -> float:
+        after, before = results.metrics[pair[0].name], results.metrics[pair[1]]
+        return after["gold"].value - before["gold"].value if "gold" in after and "gold" in before else 0.0
+
+    return sorted(found, key=gain, reverse=True)
+
+
+def verdict(run: RunData, results: Results) -> list[str]:
+    """What alignment and tuning did, a sentence or two a model; the first one is the headline."""
+    sentences = []
+    for stage, parent in gains(run, results):
+        sentences.append(_gain_sentence(stage, results.metrics[stage.name], parent, results.metrics[parent]))
+        win = results.win_rates.get(stage.name)
+        if win:
+            within = "" if win.low is None or win.high is None else f" ({percent(win.low)} to {percent(win.high)})"
+            sentences.append(f"{stage.name} beats {win.over} on {percent(win.value)} of the prompts{within}.")
+    for model in results.models:
+        stage = run.stage(model)
+        metrics = results.metrics.get(model, {})
+        if stage and stage.kind == "sft" and "accuracy" in metrics:
+            sentences.append(_tuning_sentence(stage, metrics, results))
+    return sentences
+
+
+def _gain_sentence(stage: Stage, after: Mapping[str, Estimate], parent: str, before: Mapping[str, Estimate]) -> str:
+    metric = next((m for m in ("gold", "reward", "accuracy") if m in after and m in before), None)
+    if metric is None:
+        return f"{stage.name} was evaluated beside {parent}, without a score that both have."
+    new, old = after[metric], before[metric]
+    name = {"gold": "gold score", "reward": "learned reward", "accuracy": "exact accuracy"}[metric]
+    change = f"from {short(old.value)} to {short(new.value)} ({short(new.value - old.value, signed=True)})"
+    if _overlap(old, new):
+        sentence = f"{stage.name} moved the {name} of {parent} {change}, no clear difference"
+    else:
+        verb = "raised" if new.value > old.value else "lowered"
+        sentence = f"{stage.name} {verb} the {name} of {parent} {change}"
+    if "kl" in after:
+        sentence += f", at {short(after['kl'].value)} nats of KL"
+    if metric != "accuracy" and "accuracy" in after and "accuracy" in before:
+        old_accuracy, new_accuracy = before["accuracy"].value, after["accuracy"].value
+        sentence += f"; exact accuracy went from {short(old_accuracy)} to {short(new_accuracy)}"
+    return sentence + "."
+
+
+def _tuning_sentence(stage: Stage, metrics: Mapping[str, Estimate], results: Results) -> str:
+    base = results.metrics.get(stage.parents.get("parent", ""), {}).get("accuracy")
+    accuracy = metrics["accuracy"]
+    start = f" ({stage.parents['parent']}: {percent(base.value)})" if base else ""
+    sentence = f"{stage.name} answers {percent(accuracy.value)} of the held-out items exactly{start}"
+    if "stop_rate" in metrics:
+        sentence += f" and stops by itself in {percent(metrics['stop_rate'].value)} of its answers"
+    return sentence + "."
+
+
+def _overlap(a: Estimate, b: Estimate) -> bool:
+    """Whether the two intervals overlap; what has no interval overlaps with nothing."""
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return False
+    return a.low <= b.high and b.low <= a.high
+
+
+def named(models: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(models[:-1]), models[-1] if models else ""]))

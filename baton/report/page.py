@@ -1,0 +1,84 @@
+"""Puts the report together: what to show is from the other modules, how it looks from page.html.jinja and page.css."""
+
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from baton.report import evaluation, facts, lineage
+from baton.report.collect import RunData, Stage
+from baton.report.curves import policies, training_charts
+from baton.report.text import moment, number, visible
+
+_SHOWN_SAMPLES = 6
+
+
+def render(run: RunData) -> str:
+    """The page as text, safe to write as UTF-8."""
+    folder = files("baton.report")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=visible
+    )
+    environment.filters["number"] = number
+    template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
+    palette = facts.colors(run)
+    nodes = facts.lineage_nodes(run, palette)
+    sentences = facts.sentences(run)
+    return template.render(
+        css=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        run=run,
+        verdict=sentences[0],
+        findings=sentences[1:],
+        tiles=facts.tiles(run),
+        palette=palette,
+        lineage_wide=lineage.draw(nodes, vertical=False),
+        lineage_tall=lineage.draw(nodes, vertical=True),
+        nodes=nodes,
+        stages=facts.stage_rows(run, palette),
+        facts=_when_and_with_what(run),
+        training=training_charts(run.stages, palette),
+        policies=policies(run.stages, palette),
+        evaluations=[_evaluation(stage) for stage in run.stages if stage.results],
+        samples=[(stage, rows) for stage in run.stages if (rows := samples_before_and_after(stage))],
+        accounts=facts.accounts(run),
+        warnings=facts.warnings(run),
+        gaps=facts.gaps(run),
+    )
+
+
+def _when_and_with_what(run: RunData) -> list[str]:
+    """The small print under the headline: date, seeds, and the packages of the newest stage."""
+    manifests = [stage.manifest for stage in run.published if stage.manifest]
+    if not manifests:
+        return []
+    newest = max(manifests, key=lambda manifest: manifest.created)
+    seeds = ", ".join(str(seed) for seed in sorted({manifest.seed for manifest in manifests}))
+    versions = [f"{package} {version}" for package, version in newest.versions.items()]
+    return [moment(newest.created), f"seed {seeds}", *versions]
+
+
+def _evaluation(stage: Stage) -> dict[str, Any]:
+    assert stage.results is not None
+    return {
+        "name": stage.name,
+        "models": stage.results.models,
+        "table": evaluation.metric_table(stage.results),
+        "heat": evaluation.heat_table(stage.results),
+        "wins": evaluation.wins(stage.results),
+        "samples": stage.results.samples,
+    }
+
+
+def samples_before_and_after(stage: Stage) -> list[dict[str, Any]]:
+    """For the first few prompts of samples.jsonl: the earliest and the latest answer, where these are of two steps."""
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for row in stage.samples:
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+            by_prompt.setdefault(row["prompt"], []).append(row)
+    pairs = []
+    for prompt, rows in by_prompt.items():
+        first, last = min(rows, key=lambda row: row["step"]), max(rows, key=lambda row: row["step"])
+        if first["step"] < last["step"]:
+            pairs.append({"prompt": prompt, "first": first, "last": last})
+    return pairs[:_SHOWN_SAMPLES]
