@@ -226,6 +226,7 @@ def run_section(recipe: Recipe, name: str) -> None:
     from stages import runtime
 
     runtime.prepare()
+    _quiet_libraries()
     section = recipe.sections[name]
     inputs = stage_inputs(recipe, name)
     run = Run(recipe, name)
@@ -236,6 +237,15 @@ def run_section(recipe: Recipe, name: str) -> None:
     finally:
         run.close()
         runtime.shutdown()
+
+
+def _quiet_libraries() -> None:
+    """Their bars for loading and saving say nothing that `Run.progress` does not; their warnings stay."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def choose_section(recipe: Recipe, stage: str, name: str | None) -> str:

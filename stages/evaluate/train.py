@@ -59,7 +59,7 @@ def train(run: Run) -> None:
     loaded = run.load(config.data, Prompt)
     documents = run.load(config.text, Text) if config.text else None
     graded = all("family" in record.columns for record in loaded.records)
-    first = Encoder.from_pretrained(next(iter(parents.values())).model_dir)
+    first = models.load_encoder(next(iter(parents.values())))
     prompts = encode_prompts(loaded.records, first, config.max_prompt_length, loaded.accounting)
     run.account(loaded, "prompts")
     if documents is not None:
@@ -69,8 +69,8 @@ def train(run: Run) -> None:
     bits_per_byte: dict[str, dict[str, float]] = {}
     with run.progress(len(parents) * len(prompts) * 2, "evaluate") as advance:
         for name, parent in parents.items():
-            encoder = Encoder.from_pretrained(parent.model_dir)
-            model = models.load_reference(parent, config.model_args, bf16=False).to(runtime.device())
+            encoder = models.load_encoder(parent)
+            model = _frozen(models.load_causal_lm(parent, config.model_args, bf16=False))
             answered[name] = _answer(run, config, model, encoder, prompts, advance)
             if documents is not None:
                 bits_per_byte[name] = {
@@ -78,9 +78,7 @@ def train(run: Run) -> None:
                 }
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
             if origin is not None and origin.name in answered:
-                reference = models.load_reference(parents[origin.name], config.model_args, bf16=False).to(
-                    runtime.device()
-                )
+                reference = _frozen(models.load_causal_lm(parents[origin.name], config.model_args, bf16=False))
                 ids = [encoder.prompt(p.record.messages) for p in prompts]
                 logp = _logprobs(reference, ids, answered[name].sampled, encoder.pad_id, config)
                 answered[name].kl = [sum(c.logprobs) - lp for c, lp in zip(answered[name].sampled, logp, strict=True)]
@@ -107,6 +105,10 @@ def train(run: Run) -> None:
     if run.is_main:
         write_json(run.dir.path / "results.json", results)
     run.publish("evaluation", None, _headline(results), files=["results.json"])
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    return model.eval().requires_grad_(False).to(runtime.device())
 
 
 def _answer(
@@ -160,8 +162,8 @@ def _rewards(
     config: Config, reward: Parent, policy: Parent, prompts: Sequence[EncodedPrompt], answered: Answered
 ) -> list[float]:
     """Normalised scores of the learned reward model; it may have an encoding of its own."""
-    model = models.frozen(models.load_scalar(reward, config.model_args, bf16=False, seed=0)).to(runtime.device())
-    encoder = Encoder.from_pretrained(policy.model_dir)
+    model = _frozen(models.load_reward_model(reward, config.model_args, bf16=False))
+    encoder = models.load_encoder(policy)
     messages = [p.record.messages for p in prompts]
     return LearnedReward(reward, model, policy, reencode=True)(
         messages,

@@ -53,6 +53,7 @@ from stages.ppo.loss import (
     value_loss,
 )
 from stages.ppo.sampler import Rollout, Sampler
+from stages.recipe import RecipeError
 from stages.run import Run
 
 # Before the first optimizer step the policy is the one that sampled: a ratio off 1 by more is a bug, not training.
@@ -66,24 +67,26 @@ def train(run: Run) -> None:
     accelerator = runtime.accelerator(t)
     device = runtime.device()
     world, rank = runtime.world_size(), runtime.rank()
-    runtime.check_divides(
-        t.rollout_batch_size, {"num_mini_batches": t.num_mini_batches, "processes": world}, "rollout_batch_size"
-    )
+    if t.rollout_batch_size % (t.num_mini_batches * world):
+        raise RecipeError(
+            f"{run.section.name}.train.rollout_batch_size is {t.rollout_batch_size}, which {t.num_mini_batches} "
+            f"minibatches on {world} processes do not divide; take a multiple of {t.num_mini_batches * world}"
+        )
     if t.report_to == "wandb":
         run.mirror()
 
     # Parents, prompts, rewards.
     parent = run.parent("parent")
-    encoder = Encoder.from_pretrained(parent.model_dir)
+    encoder = models.load_encoder(parent)
     prompts = _load_prompts(run, encoder, config.data, "prompts")
     heldout = _load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
     bf16 = accelerator.mixed_precision == "bf16"
     rewards = _load_rewards(run, config, parent, bf16)
 
     # Models.
-    policy = models.without_dropout(models.load_policy(parent, config.model_args, bf16))
+    policy = models.load_causal_lm(parent, config.model_args, dropout=False, bf16=bf16)
     critic = _make_critic(run, config, parent, bf16)
-    reference = models.load_reference(parent, config.model_args, bf16).to(device)
+    reference = models.load_causal_lm(parent, config.model_args, bf16=bf16).eval().requires_grad_(False).to(device)
     if t.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     actor_critic = ActorCritic(policy, critic)
@@ -96,8 +99,7 @@ def train(run: Run) -> None:
         eps=t.adam_epsilon,
         weight_decay=t.weight_decay,
     )
-    model, optimizer = accelerator.prepare(actor_critic, optimizer)
-    runtime.check_model(model, accelerator)
+    model, optimizer = runtime.prepare_model(accelerator, actor_critic, optimizer)
     spec = SamplingSpec(t.max_completion_length, tuple(encoder.stop_ids), encoder.pad_id, t.temperature)
     rollouts_of = Sampler(run.seed, t, encoder, spec, reference, rewards, accelerator, model)
 
@@ -185,7 +187,7 @@ def train(run: Run) -> None:
                                     sums["first_deviation"] += (
                                         masked((logp - old_logp[at, :wide]).exp() - 1, real).abs().sum().item()
                                     )
-                        norms.append(runtime.step(accelerator, model, optimizer, t.max_grad_norm))
+                        norms.append(runtime.step(model, optimizer, t.max_grad_norm))
             if not all(math.isfinite(value) for value in (*sums.values(), *norms)):
                 raise GateError(
                     f"iteration {iteration}: a loss or a gradient is not finite ({dict(sums)}); the last saved state "
@@ -237,7 +239,7 @@ def train(run: Run) -> None:
     policy_weights = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
     run.publish(
         "causal_lm",
-        lambda path: models.save(policy, policy_weights, parent, path, "causal_lm"),
+        lambda path: models.save_model(policy, encoder, path, policy_weights),
         {key: metrics[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")},
     )
 
@@ -293,7 +295,8 @@ def _load_rewards(run: Run, config: Config, policy: Parent, bf16: bool) -> Compo
         if entry.model is None:
             continue
         parent = run.parent(f"reward:{entry.model}", frozenset({"reward_model"}))
-        model = models.frozen(models.load_scalar(parent, config.model_args, bf16, run.seed)).to(runtime.device())
+        model = models.load_reward_model(parent, config.model_args, bf16=bf16).eval().requires_grad_(False)
+        model.to(runtime.device())
         learned[entry.model] = LearnedReward(parent, model, policy, reencode=entry.reencode)
     return Composition(config.reward, learned)
 
@@ -302,11 +305,11 @@ def _make_critic(run: Run, config: Config, policy: Parent, bf16: bool) -> Critic
     """From the reward model, with its head in the units of the normalised reward; else from the policy's body."""
     ref = config.critic_parent
     if ref is None:
-        return Critic(models.without_dropout(models.load_policy(policy, config.model_args, bf16)))
+        return Critic(models.load_causal_lm(policy, config.model_args, dropout=False, bf16=bf16))
     role = "critic" if config.critic is not None else f"reward:{ref}"
     parent = run.parent(role, frozenset({"reward_model"}))
     check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
-    model = models.without_dropout(models.load_scalar(parent, config.model_args, bf16, run.seed))
+    model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=bf16)
     critic = Critic(model)
     weight = next((entry.weight for entry in config.reward if entry.model == ref), 1.0)
     assert parent.manifest is not None  # a reward model of another origin has been refused above
