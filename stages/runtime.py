@@ -1,0 +1,473 @@
+"""The processes of a run, and training under whichever engine they form.
+
+With its first half, launch.py, the only file that knows accelerate, DeepSpeed, FSDP, ranks and devices.
+
+Imports of torch are inside the functions: `prepare` sets variables that are read when torch is loaded.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from handoff.manifest import EngineRecord
+from stages.launch import Engine, LaunchError, rank, requested, world_size
+from stages.launch import prepare as prepare  # the first call of every program that trains
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from stages.config import OptimizerConfig, TrainConfig
+
+# A collective that waits longer than this is dead. Nothing slow (tokenising, building) happens inside one.
+TIMEOUT = timedelta(minutes=30)
+
+
+# ---- the processes
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def device() -> "torch.device":
+    """Where this process computes."""
+    import torch
+
+    if requested().device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _group() -> bool:
+    """Whether there are others; starts the process group the first time, so that no slow start-up runs inside it."""
+    if world_size() == 1:
+        return False
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        here = device()
+        if here.type == "cuda":
+            torch.cuda.set_device(here)
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return True
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if _group():
+        all_gather_object(None)
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """`value` of every process, by rank. Small picklable objects."""
+    if not _group():
+        return [value]
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's `value`."""
+    if not _group():
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shutdown() -> None:
+    """Ends the process group. Left to the interpreter's exit, it sometimes fails after a training that succeeded."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def engine_record() -> EngineRecord:
+    """What the manifest keeps about how the stage ran."""
+    engine = requested()
+    return EngineRecord(
+        name=engine.name, zero_stage=engine.zero_stage, processes=engine.processes, device=engine.device
+    )
+
+
+# ---- choices that follow from the recipe and the engine
+
+
+def accumulation_steps(global_batch_size: int, per_device: int, processes: int) -> int:
+    """Forward passes of one process in one optimizer step.
+
+    Raises:
+        LaunchError: the global batch is not a multiple of what all processes take in one pass.
+    """
+    at_once = per_device * processes
+    if global_batch_size % at_once:
+        share, rest = divmod(global_batch_size, processes)
+        fits = [n for n in range(1, min(per_device, share) + 1) if share % n == 0] if not rest else []
+        remedy = (
+            f"take train.per_device_train_batch_size={fits[-1]}"
+            if fits
+            else f"take a train.global_batch_size that is a multiple of {processes} processes"
+        )
+        raise LaunchError(
+            f"train.global_batch_size is {global_batch_size}, which is not a multiple of {at_once} "
+            f"(train.per_device_train_batch_size {per_device} × {processes} processes): {remedy}"
+        )
+    return global_batch_size // at_once
+
+
+def choose_bf16(asked: bool | Literal["auto"], engine: Engine, supported: bool) -> bool:
+    """Whether to compute in bfloat16; `supported`: whether the GPU can.
+
+    Raises:
+        LaunchError: it was asked for, and cannot be had.
+    """
+    if asked == "auto":
+        return engine.device == "cuda" and supported
+    if asked and engine.device == "cuda" and not supported:
+        raise LaunchError("train.bf16 is true, and this GPU has no bfloat16: write `bf16: auto` or false")
+    if asked and engine.device == "cpu" and engine.name in ("deepspeed", "fsdp2"):
+        raise LaunchError(
+            f"train.bf16 is true; a rehearsal of {engine.name} on the CPU runs in float32: write `bf16: auto`"
+        )
+    return asked
+
+
+def choose_compile(asked: bool | Literal["auto"], engine: Engine) -> bool:
+    """Whether to compile the model; `auto`: on GPUs, where the engine leaves the parameters whole."""
+    if asked == "auto":
+        return engine.device == "cuda" and engine.name in ("single", "ddp")
+    return asked
+
+
+def _bf16(asked: bool | Literal["auto"], engine: Engine) -> bool:
+    import torch
+
+    return choose_bf16(asked, engine, engine.device == "cuda" and torch.cuda.is_bf16_supported())
+
+
+def _backend(engine: Engine) -> str | None:
+    """What accelerate is to call its backend: it has to be told only where it would not see that there is no GPU."""
+    return "gloo" if engine.device == "cpu" and engine.processes > 1 else None
+
+
+def training_arguments_kwargs(train: "TrainConfig") -> dict[str, Any]:
+    """Those arguments of `transformers.TrainingArguments` that depend on the engine, and those that must reach it.
+
+    Raises:
+        LaunchError: the batch sizes do not divide, or the precision cannot be had.
+    """
+    engine = requested()
+    return {
+        "per_device_train_batch_size": train.per_device_train_batch_size,
+        "per_device_eval_batch_size": train.per_device_eval_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(
+            train.global_batch_size, train.per_device_train_batch_size, engine.processes
+        ),
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": _bf16(train.bf16, engine),
+        "torch_compile": choose_compile(train.torch_compile, engine),
+        "activation_checkpointing": train.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        # Under these two, `use_cpu` would have accelerate wrap in plain DDP.
+        "use_cpu": engine.device == "cpu" and engine.name in ("single", "ddp"),
+        "ddp_backend": _backend(engine),
+        "ddp_timeout": int(TIMEOUT.total_seconds()),
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": engine.device == "cuda",
+    }
+
+
+def accelerator(train: "OptimizerConfig") -> "Accelerator":
+    """The accelerator of a loop written by hand. Such a loop then uses `prepare_model`, `backward` and `step`."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    engine = requested()
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier stage of this process may have had another
+    plugin = None
+    if engine.name == "deepspeed":
+        plugin = DeepSpeedPlugin(gradient_accumulation_steps=1)
+        plugin.deepspeed_config.update(
+            gradient_accumulation_steps=1,
+            gradient_clipping=train.max_grad_norm,
+            train_micro_batch_size_per_gpu=train.per_device_train_batch_size,
+        )
+    made = Accelerator(
+        cpu=engine.device == "cpu" and engine.name in ("single", "ddp"),
+        mixed_precision="bf16" if _bf16(train.bf16, engine) else "no",
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=_backend(engine), timeout=TIMEOUT)],
+    )
+    if engine.name == "deepspeed":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        # With it set, `from_pretrained` would hand out empty parameters under ZeRO-3; the engine cuts them up later.
+        unset_hf_deepspeed_config()
+    return made
+
+
+# ---- training under the engine, for loops written by hand
+
+
+def prepare_model(
+    accelerator: "Accelerator", model: "torch.nn.Module", optimizer: "torch.optim.Optimizer"
+) -> tuple[Any, Any]:
+    """The model and the optimizer as the engine wraps them, checked. `model` may hold several transformers models.
+
+    Raises:
+        LaunchError: another engine than the one asked for came up.
+    """
+    if requested().name == "fsdp2":
+        from transformers import PreTrainedModel
+
+        inner = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+        wanted = {name for m in inner for name in m._no_split_modules or ()}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(
+            {type(m).__name__ for m in model.modules()} & wanted
+        )
+    parameters = len(list(model.parameters()))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    check_model(model, accelerator)
+    assert len(list(model.parameters())) == parameters, "weights that were tied no longer are"
+    if requested().name == "ddp":
+        # Gradients stay with their process until `backward` is told that it is the last one.
+        model.require_backward_grad_sync = False
+    return model, optimizer
+
+
+def check_model(model: Any, accelerator: "Accelerator") -> None:
+    """Compares what came up with what the launch file asked for.
+
+    Raises:
+        LaunchError: another engine, ZeRO stage or number of processes.
+    """
+    found = _running(model, accelerator.num_processes, accelerator.device.type)
+    asked = requested()
+    if found != asked:
+        raise LaunchError(f"the launch file asks for {asked}, and what came up is {found}. Nothing was trained")
+
+
+def check_trainer(trainer: Any) -> None:
+    """`check_model` for a transformers Trainer, once `train()` has wrapped its model: in `on_train_begin`."""
+    check_model(trainer.model_wrapped, trainer.accelerator)
+
+
+def _running(model: Any, processes: int, device: Any) -> Engine:
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    if isinstance(model, DistributedDataParallel):
+        return Engine("ddp", None, processes, device)
+    if isinstance(model, FSDPModule):
+        assert all(isinstance(p, DTensor) for p in model.parameters()), "FSDP left parameters whole"
+        return Engine("fsdp2", None, processes, device)
+    if requested().name == "deepspeed":
+        from deepspeed import DeepSpeedEngine
+
+        if isinstance(model, DeepSpeedEngine):
+            return Engine("deepspeed", model.zero_optimization_stage(), processes, device)
+    return Engine("single", None, processes, device)
+
+
+def backward(accelerator: "Accelerator", model: Any, loss: "torch.Tensor", last: bool) -> None:
+    """Adds the gradients of `loss` (scalar). Those of all micro-batches and processes are summed, never averaged.
+
+    So a loss is divided once, by the caller, by its global count. Every process calls this equally often; `last` says
+    that the next call is `step`.
+    """
+    engine = requested()
+    loss = loss * engine.processes  # every engine divides by it
+    if engine.name == "deepspeed":
+        model.set_gradient_accumulation_boundary(last)
+        model.backward(loss, scale_wrt_gas=False)
+    elif engine.name == "ddp" and last:
+        with accelerator.trigger_sync_in_backward(model):
+            loss.backward()
+    else:
+        if engine.name == "fsdp2":
+            model.set_requires_gradient_sync(last)
+        loss.backward()
+
+
+def step(model: Any, optimizer: Any, max_grad_norm: float) -> float:
+    """Clips (0: does not), steps, clears the gradients. Returns the norm of all gradients before clipping."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    if requested().name == "deepspeed":
+        assert model.gradient_clipping() == max_grad_norm, "DeepSpeed was set up with another max_grad_norm"
+        model.step()
+        return float(model.get_global_grad_norm())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+@contextmanager
+def gathered(accelerator: "Accelerator", model: Any) -> Iterator[Any]:
+    """The plain module with whole parameters, without gradients, for generation.
+
+    Inside, no forward pass of it, or of a part of it, waits for another process: each may take as many as it needs.
+    """
+    import torch
+
+    engine = requested()
+    with torch.no_grad():
+        if engine.name == "deepspeed" and engine.zero_stage == 3:
+            import deepspeed
+            from trl.models.utils import add_hooks, remove_hooks
+
+            with deepspeed.zero.GatheredParameters(list(model.parameters())):
+                remove_hooks(model)
+                try:
+                    yield model.module
+                finally:
+                    add_hooks(model)
+        elif engine.name == "fsdp2":
+            from torch.distributed.fsdp import FSDPModule
+
+            # Parts may be called only after the root knows that it is the root, which its first forward pass would do.
+            model._get_fsdp_state()._lazy_init()
+            parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+            model.set_reshard_after_forward(False)
+            for part in parts:
+                part.unshard()
+            try:
+                yield model
+            finally:
+                model.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
+                for part in parts:
+                    part.reshard()
+        else:
+            yield _plain(model)
+
+
+def _plain(model: Any) -> Any:
+    """The module that the engine wraps (accelerate's own way to it imports DeepSpeed wherever it is installed)."""
+    import torch
+
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model.module if requested().name in ("ddp", "deepspeed") else model
+
+
+# ---- weights and states
+
+
+def full_state_dict(accelerator: "Accelerator", model: Any) -> dict[str, "torch.Tensor"]:
+    """All weights, whole, in float32, on the CPU of the main process; empty on the others. Every process calls it.
+
+    Weights that are tied come under each of their names, as one tensor.
+    """
+    engine = requested()
+    if engine.name == "fsdp2":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    module = _plain(model)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    whole: dict[int, Any] = {}
+    result = {}
+    for key, value in module.state_dict().items():
+        source = parameters.get(key, value)
+        if id(source) not in whole:
+            tensor = _whole(source) if engine.name == "deepspeed" and key in parameters else source.detach()
+            kept = tensor.to("cpu", copy=True) if is_main() else None
+            whole[id(source)] = kept.float() if kept is not None and kept.is_floating_point() else kept
+        result[key] = whole[id(source)]
+    return result if is_main() else {}
+
+
+def _whole(parameter: Any) -> Any:
+    """One parameter under DeepSpeed: of a trained one, the float32 weights that the optimizer has."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter)
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def _layout() -> str:
+    """Which states can be loaded: equal for those engines that write the same files."""
+    engine = requested()
+    if engine.name == "deepspeed":
+        return f"DeepSpeed ZeRO-{engine.zero_stage} on {engine.processes} processes"
+    return "FSDP2" if engine.name == "fsdp2" else "one process or DDP"
+
+
+def save_state(accelerator: "Accelerator", model: Any, optimizer: Any, path: Path) -> None:
+    """Writes model and optimizer into the folder `path`, which every process sees. Every process calls it."""
+    import torch
+    from safetensors.torch import save_model
+
+    name = requested().name
+    if name == "deepspeed":
+        model.save_checkpoint(str(path), tag="engine")
+    elif name == "fsdp2":
+        import torch.distributed.checkpoint as checkpoint
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        weights, moments = get_state_dict(model, optimizer.optimizer)
+        checkpoint.save({"model": weights, "optimizer": moments}, checkpoint_id=path)
+    elif is_main():
+        save_model(_plain(model), str(path / "model.safetensors"))
+        torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    if is_main():
+        (path / "layout.json").write_text(json.dumps({"layout": _layout()}), encoding="utf-8")
+    barrier()
+
+
+def load_state(accelerator: "Accelerator", model: Any, optimizer: Any, path: Path) -> None:
+    """Reads what `save_state` wrote into a prepared model and optimizer. Every process calls it.
+
+    Raises:
+        LaunchError: the state was written under an engine whose files this one does not read.
+    """
+    import torch
+    from safetensors.torch import load_model
+
+    written = json.loads((path / "layout.json").read_text(encoding="utf-8"))["layout"]
+    if written != _layout():
+        raise LaunchError(
+            f"{path} was written by {written}, and this is {_layout()}: resume with the launch file it began with, "
+            "or remove the folder to start this stage anew"
+        )
+    name = requested().name
+    if name == "deepspeed":
+        model.load_checkpoint(str(path), tag="engine")
+    elif name == "fsdp2":
+        import torch.distributed.checkpoint as checkpoint
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+        weights, moments = get_state_dict(model, optimizer.optimizer)
+        state = {"model": weights, "optimizer": moments}
+        checkpoint.load(state, checkpoint_id=path)
+        set_state_dict(model, optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    else:
+        load_model(_plain(model), str(path / "model.safetensors"))
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    barrier()

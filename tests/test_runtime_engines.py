@@ -1,0 +1,187 @@
+"""One small training with two models in it, under every engine: the same numbers as one process, and what really ran.
+
+The file is also the program that is launched: `accelerate launch --config_file ... tests/test_runtime_engines.py OUT`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEPS, ROWS, MICRO = 4, 8, 2
+CLIP = 0.5  # below the first gradient norms, so that clipping is at work
+LRS = (0.05, 0.02)  # of the policy and of the critic
+ENGINES = {
+    "cpu2": ("ddp", None, "DistributedDataParallel"),
+    "cpu2_zero2": ("deepspeed", 2, "DeepSpeedEngine"),
+    "cpu2_zero3": ("deepspeed", 3, "DeepSpeedEngine"),
+    "cpu2_fsdp2": ("fsdp2", None, "FSDPPair"),
+}
+
+
+def program(out: Path) -> None:
+    """Trains twice (with and without clipping), saves in the middle, resumes into fresh objects, writes what it saw."""
+    from stages import runtime
+
+    runtime.prepare()
+    import torch
+    from torch import nn
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+    from stages.config import OptimizerConfig
+
+    def small() -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=48,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+
+    class Pair(nn.Module):
+        """A policy and a critic, as in PPO."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy = LlamaForCausalLM(small())
+            self.critic = LlamaModel(small())
+            self.head = nn.Linear(32, 1)
+
+        def forward(self, ids, mask):
+            logits = self.policy(input_ids=ids, attention_mask=mask).logits
+            return logits, self.head(self.critic(input_ids=ids, attention_mask=mask).last_hidden_state).squeeze(-1)
+
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.randint(4, 12, (STEPS, ROWS), generator=generator)
+    tokens = torch.randint(3, 48, (STEPS, ROWS, 12), generator=generator)
+
+    def make(clip: float, seed: int):
+        train = OptimizerConfig(per_device_train_batch_size=MICRO, max_grad_norm=clip)
+        accelerator = runtime.accelerator(train)
+        torch.manual_seed(seed)
+        model = Pair()
+        groups = [
+            {"params": list(model.policy.parameters()), "lr": LRS[0]},
+            {"params": [*model.critic.parameters(), *model.head.parameters()], "lr": LRS[1]},
+        ]
+        model, optimizer = runtime.prepare_model(accelerator, model, torch.optim.AdamW(groups, eps=0.01))
+        return accelerator, model, optimizer
+
+    def take(accelerator, model, optimizer, step: int, clip: float) -> dict:
+        mine = list(range(runtime.rank(), ROWS, runtime.world_size()))
+        count = int((lengths[step] - 1).sum())
+        for group, peak in zip(optimizer.param_groups, LRS):
+            group["lr"] = peak * (1 - step / STEPS)
+        loss_sum = 0.0
+        batches = [mine[i : i + MICRO] for i in range(0, len(mine), MICRO)]
+        for number, rows in enumerate(batches):
+            ids = tokens[step, rows]
+            mask = (torch.arange(12) < lengths[step, rows, None]).long()
+            logits, values = model(ids, mask)
+            kept = mask[:, 1:].bool()
+            nll = nn.functional.cross_entropy(logits[:, :-1][kept], ids[:, 1:][kept], reduction="sum")
+            error = (values[:, 1:][kept] - (ids[:, 1:][kept] % 3).float()).square().sum()
+            loss = (nll + 0.5 * error) / count
+            runtime.backward(accelerator, model, loss, last=number == len(batches) - 1)
+            loss_sum += loss.item()
+        norm = runtime.step(model, optimizer, clip)
+        return {"loss": sum(runtime.all_gather_object(loss_sum)), "norm": norm, "rows": runtime.all_gather_object(mine)}
+
+    def generate(accelerator, model) -> list[list[int]]:
+        """Greedy; the row of rank r takes 3 + 4 r steps, so that no forward pass may wait for another process."""
+        answers = {}
+        with runtime.gathered(accelerator, model) as plain:
+            for row in range(runtime.rank(), 2, runtime.world_size()):
+                ids = tokens[0, row : row + 1, :4]
+                for _ in range(3 + 4 * row):
+                    logits = plain.policy(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+                    ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+                answers[row] = ids[0].tolist()
+        merged = {k: v for part in runtime.all_gather_object(answers) for k, v in part.items()}
+        return [merged[0], merged[1]]
+
+    seen: dict = {"engine": vars(runtime.requested()), "record": runtime.engine_record().model_dump()}
+    accelerator, model, optimizer = make(CLIP, seed=0)
+    seen["class"], seen["processes"] = type(model).__name__, accelerator.num_processes
+    seen["generated"] = [generate(accelerator, model)]  # before any forward pass of the whole
+    state = out / "state"
+    seen["clipped"] = []
+    for step in range(STEPS):
+        seen["clipped"].append(take(accelerator, model, optimizer, step, CLIP))
+        if step == 1:
+            seen["generated"].append(generate(accelerator, model))
+            if runtime.is_main():
+                state.mkdir(parents=True)
+            runtime.barrier()
+            runtime.save_state(accelerator, model, optimizer, state)
+    final = runtime.full_state_dict(accelerator, model)
+    if runtime.is_main():
+        torch.save(final, out / "final.pt")
+
+    accelerator, model, optimizer = make(CLIP, seed=1)
+    runtime.load_state(accelerator, model, optimizer, state)
+    seen["resumed"] = [take(accelerator, model, optimizer, step, CLIP) for step in range(2, STEPS)]
+    again = runtime.full_state_dict(accelerator, model)
+    seen["resumed equal"] = all(torch.equal(final[key], again[key]) for key in final)
+
+    accelerator, model, optimizer = make(0.0, seed=0)
+    seen["free"] = [take(accelerator, model, optimizer, step, 0.0) for step in range(2)]
+    if runtime.is_main():
+        (out / "seen.json").write_text(json.dumps(seen))
+    runtime.shutdown()
+
+
+def launch(config: Path, out: Path, root: Path) -> dict:
+    out.mkdir(parents=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), __file__, str(out)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((out / "seen.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    return launch(root / "recipes" / "launch" / "cpu.yaml", out, root), out
+
+
+@pytest.mark.slow
+def test_one_process_is_what_the_others_are_compared_with(alone: tuple[dict, Path]) -> None:
+    seen, _ = alone
+    assert seen["record"] == {"name": "single", "zero_stage": None, "processes": 1, "device": "cpu"}
+    assert seen["resumed equal"] and seen["resumed"] == seen["clipped"][2:]
+    assert seen["clipped"][0]["norm"] > CLIP
+    # Clipping changes what comes after the first step; both are tested below only because this holds.
+    assert abs(seen["clipped"][1]["loss"] - seen["free"][1]["loss"]) > 1e-3
+    assert seen["generated"][0] != seen["generated"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ENGINES)
+def test_engine_trains_as_one_process_does(config: str, alone: tuple[dict, Path], root: Path, tmp_path: Path) -> None:
+    import torch
+
+    one, out_one = alone
+    seen = launch(root / "recipes" / "launch" / f"{config}.yaml", tmp_path / "run", root)
+    name, stage, cls = ENGINES[config]
+    assert seen["record"] == {"name": name, "zero_stage": stage, "processes": 2, "device": "cpu"}
+    assert (seen["class"], seen["processes"]) == (cls, 2)
+    for part in ("clipped", "free"):
+        for mine, theirs in zip(one[part], seen[part], strict=True):
+            assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+            assert theirs["norm"] == pytest.approx(mine["norm"], rel=1e-5)
+            first, second = theirs["rows"]
+            assert not set(first) & set(second) and sorted(first + second) == sorted(mine["rows"][0])
+    assert seen["generated"] == one["generated"]
+    assert seen["resumed"] == seen["clipped"][2:] and seen["resumed equal"]
+    final, reference = (torch.load(folder / "final.pt", weights_only=True) for folder in (tmp_path / "run", out_one))
+    assert final.keys() == reference.keys()
+    for key, value in final.items():
+        assert value.dtype == torch.float32 and value.numel() > 0
+        torch.testing.assert_close(value, reference[key], rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    program(Path(sys.argv[1]))
