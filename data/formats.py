@@ -239,7 +239,12 @@ def _pair_prompt(row: Columns) -> tuple[Message, ...]:
 
 def _answer(value: Any, row: Columns, name: str) -> str:
     """An answer given as text or as one turn."""
-    return value if isinstance(value, str) else _turns([value], row, name)[0].content
+    if isinstance(value, str):
+        return value
+    turn = _turn(value, row.origin, name)
+    if turn.role != "assistant":
+        raise RowRefused("chosen or rejected is no turn of the assistant")
+    return turn.content
 
 
 def _fork(good: tuple[Message, ...], bad: tuple[Message, ...], row: Columns) -> Pair:

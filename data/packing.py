@@ -1,6 +1,6 @@
 """Several short rows in one of full length, so that little is computed on padding, and none of them sees another.
 
-The isolation is in `position_ids`: they start again at 0 with every packed row, and Transformers builds a block-diagonal
+The isolation is in `position_ids`: they start again at 0 with every packed row, and Transformers makes a block-diagonal
 causal mask from that when a model is called without `attention_mask` (and without a cache). The first label of every
 packed row is masked, because it would be predicted from the last token of the row before.
 """
@@ -14,8 +14,8 @@ Row = dict[str, list[int]]
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the longest row first, each into the fullest bin that still takes it.
 
-    Gives lists of indices, each with lengths that add up to at most `capacity`. At most 11/9 of the least possible
-    number of bins, plus one (Johnson 1973, "Near-optimal bin packing algorithms"). Depends only on its arguments.
+    Gives lists of indices, each with lengths that add up to at most `capacity`. Never much more than 11/9 of the least
+    possible number of bins (Johnson 1973, "Near-optimal bin packing algorithms"). Depends only on its arguments.
 
     Raises:
         ValueError: a length of 0 or more than `capacity`.

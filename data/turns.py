@@ -93,24 +93,29 @@ class TemplateTurns:
     def split(self, messages: Sequence[Message], generation: bool) -> Split:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         places = [i for i, m in enumerate(messages) if m.role == "assistant"]
-        answers = [self.shape.text(messages[i].content) for i in places]
+        whole = self._render(turns, generation)
         contexts, so_far = [], ""
         for i in places:
             prefix = self._render(turns[:i], True)
-            contexts.append(_rest(prefix, so_far, "the chat template rewrites earlier turns"))
+            contexts.append(prefix[len(so_far) :])
+            if not prefix.startswith(so_far):
+                return self._rewritten(whole, generation)
             so_far = prefix + self.shape.whole(messages[i].content)
+        if not whole.startswith(so_far):
+            return self._rewritten(whole, generation)
         if generation:
-            prefix = self._render(turns, True)
-            contexts.append(_rest(prefix, so_far, "the chat template rewrites earlier turns"))
-        else:
-            _rest(self._render(turns, False), so_far, "the chat template changes the text of an answer")
-        return Split(contexts, answers)
+            contexts.append(whole[len(so_far) :])
+        return Split(contexts, [self.shape.text(messages[i].content) for i in places])
 
+    def _rewritten(self, whole: str, generation: bool) -> Split:
+        """The template changes what was said before (e.g. leaves out earlier reasoning).
 
-def _rest(text: str, prefix: str, otherwise: str) -> str:
-    if not text.startswith(prefix):
-        raise RowRefused(otherwise)
-    return text[len(prefix) :]
+        As a prompt, that is what the model is to see. For training, no one sequence has every answer behind what the
+        model saw when it gave it.
+        """
+        if generation:
+            return Split([whole], [])
+        raise RowRefused("the chat template rewrites earlier turns")
 
 
 def _learn(render: Render, find_special: Callable[[str], str | None]) -> AnswerShape:
