@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,7 +190,8 @@ def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) 
         "logging_steps": config.logging_steps,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
-        "save_steps": config.save_steps or math.ceil(total / 10),
+        # At a logged step where that is left to us: each save adds a line of its own otherwise.
+        "save_steps": config.save_steps or math.ceil(total / 10 / config.logging_steps) * config.logging_steps,
         "eval_strategy": "no",
         "seed": run.seed,
         "data_seed": run.seed,
@@ -204,6 +206,7 @@ def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) 
 def quiet() -> None:
     """Upstream's notes are not for the user of a recipe; its errors are."""
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\.")
     datasets.disable_progress_bars()
     os.environ.setdefault("TQDM_DISABLE", "1")  # TRL asks it before it draws its own bars
     for name in ("trl", "accelerate", "datasets"):

@@ -45,8 +45,8 @@ def alarms(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]
     if "stop_rate" in after:
         if after["answer_tokens"] > _LONGER * before["answer_tokens"]:
             found.append(
-                f"answers grew from {before['answer_tokens']:.0f} to {after['answer_tokens']:.0f} tokens: length may be "
-                "what was learned. Compare the lengths of chosen and rejected answers in the data"
+                f"answers grew from {before['answer_tokens']:.0f} to {after['answer_tokens']:.0f} tokens: length may "
+                "be what was learned. Compare the lengths of chosen and rejected answers in the data"
             )
         if after["stop_rate"] < before["stop_rate"] - _FEWER_STOPS:
             found.append(
