@@ -32,6 +32,8 @@ class WinRate(Estimate):
     """Share of prompts on which a model's answer is better than that of the model `over`."""
 
     over: str
+    by: str = ""
+    """What told which answer is better: the gold score or the learned reward."""
 
 
 class Sample(BaseModel):

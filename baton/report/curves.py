@@ -11,64 +11,73 @@ from baton.report.charts import SERIES_COLORS, Chart, Series, line_chart, path_c
 from baton.report.collect import Stage
 from baton.report.text import duration
 
-# (title, [(metric, label, second line)], note); a chart is drawn when at least one of its metrics was logged.
+# (title, [(metric, label, colour)], note); a chart is drawn when at least one of its metrics was logged. A line without
+# a colour has the stage's; the others are dashed.
 _TRAINING = [
-    ("loss", [("loss", "train", False), ("eval_loss", "held out", True)], ""),
+    ("loss", [("loss", "train", ""), ("eval_loss", "held out", "ink")], ""),
+    ("bits per byte", [("eval_bits_per_byte", "held out", "ink")], "on held-out documents"),
     (
         "token accuracy",
-        [("mean_token_accuracy", "train", False), ("eval_mean_token_accuracy", "held out", True)],
+        [("mean_token_accuracy", "train", ""), ("eval_mean_token_accuracy", "held out", "ink")],
         "supervised tokens predicted right",
     ),
+    ("stop rate", [("eval_stop_rate", "held out", "ink")], "greedy answers that end at a stop token"),
     (
         "pair accuracy",
         [
-            ("accuracy", "train", False),
-            ("rewards/accuracies", "train", False),
-            ("eval_accuracy", "held out", True),
-            ("eval_rewards/accuracies", "held out", True),
+            ("accuracy", "train", ""),
+            ("rewards/accuracies", "train", ""),
+            ("eval_accuracy", "held out", "ink"),
+            ("eval_rewards/accuracies", "held out", "ink"),
+            ("eval_length_accuracy", "length alone", "muted"),
         ],
         "pairs with the chosen answer ranked first",
     ),
     (
         "margin",
         [
-            ("margin", "train", False),
-            ("rewards/margins", "train", False),
-            ("eval_margin", "held out", True),
-            ("eval_rewards/margins", "held out", True),
+            ("margin", "train", ""),
+            ("rewards/margins", "train", ""),
+            ("eval_margin", "held out", "ink"),
+            ("eval_rewards/margins", "held out", "ink"),
         ],
         "chosen answer's reward less the rejected one's",
+    ),
+    (
+        "drift of chosen answers",
+        [("eval_chosen_logratio_per_token", "held out", "ink")],
+        "nats per token; far below 0 is collapse",
     ),
 ]
 _POLICY = [
     (
         "Score",
-        [("objective/scores", "sampled", False), ("eval/scores", "held out", True)],
+        [("objective/scores", "sampled", ""), ("eval/scores", "held out", "ink")],
         "of an answer, all rewards summed",
     ),
-    ("KL from the parent", [("objective/kl", "sampled", False), ("eval/kl", "held out", True)], "nats per answer"),
+    ("KL from the parent", [("objective/kl", "sampled", ""), ("eval/kl", "held out", "ink")], "nats per answer"),
     (
         "Answer length",
-        [("completions/mean_length", "sampled", False), ("eval/mean_length", "held out", True)],
+        [("completions/mean_length", "sampled", ""), ("eval/mean_length", "held out", "ink")],
         "tokens",
     ),
-    ("Entropy", [("objective/entropy", "entropy", False)], "nats per answer; a fall to zero is collapse"),
-    ("Answers cut off", [("completions/clipped_ratio", "share", False)], "share that did not stop by itself"),
-    ("Score less KL penalty", [("objective/rlhf_reward", "reward", False)], "what the policy is really paid"),
-    ("Critic's loss", [("loss/value_avg", "value loss", False)], ""),
+    ("Entropy", [("objective/entropy", "entropy", "")], "nats per answer; a fall to zero is collapse"),
+    ("Answers cut off", [("completions/clipped_ratio", "share", "")], "share that did not stop by itself"),
+    ("Score less KL penalty", [("objective/rlhf_reward", "reward", "")], "what the policy is really paid"),
+    ("Critic's loss", [("loss/value_avg", "value loss", "")], "squared error of the foreseen return"),
     (
         "Critic's foresight",
-        [("val/explained_variance", "explained variance", False)],
+        [("val/explained_variance", "explained variance", "")],
         "share of the returns' variance it explains",
     ),
     (
         "Clipped share",
-        [("policy/clipfrac_avg", "policy", False), ("val/clipfrac_avg", "critic", True)],
+        [("policy/clipfrac_avg", "policy", ""), ("val/clipfrac_avg", "critic", "ink")],
         "of tokens whose update hit the clip range",
     ),
     (
         "KL of one update",
-        [("policy/approxkl_avg", "KL", False)],
+        [("policy/approxkl_avg", "KL", "")],
         "policy that wrote the answers to updated one",
     ),
 ]
@@ -133,16 +142,16 @@ def _chart(
     key: str,
     title: str,
     stage: Stage,
-    wanted: Sequence[tuple[str, str, bool]],
+    wanted: Sequence[tuple[str, str, str]],
     color: str,
     note: str,
     x_label: str = "step",
 ) -> Chart | None:
     lines = []
-    for metric, label, dashed in wanted:
+    for metric, label, own_color in wanted:
         steps, values = stage.series(metric)
         if steps:
-            lines.append(Series(label, "ink" if dashed else color, steps, values, dashed))
+            lines.append(Series(label, own_color or color, steps, values, dashed=bool(own_color)))
     return line_chart(key, title, lines, x_label=x_label, note=note) if lines else None
 
 

@@ -18,6 +18,7 @@ _METRICS = {
     "accuracy": ("Exact accuracy", "share of held-out items answered exactly", 1),
     "stop_rate": ("Stops by itself", "share of answers that end at a stop token", 1),
     "gold": ("Gold score", "the hidden score, from −1 to 1, that no stage trains on", 1),
+    "gold_greedy": ("Gold score, greedy", "of the most likely answers", 1),
     "reward": ("Learned reward", "mean score of the reward model", 0),
     "kl": ("KL from parent", "nats per answer", 0),
     "length_tokens": ("Length", "tokens per answer", 0),
@@ -153,6 +154,12 @@ def wins(results: Results) -> list[Win]:
     ]
 
 
+def judges(results: Results) -> str:
+    """What the win rates were judged by, in words."""
+    names = {"gold": "gold score", "reward": "learned reward"}
+    return named(sorted({names.get(win.by, win.by) for win in results.win_rates.values() if win.by}))
+
+
 def _win_sentence(model: str, win: WinRate) -> str:
     if win.low is None or win.high is None:
         return ""
@@ -190,10 +197,10 @@ def verdict(run: RunData, results: Results) -> list[str]:
             within = "" if win.low is None or win.high is None else f" ({percent(win.low)} to {percent(win.high)})"
             sentences.append(f"{stage.name} beats {win.over} on {percent(win.value)} of the prompts{within}.")
     for model in results.models:
-        stage = run.stage(model)
+        tuned = run.stage(model)
         metrics = results.metrics.get(model, {})
-        if stage and stage.kind == "sft" and "accuracy" in metrics:
-            sentences.append(_tuning_sentence(stage, metrics, results))
+        if tuned and tuned.kind == "sft" and "accuracy" in metrics:
+            sentences.append(_tuning_sentence(tuned, metrics, results))
     return sentences
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from baton.report import evaluation
 from baton.report.collect import Results, RunData, Stage
 from baton.report.lineage import Node
-from baton.report.text import NOTHING, compact, duration, moment, number, percent, short
+from baton.report.text import NOTHING, compact, duration, number, percent, short
 
 KINDS = {
     "tokenizer": "tokenizer",
@@ -20,16 +20,19 @@ KINDS = {
     "dpo": "preference tuning",
     "evaluate": "evaluation",
 }
-# Stage -> what its row shows, first come first shown: (metric, label).
+# Stage -> what its row shows: the first two of these metrics that the manifest has.
 _HEADLINE = {
-    "tokenizer": [("bytes_per_token", "bytes per token"), ("vocab_size", "entries")],
-    "pretrain": [("bits_per_byte", "bits per byte"), ("eval_loss", "held-out loss"), ("train_loss", "loss")],
-    "sft": [("eval_loss", "held-out loss"), ("train_loss", "loss")],
-    "reward_model": [("eval_accuracy", "of held-out pairs right"), ("accuracy", "of pairs right")],
-    "dpo": [("eval_rewards/accuracies", "of held-out pairs right"), ("eval_loss", "held-out loss")],
+    "tokenizer": [
+        ("eval_bytes_per_token", "bytes per held-out token"),
+        ("train_bytes_per_token", "bytes per token"),
+        ("vocab_size", "entries"),
+    ],
+    "pretrain": [("eval_bits_per_byte", "bits per held-out byte"), ("eval_loss", "held-out loss")],
+    "sft": [("eval_loss", "held-out loss"), ("eval_stop_rate", "of answers stop")],
+    "reward_model": [("eval_accuracy", "of held-out pairs right"), ("eval_length_accuracy", "by length alone")],
+    "dpo": [("eval_rewards/accuracies", "of held-out pairs right"), ("eval_stop_rate", "of answers stop")],
     "ppo": [("objective/scores", "score"), ("objective/kl", "nats of KL")],
 }
-_TOKENS = ("tokens", "num_tokens", "num_input_tokens_seen")
 _DROPS_WORTH_A_WARNING = 0.1
 _STOPS_WORTH_A_WARNING = 0.9
 
@@ -50,16 +53,15 @@ class StageRow:
     name: str
     kind: str
     color: str
-    parents: str
-    time: str
-    tokens: str
-    parameters: str
-    engine: str
-    headline: str
-    headline_label: str
-    fingerprint: str
-    created: str
+    results: list[tuple[str, str]]
+    """(value, what it is), the most telling first."""
     done: bool
+    parents: str = NOTHING
+    time: str = NOTHING
+    tokens: str = NOTHING
+    parameters: str = NOTHING
+    engine: str = NOTHING
+    fingerprint: str = NOTHING
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Account:
     rows_in: int
     used: int
     dropped: list[tuple[str, int]]
+    aside: list[tuple[str, int]]
+    """Rows that were read and not asked for, such as those of another split; no part of `rows_in`."""
 
     @property
     def used_percent(self) -> float:
@@ -123,15 +127,12 @@ def _stage_row(stage: Stage, color: str) -> StageRow:
     kind = KINDS.get(stage.kind, stage.kind)
     if stage.manifest is None:
         steps = max((row["step"] for row in stage.metrics), default=None)
-        progress = "" if steps is None else f"{number(steps)} steps so far"
-        return StageRow(
-            stage.name, kind, color, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, progress, "", NOTHING, NOTHING, False
-        )
+        progress = [] if steps is None else [(number(steps), "steps so far")]
+        return StageRow(stage.name, kind, color, progress, done=False)
     manifest = stage.manifest
     engine = manifest.engine
     words = [engine.name if engine.zero_stage is None else f"{engine.name} ZeRO-{engine.zero_stage}"]
     words.append(f"{engine.processes} × {engine.device}")
-    metric, label = headline(stage)
     return StageRow(
         name=stage.name,
         kind=kind,
@@ -141,41 +142,50 @@ def _stage_row(stage: Stage, color: str) -> StageRow:
         tokens=compact(tokens(stage)),
         parameters=compact(stage.parameters),
         engine=", ".join(words),
-        headline=metric,
-        headline_label=label,
+        results=headline(stage),
         fingerprint=manifest.fingerprint[:10],
-        created=moment(manifest.created),
         done=True,
     )
 
 
-def headline(stage: Stage) -> tuple[str, str]:
-    """The stage's most telling metric and its name; two empty strings where it has none."""
+def headline(stage: Stage) -> list[tuple[str, str]]:
+    """The stage's one or two most telling metrics: (value, what it is). Empty where it has none."""
     assert stage.manifest is not None
     if stage.results:
-        return str(len(stage.results.models)), "models compared"
-    for metric, label in _HEADLINE.get(stage.kind, []):
-        value = stage.manifest.metrics.get(metric)
-        if isinstance(value, int | float):
-            return number(value), label
-    return "", ""
+        return [(str(len(stage.results.models)), "models compared")]
+    metrics = stage.manifest.metrics
+    found = [
+        (number(metrics[metric]), label)
+        for metric, label in _HEADLINE.get(stage.kind, [])
+        if isinstance(metrics.get(metric), int | float)
+    ]
+    if not found and stage.has("loss"):  # trained without held-out data
+        found = [(number(stage.series("loss")[1][-1]), "training loss")]
+    return found[:2]
 
 
 def seconds(stage: Stage) -> float | None:
     """Wall-clock time of the stage's last start to its publication."""
-    return _figure(stage, ("time/total",))
+    assert stage.manifest is not None
+    value = stage.manifest.metrics.get("time/total")
+    return float(value) if isinstance(value, int | float) else None
 
 
 def tokens(stage: Stage) -> float | None:
-    """Tokens that the stage was fed."""
-    return _figure(stage, _TOKENS)
-
-
-def _figure(stage: Stage, names: tuple[str, ...]) -> float | None:
-    if stage.manifest is None:
-        return None
-    values = (stage.manifest.metrics.get(name) for name in names)
-    return next((float(value) for value in values if isinstance(value, int | float)), None)
+    """Tokens that the stage was trained on; of a policy, those that it sampled."""
+    assert stage.manifest is not None
+    value = stage.manifest.metrics.get("train_tokens")
+    if isinstance(value, int | float):
+        return float(value)
+    _, counted = stage.series("num_tokens")
+    if counted:
+        return counted[-1]
+    lengths = dict(zip(*stage.series("completions/mean_length")))
+    total, before = 0.0, 0.0
+    for step, episode in zip(*stage.series("episode")):
+        total += (episode - before) * lengths.get(step, 0.0)
+        before = episode
+    return total or None
 
 
 def sentences(run: RunData) -> list[str]:
@@ -187,8 +197,7 @@ def sentences(run: RunData) -> list[str]:
     if not done:
         return ["No stage of this run has been published yet."]
     last = done[-1]
-    value, label = headline(last)
-    told = f": {value} {label}" if value else ""
+    told = "".join(f": {value} {label}" for value, label in headline(last)[:1])
     count = "One stage is" if len(done) == 1 else f"{len(done)} stages are"
     return [f"{count} done, the last is {last.name}{told}."] + (
         [] if all_results(run) else ["Nothing has been evaluated yet."]
@@ -230,11 +239,25 @@ def accounts(run: RunData) -> list[Account]:
         assert stage.manifest is not None
         for label, counted in stage.manifest.data.items():
             if label != "fingerprints" and "data/rows_in" in counted:
-                prefix = "data/dropped/"
-                dropped = [(k.removeprefix(prefix), v) for k, v in counted.items() if k.startswith(prefix) and v]
-                dropped.sort(key=lambda pair: -pair[1])
-                found.append(Account(stage.name, label, counted["data/rows_in"], counted["data/rows_used"], dropped))
+                found.append(
+                    Account(
+                        stage.name,
+                        label,
+                        counted["data/rows_in"],
+                        counted["data/rows_used"],
+                        _reasons(counted, "data/dropped/"),
+                        _reasons(counted, "data/set_aside/"),
+                    )
+                )
     return found
+
+
+def _reasons(counted: Mapping[str, int], prefix: str) -> list[tuple[str, int]]:
+    """(reason, rows) under `prefix`, the most frequent first."""
+    found = [
+        (key.removeprefix(prefix).replace("_", " "), n) for key, n in counted.items() if key.startswith(prefix) and n
+    ]
+    return sorted(found, key=lambda pair: -pair[1])
 
 
 def gaps(run: RunData) -> list[Gap]:
@@ -283,9 +306,31 @@ def warnings(run: RunData) -> list[str]:
                 f"{account.stage}, {account.label}: {percent(lost / account.rows_in)} of the rows were dropped, "
                 f"most because of: {account.dropped[0][0]}"
             )
+    for stage in run.published:
+        found += _reward_warnings(stage)
     found += _version_changes(run)
     for results in all_results(run):
         found += _evaluation_warnings(run, results)
+    return found
+
+
+def _reward_warnings(stage: Stage) -> list[str]:
+    """What makes a reward model unfit to be maximised."""
+    assert stage.manifest is not None
+    found = []
+    metrics = {k: v for k, v in stage.manifest.metrics.items() if isinstance(v, int | float)}
+    if stage.kind == "reward_model" and {"eval_accuracy", "eval_length_accuracy"} <= metrics.keys():
+        low = metrics.get("eval_accuracy_low", metrics["eval_accuracy"])
+        by_length = max(metrics["eval_length_accuracy"], 1 - metrics["eval_length_accuracy"])
+        if low <= by_length:
+            found.append(
+                f"{stage.name} ranks {percent(metrics['eval_accuracy'])} of the held-out pairs right, which is not "
+                f"clearly more than length alone would ({percent(by_length)})"
+            )
+    for name, value in metrics.items():
+        if name.startswith("eval_beats_") and value < 0.5:
+            spoilt = name.removeprefix("eval_beats_").replace("_", " ")
+            found.append(f"{stage.name} scores {spoilt} answers above good ones in {percent(1 - value)} of the cases")
     return found
 
 

@@ -138,7 +138,7 @@ def _place(
 ) -> dict[_Point, float]:
     """Centre of each point across its layer: near its neighbours, in the layer's order, without overlap."""
     centre = {p: index * (node_across + _GAP) for layer in points for index, p in enumerate(layer)}
-    for sweep in range(12):
+    for sweep in range(60):
         for layer in points if sweep % 2 == 0 else reversed(points):
             wish = {}
             for point in layer:
@@ -154,7 +154,9 @@ def _place(
                     both = _breadth(layer[index - 1], node_across) + _breadth(point, node_across)
                     least = placed[-1] + both / 2 + _GAP
                 placed.append(max(wish[point], least))
-            shift = sum(wish[p] - at for p, at in zip(layer, placed)) / len(layer)
+            off = [wish[p] - at for p, at in zip(layer, placed)]
+            off = [value for p, value in zip(layer, off) if not p.skips] or off
+            shift = sum(off) / len(off)
             centre |= {p: at + shift for p, at in zip(layer, placed)}
     first = min(at - _breadth(p, node_across) / 2 for p, at in centre.items())
     return {p: at - first for p, at in centre.items()}
