@@ -1,0 +1,170 @@
+"""The PPO stage as a whole, on a model of 0.2 M parameters: identities, resumption, independence of how it is cut."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from handoff.errors import GateError
+from stages.recipe import RecipeError, load_recipe
+from stages.run import run_section
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+name: micro
+output_root: {root}
+seed: 1
+stages:
+  tokenizer:
+    vocab_size: 600
+    data: [{{source: world, kind: documents, size: 200}}, {{source: world, kind: chats, size: 200}}]
+  pretrain:
+    parent: tokenizer
+    model:
+      {{architecture: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4}}
+    data: [{{source: world, kind: documents, size: 200}}]
+    block_size: 128
+    train: {{learning_rate: 3.0e-3, max_steps: 10, global_batch_size: 8}}
+  sft:
+    parent: pretrain
+    data: [{{source: world, kind: chats, size: 300}}]
+    max_length: 128
+    train: {{learning_rate: 5.0e-3, max_steps: 30, global_batch_size: 8}}
+  reward:
+    stage: reward_model
+    parent: sft
+    data: [{{source: world, kind: preferences, size: 64}}]
+    eval_data: [{{source: world, kind: preferences, size: 32, split: validation}}]
+    max_length: 128
+    train: {{learning_rate: 1.0e-3, max_steps: 8, global_batch_size: 8}}
+  ppo:
+    parent: sft
+    reward: [{{model: reward}}, {{function: length_penalty, weight: 0.5, args: {{free: 8}}}}]
+    data: [{{source: world, kind: prompts, size: 50}}]
+    eval_data: [{{source: world, kind: prompts, size: 8, split: validation}}]
+    train: {{iterations: 4, rollout_batch_size: 16, max_completion_length: 24, sample_iterations: 2, save_iterations: 2,
+             learning_rate: 1.0e-3, critic_learning_rate: 1.0e-3, per_device_train_batch_size: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("ppo")
+    path = root / "micro.yaml"
+    path.write_text(RECIPE.format(root=root / "runs"))
+    recipe = load_recipe(path)
+    for name in ("tokenizer", "pretrain", "sft", "reward"):
+        run_section(recipe, name)
+    return path
+
+
+def run_ppo(recipe_path: Path, *overrides: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    recipe = load_recipe(recipe_path, [f"ppo.{o}" for o in overrides])
+    run_section(recipe, "ppo")
+    return result(recipe.run_dir / "ppo")
+
+
+def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+    return load_file(folder / "model" / "model.safetensors"), lines
+
+
+def steps(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if "episode" in line]
+
+
+def test_without_learning_nothing_moves(recipe_path):
+    """lr = 0: every ratio is 1 and the KL 0, with answers of mixed length and padded prompts."""
+    _, lines = run_ppo(recipe_path, "train.learning_rate=0", "train.critic_learning_rate=0", "train.temperature=0.8")
+    lengths = {line["completions/mean_length"] for line in steps(lines)}
+    assert len(lengths) > 1 and max(lengths) < 24
+    for line in steps(lines):
+        assert abs(line["val/ratio"] - 1) < 1e-5
+        assert line["val/first_ratio_deviation"] < 1e-5
+        assert abs(line["objective/kl"]) < 1e-4  # a sum over some twenty tokens
+        assert line["policy/clipfrac_avg"] == 0
+        assert line["policy/approxkl_avg"] < 1e-9
+
+
+def test_it_learns_what_is_rewarded(recipe_path):
+    """Shorter answers pay: the held-out score rises, the KL stays bounded, the metrics carry TRL's names."""
+    _, lines = run_ppo(
+        recipe_path,
+        'reward=[{"function": "length_penalty", "args": {"free": 4}}]',
+        "train.iterations=16",
+        "train.kl_coef=0.01",
+        "train.missing_eos_penalty=0",
+        "train.rollout_batch_size=32",
+        "train.sample_iterations=16",
+        "train.learning_rate=3e-3",
+    )
+    looks = [line for line in lines if "eval/scores" in line]
+    assert looks[-1]["eval/scores"] > looks[0]["eval/scores"] + 0.5
+    assert 0 < steps(lines)[-1]["objective/kl"] < 50
+    assert {"objective/rlhf_reward", "policy/clipfrac_avg", "loss/value_avg", "val/num_eos_tokens"} <= lines[-2].keys()
+
+
+def test_how_a_step_is_cut_changes_nothing(recipe_path):
+    weights, lines = run_ppo(recipe_path)
+    for size, rollout in ((1, 3), (8, 64)):
+        other, others = run_ppo(
+            recipe_path, f"train.per_device_train_batch_size={size}", f"train.rollout_micro_batch_size={rollout}"
+        )
+        for a, b in zip(steps(lines), steps(others), strict=True):
+            assert a["loss/policy_avg"] == pytest.approx(b["loss/policy_avg"], abs=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        for name, tensor in weights.items():
+            assert torch.allclose(tensor, other[name], atol=1e-4), name
+
+
+def test_killed_and_started_again_it_ends_bit_for_bit_the_same(recipe_path):
+    weights, lines = run_ppo(recipe_path, "train.iterations=6")
+    recipe = load_recipe(recipe_path, ["ppo.train.iterations=6"])
+    samples = (recipe.run_dir / "ppo" / "samples.jsonl").read_text()
+    shutil.rmtree(recipe.run_dir / "ppo")
+
+    command = [sys.executable, "-m", "stages.ppo", str(recipe_path), "ppo.train.iterations=6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    metrics = recipe.run_dir / "ppo" / "metrics.jsonl"
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"episode": 48' in metrics.read_text()):  # a state was saved after 32
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it was killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (recipe.run_dir / "ppo" / "stage.json").exists()
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "resumes at iteration" in done.stdout
+    again, relines = result(recipe.run_dir / "ppo")
+    assert relines == lines
+    assert (recipe.run_dir / "ppo" / "samples.jsonl").read_text() == samples
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_kl_in_the_loss_and_an_adaptive_coefficient(recipe_path):
+    _, lines = run_ppo(recipe_path, "train.kl_in=loss", "train.kl_controller=adaptive", "train.kl_horizon=100")
+    first, *_, last = steps(lines)
+    assert first["objective/non_score_reward"] == last["objective/non_score_reward"] == 0
+    assert last["objective/kl_coef"] < first["objective/kl_coef"]  # the KL is below its target
+
+
+def test_it_stops_when_the_policy_has_left_the_reference(recipe_path):
+    with pytest.raises(GateError, match=r"nats from the reference, above kl_limit 0\.5"):
+        run_ppo(recipe_path, "train.kl_limit=0.5", "train.learning_rate=0.05", "train.kl_coef=0", "train.iterations=20")
+
+
+def test_batches_that_do_not_divide_are_refused(recipe_path):
+    with pytest.raises(RecipeError, match="rollout_batch_size 16 is not a multiple of num_mini_batches 3"):
+        load_recipe(recipe_path, ["ppo.train.num_mini_batches=3"])
