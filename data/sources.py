@@ -195,7 +195,7 @@ def _csv(text: str, name: str) -> Iterator[tuple[int, Row]]:
                 )
             yield number, row
     except csv.Error as error:
-        raise DataError(f"{name}: broken CSV at line {reader.line_num} ({error}); check its quotes") from error
+        raise DataError(f"{name}: broken CSV near line {reader.line_num} ({error}); check its quotes") from error
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[int, Row]]:

@@ -1,0 +1,173 @@
+"""What is wrong with data is said at once, with file, line, field and the fix; nothing broken is read in silence."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+from pydantic import ValidationError
+
+from data.config import FileSource, HubSource
+from data.errors import DataError
+from data.load import load
+from data.records import Chat, Preference, Text
+from handoff.errors import UserError
+
+GOOD = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
+
+
+def read(folder, path="x.jsonl", want=Chat, **settings):
+    return load([FileSource(source="file", path=path, **settings)], want, folder, seed=0)
+
+
+def complaint(folder, name, content, want=Chat, **settings) -> str:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        read(folder, name, want, **settings)
+    return str(error.value)
+
+
+def row(**columns) -> str:
+    return GOOD + json.dumps(columns) + "\n"
+
+
+def test_missing_file_folder_and_match(tmp_path):
+    for path in ("none.jsonl", "none/*.jsonl", "none"):
+        with pytest.raises(DataError) as error:
+            read(tmp_path, path)
+        text = str(error.value)
+        assert f"`path: {path}` under data_root {tmp_path}: no such file" in text
+        assert "Correct the path or data_root; docs/real.md says how" in text
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.md").write_text("x")
+    with pytest.raises(DataError, match=r"`path: folder` .*no file that can be read"):
+        read(tmp_path, "folder")
+
+
+def test_empty_files(tmp_path):
+    for name, content in (
+        ("x.jsonl", ""),
+        ("x.json", "[]"),
+        ("x.json", ""),
+        ("x.txt", " \n\n "),
+        ("x.csv", "prompt,completion\n"),
+        ("x.csv", ""),
+        ("x.jsonl.gz", gzip.compress(b"")),
+    ):
+        assert complaint(tmp_path, name, content) == f"{name}: is empty; remove it, exclude it, or put its rows back"
+
+
+def test_not_utf8(tmp_path):
+    latin = json.dumps({"prompt": "café", "completion": "a"}, ensure_ascii=False).encode("latin-1")
+    assert complaint(tmp_path, "x.jsonl", GOOD.encode() + latin).startswith(
+        "x.jsonl:2: not UTF-8 (byte 0xe9); convert it, e.g. `iconv -f latin1 -t utf-8 FILE`"
+    )
+    assert complaint(tmp_path, "x.txt", b"one\ntwo\ncaf\xe9\n", Text).startswith("x.txt:3: not UTF-8 (byte 0xe9)")
+    assert complaint(tmp_path, "x.json", b'["one",\n"caf\xe9"]', Text).startswith("x.json:2: not UTF-8")
+
+
+def test_damaged_gzip(tmp_path):
+    whole = gzip.compress(GOOD.encode() * 5000)
+    for name in ("x.jsonl.gz", "x.json.gz", "x.txt.gz", "x.csv.gz"):
+        text = complaint(tmp_path, name, whole[: len(whole) // 2])
+        assert text == f"{name}: the gzip file ends in the middle (half a download?); fetch it again"
+    assert complaint(tmp_path, "y.jsonl.gz", GOOD).startswith("y.jsonl.gz: not a gzip file, or damaged")
+    flipped = whole[:-8] + bytes(8)
+    assert complaint(tmp_path, "y.jsonl.gz", flipped).startswith("y.jsonl.gz: not a gzip file, or damaged (CRC check")
+
+
+def test_broken_json(tmp_path):
+    text = complaint(tmp_path, "x.jsonl", GOOD + "\n" + GOOD[:-4] + "\n" + GOOD)
+    assert text.startswith("x.jsonl:3: broken JSON at column ") and "each line is one whole object" in text
+    assert complaint(tmp_path, "x.json", '[{"a": 1},\n{"a": 2},\n{"a": }]').startswith(
+        "x.json:3: broken JSON at column 7"
+    )
+    # A pretty-printed object under .json is neither an array nor one row a line.
+    assert complaint(tmp_path, "x.json", '{\n"prompt": "q"\n}').startswith("x.json:1: broken JSON at column")
+    assert complaint(tmp_path, "x.jsonl", "7\n") == (
+        "x.jsonl:1: a row is int; expected an object of columns, or a string (a document)"
+    )
+
+
+def test_broken_csv_and_parquet(tmp_path):
+    head = "prompt,completion\nq,a\n"
+    text = complaint(tmp_path, "x.csv", head + "q\n")
+    assert text.startswith("x.csv:2: the row that ends at line 3 has fewer fields than the header (prompt, completion)")
+    assert "has more fields than the header" in complaint(tmp_path, "x.csv", head + "q,a,b\n")
+    assert complaint(tmp_path, "x.csv", head + '"q,a\n').startswith("x.csv: broken CSV near line 2")
+    assert complaint(tmp_path, "x.parquet", b"PAR1 nothing").startswith("x.parquet: not a whole parquet file")
+
+
+def test_missing_column_names_what_is_there_and_what_is_expected(tmp_path):
+    text = complaint(tmp_path, "x.jsonl", row(prompt="q", answer="a"))
+    assert text.startswith("x.jsonl:2: no column `completion` or `response`; the row has prompt, answer.")
+    assert "Format prompt_completion expects `prompt` and `completion` (or `response`)" in text
+    text = complaint(tmp_path, "x.jsonl", row(), format="alpaca")
+    assert text.startswith("x.jsonl:1: no column `instruction`; the row has prompt, completion. Format alpaca expects")
+    text = complaint(tmp_path, "x.jsonl", '{"chosen": "a", "rejected": "b"}', Preference)
+    assert text.startswith("x.jsonl:1: `chosen` does not begin with `Human:`")
+    assert "bare answers need a `prompt` column" in text
+    text = complaint(tmp_path, "x.jsonl", '{"messages": [{"role": "user", "text": "q"}]}')
+    assert text.startswith("x.jsonl:1: `messages[0].content` is missing; the turn has role, text")
+
+
+def test_unknown_format_lists_the_known_ones(tmp_path):
+    text = complaint(tmp_path, "x.jsonl", '{"query": "q", "gold": 0}')
+    assert text.startswith("x.jsonl:1: columns query, gold are of no known format. Rename them to those of one:")
+    for name in ("prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k", "text"):
+        assert f"\n  {name}: `" in text
+    (tmp_path / "x.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"x.xlsx: not one of .txt, .jsonl, .json, .csv, .parquet"):
+        read(tmp_path, "x.xlsx")
+
+
+def test_null_in_a_row(tmp_path):
+    text = complaint(tmp_path, "x.jsonl", row(prompt="q", completion=None))
+    assert text == "x.jsonl:2: `completion` is null; give it a value, or remove the row"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]
+    text = complaint(tmp_path, "x.jsonl", json.dumps({"messages": messages}))
+    assert text.startswith("x.jsonl:1: `messages[1].content` is null")
+    text = complaint(tmp_path, "x.jsonl", '{"conversations": [{"from": null, "value": "x"}]}')
+    assert text.startswith("x.jsonl:1: `conversations[0].from` is null")
+    assert complaint(tmp_path, "x.jsonl", "null\n").startswith("x.jsonl:1: a row is NoneType")
+
+
+def test_wrong_types_and_roles(tmp_path):
+    assert complaint(tmp_path, "x.jsonl", row(prompt=3, completion="a")) == (
+        "x.jsonl:2: `prompt` is int; expected a list of turns"
+    )
+    assert complaint(tmp_path, "x.jsonl", '{"instruction": ["q"], "output": "a"}') == (
+        "x.jsonl:1: `instruction` is list; expected text"
+    )
+    assert (
+        complaint(tmp_path, "x.jsonl", '{"messages": "hi"}') == "x.jsonl:1: `messages` is str; expected a list of turns"
+    )
+    assert "`messages[0]` is str; expected {role, content} or" in complaint(tmp_path, "x.jsonl", '{"messages": ["hi"]}')
+    text = complaint(tmp_path, "x.jsonl", '{"messages": [{"role": "User:", "content": "q"}]}')
+    assert text.startswith("x.jsonl:1: `messages[0].role` is 'User:'; known roles are system, developer, user, human")
+    image = '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}'
+    assert complaint(tmp_path, "x.jsonl", image).startswith("x.jsonl:1: `messages[0].content[0]` is no text part")
+    assert complaint(tmp_path, "x.jsonl", '"a string"\n', format="alpaca").startswith(
+        "x.jsonl:1: a string; format alpaca"
+    )
+
+
+def test_exclude_that_matches_nothing_would_leak_a_held_out_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(DataError, match=r"`exclude: moby\*` matches none of its 1 files; correct the name"):
+        read(tmp_path, ".", Text, exclude=["moby*"])
+    with pytest.raises(DataError, match="`exclude` leaves none of its 1 files"):
+        read(tmp_path, ".", Text, exclude=["*.txt"])
+
+
+def test_holdout_and_split_need_each_other():
+    with pytest.raises(ValidationError, match="split: test needs `holdout`"):
+        FileSource(source="file", path="x", split="test")
+    with pytest.raises(ValidationError, match="`holdout` needs `split: train`"):
+        HubSource(source="hub", name="x/y", holdout=0.1)
+
+
+def test_a_data_set_that_is_not_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match=r"hub:.*/none\[train\]: cannot be loaded: .* Check name, subset, hub_split"):
+        load([HubSource(source="hub", name=str(tmp_path / "none"))], Chat, None, 0)

@@ -1,0 +1,113 @@
+"""Files as their publishers wrote them: how many records each gives, or the message that says why it gives none."""
+
+import pytest
+
+from data.config import FileSource
+from data.errors import DataError
+from data.load import Loaded, load
+from data.records import Chat, Preference, Prompt, Text
+
+TEXTS = {
+    "pretrain/tinyshakespeare.txt.gz": 144,
+    "pretrain/tinystories-1000.json.gz": 1000,
+    "pretrain/wiki-demo.txt.gz": 30,
+    "pretrain/wikitext-2.valid.txt.gz": 170,
+}
+CHATS = {
+    "sft/instructions-1100.json.gz": 1100,
+    "sft/alpaca-format-999.json.gz": 999,
+    "sft/gpteacher-codegen.json.gz": 4535,
+    "sft/sharegpt-format-500.json.gz": 500,
+    "sft/messages-parts-format.jsonl.gz": 500,
+    "sft/dolly-hhrlhf-1000.jsonl.gz": 1000,
+    "preference/kto-300.json.gz": 150,
+    "tools/glaive-toolcall-300.json.gz": 300,
+    "tools/toolrl-sft.json.gz": 400,
+}
+PREFERENCES = {
+    "preference/hh-rlhf-harmless-1800.jsonl.gz": 1791,
+    "preference/sharegpt-dpo-300.json.gz": 300,
+    "preference/instructions-with-preference-1100.json.gz": 1094,
+    "preference/messages-preference-sample.jsonl.gz": 100,
+}
+PROMPTS = {
+    "verifiable/gsm8k-train.jsonl.gz": (7473, {"answer", "reference"}),
+    "verifiable/humaneval.jsonl.gz": (164, {"task_id", "canonical_solution", "test", "entry_point"}),
+    "verifiable/ifeval-prompts.jsonl.gz": (541, {"key", "instruction_id_list", "kwargs"}),
+    "verifiable/rlvr-sample.jsonl.gz": (100, {"ground_truth", "dataset", "constraint", "constraint_type"}),
+}
+UNREADABLE = {
+    "preference/pandalm-999.json.gz": "of no known format",
+    "preference/llmbar-natural.json.gz": "of no known format",
+    "verifiable/svamp.json.gz": "of no known format",
+    "verifiable/mbpp.jsonl.gz": "holds documents; wanted are records of kind Chat",
+    "tools/bfcl-v4-multiple.jsonl.gz": "of no known format",
+    "tools/bfcl-v4-simple_python.answers.jsonl.gz": "of no known format",
+    "eval/arc-easy.jsonl.gz": "of no known format",
+    "eval/mmlu.tar.gz": "not one of .txt, .jsonl, .json, .csv, .parquet",
+}
+
+
+def read(folder, path, want, **settings) -> Loaded:
+    loaded = load([FileSource(source="file", path=path, **settings)], want, folder, seed=0)
+    counts = loaded.accounting
+    assert counts.rows_used == len(loaded.records) == counts.rows_in - sum(counts.dropped.values())
+    return loaded
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_texts(shared_data, path):
+    assert len(read(shared_data, path, Text).records) == TEXTS[path]
+
+
+@pytest.mark.parametrize("path", CHATS)
+def test_chats(shared_data, path):
+    assert len(read(shared_data, path, Chat).records) == CHATS[path]
+
+
+@pytest.mark.parametrize("path", PREFERENCES)
+def test_preferences(shared_data, path):
+    assert len(read(shared_data, path, Preference).records) == PREFERENCES[path]
+
+
+@pytest.mark.parametrize("path", PROMPTS)
+def test_prompts(shared_data, path):
+    count, columns = PROMPTS[path]
+    records = read(shared_data, path, Prompt).records
+    assert len(records) == count and all(set(record.columns) == columns for record in records)
+
+
+@pytest.mark.parametrize("path", UNREADABLE)
+def test_what_cannot_be_read_says_why(shared_data, path):
+    with pytest.raises(DataError, match=f"^{path}.*{UNREADABLE[path]}"):
+        read(shared_data, path, Chat)
+
+
+def test_books_come_without_wrapping_and_one_can_be_held_out(shared_data):
+    books = read(shared_data, "pretrain/gutenberg-*", Text, exclude=["*moby-dick*"])
+    assert {record.origin.file.split("/")[1] for record in books.records} == {
+        path.name for path in (shared_data / "pretrain").glob("gutenberg-*") if "moby" not in path.name
+    }
+    assert not any(mark in r.text for r in books.records for mark in ("PROJECT GUTENBERG", "\r", "\ufeff"))
+    assert 4_000_000 < sum(len(record.text) for record in books.records) < 5_000_000
+
+
+def test_dropped_pairs_and_headers_are_named(shared_data):
+    harmless = read(shared_data, "preference/hh-rlhf-harmless-1800.jsonl.gz", Preference).accounting
+    assert harmless.dropped.keys() <= {
+        "empty answer",
+        "roles out of order",
+        "chosen and rejected do not answer the same prompt",
+        "chosen and rejected are the same",
+    }
+    dolly = read(shared_data, "sft/dolly-hhrlhf-1000.jsonl.gz", Chat)
+    assert dolly.accounting.notes["prompts whose instruction header was taken off"] == 1000
+    assert dolly.records[0].messages[0].content == "what is kangen water?"
+
+
+def test_equal_prompts_of_two_files_are_held_out_together(shared_data):
+    held = {"holdout": 0.1}
+    train = read(shared_data, "sft/instructions-1100.json.gz", Chat, split="train", **held).records
+    test = read(shared_data, "preference/instructions-with-preference-1100.json.gz", Preference, split="test", **held)
+    seen = {record.messages[0].content for record in train}
+    assert len(test.records) > 30 and not any(record.prompt[0].content in seen for record in test.records)

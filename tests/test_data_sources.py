@@ -1,0 +1,157 @@
+"""Every kind of file gives the same rows; folders, globs and the hub; text files become documents; fingerprints."""
+
+import csv
+import gzip
+import io
+import json
+
+import datasets
+import pytest
+
+from data.config import FileSource, HubSource, WorldSource
+from data.documents import TARGET, split_documents
+from data.fingerprint import fingerprint, fingerprints
+from data.load import load
+from data.records import Chat, Origin, Text
+from data.sources import read_rows
+
+ROWS = [{"prompt": 'a "b", c\nd', "completion": "é"}, {"prompt": "q", "completion": "x" * 200_000}]
+
+
+def contents(suffix: str) -> bytes:
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    if suffix == ".json":
+        return json.dumps(ROWS, indent=1).encode()
+    if suffix == ".csv":
+        out = io.StringIO()
+        writer = csv.DictWriter(out, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+        return out.getvalue().encode()
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), buffer)
+    return buffer.getvalue()
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "bom"),
+    [(".jsonl", b""), (".jsonl", BOM), (".json", b""), (".json", BOM), (".csv", b""), (".csv", BOM), (".parquet", b"")],
+)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix, bom):
+    plain, packed = tmp_path / f"rows{suffix}", tmp_path / f"rows{suffix}.gz"
+    plain.write_bytes(bom + contents(suffix))
+    packed.write_bytes(gzip.compress(bom + contents(suffix)))
+    for path in (plain, packed):
+        rows = list(read_rows(FileSource(source="file", path=path.name), tmp_path))
+        assert [row for row, _ in rows] == ROWS
+        assert [origin for _, origin in rows] == [Origin(path.name, 1), Origin(path.name, 2)]
+
+
+def test_json_with_one_row_a_line_and_lines_counted_with_the_blank_ones(tmp_path):
+    (tmp_path / "x.json").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    rows = list(read_rows(FileSource(source="file", path="x.json"), tmp_path))
+    assert rows == [({"text": "one"}, Origin("x.json", 1)), ({"text": "two"}, Origin("x.json", 3))]
+
+
+def test_folders_globs_and_exclude(tmp_path, monkeypatch):
+    (tmp_path / "books" / "old").mkdir(parents=True)
+    for name in ("books/b.txt", "books/a.txt", "books/old/c.txt.gz", "books/.hidden.txt", "books/notes.md"):
+        content = name.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    def texts(path, root=tmp_path, **settings):
+        return [r.text for r in load([FileSource(source="file", path=path, **settings)], Text, root, 0).records]
+
+    assert texts("books") == ["books/a.txt", "books/b.txt", "books/old/c.txt.gz"]
+    assert texts("books/*.txt", exclude=["b.*"]) == ["books/.hidden.txt", "books/a.txt"]
+    assert texts("books/**/*.gz") == texts(str(tmp_path / "books" / "*" / "*.gz")) == ["books/old/c.txt.gz"]
+    assert texts("books", exclude=["a.txt", "c*"]) == ["books/b.txt"]
+    monkeypatch.chdir(tmp_path)
+    assert texts("books/a.txt", root=None) == ["books/a.txt"]
+
+
+def test_a_data_set_is_read_by_name(tmp_path, monkeypatch):
+    """`datasets` takes a folder where it takes a name, which needs no network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 3))
+    name = str(tmp_path / "set")
+    loaded = load([HubSource(source="hub", name=name, hub_split="train[:5]")], Chat, None, 0)
+    assert [r.messages[0].content for r in loaded.records] == [row["prompt"] for row in (ROWS * 3)[:5]]
+    assert loaded.records[4].origin == Origin(f"hub:{name}[train[:5]]", 5)
+    assert list(loaded.fingerprints) == [f"hub:{name}"]
+
+
+BOOK = (
+    "\ufeffThe Project Gutenberg EBook\r\n\r\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\r\n\r\n"
+    + "\r\n\r\n".join(f"Paragraph {i}\r\nof two lines. " + "word " * 100 for i in range(60))
+    + "\r\n\r\n*** END OF THIS PROJECT GUTENBERG EBOOK X ***\r\n*** START: FULL LICENSE ***\r\nlicence"
+)
+
+
+def test_books_lose_their_wrapping_and_are_cut_between_paragraphs():
+    documents = list(split_documents(BOOK))
+    assert len(documents) > 3 and all(TARGET / 2 < len(d) <= TARGET for d in documents[:-1])
+    assert all(d.startswith("Paragraph") for d in documents)
+    text = "\n\n".join(documents)
+    assert text.startswith("Paragraph 0\nof two lines.") and "licence" not in text and "\r" not in text
+    assert text.split() == BOOK.split("X ***")[1].split("***")[0].split()
+
+
+def test_one_article_a_line_against_running_text():
+    articles = ["word " * 300, "other " * 500]
+    assert list(split_documents("\n".join(articles) + "\n")) == articles
+    lines = [f"line {i} of a poem" for i in range(100)]
+    assert list(split_documents("\n".join(lines))) == ["\n".join(lines)]
+    mixed = articles[0] + "\n\n" + "short\n\n" * 9
+    assert list(split_documents(mixed)) == [mixed.strip("\n")]
+    assert list(split_documents(" \n\n\t\n")) == []
+
+
+def test_a_paragraph_without_end_is_cut():
+    documents = list(split_documents("no end " * 10_000 + "\n\nshort"))
+    assert max(map(len, documents)) <= TARGET + len("short") + 2
+    assert "".join(documents).replace("\n", "") == "no end " * 10_000 + "short"
+
+
+def test_fingerprints_follow_the_bytes_and_the_names(tmp_path):
+    source = FileSource(source="file", path="*.txt")
+    (tmp_path / "a.txt").write_text("one")
+    label, first = fingerprint(source, tmp_path)
+    assert label == "file:*.txt" and fingerprint(source, tmp_path) == (label, first)
+    (tmp_path / "a.txt").write_text("two!")
+    assert fingerprint(source, tmp_path)[1] != first
+    (tmp_path / "a.txt").write_text("one")
+    assert fingerprint(source, tmp_path)[1] == first
+    (tmp_path / "b.txt").write_text("one")
+    assert fingerprint(source, tmp_path)[1] != first
+
+
+def test_fingerprints_of_one_list_have_names_of_their_own():
+    def world(**settings):
+        return WorldSource(source="world", kind="chats", **settings)
+
+    hashes = fingerprints([world(), world(split="test"), world(seed=1)], None)
+    assert list(hashes) == ["world:chats", "world:chats#2", "world:chats#3"] and len(set(hashes.values())) == 3
+    hub = [HubSource(source="hub", name="o/n", subset="s", revision=r) for r in (None, "v1")]
+    assert fingerprint(hub[0], None)[0] == "hub:o/n/s"
+    assert fingerprint(hub[0], None)[1] != fingerprint(hub[1], None)[1]
+
+
+def test_the_cache_of_hashes_is_kept_between_processes(tmp_path, monkeypatch):
+    import data.fingerprint as module
+
+    (tmp_path / "a.txt").write_text("one")
+    source, cache = FileSource(source="file", path="a.txt"), tmp_path / "cache.json"
+    monkeypatch.setattr(module, "_seen", {})
+    first = fingerprint(source, tmp_path, cache)
+    monkeypatch.setattr(module, "_seen", {})
+    monkeypatch.setattr(module, "sha256_file", lambda path: pytest.fail("hashed again"))
+    assert fingerprint(source, tmp_path, cache) == first
