@@ -86,8 +86,9 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
         pickles = sorted(path.name for path in model_dir.iterdir() if path.suffix in PICKLES)
         if pickles:
             raise HandoffError(
-                f"{model_dir} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when "
-                "loaded; convert it where you trust it: from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
+                f"{model_dir} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code "
+                "when loaded; convert it where you trust it: from_pretrained(DIR).save_pretrained(NEW_DIR) writes "
+                "safetensors"
             )
         if not (model_dir / "config.json").is_file() and (model_dir / "tokenizer.json").is_file():
             return "tokenizer", read_tokenizer(model_dir, choose_pad=True)

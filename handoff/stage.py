@@ -31,6 +31,7 @@ from handoff.files import (
 )
 from handoff.lock import LOCK_NAME, RunLock
 from handoff.manifest import EngineRecord, Inputs, Kind, Manifest, Metric, ParentRecord, TokenizerRecord, read_manifest
+from handoff.state import StateStore
 
 PREVIOUS = ".previous"
 MINIMUM_FREE = 64 << 20  # bytes; room for logs and metrics, whatever the model's size
@@ -125,14 +126,19 @@ class StageDir:
         paths = [path for path in self.path.iterdir() if path.name != LOCK_NAME]
         return sorted(paths, key=lambda path: (path != self.manifest_path, path.name))
 
+    def _holds_only(self, *paths: Path) -> bool:
+        """Whether this was started and holds nothing but `paths`, and no saved state."""
+        if not self.started_path.exists() or StateStore(self.state_dir).has_states():
+            return False
+        return set(self._content()) <= {*paths, self.state_dir}
+
     def _put_aside(self) -> bool:
         if not self._content():
             return False
-        kept = {self.started_path, self.metrics_path, self.samples_path}
-        if self.started_path.exists() and not [path for path in self._content() if path not in kept]:
+        if self._holds_only(self.started_path, self.metrics_path, self.samples_path):
             # A start that came to nothing must not push out a generation that did.
             for path in self._content():
-                path.unlink()
+                remove_tree(path)
             return False
         self._moving.mkdir(parents=True, exist_ok=True)
         self._finish_setting_aside()
@@ -265,12 +271,13 @@ class StageDir:
         or in a parent costs neither the published stage that was set aside nor leaves an empty directory."""
         if self._inputs is None:
             return
-        if self._fresh and self._content() == [self.started_path]:
+        if self._fresh and self._holds_only(self.started_path):
             self._undo()
         self._lock.release()
         self._inputs = None
 
     def _undo(self) -> None:
+        remove_tree(self.state_dir)
         self.started_path.unlink()
         if self._set_aside:
             # stage.json last: what is half restored does not pass as published.

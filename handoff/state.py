@@ -102,6 +102,10 @@ class StateStore:
         ]
         return sorted(found, key=lambda item: (item[0], item[1].name.startswith("step-")), reverse=True)
 
+    def has_states(self) -> bool:
+        """Whether anything was ever committed, valid or not."""
+        return bool(self._candidates())
+
     def latest(self) -> State | None:
         """The newest valid state, None when none was ever saved.
 

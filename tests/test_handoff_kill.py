@@ -1,0 +1,225 @@
+"""A kill at any instant of begin, publish, close and a state's commit.
+
+Exhaustively, before each change to the disk, and at random times with SIGKILL from outside.
+
+The exhaustive half forks a child that kills itself before its n-th change (as Python's audit events announce
+them), for every n.
+"""
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handoff.errors import HandoffError
+from handoff.files import hash_tree
+from handoff.parent import open_parent
+from handoff.stage import StageDir
+from handoff.state import StateStore
+from handoff.verify import verify_run
+from tests.handoff_models import inputs, publish, write_model
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+
+def changes_disk(event: str, arguments: Any) -> bool:
+    """Whether an audit event announces a change: one of CHANGES, or a file opened for writing."""
+    return event in CHANGES or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)))
+
+
+def killed_before_each_change(work: Callable[[], None]) -> Iterator[int]:
+    """Runs `work` in a child, killed before its n-th change to the disk, for n = 1, 2, ... until a child gets through."""
+    for n in range(1, 1000):
+        child = os.fork()
+        if child == 0:
+            count = 0
+
+            def hook(event: str, arguments: Any, n: int = n) -> None:
+                nonlocal count
+                if changes_disk(event, arguments):
+                    count += 1
+                    if count == n:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+            try:
+                work()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL), f"the child failed with {status} before it was killed at change {n}"
+        yield n
+        if status == 0:
+            return
+    raise AssertionError("the work never ended")
+
+
+def restore(directory: Path, copy: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    if copy.exists():
+        shutil.copytree(copy, directory)
+
+
+def check_stage(run: Path) -> str:
+    """Whatever happened: published and true, or plainly unfinished. Says which value the published model has."""
+    assert verify_run(run) == []
+    try:
+        parent = open_parent("sft", run, {"causal_lm"})
+    except HandoffError as error:
+        assert "unfinished" in str(error) or "does not exist" in str(error) or "neither" in str(error)
+        return "unfinished"
+    assert parent.manifest is not None
+    return str(parent.manifest.metrics["value"])
+
+
+def publish_value(run: Path, value: float, rate: float = 1.0) -> None:
+    stage = StageDir(run / "sft")
+    stage.begin(inputs(rate=rate))
+    publish(stage, lambda path: write_model(path, value=value), inputs(rate=rate), metrics={"value": str(value)})
+    stage.close()
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0], ids=["same inputs", "other inputs"])
+@pytest.mark.slow
+def test_publishing_over_a_published_stage(tmp_path: Path, rate: float) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    publish_value(copy, 1.0)
+    restore(run, copy)
+    seen = set()
+    for _ in killed_before_each_change(lambda: publish_value(run, 2.0, rate)):
+        seen.add(check_stage(run))
+        publish_value(run, 3.0, rate)  # the next run finishes, whatever the last one left
+        assert check_stage(run) == "3.0"
+        leftovers = [path.name for path in (run / "sft").iterdir()]
+        assert sorted(leftovers) == [".lock", "model", "stage.json", "started.json"]
+        restore(run, copy)
+    assert seen == {"1.0", "unfinished", "2.0"}
+
+
+@pytest.mark.slow
+def test_the_first_publishing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    seen = set()
+    for _ in killed_before_each_change(lambda: publish_value(run, 1.0)):
+        seen.add(check_stage(run))
+        publish_value(run, 3.0)
+        assert check_stage(run) == "3.0"
+        shutil.rmtree(run)
+        run.mkdir()
+    assert seen == {"unfinished", "1.0"}
+
+
+@pytest.mark.slow
+def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    publish_value(copy, 1.0)
+    before = {name.removeprefix("sft/"): digest for name, digest in hash_tree(copy).items() if "lock" not in name}
+    restore(run, copy)
+
+    def begin_anew() -> None:
+        stage = StageDir(run / "sft")
+        stage.begin(inputs(rate=2.0))
+        stage.metrics_path.write_text("{}\n")
+
+    for _ in killed_before_each_change(begin_anew):
+        check_stage(run)
+        begin_anew()
+        assert hash_tree(run / ".previous" / "sft") == before
+        restore(run, copy)
+
+
+@pytest.mark.slow
+def test_undoing_a_begin(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    publish_value(copy, 1.0)
+    restore(run, copy)
+
+    def begin_and_fail() -> None:
+        stage = StageDir(run / "sft")
+        stage.begin(inputs(rate=2.0))
+        stage.close()
+
+    seen = set()
+    for _ in killed_before_each_change(begin_and_fail):
+        seen.add(check_stage(run))
+        publish_value(run, 3.0)
+        assert check_stage(run) == "3.0"
+        restore(run, copy)
+    assert seen == {"1.0", "unfinished"}
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step"])
+@pytest.mark.slow
+def test_committing_a_state(tmp_path: Path, step: int) -> None:
+    state, copy = tmp_path / "state", tmp_path / "copy"
+
+    def save(directory: Path, at: int, content: str) -> None:
+        store = StateStore(directory)
+        staged = store.staging(at)
+        (staged / "part").write_text(content)
+        store.commit(at, staged, keep=1)
+
+    save(copy, 1, "old")
+    restore(state, copy)
+    seen = set()
+    for _ in killed_before_each_change(lambda: save(state, step, "new")):
+        store = StateStore(state)
+        found = store.latest()
+        assert found is not None
+        seen.add((found.path / "part").read_text())
+        store.clean()
+        save(state, 3, "third")
+        assert [path.name for path in state.iterdir()] == ["step-3"]
+        restore(state, copy)
+    assert seen == {"old", "new"}
+
+
+def save_and_publish_forever(run: Path) -> None:
+    stage = StageDir(run / "sft")
+    stage.begin(inputs(rate=1.0))
+    store = StateStore(stage.state_dir)
+    found = store.latest()
+    for step in itertools.count(found.step + 1 if found else 1):
+        staged = store.staging(step)
+        for rank in range(3):
+            (staged / f"rank{rank}").write_bytes(bytes([step % 256]) * 50_000)
+        store.commit(step, staged, keep=2)
+
+        def write_step(path: Path, step: int = step) -> None:
+            write_model(path, value=step)
+
+        publish(stage, write_step, inputs(rate=1.0), metrics={"value": str(step)})
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_times(tmp_path: Path) -> None:
+    delays = random.Random(0)
+    last = 0
+    outcomes = set()
+    for _ in range(48):
+        child = os.fork()
+        if child == 0:
+            try:
+                save_and_publish_forever(tmp_path)
+            finally:
+                os._exit(1)
+        time.sleep(delays.uniform(0.01, 0.2))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        outcomes.add(check_stage(tmp_path))
+        state = StateStore(tmp_path / "sft" / "state").latest()
+        step = state.step if state else 0
+        assert step >= last, "a committed state was lost"
+        last = step
+    assert last > 0
+    assert outcomes - {"unfinished"}

@@ -1,0 +1,230 @@
+"""Opening a parent (handoff/parent.py) and verifying a run with its lineage (handoff/verify.py)."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from handoff.errors import HandoffError
+from handoff.manifest import ParentRecord
+from handoff.parent import Parent, open_parent
+from handoff.stage import StageDir
+from handoff.verify import Problem, lineage, verify_run
+from tests.handoff_models import inputs, published, write_model
+
+CAUSAL = {"causal_lm"}
+
+
+def record(parent: Parent) -> dict[str, ParentRecord]:
+    return {"parent": ParentRecord(path=str(parent.path), fingerprint=parent.fingerprint, name=parent.name)}
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+# ---- where a reference leads
+
+
+def test_a_section_a_stage_directory_and_its_model_are_the_same_parent(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stage = published(run / "sft")
+    by_name = open_parent("sft", run, CAUSAL)
+    assert by_name == open_parent(str(stage.path), tmp_path / "other", CAUSAL)
+    assert by_name == open_parent(str(stage.model_dir), tmp_path / "other", CAUSAL)
+    assert (by_name.kind, by_name.model_dir) == ("causal_lm", stage.model_dir)
+
+
+def test_a_foreign_directory_has_an_identity_of_its_bytes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    foreign = tmp_path / "models" / "llama"
+    write_model(foreign)
+    first = open_parent(str(foreign), run, CAUSAL)
+    assert (first.name, first.path, first.model_dir, first.manifest) == ("llama", foreign, foreign, None)
+    assert (run / ".hashes.json").exists()
+    assert open_parent(str(foreign), run, CAUSAL, verify=False).fingerprint == first.fingerprint  # from the cache
+    (foreign / "README.md").write_text("not read, not part of it")
+    assert open_parent(str(foreign), run, CAUSAL).fingerprint == first.fingerprint
+    flip_last_byte(foreign / "model.safetensors")
+    assert open_parent(str(foreign), run, CAUSAL).fingerprint != first.fingerprint
+
+
+def test_opening_a_foreign_parent_of_a_run_that_never_began_writes_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "llama")
+    open_parent(str(tmp_path / "llama"), tmp_path / "run", CAUSAL)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_damaged_cache_of_hashes_is_an_empty_one(tmp_path: Path) -> None:
+    write_model(tmp_path / "llama")
+    first = open_parent(str(tmp_path / "llama"), tmp_path, CAUSAL)
+    (tmp_path / ".hashes.json").write_text("{")
+    assert open_parent(str(tmp_path / "llama"), tmp_path, CAUSAL) == first
+
+
+@pytest.mark.parametrize(
+    ("section", "command"),
+    [
+        ("sft", "`make sft` or `baton run <recipe> --to sft`"),
+        ("sft_long", "make it with `baton run <recipe> --to sft_long`"),
+    ],
+)
+def test_a_missing_section_names_the_command_that_makes_it(tmp_path: Path, section: str, command: str) -> None:
+    with pytest.raises(HandoffError) as raised:
+        open_parent(section, tmp_path, CAUSAL)
+    assert f"{tmp_path / section} does not exist" in str(raised.value)
+    assert command in str(raised.value)
+
+
+@pytest.mark.parametrize("ref", ["./models/llama", "/models/llama", "models/llama/7b"])
+def test_a_missing_directory(tmp_path: Path, ref: str) -> None:
+    with pytest.raises(HandoffError, match=f"{ref}: no such directory"):
+        open_parent(ref, tmp_path, CAUSAL)
+
+
+def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "snapshot")
+    asked = {}
+
+    def download(ref: str, **options: list[str]) -> str:
+        asked[ref] = options
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    parent = open_parent("org/model-1.5b", tmp_path / "run", CAUSAL)
+    assert (parent.name, parent.path) == ("org/model-1.5b", tmp_path / "snapshot")
+    assert asked["org/model-1.5b"]["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(ref: str, **_: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(
+        HandoffError, match=r"org/model: not a directory here, and the hub cannot be reached .*hf download"
+    ):
+        open_parent("org/model", tmp_path, CAUSAL)
+
+
+# ---- what is refused
+
+
+def test_an_unfinished_stage(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "sft")
+    stage.begin(inputs())
+    with pytest.raises(HandoffError, match=r"sft is unfinished: .*make it with"):
+        open_parent("sft", tmp_path, CAUSAL)
+    stage.close()
+
+
+def test_the_wrong_kind(tmp_path: Path) -> None:
+    published(tmp_path / "reward", lambda path: write_model(path, stops=None), kind="reward_model")
+    with pytest.raises(
+        HandoffError, match="is a reward model; a parent here has to be a language model or a tokenizer"
+    ):
+        open_parent("reward", tmp_path, {"causal_lm", "tokenizer"})
+
+
+@pytest.mark.parametrize("how", ["altered", "missing", "truncated", "added"])
+def test_a_parent_altered_after_publishing_names_the_file(tmp_path: Path, how: str) -> None:
+    stage = published(tmp_path / "sft")
+    path = stage.model_dir / "model.safetensors"
+    match how:
+        case "altered":
+            flip_last_byte(path)
+        case "missing":
+            path.unlink()
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-1])
+        case "added":
+            path = stage.model_dir / "adapter_config.json"
+            path.write_text("{}")
+    change = {"missing": "is missing", "added": "was added"}.get(how, "was altered")
+    with pytest.raises(HandoffError, match=f"altered after publishing: model/{path.name} {change}"):
+        open_parent("sft", tmp_path, CAUSAL)
+    assert open_parent("sft", tmp_path, CAUSAL, verify=False).name == "sft"  # another process has looked
+    problems = verify_run(tmp_path)
+    assert [(p.stage, p.file) for p in problems] == [("sft", f"model/{path.name}")]
+    assert change in problems[0].message
+
+
+# ---- lineage
+
+
+def chain(run: Path) -> None:
+    """base -> sft -> ppo."""
+    published(run / "base")
+    published(run / "sft", lambda p: write_model(p, value=2.0), parents=record(open_parent("base", run, CAUSAL)))
+    published(run / "ppo", lambda p: write_model(p, value=3.0), parents=record(open_parent("sft", run, CAUSAL)))
+
+
+def test_a_chain_verifies_and_tells_its_lineage(tmp_path: Path) -> None:
+    chain(tmp_path)
+    assert verify_run(tmp_path) == []
+    line = lineage(tmp_path)
+    assert [(a.stage, [p.name for p in a.parents.values()]) for a in line] == [
+        ("base", []),
+        ("sft", ["base"]),
+        ("ppo", ["sft"]),
+    ]
+    assert line[1].parents["parent"].fingerprint == line[0].fingerprint
+
+
+def test_a_retrained_parent_shows_in_its_child_alone(tmp_path: Path) -> None:
+    chain(tmp_path)
+    published(tmp_path / "base", lambda p: write_model(p, value=9.0))
+    problems = verify_run(tmp_path)
+    assert [(p.stage, p.file) for p in problems] == [("sft", "")]
+    assert "it is another one now" in problems[0].message
+
+
+def test_a_parent_that_was_begun_again_or_removed(tmp_path: Path) -> None:
+    chain(tmp_path)
+    stage = StageDir(tmp_path / "base")
+    stage.begin(inputs(rate=2))
+    stage.metrics_path.write_text("{}\n")
+    stage.close()
+    problems = verify_run(tmp_path)
+    assert [p.stage for p in problems] == ["sft"]
+    assert "unfinished: it was begun again" in problems[0].message
+    shutil.rmtree(tmp_path / "base")
+    assert "is gone" in verify_run(tmp_path)[0].message
+
+
+def test_lineage_is_followed_into_another_run_and_a_foreign_model(tmp_path: Path) -> None:
+    foreign, first, second = tmp_path / "llama", tmp_path / "first", tmp_path / "second"
+    write_model(foreign)
+    published(first / "sft", parents=record(open_parent(str(foreign), first, CAUSAL)))
+    published(second / "ppo", parents=record(open_parent(str(first / "sft"), second, CAUSAL)))
+    assert verify_run(second) == []
+    flip_last_byte(foreign / "model.safetensors")
+    assert [p.stage for p in verify_run(second)] == [str(first / "sft")]
+    flip_last_byte(first / "sft" / "model" / "model.safetensors")
+    assert [(p.stage, p.file) for p in verify_run(second)] == [
+        (str(first / "sft"), "model/model.safetensors"),
+        (str(first / "sft"), ""),
+    ]
+
+
+def test_a_damaged_manifest_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
+    chain(tmp_path)
+    (tmp_path / "ppo" / "stage.json").write_text("{")
+    assert [(p.stage, p.file) for p in verify_run(tmp_path)] == [("ppo", "stage.json")]
+
+
+def test_no_such_run(tmp_path: Path) -> None:
+    with pytest.raises(HandoffError, match="no such run"):
+        verify_run(tmp_path / "nowhere")
+
+
+def test_an_unfinished_stage_is_no_problem(tmp_path: Path) -> None:
+    chain(tmp_path)
+    stage = StageDir(tmp_path / "dpo")
+    stage.begin(inputs())
+    assert verify_run(tmp_path) == list[Problem]()
+    stage.close()

@@ -1,0 +1,331 @@
+"""Begin, publish and close of a stage's directory (handoff/stage.py). For kills see test_handoff_kill.py."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import handoff.stage
+from handoff.errors import HandoffError
+from handoff.files import hash_tree, read_json
+from handoff.manifest import Manifest, ParentRecord
+from handoff.parent import open_parent
+from handoff.stage import StageDir
+from handoff.state import StateStore
+from handoff.verify import verify_run
+from tests.handoff_models import inputs, publish, published, write_model, write_tokenizer
+
+
+def save_state(stage: StageDir) -> None:
+    store = StateStore(stage.state_dir)
+    (store.staging(1) / "part").write_text("x")
+    store.commit(1, store.staging_path(1), keep=1)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# ---- publish
+
+
+def test_a_published_stage_opens_and_verifies(tmp_path: Path) -> None:
+    stage = published(tmp_path / "sft", metrics={"eval/loss": 1.5, "broken": float("nan")}, extra={"reward_mean": 0.5})
+    assert names(stage.path) == [".lock", "model", "stage.json", "started.json"]
+    manifest = stage.manifest()
+    assert manifest is not None
+    assert manifest.metrics == {"eval/loss": 1.5, "broken": None}
+    assert manifest.extra == {"reward_mean": 0.5}
+    assert manifest.files == {f"model/{name}": digest for name, digest in hash_tree(stage.model_dir).items()}
+    parent = open_parent("sft", tmp_path, {"causal_lm"})
+    assert (parent.name, parent.fingerprint, parent.tokenizer) == ("sft", manifest.fingerprint, manifest.tokenizer)
+    assert verify_run(tmp_path) == []
+
+
+def test_the_fingerprint_is_of_what_was_made(tmp_path: Path) -> None:
+    def made(name: str, **fields: Any) -> Manifest:
+        manifest = published(tmp_path / name / "sft", **fields).manifest()
+        assert manifest is not None
+        return manifest
+
+    first = made("a")
+    again = made("b", metrics={"loss": 2.0})
+    assert (first.fingerprint, first.created) != (again.fingerprint, again.created)
+    assert first.fingerprint == again.fingerprint
+    assert made("c", extra={"reward_mean": 1.0}).fingerprint != first.fingerprint
+    assert made("d", write_files=lambda path: write_model(path, value=2.0)).fingerprint != first.fingerprint
+
+
+def test_an_evaluation_publishes_files_and_no_model(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "evaluate")
+    stage.begin(inputs())
+    (stage.path / "results.json").write_text("{}")
+    manifest = publish(stage, None, kind="evaluation", files=["results.json"])
+    stage.close()
+    assert list(manifest.files) == ["results.json"]
+    assert not stage.model_dir.exists()
+    (stage.path / "results.json").write_text("{ }")
+    assert [(p.stage, p.file) for p in verify_run(tmp_path)] == [("evaluate", "results.json")]
+    with pytest.raises(HandoffError, match="nothing can start from it"):
+        open_parent("evaluate", tmp_path, {"causal_lm"})
+
+
+def test_parents_of_the_same_run_are_kept_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/tiny")  # relative, as in a recipe
+    base = published(run / "pretrain").manifest()
+    assert base is not None
+    record = ParentRecord(path=str(run / "pretrain"), fingerprint=base.fingerprint, name="pretrain")
+    child = published(run / "sft", parents={"parent": record}).manifest()
+    assert child is not None
+    assert child.parents["parent"].path == "pretrain"
+    shutil.move(run, tmp_path / "moved")
+    assert verify_run(tmp_path / "moved") == []
+
+
+def test_a_model_that_breaks_the_contract_is_not_published(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "sft")
+    stage.begin(inputs())
+    with pytest.raises(HandoffError, match="only 9 embeddings"):
+        publish(stage, lambda path: write_model(path, rows=9))
+    assert names(stage.path) == [".lock", "started.json"]
+    stage.close()
+
+
+def test_an_encoding_that_drifted_is_not_published(tmp_path: Path) -> None:
+    record = open_parent("base", published(tmp_path / "base").path.parent, {"causal_lm"}).tokenizer
+    stage = StageDir(tmp_path / "sft")
+    stage.begin(inputs())
+    with pytest.raises(HandoffError, match="encoding drifted"):
+        publish(stage, lambda path: write_model(path, template="other<|end|>"), tokenizer=record)
+    assert stage.manifest() is None
+    stage.close()
+
+
+def test_publishing_again_replaces_the_model_as_a_whole(tmp_path: Path) -> None:
+    stage = published(tmp_path / "sft")
+    first = stage.manifest()
+    stage.begin(inputs())
+
+    def other(path: Path) -> None:
+        write_model(path, value=2.0, template=None)
+
+    second = publish(stage, other)
+    stage.close()
+    assert first is not None
+    assert second.fingerprint != first.fingerprint
+    assert "chat_template.jinja" not in names(stage.model_dir)
+    assert names(stage.path) == [".lock", "model", "stage.json", "started.json"]
+    assert verify_run(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["write_model", "fsync", "manifest"])
+def test_a_full_disk_leaves_the_published_state_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    stage = published(tmp_path / "sft")
+    before = stage.manifest()
+    stage.begin(inputs())
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if where == "fsync":
+        monkeypatch.setattr(handoff.stage, "fsync_tree", full)
+    if where == "manifest":
+        monkeypatch.setattr(handoff.stage, "write_json", full)
+    with pytest.raises(HandoffError, match="disk is full, nothing was published"):
+        publish(stage, full if where == "write_model" else write_model)
+    stage.close()
+    assert stage.manifest() == before
+    assert names(stage.path) == [".lock", "model", "stage.json", "started.json"]
+    assert verify_run(tmp_path) == []
+
+
+def test_a_tokenizer_is_published_with_its_record(tmp_path: Path) -> None:
+    published(tmp_path / "tokenizer", write_tokenizer, kind="tokenizer")
+    parent = open_parent("tokenizer", tmp_path, {"tokenizer"})
+    assert (parent.tokenizer.vocab_size, parent.tokenizer.stop_ids) == (11, [1, 5])
+
+
+# ---- begin
+
+
+def test_the_same_inputs_resume(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "run" / "sft")
+    assert stage.begin(inputs(rate=0.1)) is False
+    save_state(stage)
+    stage.close()
+    assert stage.begin(inputs(rate=0.1)) is True
+    assert StateStore(stage.state_dir).latest() is not None
+    stage.close()
+
+
+@pytest.mark.parametrize("how", ["inputs", "resume", "record"])
+def test_otherwise_the_old_content_is_set_aside(tmp_path: Path, how: str) -> None:
+    stage = published(tmp_path / "run" / "sft")
+    if how == "record":
+        stage.started_path.write_text("{")
+    before = hash_tree(stage.path)
+    given = inputs(rate=0.2) if how == "inputs" else inputs()
+    assert stage.begin(given, resume=how != "resume") is False
+    save_state(stage)
+    assert stage.started_inputs() == given
+    assert names(stage.path) == [".lock", "started.json", "state"]
+    aside = tmp_path / "run" / ".previous" / "sft"
+    assert {**hash_tree(aside), ".lock": before[".lock"]} == {**before}
+    stage.close()
+
+
+def test_one_generation_is_kept(tmp_path: Path) -> None:
+    for rate in (1, 2, 3):
+        stage = StageDir(tmp_path / "sft")
+        stage.begin(inputs(rate=rate))
+        publish(stage, given=inputs(rate=rate))
+        stage.close()
+    aside = read_json(tmp_path / ".previous" / "sft" / "started.json")
+    assert aside["inputs"]["recipe"]["rate"] == 2
+    assert names(tmp_path / ".previous") == ["sft"]
+
+
+def test_a_start_that_came_to_nothing_does_not_push_out_the_generation_before(tmp_path: Path) -> None:
+    published(tmp_path / "sft")
+    for rate in (2, 3):
+        stage = StageDir(tmp_path / "sft")
+        stage.begin(inputs(rate=rate))
+        assert names(stage.path) == [".lock", "started.json"]
+        stage.metrics_path.write_text("{}\n")
+        StateStore(stage.state_dir).staging(1)
+        stage.close()
+    assert (tmp_path / ".previous" / "sft" / "stage.json").exists()
+    assert names(tmp_path / "sft") == [".lock", "metrics.jsonl", "started.json", "state"]
+
+
+def test_setting_aside_that_was_cut_off_is_completed(tmp_path: Path) -> None:
+    stage = published(tmp_path / "sft")
+    moving = tmp_path / ".previous" / ".sft.moving"
+    moving.mkdir(parents=True)
+    stage.manifest_path.rename(moving / "stage.json")
+    assert stage.begin(inputs()) is False  # the same inputs, but the directory had been given up
+    assert sorted(hash_tree(tmp_path / ".previous" / "sft")) == sorted(
+        ["stage.json", "started.json", *(f"model/{name}" for name in names(tmp_path / ".previous" / "sft" / "model"))]
+    )
+    stage.close()
+
+
+def test_leftovers_of_a_killed_publish_are_removed(tmp_path: Path) -> None:
+    stage = published(tmp_path / "sft")
+    for name in (".model-writing", ".model-old"):
+        (stage.path / name).mkdir()
+        (stage.path / name / "part").write_text("x")
+    (stage.path / ".stage.json.1234.tmp").write_text("x")
+    assert stage.begin(inputs()) is True
+    stage.close()
+    assert names(stage.path) == [".lock", "model", "stage.json", "started.json"]
+
+
+# ---- nothing written on a user's error
+
+
+def test_a_stage_that_fails_before_it_writes_leaves_nothing(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "runs" / "tiny" / "sft")
+    stage.begin(inputs())
+    stage.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_that_fails_before_it_writes_gives_the_published_one_back(tmp_path: Path) -> None:
+    stage = published(tmp_path / "sft")
+    before = hash_tree(tmp_path)
+    stage.begin(inputs(rate=0.2))
+    assert stage.manifest() is None
+    stage.close()
+    assert hash_tree(tmp_path) == before
+    assert verify_run(tmp_path) == []
+
+
+def test_too_little_space(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "run" / "sft")
+    with pytest.raises(HandoffError, match=r"stage sft needs .* TiB, and .* free"):
+        stage.begin(inputs(), need_bytes=1 << 60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(HandoffError, match="is a file, not a directory"):
+        StageDir(tmp_path / "run" / "sft").begin(inputs())
+
+
+def test_a_directory_that_is_not_writable() -> None:
+    # Under an account without privileges: root may write everywhere.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        script = (
+            "import os\nfrom pathlib import Path\n"
+            "from handoff.stage import StageDir\nfrom tests.handoff_models import inputs\n"
+            "if os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"
+            f"StageDir(Path({name!r}) / 'run' / 'sft').begin(inputs())\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert f"no permission to write in {name}" in done.stderr
+        assert names(folder) == []
+
+
+def test_a_second_begin_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    first = StageDir(tmp_path / "sft")
+    first.begin(inputs())
+    before = hash_tree(tmp_path)
+    second = StageDir(tmp_path / "sft")
+    with pytest.raises(HandoffError, match=rf"in use by process {os.getpid()} on .* \(stage sft, since "):
+        second.begin(inputs(rate=2))
+    second.close()
+    assert hash_tree(tmp_path) == before
+    first.close()
+
+
+# ---- manifests
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"format_version": 2}', "format_version is 2, this Baton reads 1"),
+        ('{"format_version": 1, "name": "sft"}', "stage: Field required"),
+        ("[]", "format_version is None"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
+    stage = published(tmp_path / "sft")
+    stage.manifest_path.write_text(content)
+    with pytest.raises(HandoffError, match=message) as raised:
+        stage.manifest()
+    assert str(stage.manifest_path) in str(raised.value)
+
+
+def test_differences_are_told_in_words() -> None:
+    old = inputs(train={"learning_rate": 0.001}).model_copy(
+        update={"parents": {"sft": "a", "reward": "b"}, "data": {"world:chats": "c"}}
+    )
+    new = inputs(train={"learning_rate": 0.002}, beta=0.1).model_copy(
+        update={"parents": {"sft": "z"}, "data": {"world:chats": "d", "file": "e"}, "code": "other", "seed": 2}
+    )
+    assert old.differences(old) == []
+    assert new.differences(old) == [
+        "recipe: beta absent → 0.1",
+        "recipe: train.learning_rate 0.001 → 0.002",
+        "parent reward is no longer used",
+        "parent sft: retrained",
+        "data: file is new",
+        "data: world:chats changed",
+        "code of stages/sft changed",
+        "seed 1 → 2",
+    ]

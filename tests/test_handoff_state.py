@@ -1,0 +1,162 @@
+"""Resumable state (handoff/state.py): what is committed comes back, what is broken is skipped or refused by name."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import handoff.state
+from handoff.errors import HandoffError
+from handoff.state import StateStore
+
+
+def save(store: StateStore, step: int, keep: int = 2, content: str = "weights") -> Path:
+    staged = store.staging(step)
+    (staged / "rank0").mkdir()
+    (staged / "rank0" / "rng.json").write_text("{}")
+    (staged / "model.safetensors").write_text(f"{content} {step}")
+    return store.commit(step, staged, keep, {"step": step})
+
+
+def steps(store: StateStore) -> list[str]:
+    return sorted(path.name for path in store.directory.iterdir())
+
+
+def test_the_newest_comes_back_with_its_extra(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "state")
+    assert store.latest() is None
+    save(store, 9)
+    path = save(store, 10)
+    state = store.latest()
+    assert state is not None
+    assert (state.step, state.path, state.extra) == (10, path, {"step": 10})
+    assert (path / "model.safetensors").read_text() == "weights 10"
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    for step in (1, 2, 3, 10, 20):
+        save(store, step, keep=2)
+    assert steps(store) == ["step-10", "step-20"]
+
+
+def test_later_states_of_an_abandoned_course_go(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    for step in (1, 2, 3):
+        save(store, step, keep=3)
+    (tmp_path / "step-3" / "model.safetensors").write_text("broken")
+    (tmp_path / "step-2" / "model.safetensors").write_text("broken")
+    state = store.latest()
+    assert state is not None and state.step == 1
+    save(store, 2, keep=3, content="new")
+    assert steps(store) == ["step-1", "step-2"]
+    state = store.latest()
+    assert state is not None and (state.path / "model.safetensors").read_text() == "new 2"
+
+
+def test_nothing_rotates_before_the_new_one_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StateStore(tmp_path)
+    save(store, 1, keep=1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(handoff.state, "fsync_tree", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(store, 2, keep=1)
+    assert steps(store) == ["step-1"]  # and what was staged has given its space back
+    monkeypatch.undo()
+    save(store, 3, keep=1)
+    assert steps(store) == ["step-3"]
+
+
+def break_part(path: Path, how: str) -> None:
+    part = path / "model.safetensors"
+    content = bytearray(part.read_bytes())
+    match how:
+        case "flip":
+            content[3] ^= 1
+            part.write_bytes(content)
+        case "truncate":
+            part.write_bytes(content[:-1])
+        case "missing":
+            part.unlink()
+        case "nested":
+            (path / "rank0" / "rng.json").unlink()
+        case "manifest":
+            (path / "state.json").unlink()
+        case "json":
+            (path / "state.json").write_text("{")
+        case "version":
+            (path / "state.json").write_text('{"format_version": 7}')
+        case "step":
+            manifest = (path / "state.json").read_text()
+            (path / "state.json").write_text(manifest.replace('"step": 4,', '"step": 3,', 1))
+
+
+BREAKS = [
+    ("flip", "model.safetensors was altered"),
+    ("truncate", "model.safetensors has 8 bytes instead of 9"),
+    ("missing", "model.safetensors is missing"),
+    ("nested", "rng.json is missing"),
+    ("manifest", "state.json is missing"),
+    ("json", "state.json, line 1: not JSON"),
+    ("version", "state.json is not of format version 1"),
+    ("step", "state.json is of step 3, its directory of step 4"),
+]
+
+
+@pytest.mark.parametrize(("how", "reason"), BREAKS, ids=[how for how, _ in BREAKS])
+def test_a_broken_state_is_skipped_with_its_reason(
+    tmp_path: Path, how: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = StateStore(tmp_path)
+    save(store, 2)
+    break_part(save(store, 4), how)
+    with caplog.at_level(logging.WARNING):
+        state = store.latest()
+    assert state is not None and state.step == 2
+    assert "state step-4 is skipped" in caplog.text
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(("how", "reason"), BREAKS, ids=[how for how, _ in BREAKS])
+def test_when_every_state_is_broken_resuming_is_refused(tmp_path: Path, how: str, reason: str) -> None:
+    store = StateStore(tmp_path)
+    break_part(save(store, 4), how)
+    with pytest.raises(HandoffError, match="no valid state is left") as raised:
+        store.latest()
+    assert reason in str(raised.value)
+    assert f"delete {tmp_path}" in str(raised.value)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    save(store, 1)
+    save(store, 2, content="first")
+    path = save(store, 2, content="second")
+    assert (path / "model.safetensors").read_text() == "second 2"
+    assert steps(store) == ["step-1", "step-2"]
+
+
+def test_between_the_two_renames_of_a_replacement_the_old_one_is_found(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    save(store, 2).rename(tmp_path / ".replaced-step-2")
+    state = store.latest()
+    assert state is not None and (state.path / "model.safetensors").read_text() == "weights 2"
+    save(store, 3)
+    assert steps(store) == ["step-3"]
+
+
+def test_staging_starts_empty_and_clean_removes_leftovers(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    save(store, 1)
+    (store.staging(5) / "half").write_text("x")
+    assert list(store.staging(5).iterdir()) == []
+    (store.staging_path(5) / "half").write_text("x")
+    assert store.latest() is not None
+    store.clean()
+    assert steps(store) == ["step-1"]
