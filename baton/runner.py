@@ -80,12 +80,18 @@ def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: 
         from baton.worker import WarmStage
 
         return Start(
-            ["python", "-m", module, *arguments],
+            [_program("python"), "-m", module, *arguments],
             lambda descriptor: WarmStage(section.stage, arguments, descriptor, preload=preload),
         )
     rest = ["--config_file", str(launch), "-m", module, *arguments]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *rest]
-    return Start(["accelerate", "launch", *rest], lambda descriptor: LaunchedStage(launcher, descriptor))
+    return Start([_program("accelerate"), "launch", *rest], lambda descriptor: LaunchedStage(launcher, descriptor))
+
+
+def _program(name: str) -> str:
+    """A program of this Python's environment as a user would type it from here."""
+    path = Path(sys.executable).with_name(name)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 StartOf = Callable[[Recipe, Section], Start]
@@ -154,7 +160,10 @@ class Runner:
         return code
 
     def _failed(self, name: str, code: int, took: float, tail: Sequence[str], log_path: Path, command: str) -> None:
-        said = Console(stderr=True, highlight=False, soft_wrap=True)
+        said = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        if self._signals:
+            said.print(f"{name} was stopped; the same command goes on with it", style="yellow")
+            return
         said.print(f"[bold red]{name} failed[/] with exit code {code} after {took:.0f} s; its last lines:")
         for line in tail:
             said.print(f"  | {line}", markup=False)
@@ -190,7 +199,7 @@ def run_pipeline(
     if launch is not None and not launch.is_file():
         raise UserError(f"--launch {launch}: no such file; the repository's own are in recipes/launch/")
     check_data(recipe, names)
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if dry_run:
         _print_plan(recipe, names, force, console)
         return 0

@@ -1,0 +1,284 @@
+"""`baton chat`: talk to a model in the terminal, or to two of them side by side.
+
+Conversations are encoded as in training (`data.encode`); an answer is decoded one token at a time, shown as it comes,
+and ends at the model's stop tokens. Every model keeps its own conversation. Lines are read from standard input; when
+that is no terminal, only the answers are printed, so that a script can talk too.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from data.errors import DataError
+from data.records import Message
+from handoff.errors import UserError
+from handoff.manifest import Manifest
+from handoff.parent import Parent, open_parent
+from handoff.stage import StageDir
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from data.encode import Encoder
+
+COMMANDS = "/reset begins anew, /system TEXT sets the system message, /quit ends"
+_ALIGNED = ("ppo", "dpo")
+_HIDDEN = "�"  # bytes of a character whose rest has not been sampled yet
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. `temperature` 0: always the likeliest."""
+
+    temperature: float
+    max_new_tokens: int
+    seed: int
+
+
+class Speaker:
+    """A model with its encoder and its side of the conversation."""
+
+    def __init__(self, parent: Parent, sampling: Sampling) -> None:
+        import torch
+
+        from stages import runtime
+        from stages.config import ModelArguments
+        from stages.models import load_causal_lm, load_encoder
+
+        self.name = parent.name
+        self.encoder: Encoder = load_encoder(parent)
+        self.device = runtime.device()
+        model = load_causal_lm(parent, ModelArguments(), dropout=False, bf16=False)
+        self.model: PreTrainedModel = model.to(self.device).eval()
+        self.stop_ids = set(parent.tokenizer.stop_ids)
+        self.context = _context(self.model.config)
+        self.sampling = sampling
+        self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        self.system: str | None = None
+        self.turns: list[Message] = []
+
+    def reset(self, system: str | None) -> None:
+        """Forgets the conversation."""
+        self.system = system
+        self.turns = []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Pieces of the answer to the user's next message; both are remembered once it has ended.
+
+        Raises DataError where the message cannot be expressed in the model's template, or fills its whole context.
+        """
+        asked = [*self.turns, Message("user", text)]
+        ids = self._prompt(asked)
+        said: list[int] = []
+        shown = ""
+        try:
+            for token in self._tokens(ids):
+                said.append(token)
+                now = self.encoder.decode(said)
+                if not now.endswith(_HIDDEN):
+                    yield now[len(shown) :]
+                    shown = now
+            rest = self.encoder.decode(said)[len(shown) :]
+            if rest:
+                yield rest
+        finally:
+            self.turns = [*asked, Message("assistant", self.encoder.decode(said))]
+
+    def _prompt(self, turns: Sequence[Message]) -> list[int]:
+        """The conversation as ids. Its oldest exchanges are left out when they no longer fit beside an answer."""
+        before = [] if self.system is None else [Message("system", self.system)]
+        room = self.context - min(self.sampling.max_new_tokens, self.context // 2)
+        kept = list(turns)
+        while True:
+            ids = self.encoder.prompt([*before, *kept])
+            if len(ids) <= room:
+                return ids
+            if len(kept) == 1:
+                raise DataError(f"{len(ids)} tokens are too many for {self.name}: {room} fit beside an answer")
+            kept = kept[2:]
+
+    def _tokens(self, ids: Sequence[int]) -> Iterator[int]:
+        import torch
+
+        inputs = torch.tensor([ids], device=self.device)  # (1, T)
+        cache = None
+        for _ in range(min(self.sampling.max_new_tokens, self.context - len(ids))):
+            with torch.inference_mode():
+                output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            token = self._choose(output.logits[0, -1].float())
+            if token in self.stop_ids:
+                return
+            yield token
+            inputs = torch.tensor([[token]], device=self.device)
+
+    def _choose(self, logits: "torch.Tensor") -> int:
+        """The next token from logits of shape (V,)."""
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        chances = (logits / self.sampling.temperature).softmax(-1)
+        return int(chances.multinomial(1, generator=self.generator))
+
+
+def _context(config: "PretrainedConfig") -> int:
+    """Positions that a model has; architectures without a limit name none."""
+    known = config.get_text_config().to_dict()
+    return next((int(known[key]) for key in ("max_position_embeddings", "n_positions") if known.get(key)), 1 << 30)
+
+
+def open_models(target: Path, names: Sequence[str]) -> list[Parent]:
+    """The models to talk to. `target` is a recipe, the folder of a run, or the folder of one model.
+
+    Without names: the newest aligned model of the run, or the newest instruction-tuned one.
+
+    Raises:
+        UserError: no such target, or nothing in the run to talk to.
+        HandoffError: a model is missing, unfinished, altered, or no language model.
+    """
+    if target.is_dir() and _is_model(target):
+        if names:
+            raise UserError(f"{target} is one model; --model and --compare need a recipe or the folder of a run")
+        return [open_parent(str(target.resolve()), Path("runs"), {"causal_lm"})]
+    from baton.cli import run_dir_of
+
+    run_dir = run_dir_of(target)
+    return [open_parent(name, run_dir, {"causal_lm"}) for name in names or [default_model(run_dir)]]
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "stage.json").exists() or (folder / "started.json").exists()
+
+
+def default_model(run_dir: Path) -> str:
+    """The section whose model is the newest of the most aligned kind. Raises UserError when there is none."""
+    found: list[tuple[int, str, str]] = []
+    for folder in run_dir.iterdir():
+        manifest: Manifest | None = StageDir(folder).manifest()
+        if manifest is not None and manifest.kind == "causal_lm" and manifest.stage in (*_ALIGNED, "sft"):
+            found.append((int(manifest.stage in _ALIGNED), manifest.created, manifest.name))
+    if not found:
+        raise UserError(
+            f"{run_dir}: no model has been taught to answer yet; make one with `baton run <recipe> --to sft`"
+        )
+    return max(found)[2]
+
+
+@dataclass
+class Terminal:
+    """Where lines come from and answers go to."""
+
+    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True, emoji=False))
+    asks: bool = field(default_factory=lambda: sys.stdin.isatty() and sys.stdout.isatty())
+
+    def read(self) -> str | None:
+        """The next line, None at the end of input."""
+        try:
+            return (self.console.input("[bold cyan]you[/] > ") if self.asks else input()).strip()
+        except EOFError:
+            return None
+
+    def say(self, text: str, style: str = "dim") -> None:
+        """A line that is not a model's."""
+        self.console.print(text, style=style, markup=False)
+
+    def one(self, speaker: Speaker, text: str) -> None:
+        """One model's answer, as it comes."""
+        if self.asks:
+            self.console.print(f"[bold green]{speaker.name}[/] > ", end="")
+        for piece in speaker.answer(text):
+            self.console.print(piece, end="", markup=False)
+        self.console.print()
+
+    def several(self, speakers: Sequence[Speaker], text: str) -> None:
+        """Several answers at once: columns that grow in a terminal, one after another elsewhere."""
+        answers = {speaker.name: "" for speaker in speakers}
+        pieces = [(speaker.name, speaker.answer(text)) for speaker in speakers]
+        live = Live(console=self.console, refresh_per_second=12, auto_refresh=False) if self.asks else None
+        if live is not None:
+            live.start()
+        try:
+            while pieces:
+                for name, stream in list(pieces):
+                    piece = next(stream, None)
+                    if piece is None:
+                        pieces.remove((name, stream))
+                    else:
+                        answers[name] += piece
+                if live is not None:
+                    live.update(_columns(answers), refresh=True)
+        finally:
+            for _, stream in pieces:
+                stream.close()
+            if live is not None:
+                live.stop()
+        if live is None:
+            for name, answer in answers.items():
+                self.console.print(f"{name}: {answer}", markup=False)
+
+
+def _columns(answers: dict[str, str]) -> Table:
+    table = Table(*(Text(name, style="bold green") for name in answers), expand=True)
+    for column in table.columns:
+        column.ratio = 1
+    table.add_row(*(Text(answer) for answer in answers.values()))
+    return table
+
+
+def talk(
+    target: Path,
+    model: str | None,
+    compare: tuple[str, str] | None,
+    system: str | None,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> None:
+    """`baton chat`: reads lines until the end of input or /quit. Raises what `open_models` raises."""
+    if model is not None and compare is not None:
+        raise UserError("--model names one section and --compare two; give one of them")
+    parents = open_models(target, compare or ([model] if model else []))
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    terminal = Terminal()
+    sampling = Sampling(temperature, max_new_tokens, seed)
+    speakers = [Speaker(parent, sampling) for parent in parents]
+    for speaker in speakers:
+        speaker.reset(system)
+    if terminal.asks:
+        terminal.say(f"{' and '.join(str(parent.path) for parent in parents)}; {COMMANDS}")
+    converse(terminal, speakers)
+
+
+def converse(terminal: Terminal, speakers: Sequence[Speaker]) -> None:
+    """The loop of questions and answers."""
+    answer: Callable[[str], None]
+    if len(speakers) == 1:
+        answer = lambda line: terminal.one(speakers[0], line)  # noqa: E731
+    else:
+        answer = lambda line: terminal.several(speakers, line)  # noqa: E731
+    while (line := terminal.read()) is not None:
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return
+        if word in ("/reset", "/system"):
+            for speaker in speakers:
+                speaker.reset(rest.strip() or None if word == "/system" else speaker.system)
+        elif word.startswith("/"):
+            terminal.say(f"no command {word}; {COMMANDS}", style="red")
+        elif line:
+            try:
+                answer(line)
+            except DataError as error:
+                terminal.say(str(error), style="red")
+            except KeyboardInterrupt:
+                terminal.say("")  # the answer ends, the conversation goes on
