@@ -220,8 +220,8 @@ class _Reader:
             line = key.start_mark.line + 1
             name = str(key.value)
             if name in lines:
-                self.document.places[(*path, name)] = self.where(line)
-                self.document.complain((*path, name), f"given twice, first in line {lines[name]}")
+                message = f"given twice, first in line {lines[name]}"
+                self.document.problems.append(Problem(line, self.where(line), dotted((*path, name)), message))
                 continue
             lines[name] = line
             result[name] = self._placed(key, value, (*path, name))
