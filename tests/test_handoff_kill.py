@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from handoff.errors import HandoffError
-from handoff.files import hash_tree
+from handoff.files import hash_tree, read_json, write_json
 from handoff.parent import open_parent
 from handoff.stage import StageDir
 from handoff.state import StateStore
@@ -36,7 +36,7 @@ def changes_disk(event: str, arguments: Any) -> bool:
 
 
 def killed_before_each_change(work: Callable[[], None]) -> Iterator[int]:
-    """Runs `work` in a child, killed before its n-th change to the disk, for n = 1, 2, ... until a child gets through."""
+    """Runs `work` in a child, killed before its n-th change to the disk, for n = 1, 2, ... until one gets through."""
     for n in range(1, 1000):
         child = os.fork()
         if child == 0:
@@ -181,6 +181,15 @@ def test_committing_a_state(tmp_path: Path, step: int) -> None:
         save(state, 3, "third")
         assert [path.name for path in state.iterdir()] == ["step-3"]
         restore(state, copy)
+    assert seen == {"old", "new"}
+
+
+def test_writing_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, "old")
+    seen = set()
+    for _ in killed_before_each_change(lambda: write_json(path, "new")):
+        seen.add(read_json(path))
     assert seen == {"old", "new"}
 
 

@@ -1,5 +1,6 @@
 """The lock of a directory (handoff/lock.py): between processes, after SIGKILL, and through forks."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -136,6 +137,22 @@ def test_a_lock_file_that_was_deleted_protects_nothing(tmp_path: Path) -> None:
     with RunLock(tmp_path, "two"), pytest.raises(HandoffError, match="two"):
         RunLock(tmp_path, "three").acquire()
     first.release()
+
+
+def test_a_lock_file_that_is_deleted_while_it_is_taken_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+    deletions = iter([True])
+
+    def flock(descriptor: int, operation: int) -> None:
+        if next(deletions, False):
+            (tmp_path / ".lock").unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunLock(tmp_path, "one"), pytest.raises(HandoffError, match="one"):
+        RunLock(tmp_path, "two").acquire()
 
 
 def test_a_directory_made_for_the_lock_goes_with_it_unless_it_was_used(tmp_path: Path) -> None:
