@@ -1,0 +1,88 @@
+"""Headless Chromium for the tests of the report, with nothing but the standard library between them."""
+
+import base64
+import fcntl
+import io
+import json
+import os
+import select
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+class Page:
+    """A page in headless Chromium, steered over a pipe with the DevTools protocol; keeps what the browser reports."""
+
+    def __init__(self, chromium: str, profile: Path) -> None:
+        to_browser, self._out = os.pipe()
+        self._in, from_browser = os.pipe()
+        # The browser reads from descriptor 3 and answers on 4; high numbers first, so that neither is overwritten.
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 50) for fd in (to_browser, from_browser)]
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        flags += " --disable-component-update --disable-sync --remote-debugging-pipe --hide-scrollbars"
+        self._process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{high[0]} 4>&{high[1]}', chromium, *flags.split(),
+             f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=high, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        for descriptor in (to_browser, from_browser, *high):
+            os.close(descriptor)
+        self._left, self._count, self._session, self.events = b"", 0, "", []
+        target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Sends a command and waits for its answer; what the browser reports in between goes to `events`."""
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self._count:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._left:
+            ready, _, _ = select.select([self._in], [], [], 60)
+            read = os.read(self._in, 1 << 20) if ready else b""
+            assert read, "the browser ended or does not answer"
+            self._left += read
+        line, self._left = self._left.split(b"\0", 1)
+        return json.loads(line)
+
+    def open(self, path: Path, width: int, dark: bool = False) -> None:
+        """Loads a file at a window `width` pixels wide and waits until it is there."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
+
+    def run(self, script: str) -> Any:
+        """The value of a script's expression."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def picture(self) -> Image.Image:
+        """The whole page, from top to bottom."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
+    def close(self) -> None:
+        """Ends the browser."""
+        self._process.terminate()
+        self._process.wait(timeout=30)
+        os.close(self._out)
+        os.close(self._in)
