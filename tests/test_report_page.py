@@ -195,6 +195,7 @@ def test_warnings_about_lineage_data_and_versions(tmp_path: Path) -> None:
     ("gold", "half", "said"),
     [
         (0.1, 0.01, "ppo lowered the gold score of sft from 0.21 to 0.10 (−0.11)"),
+        (0.21, 0.05, "ppo left the gold score of sft at 0.21"),
         (0.25, 0.05, "ppo moved the gold score of sft from 0.21 to 0.25 (+0.04), no clear difference"),
     ],
 )

@@ -163,11 +163,18 @@ def judges(results: Results) -> str:
 def _win_sentence(model: str, win: WinRate) -> str:
     if win.low is None or win.high is None:
         return ""
-    if win.low > 0.5:
-        return f"{model} is better"
-    if win.high < 0.5:
-        return f"{win.over} is better"
-    return "no clear difference"
+    if win.low <= 0.5 <= win.high:
+        return "no clear difference"
+    return f"{model if win.low > 0.5 else win.over} is better"
+
+
+def _win_report(model: str, win: WinRate) -> str:
+    """`ppo beats sft on 74 % of the prompts (70 % to 78 %).`"""
+    sentence = f"{model} beats {win.over} on {percent(win.value)} of the prompts"
+    if win.low is not None and win.high is not None:
+        sentence += f" ({percent(win.low)} to {percent(win.high)})"
+    unclear = _win_sentence(model, win) == "no clear difference"
+    return sentence + (", no clear difference." if unclear else ".")
 
 
 def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
@@ -194,8 +201,7 @@ def verdict(run: RunData, results: Results) -> list[str]:
         sentences.append(_gain_sentence(stage, results.metrics[stage.name], parent, results.metrics[parent]))
         win = results.win_rates.get(stage.name)
         if win:
-            within = "" if win.low is None or win.high is None else f" ({percent(win.low)} to {percent(win.high)})"
-            sentences.append(f"{stage.name} beats {win.over} on {percent(win.value)} of the prompts{within}.")
+            sentences.append(_win_report(stage.name, win))
     for model in results.models:
         tuned = run.stage(model)
         metrics = results.metrics.get(model, {})
@@ -211,7 +217,9 @@ def _gain_sentence(stage: Stage, after: Mapping[str, Estimate], parent: str, bef
     new, old = after[metric], before[metric]
     name = {"gold": "gold score", "reward": "learned reward", "accuracy": "exact accuracy"}[metric]
     change = f"from {short(old.value)} to {short(new.value)} ({short(new.value - old.value, signed=True)})"
-    if _overlap(old, new):
+    if new.value == old.value:
+        sentence = f"{stage.name} left the {name} of {parent} at {short(old.value)}"
+    elif _overlap(old, new):
         sentence = f"{stage.name} moved the {name} of {parent} {change}, no clear difference"
     else:
         verb = "raised" if new.value > old.value else "lowered"
@@ -219,8 +227,11 @@ def _gain_sentence(stage: Stage, after: Mapping[str, Estimate], parent: str, bef
     if "kl" in after:
         sentence += f", at {short(after['kl'].value)} nats of KL"
     if metric != "accuracy" and "accuracy" in after and "accuracy" in before:
-        old_accuracy, new_accuracy = before["accuracy"].value, after["accuracy"].value
-        sentence += f"; exact accuracy went from {short(old_accuracy)} to {short(new_accuracy)}"
+        accuracies = short(before["accuracy"].value), short(after["accuracy"].value)
+        way = (
+            f"stayed at {accuracies[0]}" if accuracies[0] == accuracies[1] else "went from {} to {}".format(*accuracies)
+        )
+        sentence += f"; exact accuracy {way}"
     return sentence + "."
 
 

@@ -1,4 +1,4 @@
-"""What the report says beside the curves: headline, figures, stages, data, warnings, and what is missing.
+"""What the report says beside the curves: headline, figures, stages, data, and what is missing.
 
 Everything is derived from the manifests and metrics; nothing is said that they do not hold.
 """
@@ -24,8 +24,8 @@ KINDS = {
 _HEADLINE = {
     "tokenizer": [
         ("eval_bytes_per_token", "bytes per held-out token"),
-        ("train_bytes_per_token", "bytes per token"),
         ("vocab_size", "entries"),
+        ("train_bytes_per_token", "bytes per token"),
     ],
     "pretrain": [("eval_bits_per_byte", "bits per held-out byte"), ("eval_loss", "held-out loss")],
     "sft": [("eval_loss", "held-out loss"), ("eval_stop_rate", "of answers stop")],
@@ -33,8 +33,6 @@ _HEADLINE = {
     "dpo": [("eval_rewards/accuracies", "of held-out pairs right"), ("eval_stop_rate", "of answers stop")],
     "ppo": [("objective/scores", "score"), ("objective/kl", "nats of KL")],
 }
-_DROPS_WORTH_A_WARNING = 0.1
-_STOPS_WORTH_A_WARNING = 0.9
 
 
 @dataclass(frozen=True)
@@ -280,88 +278,4 @@ def gaps(run: RunData) -> list[Gap]:
             found.append(Gap(what, f"make {target} {recipe}"))
     if "evaluate" not in kinds:
         found.append(Gap("no evaluation, so no intervals, win rates or answers side by side", f"make eval {recipe}"))
-    return found
-
-
-def warnings(run: RunData) -> list[str]:
-    """What a reader of the figures should know."""
-    found = list(run.problems)
-    prints = {stage.name: stage.manifest.fingerprint for stage in run.stages if stage.manifest}
-    for stage in run.published:
-        assert stage.manifest is not None
-        for parent in stage.manifest.parents.values():
-            if parent.name in prints and parent.fingerprint != prints[parent.name]:
-                found.append(
-                    f"{stage.name} was made from another {parent.name} than the one that is here now; "
-                    f"`baton run recipes/{run.name}.yaml --to {stage.name}` makes it again"
-                )
-        for name in sorted({key for row in stage.metrics for key, value in row.items() if value != value}):
-            found.append(f"{stage.name}: {name} was not a number in at least one step")
-    for account in accounts(run):
-        lost = sum(count for _, count in account.dropped)
-        if account.used + lost != account.rows_in:
-            found.append(f"{account.stage}, {account.label}: rows in are not rows used plus rows dropped")
-        if account.rows_in and lost / account.rows_in > _DROPS_WORTH_A_WARNING:
-            found.append(
-                f"{account.stage}, {account.label}: {percent(lost / account.rows_in)} of the rows were dropped, "
-                f"most because of: {account.dropped[0][0]}"
-            )
-    for stage in run.published:
-        found += _reward_warnings(stage)
-    found += _version_changes(run)
-    for results in all_results(run):
-        found += _evaluation_warnings(run, results)
-    return found
-
-
-def _reward_warnings(stage: Stage) -> list[str]:
-    """What makes a reward model unfit to be maximised."""
-    assert stage.manifest is not None
-    found = []
-    metrics = {k: v for k, v in stage.manifest.metrics.items() if isinstance(v, int | float)}
-    if stage.kind == "reward_model" and {"eval_accuracy", "eval_length_accuracy"} <= metrics.keys():
-        low = metrics.get("eval_accuracy_low", metrics["eval_accuracy"])
-        by_length = max(metrics["eval_length_accuracy"], 1 - metrics["eval_length_accuracy"])
-        if low <= by_length:
-            found.append(
-                f"{stage.name} ranks {percent(metrics['eval_accuracy'])} of the held-out pairs right, which is not "
-                f"clearly more than length alone would ({percent(by_length)})"
-            )
-    for name, value in metrics.items():
-        if name.startswith("eval_beats_") and value < 0.5:
-            spoilt = name.removeprefix("eval_beats_").replace("_", " ")
-            found.append(f"{stage.name} scores {spoilt} answers above good ones in {percent(1 - value)} of the cases")
-    return found
-
-
-def _version_changes(run: RunData) -> list[str]:
-    seen: dict[str, set[str]] = {}
-    for stage in run.published:
-        assert stage.manifest is not None
-        for package, version in stage.manifest.versions.items():
-            seen.setdefault(package, set()).add(version)
-    return [
-        f"the stages ran with different versions of {package}: {', '.join(sorted(versions))}"
-        for package, versions in seen.items()
-        if len(versions) > 1
-    ]
-
-
-def _evaluation_warnings(run: RunData, results: Results) -> list[str]:
-    found = []
-    for model, metrics in results.metrics.items():
-        stage = run.stage(model)
-        tuned = stage is not None and stage.kind != "pretrain"
-        if tuned and "stop_rate" in metrics and metrics["stop_rate"].value < _STOPS_WORTH_A_WARNING:
-            share = percent(1 - metrics["stop_rate"].value)
-            found.append(f"{model} does not stop by itself in {share} of its answers")
-    for stage, parent in evaluation.gains(run, results):
-        after, before = results.metrics[stage.name], results.metrics[parent]
-        if {"reward", "gold"} <= after.keys() & before.keys():
-            higher = after["reward"].value > before["reward"].value
-            if higher and after["gold"].value < before["gold"].value:
-                found.append(
-                    f"{stage.name} raised the learned reward over {parent} but not the gold score: "
-                    "it has found the reward model's mistakes (over-optimisation)"
-                )
     return found

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from baton.report import evaluation, facts, lineage
+from baton.report import alerts, evaluation, facts, lineage
 from baton.report.collect import RunData, Stage
 from baton.report.curves import policies, training_charts
 from baton.report.text import moment, number, visible
@@ -42,7 +42,7 @@ def render(run: RunData) -> str:
         evaluations=[_evaluation(stage) for stage in run.stages if stage.results],
         samples=[(stage, rows) for stage in run.stages if (rows := samples_before_and_after(stage))],
         accounts=facts.accounts(run),
-        warnings=facts.warnings(run),
+        warnings=alerts.warnings(run),
         gaps=facts.gaps(run),
     )
 

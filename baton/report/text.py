@@ -30,7 +30,7 @@ def number(value: object, *, signed: bool = False) -> str:
         text = f"{size:.1e}".replace("e-0", "e-").replace("e-", "e" + MINUS)
     else:
         text = f"{size:.{max(0, min(3, 2 - math.floor(math.log10(size))))}f}"
-    sign = MINUS if value < 0 else "+" if signed else ""
+    sign = MINUS if value < 0 else "+" if signed and value > 0 else ""
     return sign + text
 
 
