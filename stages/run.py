@@ -111,11 +111,12 @@ class Run:
                 continue
             kept = []
             if step is not None:
-                for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                    # The last line may be torn by a kill; it is behind the step then.
-                    if line.endswith("\n") and json.loads(line)["step"] <= step:
-                        kept.append(line)
-            path.write_text("".join(kept), encoding="utf-8")
+                # Of bytes, since a line of text may end at characters that JSON leaves as they are. The last line may be
+                # torn by a kill; it is behind the step then.
+                for line in path.read_bytes().split(b"\n")[:-1]:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + b"\n")
+            path.write_bytes(b"".join(kept))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl. Keys that depend on the clock begin with `time/`."""

@@ -19,56 +19,9 @@ from stages.run import run_section
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-name: micro
-output_root: {root}
-seed: 1
-stages:
-  tokenizer:
-    vocab_size: 600
-    data: [{{source: world, kind: documents, size: 200}}, {{source: world, kind: chats, size: 200}}]
-  pretrain:
-    parent: tokenizer
-    model:
-      {{architecture: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4}}
-    data: [{{source: world, kind: documents, size: 200}}]
-    block_size: 128
-    train: {{learning_rate: 3.0e-3, max_steps: 10, global_batch_size: 8}}
-  sft:
-    parent: pretrain
-    data: [{{source: world, kind: chats, size: 300}}]
-    max_length: 128
-    train: {{learning_rate: 5.0e-3, max_steps: 30, global_batch_size: 8}}
-  reward:
-    stage: reward_model
-    parent: sft
-    data: [{{source: world, kind: preferences, size: 64}}]
-    eval_data: [{{source: world, kind: preferences, size: 32, split: validation}}]
-    max_length: 128
-    train: {{learning_rate: 1.0e-3, max_steps: 8, global_batch_size: 8}}
-  ppo:
-    parent: sft
-    reward: [{{model: reward}}, {{function: length_penalty, weight: 0.5, args: {{free: 8}}}}]
-    data: [{{source: world, kind: prompts, size: 50}}]
-    eval_data: [{{source: world, kind: prompts, size: 8, split: validation}}]
-    train: {{iterations: 4, rollout_batch_size: 16, max_completion_length: 24, sample_iterations: 2, save_iterations: 2,
-             learning_rate: 1.0e-3, critic_learning_rate: 1.0e-3, per_device_train_batch_size: 4}}
-"""
 
-
-@pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("ppo")
-    path = root / "micro.yaml"
-    path.write_text(RECIPE.format(root=root / "runs"))
-    recipe = load_recipe(path)
-    for name in ("tokenizer", "pretrain", "sft", "reward"):
-        run_section(recipe, name)
-    return path
-
-
-def run_ppo(recipe_path: Path, *overrides: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    recipe = load_recipe(recipe_path, [f"ppo.{o}" for o in overrides])
+def run_ppo(micro_recipe: Path, *overrides: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    recipe = load_recipe(micro_recipe, [f"ppo.{o}" for o in overrides])
     run_section(recipe, "ppo")
     return result(recipe.run_dir / "ppo")
 
@@ -83,9 +36,9 @@ def steps(lines: list[dict]) -> list[dict]:
     return [line for line in lines if "episode" in line]
 
 
-def test_without_learning_nothing_moves(recipe_path):
+def test_without_learning_nothing_moves(micro_recipe):
     """lr = 0: every ratio is 1 and the KL 0, with answers of mixed length and padded prompts."""
-    _, lines = run_ppo(recipe_path, "train.learning_rate=0", "train.critic_learning_rate=0", "train.temperature=0.8")
+    _, lines = run_ppo(micro_recipe, "train.learning_rate=0", "train.critic_learning_rate=0", "train.temperature=0.8")
     lengths = {line["completions/mean_length"] for line in steps(lines)}
     assert len(lengths) > 1 and max(lengths) < 24
     for line in steps(lines):
@@ -96,10 +49,10 @@ def test_without_learning_nothing_moves(recipe_path):
         assert line["policy/approxkl_avg"] < 1e-9
 
 
-def test_it_learns_what_is_rewarded(recipe_path):
+def test_it_learns_what_is_rewarded(micro_recipe):
     """Shorter answers pay: the held-out score rises, the KL stays bounded, the metrics carry TRL's names."""
     _, lines = run_ppo(
-        recipe_path,
+        micro_recipe,
         'reward=[{"function": "length_penalty", "args": {"free": 4}}]',
         "train.iterations=16",
         "train.kl_coef=0.01",
@@ -114,11 +67,11 @@ def test_it_learns_what_is_rewarded(recipe_path):
     assert {"objective/rlhf_reward", "policy/clipfrac_avg", "loss/value_avg", "val/num_eos_tokens"} <= lines[-2].keys()
 
 
-def test_how_a_step_is_cut_changes_nothing(recipe_path):
-    weights, lines = run_ppo(recipe_path)
+def test_how_a_step_is_cut_changes_nothing(micro_recipe):
+    weights, lines = run_ppo(micro_recipe)
     for size, rollout in ((1, 3), (8, 64)):
         other, others = run_ppo(
-            recipe_path, f"train.per_device_train_batch_size={size}", f"train.rollout_micro_batch_size={rollout}"
+            micro_recipe, f"train.per_device_train_batch_size={size}", f"train.rollout_micro_batch_size={rollout}"
         )
         for a, b in zip(steps(lines), steps(others), strict=True):
             assert a["loss/policy_avg"] == pytest.approx(b["loss/policy_avg"], abs=1e-5)
@@ -127,13 +80,13 @@ def test_how_a_step_is_cut_changes_nothing(recipe_path):
             assert torch.allclose(tensor, other[name], atol=1e-4), name
 
 
-def test_killed_and_started_again_it_ends_bit_for_bit_the_same(recipe_path):
-    weights, lines = run_ppo(recipe_path, "train.iterations=6")
-    recipe = load_recipe(recipe_path, ["ppo.train.iterations=6"])
+def test_killed_and_started_again_it_ends_bit_for_bit_the_same(micro_recipe):
+    weights, lines = run_ppo(micro_recipe, "train.iterations=6")
+    recipe = load_recipe(micro_recipe, ["ppo.train.iterations=6"])
     samples = (recipe.run_dir / "ppo" / "samples.jsonl").read_text()
     shutil.rmtree(recipe.run_dir / "ppo")
 
-    command = [sys.executable, "-m", "stages.ppo", str(recipe_path), "ppo.train.iterations=6"]
+    command = [sys.executable, "-m", "stages.ppo", str(micro_recipe), "ppo.train.iterations=6"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     metrics = recipe.run_dir / "ppo" / "metrics.jsonl"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -153,18 +106,20 @@ def test_killed_and_started_again_it_ends_bit_for_bit_the_same(recipe_path):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-def test_kl_in_the_loss_and_an_adaptive_coefficient(recipe_path):
-    _, lines = run_ppo(recipe_path, "train.kl_in=loss", "train.kl_controller=adaptive", "train.kl_horizon=100")
+def test_kl_in_the_loss_and_an_adaptive_coefficient(micro_recipe):
+    _, lines = run_ppo(micro_recipe, "train.kl_in=loss", "train.kl_controller=adaptive", "train.kl_horizon=100")
     first, *_, last = steps(lines)
     assert first["objective/non_score_reward"] == last["objective/non_score_reward"] == 0
     assert last["objective/kl_coef"] < first["objective/kl_coef"]  # the KL is below its target
 
 
-def test_it_stops_when_the_policy_has_left_the_reference(recipe_path):
+def test_it_stops_when_the_policy_has_left_the_reference(micro_recipe):
     with pytest.raises(GateError, match=r"nats from the reference, above kl_limit 0\.5"):
-        run_ppo(recipe_path, "train.kl_limit=0.5", "train.learning_rate=0.05", "train.kl_coef=0", "train.iterations=20")
+        run_ppo(
+            micro_recipe, "train.kl_limit=0.5", "train.learning_rate=0.05", "train.kl_coef=0", "train.iterations=20"
+        )
 
 
-def test_batches_that_do_not_divide_are_refused(recipe_path):
+def test_batches_that_do_not_divide_are_refused(micro_recipe):
     with pytest.raises(RecipeError, match="rollout_batch_size 16 is not a multiple of num_mini_batches 3"):
-        load_recipe(recipe_path, ["ppo.train.num_mini_batches=3"])
+        load_recipe(micro_recipe, ["ppo.train.num_mini_batches=3"])

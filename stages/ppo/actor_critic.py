@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from reward.learned import backbone
 from rollout.batch import PaddedBatch
+from stages.ppo.loss import token_logprobs
 
 
 class Critic(nn.Module):
@@ -39,52 +40,41 @@ class Critic(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """`forward` gives both, for the completion tokens of a padded batch only."""
+    """`forward` gives what the losses need, for the completion tokens of a padded batch only."""
 
     def __init__(self, policy: PreTrainedModel, critic: Critic) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, width: int
-    ) -> tuple[Tensor, Tensor]:
-        """`width` R -> logits (B, R, V) that predict each completion token, values (B, R) of the state before it."""
-        return (
-            completion_logits(self.policy, input_ids, attention_mask, position_ids, width),
-            completion_values(self.critic, input_ids, attention_mask, position_ids, width),
-        )
+    def forward(self, batch: PaddedBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """-> log-probabilities and entropies of the completion tokens, values of the states before them: (B, R)."""
+        logp, entropy = completion_logprobs(self.policy, batch, temperature)
+        # Copies, since FSDP hooks what a module returns and cannot do so on a view.
+        return logp.clone(), entropy, completion_values(self.critic, batch).clone()
 
 
-def completion_logits(
-    policy: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, width: int
-) -> Tensor:
-    """Logits (B, R, V). The vocabulary projection is computed for the completion's columns only."""
+def completion_logprobs(policy: PreTrainedModel, batch: PaddedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (B, R), nats, of the completion tokens under the tempered distribution.
+
+    The vocabulary projection is computed for the completion's columns only.
+    """
+    width = batch.completion_ids.shape[1]
     logits = policy(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
         use_cache=False,
         logits_to_keep=width + 1,
-    ).logits
-    return logits[:, -width - 1 : -1]
+    ).logits  # (B, R + 1, V)
+    return token_logprobs(logits[:, :-1], batch.completion_ids, temperature)
 
 
-def completion_values(
-    critic: Critic, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, width: int
-) -> Tensor:
+def completion_values(critic: Critic, batch: PaddedBatch) -> Tensor:
     """Values (B, R): at column t the value of prompt and completion before token t."""
-    return critic(input_ids, attention_mask, position_ids)[:, -width - 1 : -1]
-
-
-def model_inputs(batch: PaddedBatch) -> dict[str, Tensor | int]:
-    """The batch as keyword arguments of the functions above."""
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "position_ids": batch.position_ids,
-        "width": batch.completion_ids.shape[1],
-    }
+    width = batch.completion_ids.shape[1]
+    values = critic(batch.input_ids, batch.attention_mask, batch.position_ids)  # (B, P + R)
+    return values[:, -width - 1 : -1]
 
 
 def micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int, rank: int, world: int) -> list[list[int]]:

@@ -19,9 +19,8 @@ from reward.compose import Answers, Composition
 from rollout.batch import PaddedBatch, pad_batch
 from rollout.engine import SamplingSpec, generate
 from stages import runtime
-from stages.ppo.actor_critic import completion_logits, completion_values, model_inputs
+from stages.ppo.actor_critic import completion_logprobs, completion_values
 from stages.ppo.config import PPOTrainConfig
-from stages.ppo.loss import token_logprobs
 
 
 @dataclass
@@ -101,19 +100,17 @@ class Sampler:
                 ]
             with self.phases("value"):
                 for rows, padded in self._padded(batch):
-                    values = completion_values(actor.critic, **model_inputs(padded))
+                    values = completion_values(actor.critic, padded)
                     again = None
                     if self._accelerator.mixed_precision != "no":
-                        logits = completion_logits(actor.policy, **model_inputs(padded))
-                        again, _ = token_logprobs(logits, padded.completion_ids, t.temperature)
+                        again, _ = completion_logprobs(actor.policy, padded, t.temperature)
                     for i, row in enumerate(rows):
                         row.values = values[i, : len(row.ids)].tolist()
                         if again is not None:
                             row.old_logp = again[i, : len(row.ids)].tolist()
             with self.phases("reference"):
                 for rows, padded in self._padded(batch):
-                    logits = completion_logits(self._reference, **model_inputs(padded))
-                    logp, _ = token_logprobs(logits, padded.completion_ids, t.temperature)
+                    logp, _ = completion_logprobs(self._reference, padded, t.temperature)
                     for i, row in enumerate(rows):
                         row.ref_logp = logp[i, : len(row.ids)].tolist()
             with self.phases("score"):

@@ -37,7 +37,7 @@ from reward.learned import LearnedReward
 from rollout.batch import pad_batch, pad_values
 from rollout.engine import SamplingSpec
 from stages import models, runtime
-from stages.ppo.actor_critic import ActorCritic, Critic, micro_batches, model_inputs
+from stages.ppo.actor_critic import ActorCritic, Critic, micro_batches
 from stages.ppo.config import Config, PPOTrainConfig
 from stages.ppo.loss import (
     adapt_kl_coef,
@@ -48,7 +48,6 @@ from stages.ppo.loss import (
     masked,
     masked_whiten,
     policy_loss,
-    token_logprobs,
     token_rewards,
     value_loss,
 )
@@ -162,8 +161,7 @@ def train(run: Run) -> None:
                             )
                             wide = padded.completion_ids.shape[1]
                             real = padded.completion_mask  # (B, R')
-                            logits, values = model(**model_inputs(padded))
-                            logp, entropy = token_logprobs(logits, padded.completion_ids, t.temperature)
+                            logp, entropy, values = model(padded, t.temperature)
                             pg, _, pg_sums = policy_loss(
                                 logp, old_logp[at, :wide], advantages[at, :wide], real, t.cliprange
                             )

@@ -1,0 +1,74 @@
+"""PPO under every engine, on two CPU processes: what was asked for came up, and the losses are those of one process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from handoff.stage import StageDir
+from stages.recipe import load_recipe
+from stages.run import run_section
+
+pytestmark = pytest.mark.slow
+
+ENGINES = {
+    "cpu2": ("ddp", None),
+    "cpu2_zero2": ("deepspeed", 2),
+    "cpu2_zero3": ("deepspeed", 3),
+    "cpu2_fsdp2": ("fsdp2", None),
+}
+COMPARED = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "eval/scores", "eval/kl")
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(micro_recipe) -> list[dict]:
+    recipe = load_recipe(micro_recipe)
+    run_section(recipe, "ppo")
+    return lines(recipe.run_dir / "ppo")
+
+
+@pytest.mark.parametrize("launch", ENGINES)
+def test_two_processes_equal_one(launch, micro_recipe, alone, root):
+    folder = load_recipe(micro_recipe).run_dir / "ppo"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
+    command += [root / "recipes" / "launch" / f"{launch}.yaml", "-m", "stages.ppo", micro_recipe]
+    done = subprocess.run(
+        list(map(str, command)), cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    manifest = StageDir(folder).manifest()
+    assert manifest is not None
+    name, zero = ENGINES[launch]
+    engine = manifest.engine
+    assert (engine.name, engine.zero_stage, engine.processes, engine.device) == (name, zero, 2, "cpu")
+
+    together = lines(folder)
+    assert [line["step"] for line in together] == [line["step"] for line in alone]
+    for ours, theirs in zip(together, alone, strict=True):
+        for key in COMPARED:
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], abs=1e-5), (ours["step"], key)
+        if "grad_norm" in theirs:
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    with safe_open(folder / "model" / "model.safetensors", "pt") as saved:
+        assert all(saved.get_tensor(key).numel() > 0 for key in saved.keys())  # noqa: SIM118
+
+
+def test_minibatches_that_the_processes_cannot_share_are_refused(micro_recipe, root):
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
+    command += [root / "recipes" / "launch" / "cpu2.yaml", "-m", "stages.ppo", micro_recipe]
+    command += ["train.rollout_batch_size=18", "train.num_mini_batches=18"]
+    done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True)
+    assert "which 18 minibatches on 2 processes do not divide; take a multiple of 36" in done.stderr
+    assert "exitcode  : 2" in done.stderr
