@@ -111,8 +111,8 @@ class Run:
                 continue
             kept = []
             if step is not None:
-                # Of bytes, since a line of text may end at characters that JSON leaves as they are. The last line may be
-                # torn by a kill; it is behind the step then.
+                # Of bytes, since a line of text may end at characters that JSON leaves as they are. The last line may
+                # be torn by a kill; it is behind the step then.
                 for line in path.read_bytes().split(b"\n")[:-1]:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + b"\n")
