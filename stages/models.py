@@ -10,7 +10,8 @@ generation_config.json with the stop ids.
 
 import difflib
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -87,6 +89,21 @@ def attention(arguments: ModelArguments, bf16: bool) -> str:
     return choose_attention(arguments.attn_implementation, cuda=cuda, bf16=bf16, packages=packages)
 
 
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Inside, weights are loaded whole, by this process alone.
+
+    Once a ZeRO-3 trainer has been set up, transformers would cut them up while loading, which leaves nothing to put a
+    new head into and waits for the other processes, who may not be loading anything. The engine cuts them up later.
+    """
+    set_up = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = set_up
+
+
 # ---- from a parent
 
 
@@ -110,9 +127,10 @@ def load_causal_lm(
     Raises:
         HandoffError: the tokenizer has ids that the model has no embedding for.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        parent.model_dir, dtype=torch.float32, attn_implementation=attention(arguments, bf16), use_safetensors=True
-    )
+    with whole_weights():
+        model = AutoModelForCausalLM.from_pretrained(
+            parent.model_dir, dtype=torch.float32, attn_implementation=attention(arguments, bf16), use_safetensors=True
+        )
     check_vocabulary(model, parent)
     return model if dropout else without_dropout(model)
 
@@ -131,13 +149,14 @@ def load_reward_model(
     architecture = PretrainedConfig.get_config_dict(parent.model_dir)[0]["model_type"]
     if type_of_config(architecture) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise HandoffError(f"{parent.path}: transformers has no sequence classification for `{architecture}`")
-    model = AutoModelForSequenceClassification.from_pretrained(
-        parent.model_dir,
-        num_labels=1,
-        dtype=torch.float32,
-        attn_implementation=attention(arguments, bf16),
-        use_safetensors=True,
-    )
+    with whole_weights():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            parent.model_dir,
+            num_labels=1,
+            dtype=torch.float32,
+            attn_implementation=attention(arguments, bf16),
+            use_safetensors=True,
+        )
     check_vocabulary(model, parent)
     model.config.pad_token_id = parent.tokenizer.pad_id
     if parent.kind != "reward_model":
@@ -222,7 +241,10 @@ def model_config(keys: dict[str, Any], encoder: Encoder, context: int) -> Pretra
 
 def build(config: PretrainedConfig, arguments: ModelArguments, bf16: bool) -> PreTrainedModel:
     """A causal language model with random weights, float32, drawn from torch's global generator."""
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention(arguments, bf16))
+    with whole_weights():
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention(arguments, bf16)
+        )
 
 
 # ---- to disk
@@ -252,7 +274,8 @@ def save_model(model: PreTrainedModel, encoder: Encoder, path: Path, state_dict:
     copy_tokenizer(source, path)
     generation_config(source, encoder).save_pretrained(path)
     loader = AutoModelForCausalLM if model.can_generate() else AutoModelForSequenceClassification
-    saved = loader.from_pretrained(path, dtype=torch.float32, use_safetensors=True).state_dict()
+    with whole_weights():
+        saved = loader.from_pretrained(path, dtype=torch.float32, use_safetensors=True).state_dict()
     for name, value in kept.items():
         assert torch.equal(saved[name], value.cpu()), f"{name} does not come back from {path} as it was saved"
 

@@ -157,7 +157,8 @@ def check_scores(
     path: Path, answers: Sequence[Sequence[int]], before: np.ndarray, encoder: Encoder, trainer: Trainer
 ) -> None:
     """The saved model, read back with the scorer that RL uses, gives the scores that were measured."""
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).to(trainer.args.device)
+    with models.whole_weights():
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).to(trainer.args.device)
     with trainer.compute_loss_context_manager():
         after = score(model, answers, encoder.pad_id).double().numpy()
     scale = max(1.0, float(np.abs(before).max()))
