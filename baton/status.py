@@ -71,7 +71,11 @@ def overview(recipe: Recipe, inputs_of: InputsOf = stage_inputs) -> dict[str, St
     """The standing of every section, in the order in which they run. Mistakes in one section do not hide the others."""
     result: dict[str, Standing] = {}
     for name in recipe.order():
-        waiting = [parent for parent in recipe.needs(name) if result[parent].state is not State.UP_TO_DATE]
+        looked_at = [
+            other for other in recipe.sections[name].soft_parents if other in result and result[other].manifest
+        ]
+        before = dict.fromkeys([*recipe.needs(name), *looked_at])
+        waiting = [parent for parent in before if result[parent].state is not State.UP_TO_DATE]
         try:
             if any(result[parent].manifest is None for parent in waiting):
                 manifest = StageDir(recipe.run_dir / name).manifest()

@@ -1,0 +1,356 @@
+"""The pipeline runner: what it runs, skips and says, with stages that take no time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from baton.runner import LaunchedStage, Runner, Start, check_data, run_pipeline, start_of
+from baton.status import State, overview
+from data.errors import DataError
+from handoff.errors import HandoffError, UserError
+from handoff.lock import RunLock
+from handoff.manifest import EngineRecord
+from handoff.stage import StageDir
+from stages.inputs import stage_inputs
+from stages.recipe import Recipe, Section, load_recipe
+from stages.registry import Registry
+
+CONFIG = """
+from stages.config import StageConfig
+
+
+class Config(StageConfig):
+    parent: str | None = None
+    look_at: list[str] = []
+    effort: int = 1
+    result: str = "same"
+
+
+def parents(config):
+    return {} if config.parent is None else {"parent": config.parent}
+
+
+def soft_parents(config):
+    return config.look_at
+"""
+RECIPE = """\
+name: r
+stages:
+  judge: {stage: work, look_at: [leaf, twig]}
+  leaf: {stage: work, parent: root}
+  root: {stage: work}
+  twig: {stage: work, parent: root}
+"""
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """One stage, work, whose result is the value of its key `result`."""
+    folder = tmp_path_factory.mktemp("works")
+    (folder / "runner_stages" / "work").mkdir(parents=True)
+    for package in ("", "work"):
+        (folder / "runner_stages" / package / "__init__.py").touch()
+    (folder / "runner_stages" / "work" / "config.py").write_text(CONFIG)
+    sys.path.insert(0, str(folder))
+    yield Registry("runner_stages")
+    sys.path.remove(str(folder))
+
+
+def publish(recipe: Recipe, name: str) -> None:
+    """What a stage does, without the work."""
+    section, inputs, directory = recipe.sections[name], stage_inputs(recipe, name), StageDir(recipe.run_dir / name)
+    directory.begin(inputs)
+    (directory.path / "result.json").write_text(json.dumps(section.config.result))
+    directory.publish(
+        None,
+        name=name,
+        stage=section.stage,
+        kind="evaluation",
+        inputs=inputs,
+        parents={},
+        recipe=section.resolved,
+        data={},
+        seed=recipe.seed,
+        engine=EngineRecord(name="single"),
+        versions={},
+        metrics={"time/total": 1.0},
+        files=["result.json"],
+    )
+    directory.close()
+
+
+class Scene:
+    """A recipe, the stages that were started, and how some of them behave."""
+
+    def __init__(self, folder: Path, registry: Registry, capfd: pytest.CaptureFixture[str]) -> None:
+        self.path = folder / "r.yaml"
+        self.path.write_text(RECIPE + f"output_root: {folder}\n")
+        self.registry = registry
+        self.capfd = capfd
+        self.started: list[str] = []
+        self.behaviour: dict[str, tuple[str, int]] = {}  # section -> what it prints, its exit code
+        self.out = self.err = ""
+
+    def recipe(self, *overrides: str) -> Recipe:
+        return load_recipe(self.path, overrides, registry=self.registry)
+
+    def start(self, recipe: Recipe, section: Section) -> Start:
+        self.started.append(section.name)
+
+        def begin(descriptor: int) -> "InThread":
+            own = os.dup(descriptor)  # the runner closes its own once the stage has been started
+            return InThread(lambda: self._work(recipe, section, own))
+
+        return Start(["do", section.name], begin)
+
+    def _work(self, recipe: Recipe, section: Section, descriptor: int) -> int:
+        text, code = self.behaviour.get(section.name, ("working\n", 0))
+        os.write(descriptor, text.encode())
+        os.close(descriptor)
+        if code == 0 and text != "lazy\n":
+            publish(recipe, section.name)
+        return code
+
+    def run(self, *overrides: str, to: tuple[str, ...] = (), force: tuple[str, ...] = ()) -> int:
+        self.started.clear()
+        recipe = self.recipe(*overrides)
+        code = Runner(recipe, self.start, Console(highlight=False)).run(recipe.order(to or None), force)
+        self.out, self.err = self.capfd.readouterr()
+        return code
+
+    def line(self, name: str) -> str:
+        """What the runner said about a section."""
+        return next(line for line in self.out.splitlines() if line.startswith(name)).removeprefix(name).strip()
+
+
+class InThread:
+    """A stage that runs inside the test."""
+
+    def __init__(self, work: Callable[[], int]) -> None:
+        self._codes: list[int] = []
+        self._thread = threading.Thread(target=lambda: self._codes.append(work()))
+        self._thread.start()
+
+    def send(self, signum: int) -> None:
+        raise AssertionError("nothing sends signals here")
+
+    def wait(self) -> int:
+        self._thread.join()
+        return self._codes[0]
+
+
+@pytest.fixture
+def scene(tmp_path, registry, capfd) -> Scene:
+    return Scene(tmp_path, registry, capfd)
+
+
+def test_everything_runs_once_parents_first(scene):
+    assert scene.run() == 0
+    assert scene.started == ["root", "leaf", "twig", "judge"]
+    assert scene.line("root") == "new"
+    assert scene.run() == 0
+    assert scene.started == []
+    assert scene.line("judge") == "up to date, skipped"
+
+
+def test_a_target_brings_what_it_needs_and_no_more(scene):
+    assert scene.run(to=("leaf",)) == 0
+    assert scene.started == ["root", "leaf"]
+    assert scene.run(to=("judge",)) == 0  # judges what is there
+    assert scene.started == ["judge"]
+    assert scene.run() == 0
+    assert scene.started == ["twig", "judge"]
+    assert scene.line("judge").startswith("stale: parent twig")
+
+
+def test_a_child_follows_only_a_parent_that_came_out_different(scene):
+    scene.run()
+    assert scene.run("root.effort=2") == 0
+    assert scene.started == ["root"]
+    assert scene.line("root") == "stale: recipe: effort 1 → 2"
+    assert scene.line("leaf") == "up to date, skipped"
+    assert scene.run("root.effort=2", "root.result=other") == 0
+    assert scene.started == ["root", "leaf", "twig"]
+    assert "retrained" in scene.line("leaf")
+    assert scene.line("judge") == "up to date, skipped"  # leaf and twig made what they had made before
+
+
+def test_another_seed_makes_everything_stale(scene):
+    scene.run()
+    assert scene.run("seed=7") == 0
+    assert scene.started == ["root", "leaf", "twig", "judge"]
+    assert scene.line("twig").startswith("stale: seed 42 → 7")
+
+
+def test_force_runs_one_section_from_its_start(scene):
+    scene.run()
+    assert scene.run(force=("leaf",)) == 0
+    assert scene.started == ["leaf"]
+    assert scene.line("leaf") == "stale: forced"
+    assert (scene.recipe().run_dir / ".previous" / "leaf" / "stage.json").exists()
+
+
+def test_an_interrupted_stage_is_resumed(scene):
+    recipe = scene.recipe()
+    directory = StageDir(recipe.run_dir / "root")
+    directory.begin(stage_inputs(recipe, "root"))
+    for step in (5, 10):
+        (directory.state_dir / f"step-{step}").mkdir(parents=True)
+    directory.close()
+    assert scene.run(to=("root",)) == 0
+    assert scene.line("root") == "unfinished: resumes from step 10"
+
+
+def test_an_interrupted_stage_whose_recipe_changed_is_not(scene):
+    recipe = scene.recipe()
+    directory = StageDir(recipe.run_dir / "root")
+    directory.begin(stage_inputs(recipe, "root"))
+    (directory.state_dir / "step-5").mkdir(parents=True)
+    directory.close()
+    assert scene.run("root.effort=3", to=("root",)) == 0
+    assert scene.line("root") == "stale: was not finished; recipe: effort 1 → 3"
+
+
+def test_a_failure_shows_its_last_lines_the_log_and_the_command(scene):
+    scene.behaviour["leaf"] = ("".join(f"line {n}\n" for n in range(100)), 7)
+    assert scene.run() == 7
+    assert scene.started == ["root", "leaf"]
+    said = scene.err.splitlines()
+    assert said[0].startswith("leaf failed with exit code 7")
+    assert said[1:21] == [f"  | line {n}" for n in range(80, 100)]
+    log = scene.recipe().run_dir / "logs" / "leaf.log"
+    assert said[21:] == [f"log:    {log}", "repeat: do leaf"]
+    assert log.read_text().splitlines()[1:] == [f"line {n}" for n in range(100)]
+    scene.behaviour.clear()
+    assert scene.run() == 0
+    assert scene.started == ["leaf", "twig", "judge"]
+
+
+def test_a_stage_that_was_killed_gives_the_code_of_its_signal(scene):
+    scene.behaviour["root"] = ("", -signal.SIGKILL)
+    assert scene.run() == 128 + signal.SIGKILL
+
+
+def test_a_stage_that_ends_well_without_a_result_is_a_failure(scene):
+    scene.behaviour["root"] = ("lazy\n", 0)
+    assert scene.run() == 1
+    assert "ended without publishing" in scene.err
+
+
+def test_a_second_run_of_the_same_directory_is_refused(scene):
+    with RunLock(scene.recipe().run_dir, "baton run"), pytest.raises(HandoffError, match=f"process {os.getpid()}"):
+        scene.run()
+    assert scene.started == []
+
+
+def test_the_overview_tells_what_waits_for_what(scene):
+    scene.run()
+    found = overview(scene.recipe("root.effort=2", "twig.effort=2"))
+    assert {name: one.state for name, one in found.items()} == dict.fromkeys(found, State.STALE)
+    assert found["leaf"].reasons == ("parent root is stale",)
+    assert found["twig"].reasons == ("recipe: effort 1 → 2",)
+
+
+def test_the_overview_of_nothing(scene):
+    found = overview(scene.recipe())
+    assert {one.state for one in found.values()} == {State.NEW}
+
+
+def test_a_dry_run_says_and_does_nothing(scene, capfd):
+    assert run_pipeline(scene.recipe(), ["leaf"], [], None, dry_run=True) == 0
+    assert [line.split() for line in capfd.readouterr().out.splitlines()] == [
+        ["root", "new"],
+        ["leaf", "new:", "parent", "root", "is", "new"],
+    ]
+    assert not scene.recipe().run_dir.exists()
+
+
+def test_options_that_name_nothing(scene, tmp_path):
+    with pytest.raises(UserError, match="not among those to be run"):
+        run_pipeline(scene.recipe(), ["root"], ["leaf"], None, dry_run=True)
+    with pytest.raises(UserError, match="no such file"):
+        run_pipeline(scene.recipe(), [], [], tmp_path / "ddp.yaml", dry_run=True)
+
+
+def test_missing_data_stops_a_run_before_its_first_stage(tmp_path):
+    path = tmp_path / "r.yaml"
+    text = "# How to get the data: docs/real.md.\nname: r\nstages:\n"
+    text += "  tokenizer: {data: [{source: world, kind: documents}]}\n"
+    text += "  sft: {parent: tokenizer, data: [{source: file, path: missing.jsonl}]}\n"
+    path.write_text(text)
+    recipe = load_recipe(path, [f"data_root={tmp_path}"])
+    check_data(recipe, ["tokenizer"])
+    with pytest.raises(DataError, match=r"missing\.jsonl"):
+        check_data(recipe, recipe.order())
+    with pytest.raises(UserError, match=r"no folder /nowhere; docs/real\.md says what belongs there"):
+        check_data(load_recipe(path, ["data_root=/nowhere"]), ["tokenizer"])
+
+
+def test_the_command_that_repeats_a_stage(tmp_path, root, monkeypatch):
+    monkeypatch.chdir(root)
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: r\nstages:\n  words: {stage: tokenizer, data: [{source: world, kind: documents}]}\n"
+        "  sft: {parent: words, data: [{source: world, kind: chats}]}\n"
+    )
+    recipe = load_recipe(path, ["seed=1"])
+    python, *rest = start_of(recipe, recipe.sections["sft"], None, preload=False).command
+    assert Path(python).name == "python"
+    assert rest == ["-m", "stages.sft", str(path), "seed=1", "--section", "sft"]
+    launch = Path("recipes/launch/x.yaml")
+    program, *rest = start_of(recipe, recipe.sections["sft"], launch, preload=False).command
+    assert Path(program).name == "accelerate"
+    assert rest == ["launch", "--config_file", str(launch), "-m", "stages.sft", str(path), "seed=1", "--section", "sft"]
+    single = start_of(recipe, recipe.sections["words"], launch, preload=False).command
+    assert single[1:3] == ["-m", "stages.tokenizer"]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from baton.runner import LaunchedStage, Runner, Start
+from stages.recipe import load_recipe
+from stages.registry import Registry
+
+sys.path.insert(0, sys.argv[1])
+recipe = load_recipe(sys.argv[2], registry=Registry("runner_stages"))
+child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(9)))"
+child += "; print('ready', flush=True); time.sleep(60)"
+start = Start(["x"], lambda fd: LaunchedStage([sys.executable, "-c", child], fd))
+sys.exit(Runner(recipe, lambda r, s: start, Console()).run(["root"]))
+"""
+
+
+def test_a_signal_is_passed_on_once_and_its_effect_waited_for(scene, registry, root):
+    package = Path(sys.modules["runner_stages.work.config"].__file__).parent.parent.parent
+    command = [sys.executable, "-c", SCRIPT, str(package), str(scene.path)]
+    runner = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert runner.stdout.readline().split() == ["root", "new"]
+    assert runner.stdout.readline() == "ready\n"
+    runner.send_signal(signal.SIGTERM)
+    out, err = runner.communicate(timeout=30)
+    assert runner.returncode == 9
+    assert out == "saved\n"
+    assert "root was stopped" in err
+
+
+def test_a_launched_stage_hears_signals_with_all_its_processes():
+    read, write = os.pipe()
+    child = "import subprocess as s, sys; print('up', flush=True); "
+    child += "s.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    stage = LaunchedStage([sys.executable, "-c", child], write)
+    os.close(write)
+    with os.fdopen(read) as output:
+        assert output.readline() == "up\n"
+        stage.send(signal.SIGTERM)
+        assert stage.wait() == -signal.SIGTERM
+        assert output.read() == ""  # returns only when nobody holds the other end any more
