@@ -1,8 +1,8 @@
 """What the sections of a recipe have in common. Each stage's own `config.py` builds on these. No torch here."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.config import SourceConfig
 
@@ -82,6 +82,13 @@ class MuonTrainConfig(TrainConfig):
     """Peak learning rate of the matrices under `muon`; `learning_rate` is that of the rest."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     """Momentum of the matrices under `muon`."""
+
+    @model_validator(mode="after")
+    def _read(self) -> Self:
+        unread = sorted(self.model_fields_set & {"muon_learning_rate", "muon_momentum"})
+        if self.optim != "muon" and unread:
+            raise ValueError(f"{unread[0]} is not read unless optim is muon")
+        return self
 
 
 class ModelArguments(Strict):

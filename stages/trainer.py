@@ -166,9 +166,17 @@ def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) 
         own: fields of `kind` that the stage decides.
 
     Raises:
-        RecipeError, LaunchError: the global batch does not divide by the processes, and what else the runtime refuses.
+        LaunchError: the global batch does not divide by the processes, Muon under an engine that shards, and what else
+            the runtime refuses.
     """
     config: TrainConfig = run.config.train
+    if isinstance(config, MuonTrainConfig) and config.optim == "muon":
+        engine = runtime.requested()
+        if engine.name in ("deepspeed", "fsdp2"):
+            raise runtime.LaunchError(
+                f"{run.section.name}.train.optim: muon steps whole matrices, and {engine.name} cuts them into pieces; "
+                "use a ddp launch file, or optim: adamw"
+            )
     total = total_steps(config, rows)
     schedule = {}
     if config.lr_scheduler_type == "warmup_stable_decay":
@@ -206,7 +214,9 @@ def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) 
 def quiet() -> None:
     """Upstream's notes are not for the user of a recipe; its errors are."""
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\.")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|trl|accelerate|torch\.distributed)\."
+    )
     datasets.disable_progress_bars()
     os.environ.setdefault("TQDM_DISABLE", "1")  # TRL asks it before it draws its own bars
     for name in ("trl", "accelerate", "datasets"):
