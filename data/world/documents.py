@@ -6,12 +6,13 @@ calculate only if it meets the same small step often and close together. Stories
 lamp has it at the end.
 """
 
+import itertools
 import random
 from collections.abc import Callable
 
 from data.world import lexicon
 from data.world.facts import World
-from data.world.tasks import FAMILIES, Split, make, split_of
+from data.world.tasks import FAMILIES, Split, give_out, make, owners_key, split_of
 
 _SKILLS = tuple(name for name in FAMILIES if name not in ("refuse", "follow_up"))
 
@@ -102,9 +103,9 @@ def lists(world: World, split: Split, rng: random.Random) -> str:
     lines: list[str] = []
     for _ in range(rng.randint(2, 3)):
         if rng.random() < 0.5:
-            items, what, between = rng.sample(lexicon.LISTED, rng.randint(3, 6)), "words", ", "
+            items, what, between = rng.sample(lexicon.LISTED, rng.randint(3, 5)), "words", ", "
         else:
-            items, what, between = rng.sample(lexicon.LETTERS, rng.randint(3, 6)), "letters", " "
+            items, what, between = rng.sample(lexicon.LETTERS, rng.randint(3, 5)), "letters", " "
         text = between.join(items)
         lines.append(f"{what.capitalize()}: {text}")
         views = [f"Again: {text}"]
@@ -117,6 +118,44 @@ def lists(world: World, split: Split, rng: random.Random) -> str:
             views.append(f"The first word is {items[0]}. The last word is {items[-1]}.")
         if what == "words" and _ours(f"count {text}", split):
             views.append(f"There are {len(items)} words.")
+        if what == "letters" and _ours(f"sort letters {' '.join(sorted(items))}", split):
+            views.append(f"Sorted: {' '.join(sorted(items))}")
+        rng.shuffle(views)
+        lines += views
+    return "\n".join(lines)
+
+
+def owners(world: World, split: Split, rng: random.Random) -> str:
+    """Short passages, and all that can be asked about each."""
+    lines: list[str] = []
+    for _ in range(rng.randint(2, 3)):
+        people, things, text = give_out(world, rng)
+        if not _ours(owners_key(people, things), split):
+            continue
+        lines.append(text)
+        answers = [f"What does {p} have? {p} has the {t}." for p, t in zip(people, things)]
+        answers += [f"Who has the {t}? The {t} is with {p}." for p, t in zip(people, things)]
+        rng.shuffle(answers)
+        lines.append(" ".join(answers[: rng.randint(2, 6)]))
+    return "\n".join(lines)
+
+
+def numbers(world: World, split: Split, rng: random.Random) -> str:
+    """A few numbers looked at from all sides."""
+    lines: list[str] = []
+    for _ in range(rng.randint(2, 4)):
+        some = rng.sample(range(100), rng.randint(2, 3))
+        ordered = sorted(some)
+        spaced = " ".join(map(str, ordered))
+        lines.append(f"Numbers: {', '.join(map(str, some))}")
+        views = []
+        if len(some) == 3 and _ours(f"sort numbers {', '.join(map(str, ordered))}", split):
+            views.append(f"Sorted: {', '.join(map(str, ordered))}.")
+        if _ours(f"extreme {spaced}", split):
+            views.append(f"The largest is {ordered[-1]}. The smallest is {ordered[0]}.")
+        for a, b in itertools.pairwise(some):
+            if _ours(f"compare {min(a, b)} {max(a, b)}", split):
+                views.append(f"{a} is {'larger' if a > b else 'smaller'} than {b}.")
         rng.shuffle(views)
         lines += views
     return "\n".join(lines)
@@ -171,15 +210,17 @@ def letters(world: World, split: Split, rng: random.Random) -> str:
 
 
 _KINDS: tuple[tuple[Callable[[World, Split, random.Random], str], int], ...] = (
-    (portrait, 16),
-    (catalogue, 10),
-    (story, 12),
-    (dialogue, 16),
-    (exercises, 24),
-    (lists, 12),
-    (number_line, 3),
-    (sums, 5),
-    (letters, 2),
+    (portrait, 9),
+    (catalogue, 6),
+    (story, 8),
+    (dialogue, 14),
+    (exercises, 16),
+    (lists, 20),
+    (owners, 10),
+    (numbers, 8),
+    (number_line, 2),
+    (sums, 6),
+    (letters, 1),
 )
 """Each kind of text and its weight."""
 

@@ -84,7 +84,7 @@ def _spoilt(rng: random.Random, items: list[str], pool: list[str]) -> list[list[
 
 
 def uppercase(world: World, rng: random.Random) -> Task:
-    letters = rng.sample(lexicon.LETTERS, rng.randint(3, 6))
+    letters = rng.sample(lexicon.LETTERS, rng.randint(3, 5))
     text = " ".join(letters)
     asked = [
         f"Write these letters in capitals: {text}",
@@ -101,7 +101,7 @@ def reverse(world: World, rng: random.Random) -> Task:
         pool, what, between = list(lexicon.LISTED), "words", ", "
     else:
         pool, what, between = list(lexicon.LETTERS), "letters", " "
-    items = rng.sample(pool, rng.randint(3, 5))
+    items = rng.sample(pool, rng.randint(3, 4))
     text = between.join(items)
     asked = [
         f"Reverse these {what}: {text}",
@@ -209,7 +209,7 @@ def calculator(world: World, rng: random.Random) -> Task:
 
 
 def count(world: World, rng: random.Random) -> Task:
-    items = rng.sample(lexicon.LISTED, rng.randint(2, 7))
+    items = rng.sample(lexicon.LISTED, rng.randint(2, 6))
     text = ", ".join(items)
     asked = [
         f"How many words are in this list: {text}",
@@ -228,16 +228,22 @@ def fact(world: World, rng: random.Random) -> Task:
     return _task(rng, "fact", key, asked, about.lead, about.value, list(world.values[about.relation]))
 
 
-def _owners(world: World, rng: random.Random) -> tuple[list[str], list[str], str]:
+def give_out(world: World, rng: random.Random) -> tuple[list[str], list[str], str]:
+    """People, what each has, and a passage that says so."""
     n = rng.randint(2, 3)
     people, things = rng.sample(world.people, n), rng.sample(lexicon.OBJECTS, n)
     said = [rng.choice([f"{p} has the {t}.", f"The {t} is with {p}."]) for p, t in zip(people, things)]
     return people, things, " ".join(said)
 
 
+def owners_key(people: list[str], things: list[str]) -> str:
+    """The content of such a passage, in whatever order and words."""
+    return f"owners {' '.join(f'{p} {t}' for p, t in sorted(zip(people, things)))}"
+
+
 def passage(world: World, rng: random.Random) -> Task:
-    people, things, text = _owners(world, rng)
-    key = f"owners {' '.join(f'{p} {t}' for p, t in sorted(zip(people, things)))}"
+    people, things, text = give_out(world, rng)
+    key = owners_key(people, things)
     at = rng.randrange(len(people))
     person, thing = people[at], things[at]
     if rng.random() < 0.5:
@@ -272,8 +278,8 @@ def follow_up(world: World, rng: random.Random) -> Task:
         lead, answer, others = f"The {two} is ", ends[two], [str(n) for n in numbers]
         asked = [f"And the {two}?", f"And the {two} one?", f"What about the {two}?"]
     else:
-        people, things, text = _owners(world, rng)
-        key = f"owners {' '.join(f'{p} {t}' for p, t in sorted(zip(people, things)))}"
+        people, things, text = give_out(world, rng)
+        key = owners_key(people, things)
         one_at, two_at = rng.sample(range(len(people)), 2)
         opening = f"{text} What does {people[one_at]} have?"
         said, lead = f"{people[one_at]} has the {things[one_at]}.", f"{people[two_at]} has the "
