@@ -1,4 +1,4 @@
-"""`baton config`: a recipe with every value, as YAML that is itself a recipe, each with its source beside it."""
+"""`baton config`: a recipe with every value that will be used, as YAML, each with its source beside it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -40,6 +40,9 @@ class Standing:
         return f"{self.state.value}: {'; '.join(self.reasons)}" if self.reasons else self.state.value
 
 
+_WIDTH = 160
+"""Columns of the table where no terminal sets a limit."""
+
 InputsOf = Callable[[Recipe, str], Inputs]
 
 
@@ -119,10 +122,11 @@ def print_overview(recipe: Recipe) -> None:
         if found.manifest is not None:
             stage = Stage(name, found.manifest, [], [], None, None)
             made, took = ago(found.manifest.created), duration(seconds(stage))
-            metric = " ".join(headline(stage))
+            metric = ", ".join(f"{value} {label}" for value, label in headline(stage))
         style = styles[found.state]
         table.add_row(name, f"[{style}]{found.state.value}[/]", "\n".join(found.reasons), made, took, metric)
-    Console().print(table)
+    console = Console(emoji=False)
+    console.print(table, width=None if console.is_terminal else _WIDTH, crop=False)
 
 
 def ago(created: str) -> str:

@@ -26,4 +26,4 @@ def test_a_recipe_loads_and_runs_under_its_own_name(path):
 def test_a_recipe_begins_with_purpose_hardware_command_and_expected_metric(path):
     head = re.match(r"(?:#.*\n)*", path.read_text(encoding="utf-8")).group()
     for word in ("Purpose:", "Hardware:", "Command:", "Expected:"):
-        assert re.search(rf"^# {word} \S", head, re.MULTILINE), f"{path.name} begins without a line `# {word} ...`"
+        assert re.search(rf"^# {word} +\S", head, re.MULTILINE), f"{path.name} begins without a line `# {word} ...`"

@@ -1,0 +1,152 @@
+"""The baton command: what it prints, and its exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from stages.recipe import load_recipe
+
+RECIPE = """\
+# A test.
+name: small
+data_root: {folder}
+stages:
+  tokenizer: {{data: [{{source: world, kind: documents, size: 50}}], vocab_size: 300}}
+  pretrain:
+    parent: tokenizer
+    model: {{architecture: llama}}
+    data: [{{source: world, kind: documents}}]
+    train: {{learning_rate: 3e-3}}
+  dpo: {{parent: pretrain, data: [{{source: world, kind: preferences, families: [facts, "on"]}}]}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    return path
+
+
+@pytest.fixture
+def baton(tmp_path, root):
+    """Runs the command in an empty directory."""
+
+    def baton(*arguments, **options):
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "baton", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, **options)
+
+    return baton
+
+
+def test_help_names_the_commands_and_the_exit_codes(baton):
+    done = baton("--help")
+    assert done.returncode == 0
+    for word in ("run", "status", "verify", "config", "report", "chat", "Exit codes"):
+        assert word in done.stdout
+    assert baton().returncode == 2  # typer's answer to a command that is missing
+
+
+@pytest.mark.parametrize("command", ["run", "status", "verify", "config", "report", "chat"])
+def test_every_command_refuses_a_recipe_that_is_not_there(baton, command):
+    done = baton(command, "smal.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "smal.yaml: no such recipe" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "status", "config"])
+def test_a_mistake_is_a_message_and_writes_nothing(baton, recipe, tmp_path, command):
+    done = baton(command, recipe, "pretrain.train.learning_rat=1")
+    assert done.returncode == 2
+    assert done.stderr == "command line: pretrain.train.learning_rat: unknown key, did you mean learning_rate?\n"
+    assert sorted(tmp_path.iterdir()) == [recipe]
+
+
+def test_a_key_of_another_stage(baton, recipe):
+    done = baton("run", recipe, "dpo.kl_coef=0.1")
+    assert done.returncode == 2
+    assert done.stderr == "command line: dpo.kl_coef: unknown key. kl_coef is a key of ppo, not of dpo\n"
+
+
+def test_config_prints_every_value_with_its_source(baton, recipe):
+    done = baton("config", recipe, "pretrain.train.max_steps=7")
+    assert done.returncode == 0
+    lines = {line.partition("  #")[0].strip(): line.partition("  # ")[2] for line in done.stdout.splitlines()}
+    assert lines["learning_rate: 0.003"] == f"{recipe}:10"
+    assert lines["max_steps: 7"] == "command line"
+    assert lines["families: [facts, 'on']"] == f"{recipe}:11"
+    assert lines["seed: 42"] == "default"
+    resolved = load_recipe(recipe, ["pretrain.train.max_steps=7"]).resolved()
+    assert yaml.safe_load(done.stdout) == resolved
+
+
+def test_config_of_one_section(baton, recipe):
+    done = baton("config", recipe, "--section", "dpo")
+    assert yaml.safe_load(done.stdout)["parent"] == "pretrain"
+    assert "vocab_size" not in done.stdout
+    assert baton("config", recipe, "--section", "dop").stderr == f"{recipe}: no section dop, did you mean dpo?\n"
+
+
+def test_config_help_status_and_dry_run_need_no_torch(recipe, root, tmp_path):
+    code = "import sys; from baton.cli import app; app(sys.argv[1:], standalone_mode=False); "
+    code += "print([m for m in ('torch', 'transformers', 'matplotlib', 'numpy') if m in sys.modules])"
+    for arguments in (["config", recipe], ["status", recipe], ["run", recipe, "--dry-run"], ["--help"]):
+        program = (
+            code
+            if arguments[0] != "run"
+            else code.replace("; print", "\nexcept SystemExit: print", 1).replace("app(sys", "\ntry: app(sys", 1)
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)], cwd=root, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == "[]", arguments
+
+
+def test_status_before_anything_was_run(baton, recipe):
+    done = baton("status", recipe)
+    assert done.returncode == 0
+    assert [line.split()[:2] for line in done.stdout.splitlines()[-3:]] == [
+        ["tokenizer", "new"],
+        ["pretrain", "new"],
+        ["dpo", "new"],
+    ]
+
+
+@pytest.mark.parametrize("command", ["verify", "report", "chat"])
+def test_commands_about_a_run_that_is_not_there(baton, recipe, command):
+    done = baton(command, recipe)
+    assert done.returncode == 2
+    assert f"runs/small: nothing has been run yet; make it with `baton run {recipe}`" in done.stderr
+    done = baton(command, "runs/smal")
+    assert done.returncode == 2
+    assert "runs/smal: no such run" in done.stderr
+
+
+def test_options_of_run_that_name_nothing(baton, recipe):
+    assert "no section ppo" in baton("run", recipe, "--to", "ppo").stderr
+    assert "no section tokeniser, did you mean tokenizer" in baton("run", recipe, "--force", "tokeniser").stderr
+    assert "--launch x.yaml: no such file" in baton("run", recipe, "--launch", "x.yaml").stderr
+
+
+@pytest.mark.slow
+def test_a_run_from_nothing_to_a_verified_stage(baton, recipe, tmp_path):
+    done = baton("run", recipe, "--to", "tokenizer")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split() == ["tokenizer", "new"]
+    assert "rows in" in done.stdout  # the stage's own words
+    stage = tmp_path / "runs" / "small" / "tokenizer"
+    assert (stage / "stage.json").exists()
+    assert "rows in" in (stage.parent / "logs" / "tokenizer.log").read_text()
+
+    again = baton("run", recipe, "--to", "tokenizer")
+    assert again.stdout.split() == ["tokenizer", "up", "to", "date,", "skipped"]
+    assert "up to date" in baton("status", recipe).stdout
+    assert baton("verify", recipe).returncode == 0
+
+    (stage / "model" / "tokenizer.json").write_text("{}")
+    damaged = baton("verify", stage.parent)
+    assert damaged.returncode == 1
+    assert "runs/small/tokenizer/model/tokenizer.json: was altered after publishing" in damaged.stderr
