@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from stages.run import Run
 
 logger = logging.getLogger(__name__)
-# Rows are sorted by length within so many optimizer steps at a time, then the steps are shuffled: little padding, and
-# still a new composition of every step in every epoch.
+# Rows are sorted by length within so many optimizer steps at a time.
 _SORTED_STEPS = 8
+# A step of rows that are all of one length would be a step of one kind of task: steps are put together from so many
+# groups of like length, drawn at random.
+_GROUPS = (4, 3, 2)
 
 
 class StepOrder(Sampler[int]):
@@ -47,7 +49,11 @@ class StepOrder(Sampler[int]):
     """
 
     def __init__(self, rows: int, step_size: int, seed: int, lengths: Sequence[int] | None = None) -> None:
-        """`lengths` (one a row) puts rows of like length into the same step, longest first within it."""
+        """`lengths` (one a row) puts rows of like length beside one another: little of a micro-batch is padding.
+
+        A step then consists of four such groups (three or two where its size does not divide by four), the longest rows
+        first; micro-batches no larger than a group pad least. The size of a micro-batch decides nothing here.
+        """
         assert rows > 0 and (lengths is None or len(lengths) == rows)
         self.steps = math.ceil(rows / step_size)
         self._rows, self._step_size, self._seed, self._epoch = rows, step_size, seed, 0
@@ -65,8 +71,11 @@ class StepOrder(Sampler[int]):
             window = _SORTED_STEPS * self._step_size
             parts = [order[start : start + window] for start in range(0, len(order), window)]
             order = np.concatenate([part[np.argsort(-self._lengths[part], kind="stable")] for part in parts])
-            order = order.reshape(self.steps, self._step_size)
-            order = order[shuffled(self.steps, self._seed, "steps", self._epoch)].reshape(-1)
+            groups = next((n for n in _GROUPS if self._step_size % n == 0), 1)
+            order = order.reshape(self.steps * groups, -1)
+            order = order[shuffled(len(order), self._seed, "groups", self._epoch)].reshape(self.steps, groups, -1)
+            longest = self._lengths[order].max(axis=-1)  # (steps, groups)
+            order = np.take_along_axis(order, np.argsort(-longest, axis=1, kind="stable")[:, :, None], axis=1).ravel()
         return iter(order.tolist())
 
 
