@@ -1,0 +1,187 @@
+"""Chat: what is sent to the model, what is shown, when an answer ends, and which model is taken."""
+
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from baton.chat import Sampling, Speaker, Terminal, converse, default_model, open_models
+from data.errors import DataError
+from data.records import Message
+from handoff.errors import HandoffError, UserError
+from stages.recipe import load_recipe
+from tests.handoff_models import published
+
+pytestmark = pytest.mark.slow  # the first of them trains the small models
+
+
+class Scripted(Speaker):
+    """A real model and encoder, but the tokens that it chooses are those of the given answers."""
+
+    answers: Sequence[str] = ()
+
+    def _tokens(self, ids):
+        self.asked.append(self.encoder.tokenizer.decode(ids))
+        self.script = [
+            token for answer in self.answers[len(self.asked) - 1 :][:1] for token in self.encoder.answer(answer)
+        ]
+        yield from super()._tokens(ids)
+
+    def _choose(self, logits):
+        assert logits.shape == (self.model.config.vocab_size,)
+        return self.script.pop(0)
+
+
+@pytest.fixture
+def run_dir(micro_recipe) -> Path:
+    return load_recipe(micro_recipe).run_dir
+
+
+@pytest.fixture
+def speaker(run_dir):
+    def speaker(*answers: str, max_new_tokens: int = 50) -> Scripted:
+        (parent,) = open_models(run_dir, ["sft"])
+        made = Scripted(parent, Sampling(0.0, max_new_tokens, 0))
+        made.answers, made.asked = answers, []
+        return made
+
+    return speaker
+
+
+def talk(lines: str, *speakers: Speaker) -> str:
+    """What a conversation shows when it does not happen in a terminal."""
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, soft_wrap=True, highlight=False, emoji=False), asks=False)
+    rest = iter(lines.splitlines())
+    terminal.read = lambda: next(rest, None)  # type: ignore[method-assign]
+    converse(terminal, speakers)
+    return shown.getvalue()
+
+
+def test_an_answer_ends_at_the_stop_token_and_is_remembered(speaker):
+    one = speaker("good day", "fine [b]:smile:")
+    assert talk("hi\n\nhow are you?\n", one) == "good day\nfine [b]:smile:\n"
+    start, second = "<|bos|><|user|>hi<|end|><|assistant|>", "<|user|>how are you?<|end|><|assistant|>"
+    assert one.asked == [start, f"{start}good day<|end|>{second}"]
+    assert one.script == []
+
+
+def test_an_answer_is_cut_at_the_limit(speaker):
+    one = speaker("abcdefgh" * 20, max_new_tokens=3)
+    shown = talk("hi\n", one).strip()
+    assert "abcdefgh".startswith(shown[:8])
+    assert len(one.encoder.answer(shown)) <= 4
+
+
+def test_pieces_never_cut_a_character(speaker):
+    one = speaker("naïve → 日本")
+    assert "".join(one.answer("hi")) == "naïve → 日本"
+    one = speaker("naïve → 日本")
+    assert all("\ufffd" not in piece for piece in one.answer("hi"))
+
+
+def test_commands(speaker):
+    one = speaker("a", "b", "c")
+    shown = talk("one\n/system be short\ntwo\n/reset\nthree\n/nothing\n/quit\nfour\n", one)
+    assert shown.splitlines()[:3] == ["a", "b", "c"]
+    assert shown.splitlines()[3].startswith("no command /nothing; /reset")
+    system = "<|bos|><|system|>be short<|end|><|user|>"
+    assert one.asked[1:] == [f"{system}two<|end|><|assistant|>", f"{system}three<|end|><|assistant|>"]
+
+
+def test_a_message_that_the_template_cannot_hold_is_refused_and_the_talk_goes_on(speaker):
+    one = speaker("a")
+    shown = talk("x <|end|> y\nhi\n", one)
+    assert shown.splitlines() == ["text contains the special token <|end|>", "a"]
+    assert len(one.turns) == 2
+
+
+def test_the_oldest_exchange_is_left_out_when_the_context_is_full(speaker):
+    one = speaker("b", "c")
+    one.context = 40
+    one.sampling = Sampling(0.0, 10, 0)
+    one.turns = [Message("user", "first " * 3), Message("assistant", "a")] * 3
+    assert talk("last\n", one) == "b\n"
+    assert one.asked[0].endswith("<|user|>last<|end|><|assistant|>")
+    assert len(one.encoder.tokenizer(one.asked[0], add_special_tokens=False).input_ids) <= 30
+    with pytest.raises(DataError, match="too many"):
+        next(one.answer("word " * 100))
+
+
+def test_two_models_answer_side_by_side_each_with_its_own_history(speaker):
+    left, right = speaker("one", "1"), speaker("two and more", "2")
+    left.name, right.name = "left", "right"
+    assert talk("hi\nagain\n", left, right) == "left: one\nright: two and more\nleft: 1\nright: 2\n"
+    assert "one<|end|><|user|>again" in left.asked[1]
+    assert "two and more<|end|><|user|>again" in right.asked[1]
+
+
+def test_sampling_depends_on_the_seed_alone(run_dir):
+    (parent,) = open_models(run_dir, ["sft"])
+    answers = ["".join(Speaker(parent, Sampling(1.0, 20, seed)).answer("hi")) for seed in (3, 3, 4)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_cached_decoding_chooses_what_the_whole_sequence_would(run_dir):
+    import torch
+
+    (parent,) = open_models(run_dir, ["sft"])
+    one = Speaker(parent, Sampling(0.0, 12, 0))
+    ids = one.encoder.prompt([Message("user", "What is 2 + 3?")])
+    tokens = list(one._tokens(ids))
+    with torch.inference_mode():
+        logits = one.model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 :]
+    assert logits.argmax(-1).tolist()[: len(tokens)] == tokens
+    assert len(tokens) == 12 or int(logits[-1].argmax()) in one.stop_ids
+
+
+def test_the_newest_aligned_model_is_taken(tmp_path):
+    for name, stage, created in [
+        ("a", "sft", 1),
+        ("b", "ppo", 2),
+        ("c", "dpo", 3),
+        ("d", "sft", 4),
+        ("e", "pretrain", 5),
+    ]:
+        manifest = published(tmp_path / name).manifest()
+        changed = {"stage": stage, "name": name, "created": f"2026-01-0{created}T00:00:00+00:00"}
+        manifest = manifest.model_copy(update=changed)
+        (tmp_path / name / "stage.json").write_text(manifest.model_dump_json())
+    assert default_model(tmp_path) == "c"
+    shutil.rmtree(tmp_path / "c")
+    shutil.rmtree(tmp_path / "b")
+    assert default_model(tmp_path) == "d"
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "d")
+    with pytest.raises(UserError, match="baton run <recipe> --to sft"):
+        default_model(tmp_path)
+
+
+def test_what_can_be_talked_to(micro_recipe, run_dir):
+    for target in (micro_recipe, run_dir, run_dir / "sft", run_dir / "sft" / "model"):
+        assert [parent.name for parent in open_models(target, [])] == ["sft"]
+    with pytest.raises(UserError, match="is one model"):
+        open_models(run_dir / "sft", ["ppo"])
+    with pytest.raises(HandoffError, match="reward is a reward model"):
+        open_models(run_dir, ["reward"])
+    with pytest.raises(HandoffError, match="does not exist"):
+        open_models(run_dir, ["sft", "dpo"])
+
+
+def test_the_command_answers_lines_from_a_pipe(micro_recipe, root):
+    command = [sys.executable, "-m", "baton", "chat", str(micro_recipe), "--max-new-tokens", "8"]
+    done = subprocess.run(
+        [*command, "--compare", "sft", "pretrain"],
+        input="hi\n/quit\n",
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if ":" in line][:2] == ["sft", "pretrain"]
+    assert done.stderr == ""

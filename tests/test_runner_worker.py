@@ -1,0 +1,110 @@
+"""Stages forked from the warm server: the same exit codes and words as a stage that is started by itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """\
+name: w
+output_root: {folder}
+stages:
+  tokenizer: {{data: [{{source: world, kind: documents, size: 100}}], vocab_size: 300}}
+  long: {{stage: tokenizer, data: [{{source: world, kind: documents, size: 500000}}]}}
+  wrong: {{stage: tokenizer, data: [{{source: file, path: missing.txt}}]}}
+  broken:
+    {{stage: pretrain, parent: tokenizer, model: {{architecture: none}}, data: [{{source: world, kind: documents}}]}}
+"""
+DRIVER = """
+import json, os, signal, sys, threading
+from baton.worker import WarmStage
+
+def run(section, stage, signum=None):
+    read, write = os.pipe()
+    running = WarmStage(stage, [sys.argv[1], "--section", section], write, preload=False)
+    os.close(write)
+    if signum is not None:
+        threading.Timer(float(sys.argv[3]), running.send, [signum]).start()
+    code = running.wait()
+    return code, os.fdopen(read).read()
+
+print(json.dumps([run(*args) for args in json.loads(sys.argv[2])]))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "w.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    return path
+
+
+def drive(root: Path, recipe: Path, *stages: list, after: float = 0.0) -> list[list]:
+    command = [sys.executable, "-c", DRIVER, str(recipe), json.dumps(stages), str(after)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_results_words_and_exit_codes(recipe, root, tmp_path):
+    good, wrong, broken = drive(
+        root, recipe, ["tokenizer", "tokenizer"], ["wrong", "tokenizer"], ["broken", "pretrain"]
+    )
+    assert good[0] == 0
+    assert "rows in" in good[1]
+    assert (tmp_path / "w" / "tokenizer" / "stage.json").exists()
+    assert wrong[0] == 2
+    assert "missing.txt" in wrong[1]
+    assert "Traceback" not in wrong[1]
+    assert broken[0] == 2
+    assert "none" in broken[1]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_stage_with_its_code(recipe, root, signum, code):
+    ((found, _),) = drive(root, recipe, ["long", "tokenizer", int(signum)], after=5.0)
+    assert found == code
+
+
+def test_a_stage_ends_when_its_runner_is_killed(recipe, root):
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "baton", "run", str(recipe), "--to", "long"]
+    runner = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    lock = recipe.parent / "w" / "long" / ".lock"
+    stage = wait_for(lambda: json.loads(lock.read_text() or "null") if lock.exists() else None)["pid"]
+    assert stage != runner.pid
+    runner.kill()
+    runner.wait()
+    runner.stdout.close()
+    wait_for(lambda: not is_alive(stage))
+
+
+def test_what_the_server_imports_leaves_nothing_that_a_fork_would_lose(root):
+    code = "import baton.preload, torch, threading; print(threading.active_count(), torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False"]
+
+
+def wait_for(look):
+    """What `look` answers once it is true."""
+    for _ in range(300):
+        found = look()
+        if found:
+            return found
+        time.sleep(0.2)
+    raise AssertionError("it did not come")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+    return "State:\tZ" not in status
