@@ -72,15 +72,14 @@ class Encoder:
         starts = self._backend.encode("").ids
         self._document_start = [i for i in starts if i == self.bos_id]
         self._turns: Turns | None = None
-        self._before: list[int] = []
-        self._after: list[int] = []
+        self._header: list[int] = []
         self.stop_ids: list[int] = [self.eos_id]
         """Generation ends at any of these; the first is the one that ends an answer."""
         if tokenizer.chat_template is not None:
             own = tokenizer.chat_template == CHAT_TEMPLATE
-            self._turns = OwnTurns() if own else TemplateTurns(self._render, self._find_special)
+            self._turns = OwnTurns() if own else TemplateTurns(self._render, self._special)
             shape = self._turns.shape
-            self._before, self._after, stop = self._encode([shape.before, shape.after, shape.stop], special=True)
+            self._header, stop = self._encode([shape.header, shape.stop], special=True)
             self.stop_ids = list(dict.fromkeys([*stop, self.eos_id]))
 
     @classmethod
@@ -117,10 +116,11 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion: no special tokens, and nothing that the template puts around an answer."""
         rest = list(ids)
-        if rest[: len(self._before)] == self._before:
-            rest = rest[len(self._before) :]
+        header = self._header[: len(rest)]
+        if rest[: len(header)] == header:
+            rest = rest[len(header) :]
         text: str = self._backend.decode(rest, skip_special_tokens=True)
-        return text.removesuffix(self._turns.shape.after) if self._turns else text
+        return self._turns.shape.content(text) if self._turns else text
 
     def prompts(self, batch: Sequence[Sequence[Message]]) -> list[list[int] | RowRefused]:
         """`prompt` of many conversations at once; a conversation that cannot be expressed gives its refusal."""
@@ -132,8 +132,8 @@ class Encoder:
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """`answer` of many texts at once."""
-        turns = self._require_template()
-        return [self._closed(ids) for ids in self._encode([turns.shape.text(t) for t in texts], special=False)]
+        shape = self._require_template().shape
+        return [self._closed(ids) for ids in self._encode([shape.said(text) for text in texts], special=False)]
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """`document` of many texts at once."""
@@ -186,7 +186,7 @@ class Encoder:
             return refusal
 
     def _closed(self, answer: list[int]) -> list[int]:
-        return [*self._before, *answer, *self._after, self.stop_ids[0]]
+        return [*self._header, *answer, self.stop_ids[0]]
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         """`special`: whether a special token's text becomes that token, or is text like any other."""
@@ -195,10 +195,6 @@ class Encoder:
         encoded = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(distinct, encoded, strict=True)}
         return [ids[text] for text in texts]
-
-    def _find_special(self, text: str) -> str | None:
-        found = self._special.search(text)
-        return found.group() if found else None
 
     def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
         from jinja2.exceptions import TemplateError

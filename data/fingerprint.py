@@ -13,11 +13,14 @@ _seen: dict[str, str] = {}
 
 
 def label(source: SourceConfig) -> str:
-    """How messages and manifests name a source, e.g. `world:chats`, `file:sft/*.jsonl`, `hub:organisation/name`."""
+    """How messages and manifests name a source: `world:chats[train]`, `file:sft/*.jsonl`, `hub:some/name[train]`.
+
+    Two entries of a recipe that have the same name have the same bytes to read, if not the same settings.
+    """
     if isinstance(source, WorldSource):
-        return f"world:{source.kind}"
+        return f"world:{source.kind}[{source.split}]"
     if isinstance(source, HubSource):
-        return f"hub:{source.name}" + (f"/{source.subset}" if source.subset else "")
+        return f"hub:{source.name}{f'/{source.subset}' if source.subset else ''}[{source.hub_split}]"
     return f"file:{source.path}"
 
 

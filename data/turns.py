@@ -9,6 +9,7 @@ An answer is followed by the stop token, which the encoder adds as an id; what a
 (often a line break) opens the next context.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +26,10 @@ _PROBE = "qxprobeqx"
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`contexts[i]` is followed by `answers[i]` and a stop token; a prompt has one context more than answers."""
+    """`contexts[i]` is followed by the answer's header, `answers[i]` and the stop token (see AnswerShape).
+
+    A prompt has one context more than answers.
+    """
 
     contexts: list[str]
     answers: list[str]
@@ -33,19 +37,24 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
-    """What the template puts around an answer's own text within the answer: all of it is the model's to say."""
+    """What the template makes of an answer's text. All of it is the model's to say: `header`, `said(text)`, `stop`."""
 
+    header: str = ""
+    """Up to and with the last special token before the text (e.g. the name of a channel)."""
     before: str = ""
+    """Between that and the text (e.g. a space, or an empty thought)."""
     after: str = ""
+    """Between the text and the stop token."""
     stop: str = END
     trims: bool = False
     """The template cuts white space at both ends of an answer."""
 
-    def text(self, content: str) -> str:
-        return content.strip() if self.trims else content
+    def said(self, content: str) -> str:
+        return f"{self.before}{content.strip() if self.trims else content}{self.after}"
 
-    def whole(self, content: str) -> str:
-        return f"{self.before}{self.text(content)}{self.after}{self.stop}"
+    def content(self, said: str) -> str:
+        """The text of what was said; of an answer that is cut off as well."""
+        return "" if self.before.startswith(said) else said.removeprefix(self.before).removesuffix(self.after)
 
 
 class Turns(Protocol):
@@ -81,14 +90,14 @@ class OwnTurns:
 class TemplateTurns:
     """Any chat template, by rendering prefixes: an answer is what a rendering has more than its generation prompt."""
 
-    def __init__(self, render: Render, find_special: Callable[[str], str | None]) -> None:
-        """`find_special(text)`: the first special token in a text.
+    def __init__(self, render: Render, special: re.Pattern[str]) -> None:
+        """`special` matches each special token of the tokenizer.
 
         Raises:
             DataError: the template puts no stop token after an answer, or rewrites the prompt once it is answered.
         """
         self._render = render
-        self.shape = _learn(render, find_special)
+        self.shape = _learn(render, special)
 
     def split(self, messages: Sequence[Message], generation: bool) -> Split:
         turns = [{"role": m.role, "content": m.content} for m in messages]
@@ -100,12 +109,12 @@ class TemplateTurns:
             contexts.append(prefix[len(so_far) :])
             if not prefix.startswith(so_far):
                 return self._rewritten(whole, generation)
-            so_far = prefix + self.shape.whole(messages[i].content)
+            so_far = prefix + self.shape.header + self.shape.said(messages[i].content) + self.shape.stop
         if not whole.startswith(so_far):
             return self._rewritten(whole, generation)
         if generation:
             contexts.append(whole[len(so_far) :])
-        return Split(contexts, [self.shape.text(messages[i].content) for i in places])
+        return Split(contexts, [self.shape.said(messages[i].content) for i in places])
 
     def _rewritten(self, whole: str, generation: bool) -> Split:
         """The template changes what was said before (e.g. leaves out earlier reasoning).
@@ -118,7 +127,7 @@ class TemplateTurns:
         raise RowRefused("the chat template rewrites earlier turns")
 
 
-def _learn(render: Render, find_special: Callable[[str], str | None]) -> AnswerShape:
+def _learn(render: Render, special: re.Pattern[str]) -> AnswerShape:
     """Ask the template how it wraps an answer, with a conversation whose answer is known and unlike anything else."""
     try:
         prompt = render([{"role": "user", "content": "x"}], True)
@@ -133,10 +142,11 @@ def _learn(render: Render, find_special: Callable[[str], str | None]) -> AnswerS
     answer = whole[len(prompt) :]
     trims = f" {_PROBE} " not in answer
     before, found, rest = answer.partition(_PROBE if trims else f" {_PROBE} ")
-    stop = find_special(rest)
+    stop = special.search(rest)
     if not found or stop is None:
         raise DataError(
             "the chat template puts no special token after an answer, so no model could learn where to stop; end "
             "assistant turns with the end-of-sequence token in the tokenizer's chat_template"
         )
-    return AnswerShape(before, rest[: rest.index(stop)], stop, trims)
+    header = max((match.end() for match in special.finditer(before)), default=0)
+    return AnswerShape(before[:header], before[header:], rest[: stop.start()], stop.group(), trims)

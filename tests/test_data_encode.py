@@ -35,7 +35,13 @@ LLAMA2 = (
     "{%- elif m['role'] == 'user' %}{{- '[INST] ' + m['content'] + ' [/INST]' }}"
     "{%- else %}{{- ' ' + m['content'] + ' ' + eos_token }}{%- endif %}{%- endfor %}"
 )
-FOREIGN = {"chatml": CHATML, "llama3": LLAMA3, "thinking": THINKING, "llama2": LLAMA2}
+CHANNELS = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] }}"
+    "{%- if m['role'] == 'assistant' %}{{- '<|channel|>final' }}{%- endif %}"
+    "{{- '<|message|>' + m['content'] + '<|im_end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"
+)
+FOREIGN = {"channels": CHANNELS, "chatml": CHATML, "llama3": LLAMA3, "thinking": THINKING, "llama2": LLAMA2}
 FOREIGN_TOKENS = [
     "<s>",
     "</s>",
@@ -45,6 +51,8 @@ FOREIGN_TOKENS = [
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|eot_id|>",
+    "<|channel|>",
+    "<|message|>",
 ]
 CORPUS = [
     "Sort the words: pear, apple. Sorted: apple, pear.",
@@ -125,7 +133,7 @@ def test_the_mask_is_the_answers_and_their_stop_tokens(messages):
 @given(conversations())
 def test_own_template_written_out_equals_the_template_rendered(messages):
     encoder = own()
-    by_rendering = TemplateTurns(encoder._render, encoder._find_special)
+    by_rendering = TemplateTurns(encoder._render, encoder._special)
     assert by_rendering.shape == OwnTurns.shape
     assert by_rendering.split(messages, False) == OwnTurns().split(messages, False)
     assert by_rendering.split(messages[:-1], True) == OwnTurns().split(messages[:-1], True)
@@ -156,11 +164,19 @@ def test_the_mask_under_foreign_templates(name, stop, bos):
 
 def test_what_a_template_puts_around_an_answer_is_said_by_the_model_and_cut_from_its_text():
     messages = (Message("user", "sort pear"), Message("assistant", "pear"))
-    for name, text in (("thinking", "<think>\n\n</think>\n\npear<|im_end|>"), ("llama2", " pear </s>")):
+    for name, text in (
+        ("thinking", "<think>\n\n</think>\n\npear<|im_end|>"),
+        ("llama2", " pear </s>"),
+        ("channels", "<|channel|>final<|message|>pear<|im_end|>"),
+    ):
         encoder = foreign(name)
         ids, mask = encoder.chat(messages)
         assert supervised(encoder, ids, mask) == text
-        assert encoder.decode(encoder.answer("pear")) == "pear"
+        assert ids == render(encoder, messages)[: len(ids)]
+        answer = encoder.answer("pear")
+        assert encoder.prompt(messages[:1]) + answer == ids and encoder.decode(answer) == "pear"
+        # An answer that is still being said shows nothing of what surrounds it.
+        assert all("pear".startswith(encoder.decode(answer[:n]).strip()) for n in range(len(answer) + 1))
 
 
 def test_a_template_that_rewrites_earlier_turns_drops_the_row_but_can_be_prompted():

@@ -86,7 +86,7 @@ def test_a_data_set_is_read_by_name(tmp_path, monkeypatch):
     loaded = load([HubSource(source="hub", name=name, hub_split="train[:5]")], Chat, None, 0)
     assert [r.messages[0].content for r in loaded.records] == [row["prompt"] for row in (ROWS * 3)[:5]]
     assert loaded.records[4].origin == Origin(f"hub:{name}[train[:5]]", 5)
-    assert list(loaded.fingerprints) == [f"hub:{name}"]
+    assert list(loaded.fingerprints) == [f"hub:{name}[train[:5]]"]
 
 
 BOOK = (
@@ -139,9 +139,12 @@ def test_fingerprints_of_one_list_have_names_of_their_own():
         return WorldSource(source="world", kind="chats", **settings)
 
     hashes = fingerprints([world(), world(split="test"), world(seed=1)], None)
-    assert list(hashes) == ["world:chats", "world:chats#2", "world:chats#3"] and len(set(hashes.values())) == 3
+    assert (
+        list(hashes) == ["world:chats[train]", "world:chats[test]", "world:chats[train]#2"]
+        and len(set(hashes.values())) == 3
+    )
     hub = [HubSource(source="hub", name="o/n", subset="s", revision=r) for r in (None, "v1")]
-    assert fingerprint(hub[0], None)[0] == "hub:o/n/s"
+    assert fingerprint(hub[0], None)[0] == "hub:o/n/s[train]"
     assert fingerprint(hub[0], None)[1] != fingerprint(hub[1], None)[1]
 
 
