@@ -17,8 +17,8 @@ from collections import deque
 from pathlib import Path
 from typing import TextIO
 
-TAIL = 20
-"""Lines that are shown again when a stage fails."""
+TAIL = 200
+"""Last lines that are remembered."""
 _REDRAWN = 12
 """Lines that a progress display may go back over; older ones are written to the log."""
 _CONTROL = re.compile(

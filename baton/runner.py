@@ -8,11 +8,9 @@ Without a launch file, stages are forked from a server that has the heavy import
 one, each stage that trains or generates is started by `accelerate launch`.
 """
 
-import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ from typing import Protocol
 
 from rich.console import Console
 
+from baton.launched import LaunchedStage, own_words
 from baton.output import Tee
 from baton.status import InputsOf, Standing, State, overview, standing
 from data.fingerprint import fingerprint
@@ -35,6 +34,8 @@ from stages.inputs import sources, stage_inputs
 from stages.recipe import Recipe, Section
 
 LOGS = "logs"
+SHOWN = 20
+"""Last lines of a stage that are shown again when it fails."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -54,22 +55,6 @@ class Start:
 
     command: Sequence[str]
     begin: Callable[[int], Running]
-
-
-class LaunchedStage:
-    """A stage under `accelerate launch`: a session of processes, which all get what is sent."""
-
-    def __init__(self, command: Sequence[str], descriptor: int) -> None:
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=descriptor, stderr=descriptor, start_new_session=True
-        )
-
-    def send(self, signum: int) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signum)
-
-    def wait(self) -> int:
-        return self._process.wait()
 
 
 def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: bool) -> Start:
@@ -144,11 +129,11 @@ class Runner:
         tee.release()
         code = self._running.wait()
         self._running = None
-        tail = tee.close()
+        tail, code = own_words(tee.close(), code)
         code = 128 - code if code < 0 else code
         published = StageDir(self.recipe.run_dir / section.name).manifest() is not None
-        if self._signals and not (code == 0 and published):
-            code = code or 128 + self._signals[0]
+        if self._signals and code in (0, 1) and not published:
+            code = 128 + self._signals[0]
         elif code == 0 and not published:
             code = 1
             tail.append(f"the stage ended without publishing {self.recipe.run_dir / section.name}")
@@ -165,7 +150,7 @@ class Runner:
             said.print(f"{name} was stopped; the same command goes on with it", style="yellow")
             return
         said.print(f"[bold red]{name} failed[/] with exit code {code} after {took:.0f} s; its last lines:")
-        for line in tail:
+        for line in tail[-SHOWN:]:
             said.print(f"  | {line}", markup=False)
         said.print(f"log:    {log_path}", markup=False)
         said.print(f"repeat: {command}", markup=False)

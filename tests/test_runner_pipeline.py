@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from baton.runner import LaunchedStage, Runner, Start, check_data, run_pipeline, start_of
+from baton.launched import LaunchedStage, own_words
+from baton.runner import Runner, Start, check_data, run_pipeline, start_of
 from baton.status import State, overview
 from data.errors import DataError
 from handoff.errors import HandoffError, UserError
@@ -317,7 +318,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from baton.runner import LaunchedStage, Runner, Start
+from baton.launched import LaunchedStage
+from baton.runner import Runner, Start
 from stages.recipe import load_recipe
 from stages.registry import Registry
 
@@ -354,3 +356,40 @@ def test_a_launched_stage_hears_signals_with_all_its_processes():
         stage.send(signal.SIGTERM)
         assert stage.wait() == -signal.SIGTERM
         assert output.read() == ""  # returns only when nobody holds the other end any more
+
+
+ELASTIC = """\
+step 1
+LaunchError: take two
+E1124 11:32:43 29482 x/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 2) local_rank: 0
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "<frozen runpy>", line 88, in _run_code
+  File "x/accelerate/commands/launch.py", line 1423, in <module>
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+[1]:
+  exitcode  : -15 (pid: 29486)  (SIGTERM)
+Root Cause (first observed failure):
+[0]:
+  exitcode  : 2 (pid: 29485)
+"""
+SIMPLE = """\
+Traceback (most recent call last):
+  File "x/stages/run.py", line 3, in main
+KeyError: 3
+Traceback (most recent call last):
+  File "x/bin/accelerate", line 10, in <module>
+  File "x/accelerate/commands/launch.py", line 1423, in main
+subprocess.CalledProcessError: Command '['python']' returned non-zero exit status 3.
+"""
+
+
+def test_what_the_launcher_says_does_not_hide_what_the_stage_said():
+    assert own_words(ELASTIC.splitlines(), 1) == (["step 1", "LaunchError: take two"], 2)
+    assert own_words(ELASTIC.replace(": 2 (pid", ": -9 (pid").splitlines(), 1)[1] == -9
+    assert own_words(SIMPLE.splitlines(), 1) == (SIMPLE.splitlines()[:3], 3)
+    killed = SIMPLE.replace("returned non-zero exit status 3", "died with <Signals.SIGKILL: 9>")
+    assert own_words(killed.splitlines(), 1)[1] == -9
+    own = SIMPLE.replace("accelerate/commands/launch.py", "stages/run.py").splitlines()
+    assert own_words(own, 1) == (own, 1)

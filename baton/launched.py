@@ -1,0 +1,57 @@
+"""Stages under `accelerate launch`: started with all their processes, and heard through what the launcher says itself.
+
+When a stage fails, accelerate and torch's elastic agent answer with exit code 1 and some forty lines of their own,
+after the stage's message. `own_words` finds the message and the exit code of the process that failed first.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+
+_TRACEBACK = "Traceback (most recent call last):"
+_LAUNCHER = "accelerate/commands/launch.py"
+_AGENT = "torch/distributed/elastic/"
+_CAUSE = re.compile(
+    r"Root Cause.*?exitcode\s*:\s*(?P<elastic>-?\d+)"
+    r"|returned non-zero exit status (?P<status>\d+)"
+    r"|died with <Signals\.\w+: (?P<signal>\d+)>",
+    re.DOTALL,
+)
+
+
+class LaunchedStage:
+    """A running session of processes, which all get what is sent."""
+
+    def __init__(self, command: Sequence[str], descriptor: int) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=descriptor, stderr=descriptor, start_new_session=True
+        )
+
+    def send(self, signum: int) -> None:
+        """Passes a signal on to every process."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signum)
+
+    def wait(self) -> int:
+        """Waits for the launcher's end and returns its exit code, negative for a signal."""
+        return self._process.wait()
+
+
+def own_words(lines: Sequence[str], code: int) -> tuple[list[str], int]:
+    """The last lines of a stage without those of its launcher, and the exit code of the process that failed first.
+
+    Output without a launcher's traceback comes back as it is.
+    """
+    at = [n for n, line in enumerate(lines) if line == _TRACEBACK and _is_launchers(lines[n + 1 :])]
+    if not at:
+        return list(lines), code
+    cause = _CAUSE.search("\n".join(lines[at[-1] :]))
+    if cause is not None:
+        code = -int(cause["signal"]) if cause["signal"] else int(cause["elastic"] or cause["status"])
+    return [line for line in lines[: at[-1]] if _AGENT not in line], code
+
+
+def _is_launchers(lines: Sequence[str]) -> bool:
+    """Whether the traceback that these lines begin is one of the launcher's: it is in the first frames."""
+    return any(_LAUNCHER in line for line in lines[:4])
