@@ -31,7 +31,7 @@ def train(run: Run) -> None:
     parent = run.parent(kinds=frozenset({"tokenizer", "causal_lm"}))
     if (parent.kind == "tokenizer") != (config.model is not None):
         raise RecipeError(
-            f"{run.section.name}.model: "
+            f"{run.recipe.path}: {run.section.name}.model: "
             + (
                 "says what to build from a tokenizer"
                 if config.model is None
@@ -39,6 +39,12 @@ def train(run: Run) -> None:
             )
         )
     encoder = models.load_encoder(parent)
+    shape = None
+    if config.model is not None:
+        try:
+            shape = models.model_config(config.model, encoder, config.block_size)
+        except RecipeError as error:
+            raise RecipeError(f"{run.recipe.path}: {run.section.name}.{error}") from error
 
     # Data: blocks of tokens; held-out documents as windows that score every token once.
     loaded = run.load(config.data, Text)
@@ -54,9 +60,8 @@ def train(run: Run) -> None:
 
     # Model and trainer.
     args = arguments(TrainingArguments, run, len(blocks))
-    if config.model is not None:
+    if shape is not None:
         torch.manual_seed(run.seed)
-        shape = models.model_config(config.model, encoder, config.block_size)
         model = models.build(shape, config.model_args, args.bf16)
     else:
         model = models.load_causal_lm(parent, config.model_args, bf16=args.bf16)
