@@ -114,7 +114,6 @@ def _parsed_rows(
             yield _parsed(record), None, record.origin
         return
     formats: dict[str, Format] = {}
-    unread: dict[str, set[str]] = {}
     for row, origin in read_rows(source, root):
         if origin.file not in formats:
             formats[origin.file] = detect(row, want is Text, origin) if source.format == "auto" else source.format
@@ -124,11 +123,8 @@ def _parsed_rows(
         except RowRefused as refusal:
             parsed = refusal
         if want is not Prompt and not isinstance(parsed, (RowRefused, Document)):
-            unread.setdefault(origin.file, set()).update(parsed.columns)
+            accounting.notes.update(f"{label(source)}: column `{name}` not read" for name in parsed.columns)
         yield parsed, row, origin
-    for file, names in unread.items():
-        if names:
-            accounting.notes[f"{file}: columns not read: {', '.join(sorted(names))}"] += 1
 
 
 def _world(source: WorldSource) -> Iterator[Record]:
@@ -236,7 +232,8 @@ def _in_split(key: str, holdout: float, split: str) -> bool:
     if split == "all":
         return True
     place = _place("holdout", " ".join(key.split()).casefold())
-    actual = "train" if place >= holdout else "validation" if place < holdout / 2 else "test"
+    # The test part lies lowest: it keeps clear of the training part of any share that is at least half as large.
+    actual = "train" if place >= holdout else "test" if place < holdout / 2 else "validation"
     return actual == split
 
 

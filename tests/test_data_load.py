@@ -218,7 +218,8 @@ def test_what_was_done_to_rows_is_noted(tmp_path):
     assert notes == {
         "files read as sharegpt": 1,
         "conversations whose turns after the last answer were cut": 2,
-        "rows.jsonl: columns not read: id, lang": 1,
+        "file:rows.jsonl: column `id` not read": 2,
+        "file:rows.jsonl: column `lang` not read": 2,
     }
     assert load_rows(tmp_path, [CHATS["header"][0]], Chat).accounting.notes[
         "prompts whose instruction header was taken off"
@@ -282,6 +283,13 @@ def test_splits_are_disjoint_complete_and_the_same_in_every_file(tmp_path):
     ]
     test = load_rows(tmp_path, longer, Chat, name="long.jsonl", holdout=0.2, split="test").records
     assert {r.messages[0].content for r in test} == parts["test"]
+
+
+def test_a_test_part_is_not_trained_on_under_half_its_share(tmp_path):
+    rows = [{"prompt": f"question {i}", "completion": "a"} for i in range(400)]
+    test = {r.messages[0] for r in load_rows(tmp_path, rows, Chat, holdout=0.2, split="test").records}
+    train = {r.messages[0] for r in load_rows(tmp_path, rows, Chat, holdout=0.1, split="train").records}
+    assert test and train and not test & train
 
 
 def test_an_empty_split_says_so(tmp_path):
