@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from data.config import SourceBase
-from data.fingerprint import fingerprint
+from data.fingerprint import fingerprints
 from handoff.errors import HandoffError
 from handoff.files import canonical_hash, sha256_file
 from handoff.manifest import Inputs
@@ -31,7 +31,7 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
     return Inputs(
         recipe=_without(section.config.model_dump(mode="json")),
         parents=parents,
-        data=dict(fingerprint(source, recipe.data_root) for source in sources(section)),
+        data=fingerprints(sources(section), recipe.data_root),
         code=code_fingerprint(section.stage),
         seed=recipe.seed,
     )
