@@ -35,7 +35,8 @@ def last_token_scores(
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = torch.where(attention_mask.bool(), columns, -1).amax(-1)  # (B,)
     at_last = hidden[torch.arange(len(last), device=last.device), last]  # (B, H)
-    return model.get_submodule("score")(at_last).squeeze(-1).float()
+    scores: torch.Tensor = model.get_submodule("score")(at_last).squeeze(-1).float()
+    return scores
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def score(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, ba
         RewardError: a score is not finite.
     """
     was_training = model.training
-    model.eval()
+    model.train(False)
     scores = torch.empty(len(rows))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # rows of like length together
     try:

@@ -2,8 +2,9 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from data.config import SourceBase
+from data.config import FileSource, HubSource, SourceConfig, WorldSource
 from data.fingerprint import fingerprints
 from handoff.errors import HandoffError
 from handoff.files import canonical_hash, sha256_file
@@ -37,10 +38,10 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
     )
 
 
-def sources(section: Section) -> list[SourceBase]:
+def sources(section: Section) -> list[SourceConfig]:
     """Every data source that the section names, under whichever key."""
     values = (value for _, value in section.config if isinstance(value, list))
-    return [source for value in values for source in value if isinstance(source, SourceBase)]
+    return [source for value in values for source in value if isinstance(source, WorldSource | FileSource | HubSource)]
 
 
 def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
@@ -69,7 +70,6 @@ def _parent_fingerprint(recipe: Recipe, ref: str) -> str:
     return open_parent(ref, recipe.run_dir, {"tokenizer", "causal_lm", "reward_model"}, verify=False).fingerprint
 
 
-def _without(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without(item) for key, item in value.items() if key not in _WITHOUT_EFFECT}
-    return value
+def _without(value: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: item for key, item in value.items() if key not in _WITHOUT_EFFECT}
+    return {key: _without(item) if isinstance(item, dict) else item for key, item in kept.items()}
