@@ -6,14 +6,14 @@ that is no terminal, only the answers are printed, so that a script can talk too
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from data.errors import DataError
@@ -70,7 +70,7 @@ class Speaker:
         self.system = system
         self.turns = []
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Pieces of the answer to the user's next message; both are remembered once it has ended.
 
         Raises DataError where the message cannot be expressed in the model's template, or fills its whole context.
@@ -225,9 +225,7 @@ class Terminal:
 
 
 def _columns(answers: dict[str, str]) -> Table:
-    table = Table(*(Text(name, style="bold green") for name in answers), expand=True)
-    for column in table.columns:
-        column.ratio = 1
+    table = Table(*(Column(Text(name, style="bold green"), ratio=1) for name in answers), expand=True)
     table.add_row(*(Text(answer) for answer in answers.values()))
     return table
 

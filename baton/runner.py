@@ -28,6 +28,7 @@ from baton.output import Tee
 from baton.status import InputsOf, Standing, State, overview, standing
 from data.fingerprint import fingerprint
 from handoff.errors import UserError
+from handoff.files import check_writable
 from handoff.lock import RunLock
 from handoff.stage import StageDir
 from stages.inputs import sources, stage_inputs
@@ -98,6 +99,7 @@ class Runner:
 
     def run(self, names: Sequence[str], force: Sequence[str] = ()) -> int:
         """Brings the sections up to date, in the order given. Returns 0, or the exit code of the stage that failed."""
+        check_writable(self.recipe.run_dir)
         with RunLock(self.recipe.run_dir, "baton run"), self._forwarding():
             for name in names:
                 found = standing(self.recipe, name, self.inputs_of)

@@ -5,6 +5,7 @@ touched a GPU, so that what a fork inherits is code and nothing else. A stage ru
 `python -m stages.<stage> <recipe> ...` would: the same entry point, the same exit codes.
 """
 
+import io
 import multiprocessing
 import os
 import signal
@@ -49,6 +50,7 @@ def _run(stage: str, arguments: list[str], output: Connection) -> None:
     os.dup2(output.fileno(), 2)
     output.close()
     for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(line_buffering=True)  # the server's were made for another descriptor
     threading.Thread(target=_end_with_runner, daemon=True).start()
     try:

@@ -252,6 +252,13 @@ def test_a_second_run_of_the_same_directory_is_refused(scene):
     assert scene.started == []
 
 
+def test_an_output_folder_that_cannot_be_is_refused(scene, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(HandoffError, match="is a file, not a directory"):
+        scene.run(f"output_root={tmp_path / 'file'}")
+    assert scene.started == []
+
+
 def test_the_overview_tells_what_waits_for_what(scene):
     scene.run()
     found = overview(scene.recipe("root.effort=2", "twig.effort=2"))
