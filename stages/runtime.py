@@ -7,6 +7,7 @@ Imports of torch are inside the functions: `prepare` sets variables that are rea
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -61,8 +62,12 @@ def _group() -> bool:
 
 def barrier() -> None:
     """Waits until every process is here."""
-    if _group():
-        all_gather_object(None)
+    if not _group():
+        return
+    import torch.distributed as dist
+
+    here = device()
+    dist.barrier(device_ids=[here.index] if here.type == "cuda" else None)
 
 
 def all_gather_object(value: Any) -> list[Any]:
@@ -88,12 +93,18 @@ def broadcast_object(value: Any) -> Any:
 
 
 def shutdown() -> None:
-    """Ends the process group. Left to the interpreter's exit, it sometimes fails after a training that succeeded."""
+    """Ends the process group. The last call of a run, after a failure too; it waits for no other process.
+
+    Left to the interpreter's exit, one run in about fifteen on gloo hung or was aborted after it had succeeded: gloo's
+    threads still have to let go of tensors of the last collective, for which they need the interpreter, and the group's
+    destructor waits for those threads without giving the interpreter free. So it is given to them first.
+    """
     if world_size() == 1:
         return
     import torch.distributed as dist
 
     if dist.is_initialized():
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
@@ -331,45 +342,55 @@ def gathered(accelerator: "Accelerator", model: Any) -> Iterator[Any]:
     Inside, no forward pass of it, or of a part of it, waits for another process: each may take as many as it needs.
     """
     import torch
+    from torch.distributed.fsdp import FSDPModule
 
-    engine = requested()
+    plain = _plain(model)
     with torch.no_grad():
-        if engine.name == "deepspeed" and engine.zero_stage == 3:
+        if isinstance(plain, FSDPModule):
+            # Parts may be called only after the root knows that it is the root, which its first forward pass would do.
+            plain._get_fsdp_state()._lazy_init()
+            parts = [m for m in plain.modules() if isinstance(m, FSDPModule)]
+            plain.set_reshard_after_forward(False)
+            for part in parts:
+                part.unshard()
+            try:
+                yield plain
+            finally:
+                again = accelerator.state.fsdp_plugin.reshard_after_forward
+                for part in parts:
+                    part.set_reshard_after_forward(again and part is not plain, recurse=False)
+                    part.reshard()
+        elif plain is not model and requested().zero_stage == 3:
             import deepspeed
             from trl.models.utils import add_hooks, remove_hooks
 
             with deepspeed.zero.GatheredParameters(list(model.parameters())):
                 remove_hooks(model)
                 try:
-                    yield model.module
+                    yield plain
                 finally:
                     add_hooks(model)
-        elif engine.name == "fsdp2":
-            from torch.distributed.fsdp import FSDPModule
-
-            # Parts may be called only after the root knows that it is the root, which its first forward pass would do.
-            model._get_fsdp_state()._lazy_init()
-            parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-            model.set_reshard_after_forward(False)
-            for part in parts:
-                part.unshard()
-            try:
-                yield model
-            finally:
-                model.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
-                for part in parts:
-                    part.reshard()
         else:
-            yield _plain(model)
+            yield plain
 
 
 def _plain(model: Any) -> Any:
-    """The module that the engine wraps (accelerate's own way to it imports DeepSpeed wherever it is installed)."""
+    """The module inside what `prepare_model` or a Trainer wrapped around it (FSDP2 wraps nothing around it).
+
+    accelerate's own way there imports DeepSpeed wherever it is installed: seconds that a single process never needs.
+    """
     import torch
+    from torch.nn.parallel import DistributedDataParallel
 
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
-    return model.module if requested().name in ("ddp", "deepspeed") else model
+    if isinstance(model, DistributedDataParallel):
+        return model.module
+    if requested().name == "deepspeed":
+        from deepspeed import DeepSpeedEngine
+
+        return model.module if isinstance(model, DeepSpeedEngine) else model
+    return model
 
 
 # ---- weights and states

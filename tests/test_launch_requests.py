@@ -1,0 +1,291 @@
+"""What a launch file asks for, how it is refused, and what follows from it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages import launch, runtime
+from stages.config import TrainConfig
+from stages.launch import Engine, LaunchError, prepare, requested
+
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+}
+TWO = {**ACCELERATE, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+# What accelerate says about DeepSpeed whether the launch file does or not.
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+REHEARSAL = {"CUDA_VISIBLE_DEVICES": "-1,-1"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch):
+    """Sets the whole of what a launcher may have set; what the code under test sets is undone as well."""
+    before = dict(os.environ)
+
+    def apply(variables: dict[str, str]) -> None:
+        for name in list(os.environ):
+            if name.startswith(("ACCELERATE_", "FSDP_", "MASTER_", "CUDA_", "OMP_", "PMI_", "OMPI_", "TORCH_EXT")) or (
+                name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "DS_ACCELERATOR")
+            ):
+                del os.environ[name]
+        os.environ.update(variables)
+
+    yield apply
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    """Makes torch find so many GPUs."""
+    import torch
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+    pretend(0)
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Engine("single", None, 1, "cpu")),
+        ({**ACCELERATE, "ACCELERATE_USE_CPU": "True"}, Engine("single", None, 1, "cpu")),
+        ({**TWO, **REHEARSAL}, Engine("ddp", None, 2, "cpu")),
+        (TWO, Engine("ddp", None, 2, "cuda")),
+        ({**TWO, **ZERO3, **REHEARSAL}, Engine("deepspeed", 3, 2, "cpu")),
+        ({**TWO, **ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, Engine("deepspeed", 2, 2, "cuda")),
+        ({**TWO, **FSDP2, **REHEARSAL}, Engine("fsdp2", None, 2, "cpu")),
+        ({**TWO, **FSDP2, "WORLD_SIZE": "16"}, Engine("fsdp2", None, 16, "cuda")),
+    ],
+)
+def test_requested_engine(environment, gpus, variables: dict[str, str], expected: Engine) -> None:
+    environment(variables)
+    assert requested() == expected
+
+
+def test_one_process_takes_the_gpu_that_is_there(environment, gpus) -> None:
+    environment({"CUDA_VISIBLE_DEVICES": "3,4"})
+    gpus(2)
+    assert prepare() == Engine("single", None, 1, "cuda")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"  # two would be split over by transformers
+
+
+def test_zero_stage_of_a_deepspeed_configuration_file(environment, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 1}}')
+    environment({**TWO, **ZERO3, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    assert requested().zero_stage == 1
+    file.write_text("{")
+    with pytest.raises(LaunchError, match=r"ds\.json: cannot be read"):
+        requested()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({**ACCELERATE, "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "recipes/launch/cpu2.yaml"),
+        ({"PMI_SIZE": "4"}, "recipes/launch/cpu2.yaml"),
+        ({**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "write `fsdp_version: 2`"),
+        ({**TWO, **ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage: 0"),
+        ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
+        ({**TWO, **REHEARSAL, "ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed_precision \(bf16\).*train\.bf16"),
+        ({**TWO, **REHEARSAL, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"train\.torch_compile"),
+        ({**TWO, **REHEARSAL, **ZERO3, "ACCELERATE_GRADIENT_CLIPPING": "0.3"}, r"0\.3.*train\.max_grad_norm"),
+        ({**TWO, **ZERO3, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, r"train\.global_batch_size"),
+    ],
+)
+def test_requests_that_are_refused(environment, gpus, variables: dict[str, str], message: str) -> None:
+    environment(variables)
+    with pytest.raises(LaunchError, match=message):
+        prepare()
+
+
+@pytest.mark.parametrize(
+    ("variables", "rehearsal"),
+    [(TWO, "cpu2.yaml"), ({**TWO, **ZERO3}, "cpu2_zero3.yaml"), ({**TWO, **FSDP2}, "cpu2_fsdp2.yaml")],
+)
+def test_gpu_launch_file_without_a_gpu_names_its_rehearsal(environment, gpus, variables, rehearsal: str) -> None:
+    environment(variables)
+    with pytest.raises(LaunchError, match=f"recipes/launch/{rehearsal}") as caught:
+        prepare()
+    assert (Path("recipes/launch") / rehearsal).name in str(caught.value)
+
+
+def test_more_processes_than_gpus(environment, gpus) -> None:
+    environment({**TWO, **FSDP2, "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"})
+    gpus(4)
+    with pytest.raises(LaunchError, match=r"8 processes.*4 GPUs.*num_processes: 4"):
+        prepare()
+
+
+def test_clipping_of_accelerate_is_out_of_the_way(environment, gpus) -> None:
+    environment({**TWO, **ZERO3})
+    gpus(2)
+    prepare()
+    assert "ACCELERATE_GRADIENT_CLIPPING" not in os.environ
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in os.environ
+
+
+@pytest.mark.parametrize(("missing", "remedy"), [("c++", "g[+][+]"), ("ninja", "pip install ninja")])
+def test_missing_build_tool_is_named(environment, gpus, monkeypatch, missing: str, remedy: str) -> None:
+    environment({**TWO, **ZERO3, **REHEARSAL})
+    found = launch.shutil.which
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None if name == missing else found(name))
+    with pytest.raises(LaunchError, match=remedy):
+        prepare()
+
+
+def test_missing_deepspeed_is_named(environment, gpus, monkeypatch, tmp_path: Path) -> None:
+    environment({**TWO, **ZERO3, **REHEARSAL, "TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match=r"pip install 'baton-align\[deepspeed\]'"):
+        prepare()
+
+
+@pytest.mark.parametrize("folder", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
+def test_build_lock_is_removed_only_when_nobody_holds_it(tmp_path: Path, folder: str) -> None:
+    lock = tmp_path / folder / "lock"
+    lock.parent.mkdir(parents=True)
+    said: list[str] = []
+    with lock.open("x"):
+        launch.release_build_locks(tmp_path, said.append)
+        assert lock.exists() and not said
+    launch.release_build_locks(tmp_path, said.append)
+    assert not lock.exists()
+    assert said == [f"removed {lock}, left by a build that was killed"]
+
+
+@pytest.mark.parametrize(
+    ("total", "each", "processes", "steps"), [(32, 8, 1, 4), (32, 8, 2, 2), (32, 8, 4, 1), (6, 3, 2, 1)]
+)
+def test_accumulation(total: int, each: int, processes: int, steps: int) -> None:
+    assert runtime.accumulation_steps(total, each, processes) == steps
+
+
+@pytest.mark.parametrize(
+    ("total", "each", "processes", "message"),
+    [
+        (32, 8, 8, r"not a multiple of 64 .*8 × 8 processes\): take train.per_device_train_batch_size=4"),
+        (30, 8, 2, r"not a multiple of 16 .*take train.per_device_train_batch_size=5"),
+        (32, 1, 3, r"take a train.global_batch_size that is a multiple of 3 processes"),
+        (4, 1, 8, r"multiple of 8 processes"),
+    ],
+)
+def test_batches_that_do_not_divide(total: int, each: int, processes: int, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        runtime.accumulation_steps(total, each, processes)
+
+
+def test_precision() -> None:
+    gpu, cpu = Engine("ddp", None, 2, "cuda"), Engine("single", None, 1, "cpu")
+    assert runtime.choose_bf16("auto", gpu, supported=True) is True
+    assert runtime.choose_bf16("auto", gpu, supported=False) is False
+    assert runtime.choose_bf16("auto", cpu, supported=False) is False
+    assert runtime.choose_bf16(True, cpu, supported=False) is True
+    assert runtime.choose_bf16(False, gpu, supported=True) is False
+    with pytest.raises(LaunchError, match="no bfloat16"):
+        runtime.choose_bf16(True, gpu, supported=False)
+    with pytest.raises(LaunchError, match="rehearsal of fsdp2"):
+        runtime.choose_bf16(True, Engine("fsdp2", None, 2, "cpu"), supported=False)
+
+
+def test_compilation() -> None:
+    assert runtime.choose_compile("auto", Engine("ddp", None, 8, "cuda")) is True
+    assert runtime.choose_compile("auto", Engine("deepspeed", 3, 8, "cuda")) is False
+    assert runtime.choose_compile("auto", Engine("single", None, 1, "cpu")) is False
+    assert runtime.choose_compile(True, Engine("single", None, 1, "cpu")) is True
+
+
+@pytest.mark.parametrize(
+    ("variables", "use_cpu", "backend"),
+    [
+        ({"ACCELERATE_USE_CPU": "true"}, True, None),
+        ({**TWO, **REHEARSAL}, True, "gloo"),
+        ({**TWO, **REHEARSAL, **ZERO3}, False, "gloo"),
+        ({**TWO, **REHEARSAL, **FSDP2}, False, "gloo"),
+        (TWO, False, None),
+    ],
+)
+def test_training_arguments(environment, gpus, variables: dict[str, str], use_cpu: bool, backend: str | None) -> None:
+    environment(variables)
+    train = TrainConfig(global_batch_size=32, per_device_train_batch_size=4, max_grad_norm=0.0, bf16=False)
+    made = runtime.training_arguments_kwargs(train)
+    assert made["gradient_accumulation_steps"] == 8 // runtime.world_size()
+    assert (made["use_cpu"], made["ddp_backend"], made["max_grad_norm"]) == (use_cpu, backend, 0.0)
+    assert made["activation_checkpointing"] is False  # TRL's own default is True
+
+
+def test_every_argument_is_one_of_transformers(environment) -> None:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    environment({"ACCELERATE_USE_CPU": "true"})
+    made = runtime.training_arguments_kwargs(TrainConfig())
+    assert made.keys() <= {field.name for field in fields(TrainingArguments)}
+
+
+def test_launch_files(root: Path) -> None:
+    """Each says what it is for, names no setting that is the recipe's, and every engine has its rehearsal."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = {file.stem: file for file in (root / "recipes" / "launch").glob("*.yaml")}
+    gpu = {"ddp", "zero2", "zero3", "fsdp2"}
+    assert files.keys() == gpu | {"cpu", "cpu2", "ddp_2nodes", "cpu2_zero2", "cpu2_zero3", "cpu2_fsdp2"}
+    for name, file in files.items():
+        text = file.read_text()
+        assert text.startswith("# ") and f"--config_file recipes/launch/{name}.yaml" in text
+        load_config_from_file(str(file))  # accelerate's own check of the keys
+        settings = yaml.safe_load(text)
+        inner = {**settings.get("deepspeed_config", {}), **settings.get("fsdp_config", {})}
+        assert not {"mixed_precision", "gradient_clipping", "gradient_accumulation_steps"} & {*settings, *inner}
+        assert ("gpu_ids" in settings) == (name.startswith("cpu2"))
+        assert settings.get("gpu_ids", launch.REHEARSAL) == launch.REHEARSAL
+    for name in gpu:
+        real, rehearsal = (yaml.safe_load(files[n].read_text()) for n in (name, f"cpu2_{name}".removesuffix("_ddp")))
+        same = ("distributed_type", "deepspeed_config", "fsdp_config")
+        assert [real.get(key) for key in same] == [rehearsal.get(key) for key in same]
+        assert (real["num_processes"], rehearsal["num_processes"]) == (8, 2)
+
+
+class _Accelerator:
+    def __init__(self, processes: int) -> None:
+        import torch
+
+        self.num_processes, self.device = processes, torch.device("cpu")
+
+
+def test_what_came_up_is_compared_with_what_was_asked(environment, gpus) -> None:
+    from torch import nn
+
+    environment({**TWO, **REHEARSAL, **ZERO3})
+    with pytest.raises(
+        LaunchError, match=r"asks for deepspeed ZeRO-3, 2 processes, cpu, .* came up is single, 1 process"
+    ):
+        runtime.check_model(nn.Linear(2, 2), _Accelerator(1))
+    environment({"ACCELERATE_USE_CPU": "true"})
+    runtime.check_model(nn.Linear(2, 2), _Accelerator(1))
+    with pytest.raises(LaunchError, match="single, 2 processes"):
+        runtime.check_model(nn.Linear(2, 2), _Accelerator(2))
+    environment({**TWO, **REHEARSAL})
+    with pytest.raises(LaunchError, match="asks for ddp"):
+        runtime.check_model(nn.Linear(2, 2), _Accelerator(2))
+
+
+def test_state_of_another_engine_is_refused(environment, gpus, tmp_path: Path) -> None:
+    (tmp_path / "layout.json").write_text('{"layout": "DeepSpeed ZeRO-3 on 2 processes"}')
+    environment({"ACCELERATE_USE_CPU": "true"})
+    with pytest.raises(LaunchError, match="written by DeepSpeed ZeRO-3 on 2 processes, and this is one process or DDP"):
+        runtime.load_state(None, None, None, tmp_path)
