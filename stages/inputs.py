@@ -26,7 +26,7 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
         DataError: a data source does not exist.
     """
     section = recipe.sections[name]
-    parents = {role: _parent_fingerprint(recipe, ref) for role, ref in section.parents.items()}
+    parents = {ref: _parent_fingerprint(recipe, ref) for ref in section.parents.values()}
     for model in present_soft_parents(recipe, section):
         parents[model] = _parent_fingerprint(recipe, model)
     return Inputs(

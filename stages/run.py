@@ -249,12 +249,8 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def choose_section(recipe: Recipe, stage: str, name: str | None) -> str:
+def choose_section(recipe: Recipe, stage: str) -> str:
     """Which section `python -m stages.<stage>` means. Raises RecipeError when it is not clear."""
-    if name is not None:
-        if name not in recipe.sections:
-            raise RecipeError(f"{recipe.path}: no section `{name}`; there are {', '.join(recipe.sections)}")
-        return name
     candidates = [s.name for s in recipe.sections.values() if s.stage == stage]
     if stage in candidates:
         return stage
@@ -275,9 +271,12 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        plain = load_recipe(Path(options.recipe))
-        name = choose_section(plain, stage, options.section)
-        recipe = load_recipe(Path(options.recipe), options.overrides, section=name) if options.overrides else plain
+        path, name = Path(options.recipe), options.section
+        if name is None:
+            name = choose_section(load_recipe(path), stage)
+        recipe = load_recipe(path, options.overrides, section=name)
+        if name not in recipe.sections:
+            raise RecipeError(f"{path}: no section `{name}`; there are {', '.join(recipe.sections)}")
         run_section(recipe, name)
     except UserError as error:
         kind = "" if isinstance(error, RecipeError | HandoffError) else f"{type(error).__name__}: "
@@ -286,3 +285,5 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     except GateError as error:
         print(str(error), file=sys.stderr)
         sys.exit(3)
+    except KeyboardInterrupt:
+        sys.exit(130)
