@@ -1,0 +1,138 @@
+"""The DPO stage: the reference, the loss at the start, held-out metrics, alarms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from data.accounting import Accounting
+from data.encode import encode_preferences
+from data.records import Message, Origin, Preference
+from handoff.parent import open_parent
+from stages import models
+from stages.config import ModelArguments
+from stages.dpo.loss import alarms, pair_metrics
+from stages.dpo.train import Trainer, on_disk
+from stages.recipe import RecipeError, load_recipe
+from tests.stage_chain import chain, run_stage, runs
+
+
+def parent():
+    chain()
+    return open_parent(str(runs() / "tiny" / "sft"), runs(), {"causal_lm"})
+
+
+@pytest.mark.slow
+def test_policy_equals_reference_at_the_start(tmp_path):
+    run = run_stage("dpo", tmp_path, "train.max_steps=12")
+    assert run.of("loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    first, last = run.lines[0], run.lines[-1]
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert last["eval_loss"] < first["eval_loss"] and last["eval_rewards/margins"] > 0
+    names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"}
+    assert names <= run.lines[1].keys()
+
+
+@pytest.mark.slow
+def test_the_references_log_probabilities_are_sums_over_the_answers_tokens(tmp_path):
+    """Against a loop over single answers with the parent, its pads and its neighbours left out."""
+    run_stage("dpo", tmp_path, "train.max_steps=1")
+    folder = next(tmp_path.rglob("pairs")) / "eval"
+    rows = on_disk([], folder)
+    (cache,) = folder.glob("cache-*.arrow")
+    cached = Dataset.from_file(str(cache))
+    model = models.load_causal_lm(parent(), ModelArguments()).eval()
+    assert len(rows) == len(cached) == 40
+    for row, logps in list(zip(rows, cached, strict=True))[::8]:
+        for key in ("chosen", "rejected"):
+            ids = torch.tensor([row["prompt_ids"] + row[f"{key}_ids"]])
+            with torch.no_grad():
+                logp = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+            answer = logp[len(row["prompt_ids"]) - 1 :]
+            assert len(answer) == len(row[f"{key}_ids"])
+            assert logps[f"ref_{key}_logps"] == pytest.approx(answer.sum().item(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_reference_is_computed_once_and_found_again(tmp_path, monkeypatch):
+    """A second start reads what the first wrote; another reference, or other pairs, are computed anew."""
+    calls = []
+    compute = Trainer.compute_ref_log_probs
+    monkeypatch.setattr(Trainer, "compute_ref_log_probs", lambda self, *a: calls.append(1) or compute(self, *a))
+
+    class Stop(Exception):
+        pass
+
+    def stop(run, *args):
+        run.log(0, {})  # a start that wrote nothing at all would be undone
+        raise Stop
+
+    keys = ("train.max_steps=2",)
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.dpo.train.fit", stop)
+        with pytest.raises(Stop):
+            run_stage("dpo", tmp_path, *keys)
+    once = len(calls)
+    assert once > 0
+    run = run_stage("dpo", tmp_path, *keys)
+    assert len(calls) == once
+    assert run.of("loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    run_stage("dpo", tmp_path, *keys, f"parent={runs() / 'tiny' / 'pretrain'}")
+    assert len(calls) == 2 * once
+
+
+def logps(**arrays):
+    return {key: np.array(value, dtype=float) for key, value in arrays.items()}
+
+
+def test_held_out_metrics_by_hand():
+    found = pair_metrics(
+        logps(chosen=[-1, -4], rejected=[-5, -2], ref_chosen=[-2, -3], ref_rejected=[-4, -4], chosen_tokens=[2, 3]), 0.5
+    )
+    margins = np.array([0.5 * (1 + 1), 0.5 * (-1 - 2)])
+    assert found["rewards/margins"] == pytest.approx(margins.mean())
+    assert found["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean())
+    assert found["rewards/accuracies"] == 0.5
+    assert found["chosen_logratio_per_token"] == pytest.approx((1 - 1) / 5)
+
+
+def test_alarms_name_what_went_wrong():
+    good = {"chosen_logratio_per_token": -0.1, "stop_rate": 1.0, "answer_tokens": 10.0}
+    assert alarms(good, good) == []
+    assert "lost 0.90 nats a token" in alarms(good, good | {"chosen_logratio_per_token": -0.9})[0]
+    assert "grew from 10 to 25 tokens" in alarms(good, good | {"answer_tokens": 25.0})[0]
+    assert "fewer answers stop (1.00 before, 0.80 now)" in alarms(good, good | {"stop_rate": 0.8})[0]
+
+
+@pytest.mark.slow
+def test_a_collapse_is_warned_about_on_the_terminal(tmp_path, capsys):
+    run_stage("dpo", tmp_path, "train.learning_rate=3e-2", "beta=0.01", "train.max_steps=15")
+    assert "warning: chosen answers lost" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["loss_type=ipo", "loss_type=hinge", "label_smoothing=0.1", "sft_weight=0.5"])
+def test_other_losses_train(override, tmp_path):
+    run = run_stage("dpo", tmp_path, override, "train.max_steps=12")
+    assert run.lines[-1]["eval_rewards/margins"] > 0
+    if override == "sft_weight=0.5":
+        assert run.lines[-1]["eval_logps/chosen"] > run.lines[0]["eval_logps/chosen"]
+
+
+def test_smoothing_is_for_the_sigmoid_loss():
+    with pytest.raises(RecipeError, match="label_smoothing is for loss_type sigmoid"):
+        load_recipe(chain(), ["dpo.loss_type=ipo", "dpo.label_smoothing=0.1"])
+
+
+def test_truncation_keeps_the_answer_and_its_stop():
+    """P16: what is cut is the beginning of the prompt; both answers stay whole."""
+    encoder = models.load_encoder(parent())
+    record = Preference((Message("user", "repeat: " + "cat " * 40),), "cat", "dog", Origin("here", 1))
+    accounting = Accounting()
+    accounting.read()
+    row = encode_preferences([record], encoder, 24, "keep_end", accounting)[0]
+    assert row["chosen_ids"] == encoder.answer("cat") and row["chosen_ids"][-1] == encoder.stop_ids[0]
+    assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 24

@@ -1,0 +1,136 @@
+"""The SFT stage: what is supervised, packing, answers that stop, what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from data.encode import Encoder
+from data.errors import DataError
+from data.packing import pack_rows
+from data.records import Message
+from handoff.errors import HandoffError
+from handoff.parent import open_parent
+from stages import models
+from stages.config import ModelArguments
+from stages.measure import token_losses
+from stages.recipe import RecipeError, load_recipe
+from stages.run import run_section
+from stages.sft.train import Collator
+from tests.stage_chain import chain, run_stage, runs, stage_recipe
+
+
+@pytest.fixture(scope="module")
+def parent():
+    chain()
+    return open_parent(str(runs() / "tiny" / "sft"), runs(), {"causal_lm"})
+
+
+@pytest.fixture(scope="module")
+def encoder(parent):
+    return models.load_encoder(parent)
+
+
+def supervised(encoder: Encoder, question: str, answer: str) -> dict[str, list[int]]:
+    ids, mask = encoder.chat([Message("user", question), Message("assistant", answer)])
+    return {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask, strict=True)]}
+
+
+@pytest.mark.slow
+def test_it_learns_to_answer_and_to_stop(tmp_path):
+    run = run_stage("sft", tmp_path, "train.max_steps=60", "eval_answers=16", "max_new_tokens=24")
+    before, after = run.lines[0], run.lines[-1]
+    assert before["eval_stop_rate"] < 0.5 and after["eval_stop_rate"] >= 0.95
+    assert after["eval_loss"] < before["eval_loss"] - 1
+    assert after["eval_mean_token_accuracy"] > before["eval_mean_token_accuracy"]
+    samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [0] * 8 + [60] * 8
+    assert [s["prompt"] for s in samples[:8]] == [s["prompt"] for s in samples[8:]]
+    assert run.manifest.metrics["eval_stop_rate"] == after["eval_stop_rate"]
+    generation = json.loads((run.folder / "model" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == run.manifest.tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_conversations_do_not_see_one_another(attention, parent, encoder):
+    """Loss of packed rows, in a batch with padding = sum of the losses alone."""
+    model = models.load_causal_lm(parent, ModelArguments(attn_implementation=attention)).eval()
+    add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    rows = [
+        supervised(encoder, "uppercase cat", "CAT"),
+        supervised(encoder, "max of 3 and 9", "9"),
+        supervised(encoder, "repeat: dog egg", "dog egg"),
+        supervised(encoder, "repeat: fish", "fish"),
+        supervised(encoder, "uppercase ball", "BALL"),
+    ]
+    collate = Collator(encoder.pad_id)
+    with torch.no_grad():
+        alone = sum(token_losses(model, collate([row]))["nats"].item() for row in rows)
+        padded = token_losses(model, collate(rows))
+        packed_rows = pack_rows(rows, 30)
+        packed = token_losses(model, collate(packed_rows))
+    assert len({len(row["input_ids"]) for row in packed_rows}) > 1 and len(packed_rows) < len(rows)
+    assert padded["nats"].sum().item() == pytest.approx(alone, abs=1e-4)
+    assert packed["nats"].sum().item() == pytest.approx(alone, abs=1e-4)
+    assert packed["tokens"].sum() == padded["tokens"].sum() == sum(i != -100 for r in rows for i in r["labels"])
+
+
+def test_a_batch_is_padded_on_the_right_and_padding_is_no_label(encoder):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = Collator(2)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert "position_ids" not in batch
+
+
+@pytest.mark.slow
+def test_packing_and_padding_learn_the_same(tmp_path):
+    """One step over all rows: the packed gradient is the padded one, up to how the sums are rounded."""
+    keys = ("train.max_steps=1", "eval_data=[]")
+    padded = run_stage(
+        "sft", tmp_path / "padded", *keys, "train.global_batch_size=200", "train.per_device_train_batch_size=50"
+    )
+    # Packed into rows of 4096 tokens, the 200 conversations are few rows; as many make the one step.
+    rows = padded.of("num_tokens")[0] / 4096
+    packed = run_stage(
+        "sft",
+        tmp_path / "packed",
+        *keys,
+        "packing=true",
+        "max_length=4096",
+        f"train.global_batch_size={math.ceil(rows)}",
+        "train.per_device_train_batch_size=1",
+    )
+    assert packed.of("num_tokens") == padded.of("num_tokens")
+    assert packed.of("loss")[0] == pytest.approx(padded.of("loss")[0], rel=1e-5)
+    assert packed.of("grad_norm")[0] == pytest.approx(padded.of("grad_norm")[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (("max_length=8",), DataError, "of 200 rows were dropped, more than max_drop_fraction = 0.5"),
+        (("max_length=20", "max_drop_fraction=0.1"), DataError, "more than max_drop_fraction = 0.1"),
+        (("max_length=20", "truncation=error"), DataError, r"chats.jsonl:\d+: \d+ tokens, and max_length is 20"),
+        (("data=[{source: file, path: nothing.jsonl}]",), DataError, "nothing.jsonl"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(overrides, error, message, tmp_path):
+    recipe = stage_recipe("sft", tmp_path, *overrides)
+    with pytest.raises(error, match=message):
+        run_section(recipe, "sft")
+    assert not (recipe.run_dir / "sft" / "model").exists()
+
+
+def test_a_tokenizer_is_no_parent(tmp_path):
+    recipe = stage_recipe("sft", tmp_path, f"parent={runs() / 'tiny' / 'tokenizer'}")
+    with pytest.raises(HandoffError, match="tokenizer"):
+        run_section(recipe, "sft")
+
+
+def test_two_ways_to_avoid_padding_are_refused():
+    with pytest.raises(RecipeError, match="choose one"):
+        load_recipe(chain(), ["sft.packing=true", "sft.group_by_length=true"])
