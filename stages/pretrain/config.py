@@ -16,6 +16,9 @@ class Config(StageConfig):
     model: dict[str, Any] | None = None
     """`architecture`: a model type of transformers (llama, mistral, qwen3, gpt2, ...); every other key is a field of
     that architecture's configuration, checked against it when the stage starts."""
+    embedding_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the token embeddings at the start; absent: the architecture's own, about 0.02. Near 1, with
+    an untied head, a small model learns to copy from its context several times sooner (docs/tiny.md)."""
     data: list[SourceConfig] = Field(min_length=1)
     """Documents."""
     eval_data: list[SourceConfig] = Field(default_factory=list)
@@ -36,6 +39,8 @@ class Config(StageConfig):
     def _architecture(self) -> Self:
         if self.model is not None and not isinstance(self.model.get("architecture"), str):
             raise ValueError("model: needs `architecture`, e.g. llama")
+        if self.embedding_std is not None and self.model is None:
+            raise ValueError("embedding_std is for random weights; without `model` the stage goes on from a checkpoint")
         return self
 
 

@@ -63,6 +63,8 @@ def train(run: Run) -> None:
     if shape is not None:
         torch.manual_seed(run.seed)
         model = models.build(shape, config.model_args, args.bf16)
+        if config.embedding_std is not None:
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.embedding_std)
     else:
         model = models.load_causal_lm(parent, config.model_args, bf16=args.bf16)
     parameters = sum(p.numel() for p in model.parameters())
