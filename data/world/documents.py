@@ -210,15 +210,15 @@ def letters(world: World, split: Split, rng: random.Random) -> str:
 
 
 _KINDS: tuple[tuple[Callable[[World, Split, random.Random], str], int], ...] = (
-    (portrait, 9),
+    (portrait, 6),
     (catalogue, 6),
-    (story, 8),
-    (dialogue, 14),
-    (exercises, 16),
-    (lists, 20),
-    (owners, 10),
-    (numbers, 8),
-    (number_line, 2),
+    (story, 4),
+    (dialogue, 9),
+    (exercises, 14),
+    (lists, 31),
+    (owners, 15),
+    (numbers, 7),
+    (number_line, 1),
     (sums, 6),
     (letters, 1),
 )
