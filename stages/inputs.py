@@ -30,7 +30,7 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
     for model in present_soft_parents(recipe, section):
         parents[model] = _parent_fingerprint(recipe, model)
     return Inputs(
-        recipe=_without(section.config.model_dump(mode="json")),
+        recipe={**_without(section.config.model_dump(mode="json")), "stage": section.stage},
         parents=parents,
         data=fingerprints(sources(section), recipe.data_root),
         code=code_fingerprint(section.stage),
@@ -53,7 +53,7 @@ def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
 def code_fingerprint(stage: str) -> str:
     """Hash of the code that computes the stage's result: its package, and what all stages share."""
     files = sorted((_ROOT / "stages" / stage).rglob("*.py"))
-    files += [_ROOT / "stages" / "models.py", _ROOT / "stages" / "callbacks.py"]
+    files += [_ROOT / "stages" / f"{name}.py" for name in ("callbacks", "measure", "models", "optimizer", "trainer")]
     for package in ("data", "rollout", "reward"):  # data/world is part of the data's fingerprint
         files += sorted((_ROOT / package).glob("*.py"))
     return canonical_hash({str(file.relative_to(_ROOT)): sha256_file(file) for file in files})

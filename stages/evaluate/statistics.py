@@ -26,7 +26,7 @@ def proportion(values: Sequence[bool]) -> Estimate:
     p = sum(values) / n
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * ((p * (1 - p) / n + _Z**2 / (4 * n**2)) ** 0.5)
-    return Estimate(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+    return Estimate(value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half)), n=n)
 
 
 def mean(values: Sequence[float], seed: int) -> Estimate:
