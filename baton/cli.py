@@ -75,7 +75,7 @@ def verify(target: RunArgument) -> None:
 
     Exit code 1 when something differs.
     """
-    from handoff.verify import verify_run
+    from handoff.verify import lineage, verify_run
 
     run_dir = run_dir_of(target)
     problems = verify_run(run_dir)
@@ -84,6 +84,9 @@ def verify(target: RunArgument) -> None:
         print(f"{run_dir}/{place}: {problem.message}", file=sys.stderr)
     if problems:
         sys.exit(1)
+    for stage in lineage(run_dir):
+        parents = ", ".join(f"{parent.name} {parent.fingerprint[:8]}" for parent in stage.parents.values())
+        print(f"  {stage.stage:<12} {stage.fingerprint[:8]}{'  from ' + parents if parents else ''}")
     print(f"{run_dir}: every file is as it was published, and every stage was made from the parents that are here")
 
 
