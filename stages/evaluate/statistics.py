@@ -6,8 +6,8 @@ from typing import TypedDict
 import numpy as np
 
 from data.sampling import uniform
+from stages.measure import wilson
 
-_Z = 1.959964  # two-sided 95 % of the normal distribution
 _RESAMPLES = 2000
 
 
@@ -23,10 +23,9 @@ class Estimate(TypedDict):
 def proportion(values: Sequence[bool]) -> Estimate:
     """Share of true values, with the interval of Wilson 1927 (never empty, never outside [0, 1])."""
     n = len(values)
-    p = sum(values) / n
-    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * ((p * (1 - p) / n + _Z**2 / (4 * n**2)) ** 0.5)
-    return Estimate(value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half)), n=n)
+    share = sum(values) / n
+    low, high = wilson(sum(values), n)
+    return Estimate(value=share, low=max(0.0, min(share, low)), high=min(1.0, max(share, high)), n=n)
 
 
 def mean(values: Sequence[float], seed: int) -> Estimate:
