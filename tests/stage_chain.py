@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data.sampling import uniform
 from handoff.manifest import Manifest
@@ -129,6 +130,26 @@ def chain() -> Path:
     for name in ("tokenizer", "pretrain", "sft"):
         run_section(recipe, name)
     return path
+
+
+def foreign_checkpoint(folder: Path) -> Path:
+    """A checkpoint made elsewhere: no stage.json, a template and settings of its own, bfloat16, spare rows."""
+    chain()
+    tokenizer = AutoTokenizer.from_pretrained(runs() / "tiny" / "tokenizer" / "model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|reserved_0|>{{ m.role }}: {{ m.content }}<|reserved_1|>{% endfor %}"
+        "{% if add_generation_prompt %}<|reserved_0|>assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 3, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.generation_config.eos_token_id = [1, 9]
+    model.generation_config.repetition_penalty = 1.1
+    model.save_pretrained(folder)
+    return folder
 
 
 def write_data(root: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from data.encode import Encoder
 from handoff.contract import read_tokenizer
@@ -14,7 +14,7 @@ from handoff.parent import open_parent
 from stages import models
 from stages.config import ModelArguments
 from stages.recipe import RecipeError
-from tests.stage_chain import chain, runs
+from tests.stage_chain import chain, foreign_checkpoint, runs
 
 ARGUMENTS = ModelArguments()
 
@@ -31,23 +31,8 @@ def encoder(tokenizer_dir):
 
 
 @pytest.fixture
-def foreign(tmp_path, tokenizer_dir):
-    """A checkpoint made elsewhere: no stage.json, a template and generation settings of its own, bfloat16, untied."""
-    folder = tmp_path / "foreign"
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|reserved_0|>{{ m.role }}: {{ m.content }}<|reserved_1|>{% endfor %}"
-        "{% if add_generation_prompt %}<|reserved_0|>assistant: {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 3, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.generation_config.eos_token_id = [1, 9]
-    model.generation_config.repetition_penalty = 1.1
-    model.save_pretrained(folder)
-    return folder
+def foreign(tmp_path):
+    return foreign_checkpoint(tmp_path / "foreign")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from stages.measure import token_losses
 from stages.recipe import RecipeError, load_recipe
 from stages.run import run_section
 from stages.sft.train import Collator
-from tests.stage_chain import chain, run_stage, runs, stage_recipe
+from tests.stage_chain import chain, foreign_checkpoint, run_stage, runs, stage_recipe
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,20 @@ def test_data_that_cannot_be_used_is_refused(overrides, error, message, tmp_path
     with pytest.raises(error, match=message):
         run_section(recipe, "sft")
     assert not (recipe.run_dir / "sft" / "model").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_made_elsewhere_is_tuned_with_its_own_tokenizer_and_template(tmp_path):
+    foreign = foreign_checkpoint(tmp_path / "foreign")
+    run = run_stage("sft", tmp_path / "runs", f"parent={foreign}", "train.max_steps=60", "max_new_tokens=24")
+    assert run.lines[-1]["eval_loss"] < run.lines[0]["eval_loss"] - 1
+    assert run.lines[-1]["eval_stop_rate"] >= 0.75  # it learned the end of turn of that template
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (run.folder / "model" / name).read_bytes() == (foreign / name).read_bytes()
+    assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32}
+    # ... and it can be a parent in its turn.
+    on = run_stage("dpo", tmp_path / "runs", f"parent={run.folder}", "train.max_steps=2")
+    assert on.manifest.tokenizer == run.manifest.tokenizer
 
 
 def test_a_tokenizer_is_no_parent(tmp_path):
