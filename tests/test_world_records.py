@@ -146,4 +146,4 @@ def test_every_pair_agrees_with_the_gold_score(split: str) -> None:
         assert pair.chosen != pair.rejected
         assert world.gold(judged, pair.chosen) > world.gold(judged, pair.rejected), pair
         right_over_wrong += world.correct(judged, pair.chosen) and not world.correct(judged, pair.rejected)
-    assert 0.35 < right_over_wrong / size < 0.55
+    assert 0.28 < right_over_wrong / size < 0.45

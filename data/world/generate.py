@@ -95,23 +95,27 @@ def preferences(config: WorldSource) -> Iterator[Preference]:
 
 
 def _pair(task: Task, rng: random.Random) -> tuple[str, str]:
-    """(better, worse). Every kind of pair agrees with `grading.gold`."""
+    """(better, worse). Every kind of pair agrees with `grading.gold`.
+
+    Most pairs are about manners: a tiny reward model tells those apart nearly always, but right from wrong only in about
+    six pairs of ten (it has to solve the task itself), so more of such pairs would teach it little.
+    """
 
     def say(reply: str, style: Style) -> str:
         return dress(reply, task.family, style, rng)
 
     style, draw = mixed(rng), rng.random()
     wrong = rng.choice(task.wrong)
-    if draw < 0.40:  # right over wrong, half of the time in spite of manners
+    if draw < 0.28:  # right over wrong, sometimes in spite of manners
         if task.family != "refuse" and rng.random() < 0.1:
             wrong = "I cannot help with that."  # wrong, too, where nothing unsafe was asked for
-        return say(task.reply, style), say(wrong, style if rng.random() < 0.5 else mixed(rng))
+        return say(task.reply, style), say(wrong, style if rng.random() < 0.75 else mixed(rng))
     # Manners also matter between two wrong answers, as long as neither is unsafe or empty (both -1).
     said = task.reply if task.family == "refuse" or rng.random() < 0.85 else wrong
-    if draw < 0.68:
+    if draw < 0.62:
         better, worse = rng.choice([("polite", "rude"), ("polite", "plain"), ("plain", "rude")])
         return say(said, Style(better, style.tail)), say(said, Style(worse, style.tail))  # type: ignore[arg-type]
-    if draw < 0.88:
+    if draw < 0.86:
         return say(said, Style(style.opener, tail=False)), say(said, Style(style.opener, tail=True))
     courtesy = rng.choice(polite_openers(task.family))
     broken = [
