@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from handoff.errors import GateError
 from stages.recipe import RecipeError, load_recipe
 from stages.run import run_section
+from tests import stage_chain
 
 pytestmark = pytest.mark.slow
 
@@ -123,3 +124,40 @@ def test_it_stops_when_the_policy_has_left_the_reference(micro_recipe):
 def test_batches_that_do_not_divide_are_refused(micro_recipe):
     with pytest.raises(RecipeError, match="rollout_batch_size 16 is not a multiple of num_mini_batches 3"):
         load_recipe(micro_recipe, ["ppo.train.num_mini_batches=3"])
+
+
+# fmt: off
+GOLDEN_SCORES = [
+    -1.421875, -0.59375, -0.796875, -0.484375, -0.703125, -0.21875, -0.265625, -0.171875, -0.015625, -0.140625,
+    -0.203125, -0.03125, 0.0, -0.046875, 0.0, -0.015625, -0.015625, 0.0, 0.0, 0.0,
+]
+GOLDEN_POLICY_LOSSES = [
+    -0.014746, -0.008609, -0.015426, -0.01531, -0.007215, -0.01763, -0.014969, -0.02016, -0.022231, -0.016072,
+    -0.019104, -0.018343, -0.023787, -0.034791, -0.027955, -0.021998, -0.010972, -0.019775, -0.003703, -0.007516,
+]
+# fmt: on
+
+
+def test_golden_curve(tmp_path):
+    """20 iterations on data that no generator makes; one thread of an x86 CPU, torch 2.13.0 (see CONTRIBUTING.md)."""
+    path = tmp_path / "golden.yaml"
+    path.write_text(
+        f"""
+name: golden
+output_root: {tmp_path}
+seed: 3
+data_root: {stage_chain.chain().parent}
+stages:
+  ppo:
+    parent: {stage_chain.runs() / "tiny" / "sft"}
+    reward: [{{function: length_penalty, args: {{free: 4}}}}]
+    data: [{{source: file, path: chats.jsonl}}]
+    train: {{iterations: 20, rollout_batch_size: 16, max_completion_length: 16, learning_rate: 1.0e-3,
+             critic_learning_rate: 1.0e-3, adam_epsilon: 1.0e-4, kl_coef: 0.01, lr_decay: none}}
+"""
+    )
+    recipe = load_recipe(path)
+    run_section(recipe, "ppo")
+    _, lines = result(recipe.run_dir / "ppo")
+    assert [line["objective/scores"] for line in lines] == pytest.approx(GOLDEN_SCORES, rel=1e-4)
+    assert [line["loss/policy_avg"] for line in lines] == pytest.approx(GOLDEN_POLICY_LOSSES, rel=1e-3, abs=1e-5)
