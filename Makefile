@@ -7,8 +7,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN     = $(BIN)/baton run $(RECIPE) $(if $(LAUNCH),--launch $(LAUNCH)) $(SET)
-# Two processes on two cores must not spin against each other while they wait.
-export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tokenizer pretrain sft reward ppo dpo rlhf align-dpo eval report chat test test-fast lint bench clean
