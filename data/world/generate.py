@@ -97,8 +97,8 @@ def preferences(config: WorldSource) -> Iterator[Preference]:
 def _pair(task: Task, rng: random.Random) -> tuple[str, str]:
     """(better, worse). Every kind of pair agrees with `grading.gold`.
 
-    Most pairs are about manners: a tiny reward model tells those apart nearly always, but right from wrong only in about
-    six pairs of ten (it has to solve the task itself), so more of such pairs would teach it little.
+    Most pairs are about manners: a tiny reward model tells those apart nearly always, but right from wrong only in
+    about six pairs of ten (it has to solve the task itself), so more of such pairs would teach it little.
     """
 
     def say(reply: str, style: Style) -> str:
