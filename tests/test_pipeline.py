@@ -1,0 +1,140 @@
+"""The pipeline as a user runs it: from nothing, killed in the middle, without a network; and what becomes stale."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from stages import models
+from stages.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+
+MORE = """
+  dpo:
+    parent: sft
+    data: [{source: world, kind: preferences, size: 32}]
+    eval_data: [{source: world, kind: preferences, size: 16, split: validation}]
+    max_length: 128
+    train: {max_steps: 4, global_batch_size: 8}
+  evaluate:
+    models: [pretrain, sft, ppo, dpo]
+    reward: reward
+    data: [{source: world, kind: prompts, size: 26, split: test}]
+    max_new_tokens: 16
+"""
+MODELS = ("pretrain", "sft", "reward", "ppo", "dpo")
+
+
+def without_network() -> list[str]:
+    """A prefix that takes the network from a command, where the system lets us."""
+    command = ["unshare", "-n"]
+    allowed = shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0
+    return command if allowed else []
+
+
+def baton(root: Path, *arguments: str, prefix: tuple[str, ...] | list[str] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*prefix, str(root / ".venv" / "bin" / "baton"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def pipeline(micro_recipe, tmp_path_factory, root) -> Path:
+    """All stages of the micro recipe, run by the command; SIGKILL fell in the middle of SFT."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    path = folder / "micro.yaml"
+    text = micro_recipe.read_text().replace(str(micro_recipe.parent), str(folder))
+    path.write_text(text + MORE)
+    run = folder / "runs" / "micro"
+    started = subprocess.Popen(
+        [str(root / ".venv" / "bin" / "baton"), "run", str(path)],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (run / "sft" / "state" / "step-10").is_dir():
+        assert started.poll() is None and time.monotonic() < deadline, "SFT never came to its first state"
+        time.sleep(0.005)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    assert not (run / "sft" / "stage.json").exists()
+
+    done = baton(root, "run", str(path), prefix=without_network())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pretrain" in done.stdout and "up to date, skipped" in done.stdout
+    assert "unfinished: resumes from step" in done.stdout
+    return path
+
+
+def test_a_killed_pipeline_ends_as_one_that_was_not(pipeline, micro_recipe):
+    """Weights of SFT, and of the reward model after it, equal those of the session's own chain in every bit."""
+    ours, theirs = load_recipe(pipeline).run_dir, load_recipe(micro_recipe).run_dir
+    for name in ("pretrain", "sft", "reward"):
+        a, b = (load_file(run / name / "model" / "model.safetensors") for run in (ours, theirs))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    lines = [(run / "sft" / "metrics.jsonl").read_text().splitlines() for run in (ours, theirs)]
+    kept = [[{k: v for k, v in json.loads(x).items() if not k.startswith("time/")} for x in part] for part in lines]
+    assert kept[0] == kept[1]
+
+
+def test_a_second_run_has_nothing_to_do(pipeline, root):
+    done = baton(root, "run", str(pipeline))
+    assert done.returncode == 0
+    assert [line.split(maxsplit=1)[1] for line in done.stdout.splitlines()] == ["up to date, skipped"] * 7
+
+
+def test_what_follows_a_changed_stage_is_stale_and_says_why(pipeline, root):
+    done = baton(root, "run", str(pipeline), "--dry-run", "sft.train.learning_rate=1e-3")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line and not line.startswith(" ")}
+    assert "up to date" in lines["tokenizer"] and "up to date" in lines["pretrain"]
+    assert "stale" in lines["sft"]
+    assert "train.learning_rate 0.005 → 0.001" in done.stdout
+    for name in ("reward", "ppo", "dpo", "evaluate"):
+        assert "up to date" not in lines[name], done.stdout
+
+
+def test_every_published_model_loads_and_stops_where_its_files_say(pipeline):
+    run = load_recipe(pipeline).run_dir
+    for name in ("pretrain", "sft", "ppo", "dpo"):
+        folder = run / name / "model"
+        assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json", ".jinja"}
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        encoder = models.Encoder.from_pretrained(folder)
+        assert set(model.generation_config.eos_token_id) == set(encoder.stop_ids)
+        assert model.generation_config.pad_token_id == encoder.pad_id != encoder.eos_id
+
+
+def test_the_report_and_chat_of_the_run(pipeline, root):
+    assert baton(root, "report", str(pipeline)).returncode == 0
+    page = (load_recipe(pipeline).run_dir / "report.html").read_text()
+    assert all(name in page for name in MODELS)
+    command = [str(root / ".venv" / "bin" / "baton"), "chat", str(pipeline), "--max-new-tokens", "4"]
+    talked = subprocess.run(command, cwd=root, input="Sort 3 1 2.\n/quit\n", capture_output=True, text=True)
+    assert talked.returncode == 0, talked.stderr
+
+
+def test_verify_names_the_file_that_was_touched(pipeline, root):
+    """Last, since it breaks the run."""
+    run = load_recipe(pipeline).run_dir
+    assert baton(root, "verify", str(run)).returncode == 0
+    weights = run / "sft" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = baton(root, "verify", str(run))
+    assert done.returncode == 1
+    assert "sft" in done.stderr and "model.safetensors" in done.stderr
+    refused = baton(root, "run", str(pipeline), "--force", "dpo", "--to", "dpo")
+    assert refused.returncode == 2
+    assert "was altered after publishing" in refused.stdout + refused.stderr
