@@ -222,15 +222,16 @@ def train(run: Run) -> None:
             if t.kl_controller == "adaptive":
                 kl_coef = adapt_kl_coef(kl_coef, answer_kl, t.kl_target, t.kl_horizon, len(batch))
 
-            # Save before logging: a line in metrics.jsonl behind the last state is cut off and written again.
+            # Logged first, so that a state never lacks a line of its past; what is behind a state is cut off and
+            # written again. The seconds of a save are in the line after it.
             done = iteration + 1
-            if done % save_every == 0 and done < t.iterations:
-                with phases("save"):
-                    _save(store, run, accelerator, model, optimizer, done, kl_coef, t.save_total_limit)
             run.log(done, {**metrics, **{key: round(value, 4) for key, value in phases.take().items()}})
             if heldout and (done % t.sample_iterations == 0 or done == t.iterations):
                 _look(run, rollouts_of, heldout, done)
                 phases.take()
+            if done % save_every == 0 and done < t.iterations:
+                with phases("save"):
+                    _save(store, run, accelerator, model, optimizer, done, kl_coef, t.save_total_limit)
             advance(1)
 
     weights = runtime.full_state_dict(accelerator, model)
