@@ -60,7 +60,12 @@ class RunLock:
         path = self.directory / LOCK_NAME
         while True:
             self._created = _missing(self.directory)
-            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise HandoffError(
+                    f"{self.directory}: cannot be made ({error.strerror}); choose another output_root"
+                ) from error
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:

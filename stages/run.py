@@ -268,7 +268,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", help="the recipe file")
     parser.add_argument("overrides", nargs="*", help="key=value, of the section or dotted from the top of the recipe")
     parser.add_argument("--section", help="which section, where several run this stage")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         path, name = Path(options.recipe), options.section
