@@ -23,15 +23,20 @@ stages:
     {{stage: pretrain, parent: tokenizer, model: {{architecture: none}}, data: [{{source: world, kind: documents}}]}}
 """
 DRIVER = """
-import json, os, signal, sys, threading
+import json, os, signal, sys, threading, time
 from baton.worker import WarmStage
+
+def send_once_begun(running, signum):
+    while not os.path.exists(sys.argv[3]):
+        time.sleep(0.05)
+    running.send(signum)
 
 def run(section, stage, signum=None):
     read, write = os.pipe()
     running = WarmStage(stage, [sys.argv[1], "--section", section], write, preload=False)
     os.close(write)
     if signum is not None:
-        threading.Timer(float(sys.argv[3]), running.send, [signum]).start()
+        threading.Thread(target=send_once_begun, args=[running, signum], daemon=True).start()
     code = running.wait()
     return code, os.fdopen(read).read()
 
@@ -46,8 +51,10 @@ def recipe(tmp_path) -> Path:
     return path
 
 
-def drive(root: Path, recipe: Path, *stages: list, after: float = 0.0) -> list[list]:
-    command = [sys.executable, "-c", DRIVER, str(recipe), json.dumps(stages), str(after)]
+def drive(root: Path, recipe: Path, *stages: list) -> list[list]:
+    """Exit code and output of each stage; a signal is sent when the stage `long` has begun."""
+    begun = recipe.parent / "w" / "long" / "started.json"
+    command = [sys.executable, "-c", DRIVER, str(recipe), json.dumps(stages), str(begun)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return json.loads(done.stdout)
@@ -69,7 +76,7 @@ def test_results_words_and_exit_codes(recipe, root, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_stage_with_its_code(recipe, root, signum, code):
-    ((found, _),) = drive(root, recipe, ["long", "tokenizer", int(signum)], after=5.0)
+    ((found, _),) = drive(root, recipe, ["long", "tokenizer", int(signum)])
     assert found == code
 
 
