@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rollout.logprobs import token_logprobs
 from stages.ppo.actor_critic import micro_batches
 from stages.ppo.loss import (
     adapt_kl_coef,
@@ -13,7 +14,6 @@ from stages.ppo.loss import (
     kl_k3,
     masked_whiten,
     policy_loss,
-    token_logprobs,
     token_rewards,
     value_loss,
 )

@@ -24,6 +24,7 @@ from handoff.parent import Parent
 from reward.learned import LearnedReward
 from rollout.batch import pad_batch
 from rollout.engine import Completion, SamplingSpec, generate
+from rollout.logprobs import completion_logprobs
 from stages import models, runtime
 from stages.evaluate.config import Config
 from stages.evaluate.statistics import Estimate, mean, proportion
@@ -142,16 +143,7 @@ def _logprobs(
     for start in range(0, len(order), config.batch_size):
         rows = order[start : start + config.batch_size]
         batch = pad_batch([prompt_ids[i] for i in rows], [completions[i].ids for i in rows], pad_id, model.device)
-        width = batch.completion_ids.shape[1]
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=width + 1,
-        ).logits[:, :-1]
-        logp = torch.log_softmax(logits.float() / config.temperature, -1)
-        chosen = logp.gather(-1, batch.completion_ids[..., None]).squeeze(-1)
+        chosen, _ = completion_logprobs(model, batch, config.temperature)
         sums = torch.where(batch.completion_mask, chosen, 0.0).sum(-1)
         for row, value in zip(rows, sums.tolist(), strict=True):
             out[row] = value

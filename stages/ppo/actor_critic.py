@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from reward.learned import backbone
 from rollout.batch import PaddedBatch
-from stages.ppo.loss import token_logprobs
+from rollout.logprobs import completion_logprobs
 
 
 class Critic(nn.Module):
@@ -52,22 +52,6 @@ class ActorCritic(nn.Module):
         logp, entropy = completion_logprobs(self.policy, batch, temperature)
         # Copies, since FSDP hooks what a module returns and cannot do so on a view.
         return logp.clone(), entropy, completion_values(self.critic, batch).clone()
-
-
-def completion_logprobs(policy: PreTrainedModel, batch: PaddedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (B, R), nats, of the completion tokens under the tempered distribution.
-
-    The vocabulary projection is computed for the completion's columns only.
-    """
-    width = batch.completion_ids.shape[1]
-    logits = policy(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits  # (B, R + 1, V)
-    return token_logprobs(logits[:, :-1], batch.completion_ids, temperature)
 
 
 def completion_values(critic: Critic, batch: PaddedBatch) -> Tensor:

@@ -32,19 +32,6 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     return masked(centred * torch.rsqrt(variance + 1e-8), mask)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `tokens` and entropies, under softmax(logits / temperature).
-
-    logits (B, R, V), tokens (B, R) -> ((B, R), (B, R)), fp32, nats. The temperature is the one that was sampled with,
-    so that the scored distribution is the sampled one.
-    """
-    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
-    chosen = logp.gather(-1, tokens[..., None]).squeeze(-1)
-    with torch.no_grad():  # reported only
-        entropy = -(logp.exp() * logp).sum(-1)
-    return chosen, entropy
-
-
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """log π/π_ref at tokens sampled from π: unbiased, may be negative; the one to put into a reward. (B, R) nats."""
     return logp - ref_logp

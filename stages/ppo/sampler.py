@@ -18,8 +18,9 @@ from data.encode import EncodedPrompt, Encoder
 from reward.compose import Answers, Composition
 from rollout.batch import PaddedBatch, pad_batch
 from rollout.engine import SamplingSpec, generate
+from rollout.logprobs import completion_logprobs
 from stages import runtime
-from stages.ppo.actor_critic import completion_logprobs, completion_values
+from stages.ppo.actor_critic import completion_values
 from stages.ppo.config import PPOTrainConfig
 
 

@@ -1,0 +1,39 @@
+"""Log-probabilities of completions under a model: one forward pass over prompt and answer.
+
+Legend: B rows, R longest completion, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rollout.batch import PaddedBatch
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `tokens` and entropies, under softmax(logits / temperature).
+
+    logits (B, R, V), tokens (B, R) -> ((B, R), (B, R)), fp32, nats. The temperature is the one that was sampled with,
+    so that the scored distribution is the sampled one.
+    """
+    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    chosen = logp.gather(-1, tokens[..., None]).squeeze(-1)
+    with torch.no_grad():  # reported only
+        entropy = -(logp.exp() * logp).sum(-1)
+    return chosen, entropy
+
+
+def completion_logprobs(policy: PreTrainedModel, batch: PaddedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (B, R), nats, of the completion tokens under the tempered distribution.
+
+    The vocabulary projection is computed for the completion's columns only.
+    """
+    width = batch.completion_ids.shape[1]
+    logits = policy(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits  # (B, R + 1, V)
+    return token_logprobs(logits[:, :-1], batch.completion_ids, temperature)
