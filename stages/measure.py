@@ -121,8 +121,9 @@ def greedy_answers(
     }
 
 
-def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval for a share, 95 % by default (Wilson 1927, J. Am. Stat. Assoc. 22)."""
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for a share (Wilson 1927, J. Am. Stat. Assoc. 22)."""
+    z = 1.96
     share = successes / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
