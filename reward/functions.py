@@ -76,16 +76,18 @@ def world_correct(
     return [None if r["family"] is None else float(correct(r, c)) for r, c in zip(rows, completions, strict=True)]
 
 
-FUNCTIONS: dict[str, Callable[..., list[float | None]]] = {
-    f.__name__: f for f in (length_penalty, repetition_penalty, exact_match, world_correct)
+# By name, in a recipe's `function:`. Imported when a recipe names one: some need packages that others do not.
+FUNCTIONS = {
+    "length_penalty": "reward.functions:length_penalty",
+    "repetition_penalty": "reward.functions:repetition_penalty",
+    "exact_match": "reward.functions:exact_match",
+    "world_correct": "reward.functions:world_correct",
 }
 
 
 def find(name: str) -> Callable[..., list[float | None]]:
-    """A function of this module by name, or any callable as `package.module:name`. Raises RewardError."""
-    if name in FUNCTIONS:
-        return FUNCTIONS[name]
-    module_name, _, attribute = name.partition(":")
+    """A function of the table above by name, or any callable as `package.module:name`. Raises RewardError."""
+    module_name, _, attribute = FUNCTIONS.get(name, name).partition(":")
     if not attribute:
         raise RewardError(f"no reward function `{name}`: use one of {', '.join(FUNCTIONS)}, or `package.module:name`")
     try:
