@@ -174,7 +174,8 @@ class HashCache:
         return digest
 
     def save(self) -> None:
-        """Write the cache, when it has something new and its directory exists (a run that never began has none)."""
-        if self._changed and os.access(self._path.parent, os.W_OK):
-            write_json(self._path, self._known)
-            self._changed = False
+        """Write the cache when it has something new. What cannot be written is only hashed again next time."""
+        if self._changed:
+            with suppress(OSError):
+                write_json(self._path, self._known)
+                self._changed = False

@@ -7,6 +7,7 @@ Of a parent only safetensors, JSON, jinja and text files are read, whoever made 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from handoff.contract import check_foreign
@@ -98,6 +99,21 @@ def foreign_fingerprint(directory: Path, kind: Kind, tokenizer: TokenizerRecord,
     return canonical_hash([kind, files, tokenizer.model_dump(mode="json")])
 
 
+def keep_hashes(run_dir: Path) -> None:
+    """Writes the hashes of foreign checkpoints that this process has opened for the run into it, for later commands.
+
+    Called once a stage of the run leaves something behind: opening a parent writes nothing, so that a start that is
+    refused leaves the disk as it was.
+    """
+    _hashes(run_dir.absolute()).save()
+
+
+@cache
+def _hashes(run_dir: Path) -> HashCache:
+    """One for a run and process: a stage opens its parents more than once."""
+    return HashCache(run_dir / HASH_CACHE)
+
+
 def _open_published(directory: Path, manifest: Manifest) -> Parent:
     if manifest.tokenizer is None:
         raise HandoffError(f"{directory} is {_WORDS[manifest.kind]}: nothing can start from it")
@@ -114,9 +130,7 @@ def _open_published(directory: Path, manifest: Manifest) -> Parent:
 
 def _open_foreign(directory: Path, name: str, run_dir: Path) -> Parent:
     kind, tokenizer = check_foreign(directory)
-    cache = HashCache(run_dir / HASH_CACHE)
-    fingerprint = foreign_fingerprint(directory, kind, tokenizer, cache.sha256)
-    cache.save()
+    fingerprint = foreign_fingerprint(directory, kind, tokenizer, _hashes(run_dir.absolute()).sha256)
     return Parent(
         path=directory,
         model_dir=directory,

@@ -31,6 +31,7 @@ from handoff.files import (
 )
 from handoff.lock import LOCK_NAME, RunLock
 from handoff.manifest import EngineRecord, Inputs, Kind, Manifest, Metric, ParentRecord, TokenizerRecord, read_manifest
+from handoff.parent import keep_hashes
 from handoff.state import StateStore
 
 PREVIOUS = ".previous"
@@ -273,6 +274,8 @@ class StageDir:
             return
         if self._fresh and self._holds_only(self.started_path):
             self._undo()
+        else:
+            keep_hashes(self.path.parent)
         self._lock.release()
         self._inputs = None
 

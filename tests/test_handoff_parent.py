@@ -6,7 +6,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+import handoff.files
 from handoff.errors import HandoffError
+from handoff.files import HashCache, sha256_file
 from handoff.manifest import ParentRecord
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
@@ -40,30 +42,49 @@ def test_a_section_a_stage_directory_and_its_model_are_the_same_parent(tmp_path:
 
 def test_a_foreign_directory_has_an_identity_of_its_bytes(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run.mkdir()
     foreign = tmp_path / "models" / "llama"
     write_model(foreign)
     first = open_parent(str(foreign), run, CAUSAL)
     assert (first.name, first.path, first.model_dir, first.manifest) == ("llama", foreign, foreign, None)
-    assert (run / ".hashes.json").exists()
-    assert open_parent(str(foreign), run, CAUSAL, verify=False).fingerprint == first.fingerprint  # from the cache
+    assert open_parent(str(foreign), run, CAUSAL, verify=False).fingerprint == first.fingerprint
     (foreign / "README.md").write_text("not read, not part of it")
     assert open_parent(str(foreign), run, CAUSAL).fingerprint == first.fingerprint
     flip_last_byte(foreign / "model.safetensors")
     assert open_parent(str(foreign), run, CAUSAL).fingerprint != first.fingerprint
 
 
-def test_opening_a_foreign_parent_of_a_run_that_never_began_writes_nothing(tmp_path: Path) -> None:
+def test_opening_a_foreign_parent_writes_nothing(tmp_path: Path) -> None:
     write_model(tmp_path / "llama")
-    open_parent(str(tmp_path / "llama"), tmp_path / "run", CAUSAL)
-    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+    (tmp_path / "run").mkdir()
+    for run in ("run", "never_began"):
+        open_parent(str(tmp_path / "llama"), tmp_path / run, CAUSAL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "run"]
+    assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_damaged_cache_of_hashes_is_an_empty_one(tmp_path: Path) -> None:
+def test_hashes_of_a_foreign_parent_are_kept_by_the_stage_that_leaves_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_model(tmp_path / "llama")
-    first = open_parent(str(tmp_path / "llama"), tmp_path, CAUSAL)
-    (tmp_path / ".hashes.json").write_text("{")
-    assert open_parent(str(tmp_path / "llama"), tmp_path, CAUSAL) == first
+    run = tmp_path / "run"
+    stage = StageDir(run / "sft")
+    for written in (False, True):
+        stage.begin(inputs())
+        first = open_parent(str(tmp_path / "llama"), run, CAUSAL)
+        if written:
+            stage.metrics_path.write_text('{"step": 1}\n')
+        stage.close()
+        assert (run / ".hashes.json").exists() == written
+
+    hashed = []
+    monkeypatch.setattr(handoff.files, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    cache = HashCache(run / ".hashes.json")  # as another process reads it
+    assert cache.sha256(tmp_path / "llama" / "model.safetensors") and hashed == []
+    (run / ".hashes.json").write_text("{")
+    damaged = HashCache(run / ".hashes.json")
+    assert damaged.sha256(tmp_path / "llama" / "config.json") == sha256_file(tmp_path / "llama" / "config.json")
+    assert hashed == [(tmp_path / "llama" / "config.json").resolve()]
+    assert open_parent(str(tmp_path / "llama"), run, CAUSAL) == first
 
 
 @pytest.mark.parametrize(
