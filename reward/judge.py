@@ -1,0 +1,279 @@
+"""A reward from another model: any endpoint that speaks OpenAI's chat completions (GPT, Claude, Gemini, vLLM, ...).
+
+In a recipe, with every option of `JudgeConfig` under `args:` (docs/judge.md has an entry for each provider):
+
+    reward:
+      - {function: judge, args: {base_url: "https://api.openai.com/v1", model: ..., cache_dir: runs/judge}}
+
+`rubric` grades an answer; `pairwise` compares it with a reference answer in both orders, and what the orders disagree
+on is a tie, because judges favour a position (Zheng et al. 2023, arXiv:2306.05685, section 4). A question without an
+answer, a refusal and a reply without a verdict give None, are counted, and stop the run when they are too many.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data.records import Message
+from handoff.files import canonical_hash
+from reward import judge_text
+from reward.functions import RewardError
+from reward.judge_cache import Cache
+from reward.judge_client import Client, Key, Reply, Tally, Unanswered
+from reward.judge_config import JudgeConfig, read_options
+
+_log = logging.getLogger(__name__)
+_SAMPLES = 3
+_PAIRS_TO_TELL = 8  # fewer say nothing about a judge's love of a position
+
+_COUNTED = (
+    *("rows", "rows_without_verdict", "questions", "cache_hits", "verdicts", "refusals", "nonsense", "failures"),
+    *("requests", "repeated", "input_tokens", "output_tokens", "cost"),
+    *("pairs", "disagreements", "chose_first", "chose_second"),
+)
+_statistics: dict[tuple[str, str], Tally] = {}
+_bought: dict[tuple[str, str], Tally] = {}  # tokens, never reset
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one question: a value in [0, 1], or None and what came instead."""
+
+    value: float | None
+    kind: Literal["verdicts", "refusals", "nonsense", "failures"]
+    said: str
+
+
+def judge_statistics() -> dict[tuple[str, str], dict[str, float]]:
+    """What this process has asked since the last reset, by (base_url, model). All are sums, so processes add up.
+
+    `rows`: judged; `rows_without_verdict`. `questions`: one a row, two in pairwise mode; `cache_hits`: of these,
+    answered from disk or by an equal question of the same call. `verdicts`, `refusals`, `nonsense`, `failures`: how
+    the questions ended. `requests`: attempts sent; `repeated`: of these, not the first. `input_tokens`,
+    `output_tokens`, `cost`: of the answers bought. `pairs`: with a verdict in both orders; `disagreements`: of these,
+    where the orders differ; `chose_first`, `chose_second`: verdicts of pairs by position (a fair judge has about as
+    many of both).
+    """
+    return {endpoint: tally.sums() for endpoint, tally in _statistics.items()}
+
+
+def reset_judge_statistics() -> None:
+    """Start counting afresh. What counts against `max_cost` stays."""
+    _statistics.clear()
+
+
+def judge(prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], **arguments: Any) -> list[float | None]:
+    """Scores in [0, 1], by a model's verdict. `arguments`: the options of `JudgeConfig`, and the data's columns.
+
+    Raises RewardError: for an option that is unknown, missing or out of range; a column or a key that is missing; an
+    endpoint that would reject every question (see reward/judge_client.py); `max_cost` reached; too many rows without a
+    verdict, with a sample of what came.
+    """
+    config, columns = read_options(arguments, len(completions))
+    key = _key(config)
+    rows = _questions(config, prompts, completions, columns)
+    keys = [[canonical_hash(body) for body in row] for row in rows]
+    bodies = {name: body for row, names in zip(rows, keys, strict=True) for body, name in zip(row, names, strict=True)}
+    endpoint = (config.base_url, config.model)
+    tally = _statistics.setdefault(endpoint, Tally(*_COUNTED))
+    questions = sum(map(len, rows))
+    tally.add(rows=sum(map(bool, rows)), questions=questions, cache_hits=questions - len(bodies))
+    with ExitStack() as stack:
+        cache = None
+        if config.cache_dir is not None:
+            cache = stack.enter_context(closing(Cache(Path(config.cache_dir).expanduser())))
+        client = Client(
+            config.base_url,
+            config.model,
+            key,
+            tally,
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+            retries=config.retries,
+            backoff=config.backoff,
+        )
+        stack.enter_context(closing(client))
+        pool = ThreadPoolExecutor(config.concurrency, "judge")
+        stack.callback(pool.shutdown, cancel_futures=True)
+        stack.callback(client.stop)
+        desk = _Desk(config, client, cache, tally, _bought.setdefault(endpoint, Tally("read", "written")))
+        replies = {pool.submit(desk.reply, name, body): name for name, body in bodies.items()}
+        verdicts = _collect(config, replies, keys, tally)
+    values = [[verdicts[name].value for name in row] for row in keys]
+    if config.mode == "rubric":
+        return [row[0] if row else None for row in values]
+    return _compare_orders(config, values, tally)
+
+
+def _key(config: JudgeConfig) -> Key | None:
+    if config.api_key_env is None:
+        return None
+    secret = os.environ.get(config.api_key_env, "").strip()
+    if not secret or not secret.isascii() or not secret.isprintable():
+        raise RewardError(
+            f"judge: the environment variable {config.api_key_env} holds no key for {config.base_url}: export it, "
+            "or set `api_key_env` to the variable that does (null where no key is needed)"
+        )
+    return Key(secret, config.api_key_env)
+
+
+def _questions(
+    config: JudgeConfig,
+    prompts: Sequence[tuple[Message, ...]],
+    completions: Sequence[str],
+    columns: dict[str, Sequence[Any]],
+) -> list[list[dict[str, Any]]]:
+    """The requests of each row: one, or two in pairwise mode (the answer first, then the reference first), or none
+    where it has no reference."""
+    name = config.reference_column or ("answer" if config.mode == "pairwise" else None)
+    if name is not None and name not in columns:
+        raise RewardError(
+            f"judge: the data has no column `{name}` with reference answers: set `reference_column` to one of "
+            f"{', '.join(sorted(columns)) or 'its columns (it has none)'}"
+        )
+    references = columns[name] if name is not None else [None] * len(completions)
+    rubrics = columns.get("rubric", [None] * len(completions))
+    rows = []
+    for i, (prompt, answer, reference, own) in enumerate(zip(prompts, completions, references, rubrics, strict=True)):
+        for column, value in ((name, reference), ("rubric", own)):
+            if value is not None and not isinstance(value, str):
+                raise RewardError(f"judge: column `{column}`, row {i} of the call: {value!r} is no text")
+        rubric = own or config.rubric
+        if name is not None and reference is None:
+            messages = []
+        elif config.mode == "pairwise":
+            assert reference is not None
+            orders = ((answer, reference), (reference, answer))
+            messages = [judge_text.comparison(prompt, first, second, rubric) for first, second in orders]
+        else:
+            messages = [judge_text.grading(prompt, answer, reference, rubric, config.lowest, config.highest)]
+        rows.append([config.body(each) for each in messages])
+    return rows
+
+
+class _Desk:
+    """Where threads get the reply to a question: from the cache, or for money."""
+
+    def __init__(self, config: JudgeConfig, client: Client, cache: Cache | None, tally: Tally, bought: Tally) -> None:
+        self._config = config
+        self._client = client
+        self._cache = cache
+        self._tally = tally
+        self._bought = bought
+
+    def reply(self, name: str, body: dict[str, Any]) -> Reply:
+        """Raises Unanswered or RewardError."""
+        known = None if self._cache is None else self._cache.get(name)
+        if known is not None:
+            self._tally.add(cache_hits=1)
+            return known
+        self._check_cost()
+        reply = self._client.ask(body)
+        if self._cache is not None:
+            self._cache.put(name, self._config.model, reply)
+        if reply.tokens is not None:
+            read, written = reply.tokens
+            self._bought.add(read=read, written=written)
+            self._tally.add(input_tokens=read, output_tokens=written, cost=self._config.cost(read, written))
+        elif self._config.max_cost is not None and reply.finish != "content_filter":
+            raise RewardError(f"judge {self._config.base_url} does not say how many tokens it used: remove `max_cost`")
+        return reply
+
+    def _check_cost(self) -> None:
+        if self._config.max_cost is None:
+            return
+        read: float
+        written: float
+        if self._cache is not None:
+            read, written = self._cache.tokens(self._config.model)
+        else:
+            bought = self._bought.sums()
+            read, written = bought["read"], bought["written"]
+        cost = self._config.cost(read, written)
+        if cost >= self._config.max_cost:
+            raise RewardError(
+                f"judge `{self._config.model}` has cost {cost:.4g} ({read:.0f} tokens in, {written:.0f} out), and "
+                f"`max_cost` is {self._config.max_cost:g}: raise it to go on"
+            )
+
+
+def _collect(
+    config: JudgeConfig, replies: dict[Future[Reply], str], rows: list[list[str]], tally: Tally
+) -> dict[str, Verdict]:
+    """The verdict on every question, as replies come in. Raises RewardError once too many rows have none."""
+    owners: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        for name in row:
+            owners.setdefault(name, []).append(i)
+    judged = sum(map(bool, rows))
+    allowed = 0 if config.on_failure == "error" else math.ceil(config.max_failure_fraction * judged)
+    verdicts: dict[str, Verdict] = {}
+    failed: set[int] = set()
+    samples: list[str] = []
+    for future in as_completed(replies):
+        name = replies[future]
+        try:
+            verdicts[name] = verdict = _read(config, future.result())
+        except Unanswered as error:
+            verdicts[name] = verdict = Verdict(None, "failures", str(error))
+        tally.add(**{verdict.kind: len(owners[name])})
+        if verdict.value is None:
+            tally.add(rows_without_verdict=len(set(owners[name]) - failed))
+            failed.update(owners[name])
+            samples.append(f"{verdict.kind}: {verdict.said}")
+            if len(failed) > allowed:
+                raise RewardError(
+                    f"judge `{config.model}` at {config.base_url}: {len(failed)} of {judged} rows without a verdict, "
+                    f"{allowed} allowed (`on_failure`, `max_failure_fraction`). It said:\n  "
+                    + "\n  ".join(dict.fromkeys(samples[-_SAMPLES:]))
+                )
+    if failed:
+        _log.warning(
+            "judge `%s`: %d of %d rows without a verdict, e.g. %s", config.model, len(failed), judged, samples[0]
+        )
+    return verdicts
+
+
+def _read(config: JudgeConfig, reply: Reply) -> Verdict:
+    said = repr(reply.refusal or reply.text[-300:])
+    if reply.refusal or reply.finish.startswith(("content_filter", "refusal")):
+        return Verdict(None, "refusals", f"{said} (finish_reason {reply.finish or 'not given'})")
+    if reply.finish == "length":  # an earlier JSON object in it may be a quotation
+        return Verdict(None, "nonsense", f"{said}, cut off: raise `max_tokens` under `request`")
+    if config.mode == "rubric":
+        value = judge_text.read_score(reply.text, config.lowest, config.highest)
+    else:
+        value = judge_text.read_winner(reply.text)
+    if value is not None:
+        return Verdict(value, "verdicts", said)
+    return Verdict(None, "refusals" if judge_text.refuses(reply.text) else "nonsense", said)
+
+
+def _compare_orders(config: JudgeConfig, values: list[list[float | None]], tally: Tally) -> list[float | None]:
+    """Each row's two verdicts as one, and what the two say about the judge."""
+    out: list[float | None] = []
+    both, differ, first, second = 0, 0, 0, 0
+    for row in values:
+        if not row or row[0] is None or row[1] is None:
+            out.append(None)
+            continue
+        answer_first, reference_first = row[0], row[1]
+        both += 1
+        differ += answer_first != 1 - reference_first
+        first += row.count(1.0)
+        second += row.count(0.0)
+        out.append(answer_first if answer_first == 1 - reference_first else 0.5)
+    tally.add(pairs=both, disagreements=differ, chose_first=first, chose_second=second)
+    if both >= _PAIRS_TO_TELL and 2 * differ > both:
+        _log.warning(
+            "judge `%s` disagreed with itself on %d of %d pairs when their order was swapped (it chose the first %d "
+            "times, the second %d times): those count as ties, and little is left to learn from",
+            *(config.model, differ, both, first, second),
+        )
+    return out

@@ -1,0 +1,82 @@
+"""What a judge has answered, on disk: a question that was paid for is never asked again.
+
+One SQLite file, `<directory>/judge.sqlite`, keyed by the hash of the whole request, model included. Each answer is its
+own durable transaction, so a kill loses at most the questions in flight; several threads and processes may use the file
+at once. The base URL is not part of the key, so a served model may move to another host and port: use another directory
+when another model takes its name.
+"""
+
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+from reward.functions import RewardError
+from reward.judge_client import Reply
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY, model TEXT NOT NULL, text TEXT NOT NULL, finish TEXT NOT NULL, refusal TEXT NOT NULL,
+    input_tokens INTEGER, output_tokens INTEGER
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS tokens_by_model ON replies (model, input_tokens, output_tokens);
+"""
+
+
+class Cache:
+    """Open for the length of one call of the judge."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises RewardError when the directory cannot be made or its file is no cache of this version."""
+        self.path = directory / "judge.sqlite"
+        self._lock = threading.Lock()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(self.path, timeout=60.0, check_same_thread=False, isolation_level=None)
+        except (OSError, sqlite3.Error) as error:
+            raise RewardError(f"judge: cannot use `cache_dir` {directory} ({error}); name one to write in") from error
+        try:
+            (version,) = self._file.execute("PRAGMA user_version").fetchone()
+            if version == 0:  # new, or another process is making it just now: both may run this
+                self._file.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+            elif version != _VERSION:
+                raise sqlite3.DatabaseError(f"its version is {version}, not {_VERSION}")
+        except sqlite3.Error as error:
+            self._file.close()
+            raise self._unusable(error) from error
+
+    def get(self, key: str) -> Reply | None:
+        """The answer to a question, if there is one."""
+        rows = self._run("SELECT text, finish, refusal, input_tokens, output_tokens FROM replies WHERE key = ?", (key,))
+        if not rows:
+            return None
+        text, finish, refusal, read, written = rows[0]
+        return Reply(text, finish, refusal, None if read is None else (read, written))
+
+    def put(self, key: str, model: str, reply: Reply) -> None:
+        """Keep an answer. The first one stays, where another process asked the same meanwhile."""
+        values = (key, model, reply.text, reply.finish, reply.refusal, *(reply.tokens or (None, None)))
+        self._run("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def tokens(self, model: str) -> tuple[int, int]:
+        """Input and output tokens of all answers of a model, whichever process paid for them."""
+        query = "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM replies WHERE model = ?"
+        ((read, written),) = self._run(query, (model,))
+        return read, written
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _run(self, statement: str, values: tuple[str | int | None, ...]) -> list[tuple[Any, ...]]:
+        with self._lock:
+            try:
+                return self._file.execute(statement, values).fetchall()
+            except sqlite3.Error as error:
+                raise self._unusable(error) from error
+
+    def _unusable(self, error: sqlite3.Error) -> RewardError:
+        return RewardError(
+            f"judge: the cache {self.path} cannot be used ({error}); "
+            "free its disk, or move the file away and it starts afresh"
+        )

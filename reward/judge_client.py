@@ -1,0 +1,275 @@
+"""One question to an OpenAI-compatible endpoint: `POST <base_url>/chat/completions`, until it is answered or hopeless.
+
+Three ends: a `Reply`; `Unanswered`, which concerns this question alone (the caller goes on with the others); or a
+RewardError, which concerns every question (wrong key, wrong model, no credit) and which no repetition can help.
+
+Repeated, up to `retries` times: 408, 409, 425, 429, all of 5xx, time-outs, connections that fail or break, and replies
+that are no chat completion. The wait doubles each time, with jitter, and is never shorter than the server's
+Retry-After. Such a wait holds all threads of the client back: a rate limit is the account's, not the request's.
+"""
+
+import json
+import math
+import random
+import threading
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from reward.functions import RewardError
+
+LONGEST_WAIT = 300.0
+"""Seconds. A server that asks for more has no answer for this call; waiting an hour in silence helps nobody."""
+_LONGEST_BACKOFF = 60.0
+_LARGEST_REPLY = 4 << 20
+_REPEATED = frozenset({408, 409, 425, 429})
+# Marks of an account without credit, which some send with 429, the status for "later". OpenAI's codes for it differ by
+# whose limit was hit, its type is the same for all; Anthropic's is the second.
+_NO_CREDIT = frozenset({"insufficient_quota", "enforced_spend_limit_reached"})
+_FILTERED = frozenset({"content_filter", "content_policy_violation"})
+_TOO_LONG = ("context_length_exceeded", "context length", "prompt is too long")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the endpoint said to one question."""
+
+    text: str
+    """Of the first choice; empty when there is none."""
+    finish: str
+    """`finish_reason`: "stop", "length", "content_filter", ...; empty where it was not given."""
+    refusal: str
+    """The provider's own words for a refusal; empty when there was none."""
+    tokens: tuple[int, int] | None
+    """Input and output tokens as billed; None where the endpoint does not say."""
+
+
+class Tally:
+    """Sums by name, from many threads."""
+
+    def __init__(self, *names: str) -> None:
+        self._sums = dict.fromkeys(names, 0.0)
+        self._lock = threading.Lock()
+
+    def add(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self._sums[name] += amount
+
+    def sums(self) -> dict[str, float]:
+        with self._lock:
+            return dict(self._sums)
+
+
+class Unanswered(Exception):
+    """This question got no answer; the message says why. Others may."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """The secret and the name of the variable it came from. Only the name is ever shown."""
+
+    secret: str
+    variable: str
+
+
+class Client:
+    """Asks questions from many threads over one pool of connections."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        key: Key | None,
+        tally: Tally,
+        *,
+        concurrency: int,
+        timeout: float,
+        retries: int,
+        backoff: float,
+    ) -> None:
+        """`timeout`: seconds for one attempt, all of it. `backoff`: seconds before the first repetition. `tally` counts
+        `requests`, the attempts sent, and `repeated`, those of them that were not the first for their question."""
+        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._model = model
+        self._key = key
+        self._tally = tally
+        self._timeout = timeout
+        self._retries = retries
+        self._backoff = backoff
+        headers = {} if key is None else {"Authorization": f"Bearer {key.secret}"}
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        self._http = httpx.Client(headers=headers, timeout=timeout, limits=limits)
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._not_before = 0.0  # time.monotonic()
+
+    def ask(self, body: dict[str, Any]) -> Reply:
+        """Raises Unanswered or RewardError, see the head of this module."""
+        trouble = ""
+        for attempt in range(self._retries + 1):
+            self._wait_for_turn()
+            self._tally.add(requests=1, repeated=attempt > 0)
+            asked = None
+            try:
+                response, content = self._post(body)
+            except httpx.RequestError as error:
+                trouble = self._redact(f"{type(error).__name__}: {error}")
+            else:
+                if response.status_code == 200:
+                    try:
+                        return read_reply(content)
+                    except ValueError as error:
+                        trouble = f"{error}: {self._redact(_decoded(content))[:200]!r}"
+                else:
+                    message, marks = read_error(content)
+                    trouble = f"{response.status_code} {self._redact(message)}".rstrip()
+                    if marks & _FILTERED:
+                        return Reply("", "content_filter", trouble, None)
+                    self._give_up_if_hopeless(response, trouble, marks)
+                    asked = retry_after(response.headers.get("retry-after", ""), time.time())
+            if attempt < self._retries:
+                self._hold_back(attempt, asked, trouble)
+        raise Unanswered(f"{trouble} (asked {self._retries + 1} times)")
+
+    def stop(self) -> None:
+        """Ends every wait at once: no further question is sent."""
+        self._stop.set()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
+        """One attempt. The time-out of httpx is for each read, so a server that drips bytes would never meet it: the
+        body is read here, against the clock, and up to a size that no verdict needs."""
+        deadline = time.monotonic() + self._timeout
+        content = bytearray()
+        with self._http.stream("POST", self._url, json=body) as response:
+            for chunk in response.iter_bytes():
+                content += chunk
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout(f"no whole reply within {self._timeout:g} s")
+                if len(content) > _LARGEST_REPLY:
+                    raise httpx.DecodingError(f"a reply of more than {_LARGEST_REPLY} bytes")
+        return response, bytes(content)
+
+    def _wait_for_turn(self) -> None:
+        with self._lock:
+            wait = self._not_before - time.monotonic()
+        if wait > 0:
+            self._stop.wait(wait)
+        if self._stop.is_set():
+            raise Unanswered("the call was given up")
+
+    def _hold_back(self, attempt: int, asked: float | None, trouble: str) -> None:
+        """Waits before the next attempt. Jitter keeps threads apart; no result depends on it, so it is not keyed."""
+        if asked is not None and asked > LONGEST_WAIT:
+            raise Unanswered(f"{trouble} (asks to wait {asked:.0f} s, above {LONGEST_WAIT:.0f})")
+        backoff = min(self._backoff * 2**attempt, _LONGEST_BACKOFF) * random.uniform(0.5, 1.5)
+        if asked is not None:
+            with self._lock:
+                self._not_before = max(self._not_before, time.monotonic() + asked)
+        self._stop.wait(max(backoff, asked or 0.0))
+
+    def _give_up_if_hopeless(self, response: httpx.Response, trouble: str, marks: frozenset[str]) -> None:
+        """Raises for every status but 200 that asking again, later, would not change."""
+        status = response.status_code
+        if status == 413 or (status == 400 and any(mark in trouble.lower() for mark in _TOO_LONG)):
+            raise Unanswered(trouble)
+        if not marks & _NO_CREDIT and (status in _REPEATED or status >= 500):
+            return
+        name = (
+            "of no variable (`api_key_env` is null)" if self._key is None else f"in the variable {self._key.variable}"
+        )
+        if marks & _NO_CREDIT or status == 402:
+            fix = f"the account of the key {name} has no credit left"
+        elif status == 401:
+            fix = f"the key {name} is not accepted: set `api_key_env` to a variable that holds a valid one"
+        elif status == 403:
+            fix = f"the key {name} may not use model `{self._model}`: ask for access, or set another `model` or key"
+        elif status == 404:
+            fix = f"no such path or no model `{self._model}` there: check `base_url` and `model`"
+        elif 300 <= status < 400:
+            fix = f"it redirects to {response.headers.get('location', 'nowhere')}: set `base_url` accordingly"
+        else:
+            fix = "what it does not accept is set, or removed by null, under `request` of the reward's args"
+        raise RewardError(f"judge {self._url} answered {trouble}; {fix}")
+
+    def _redact(self, text: str) -> str:
+        """Some endpoints repeat the key in their message."""
+        return text if self._key is None else text.replace(self._key.secret, "<key>")
+
+
+def read_reply(content: bytes) -> Reply:
+    """A chat completion's first choice. Raises ValueError when it is none.
+
+    >>> read_reply(b'{"choices": [{"message": {"content": "7"}, "finish_reason": "stop"}], "usage": null}')
+    Reply(text='7', finish='stop', refusal='', tokens=None)
+    """
+    try:
+        body = json.loads(content)
+        choices = body["choices"] or [{}]  # some send none at all when they block the question
+        message = choices[0].get("message") or {}
+        finish = choices[0].get("finish_reason") or ("content_filter" if not body["choices"] else "")
+        said = message.get("content") or ""
+        parts = [said] if isinstance(said, str) else [part.get("text") or "" for part in said]
+        usage = body.get("usage") or {}
+        told = "prompt_tokens" in usage and "completion_tokens" in usage
+        return Reply(
+            text=whole("".join(parts)),
+            finish=whole(str(finish)),
+            refusal=whole(str(message.get("refusal") or "")),
+            tokens=(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if told else None,
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError("200, but no chat completion") from error
+
+
+def read_error(content: bytes) -> tuple[str, frozenset[str]]:
+    """(message, its code and type) of an error's body, in any of the shapes that endpoints use.
+
+    >>> read_error(b'{"error": {"message": "No more.", "type": "insufficient_quota", "code": null}}')
+    ('No more.', frozenset({'insufficient_quota'}))
+    >>> read_error(b'<h1>Bad gateway</h1>')
+    ('<h1>Bad gateway</h1>', frozenset())
+    """
+    text = _decoded(content)
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return text[:300], frozenset()
+    if isinstance(body, list) and body:
+        body = body[0]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if not isinstance(error, dict):
+        return str(error)[:300], frozenset()
+    marks = frozenset(str(error[name]) for name in ("code", "type", "status") if error.get(name))
+    return str(error.get("message") or error.get("detail") or text)[:300], marks
+
+
+def retry_after(header: str, now: float) -> float | None:
+    """Seconds to wait, of a Retry-After header: a number or a date; None when it is neither. `now`: Unix time.
+
+    >>> retry_after("2.5", 0.0), retry_after("Thu, 01 Jan 1970 00:01:00 GMT", 50.0), retry_after("soon", 0.0)
+    (2.5, 10.0, None)
+    """
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - now
+        except ValueError:
+            return None
+    return None if math.isnan(seconds) else max(0.0, seconds)
+
+
+def whole(text: str) -> str:
+    """`text` with a question mark for each half of a surrogate pair, which neither JSON's readers nor disks accept."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
+def _decoded(content: bytes) -> str:
+    return content.decode("utf-8", errors="replace").strip()
