@@ -82,6 +82,7 @@ FUNCTIONS = {
     "repetition_penalty": "reward.functions:repetition_penalty",
     "exact_match": "reward.functions:exact_match",
     "world_correct": "reward.functions:world_correct",
+    "judge": "reward.judge:judge",
 }
 
 
