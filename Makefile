@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 RUN     = $(BIN)/baton run $(RECIPE) $(if $(LAUNCH),--launch $(LAUNCH)) $(SET)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tokenizer pretrain sft reward ppo dpo rlhf align-dpo eval report chat test test-fast lint bench clean
+.PHONY: help setup tokenizer pretrain sft reward ppo grpo rloo dpo rlhf align-dpo eval report chat test test-fast lint bench clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,10 @@ reward: setup  ## ... and train the reward model
 	$(RUN) --to reward
 ppo: setup  ## ... and align with PPO against the reward model
 	$(RUN) --to ppo
+grpo: setup  ## ... and learn from verifiable rewards with GRPO
+	$(RUN) --to grpo
+rloo: setup  ## ... or with RLOO
+	$(RUN) --to rloo
 dpo: setup  ## ... and align with DPO on the preference pairs
 	$(RUN) --to dpo
 rlhf: setup  ## the whole chain: tokenizer to PPO, then evaluation and the report

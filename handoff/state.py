@@ -50,8 +50,12 @@ class StateStore:
         path.mkdir(parents=True)
         return path
 
-    def commit(self, step: int, staged: Path, keep: int, extra: Mapping[str, Any] | None = None) -> Path:
+    def commit(
+        self, step: int, staged: Path, keep: int, extra: Mapping[str, Any] | None = None, protect: int | None = None
+    ) -> Path:
         """Make `staged` the state of `step` and keep the `keep` (>= 1) newest states. Returns its directory.
+
+        `protect`: an earlier step whose state is kept whatever its age.
 
         States of later steps are removed too: they belong to a course that was abandoned when an earlier state was
         resumed. OSError (a full disk) leaves the earlier states as they were, and removes `staged` to give its space
@@ -80,13 +84,13 @@ class StateStore:
             final.rename(replaced)
         staged.rename(final)
         fsync_path(self.directory)
-        self._rotate(step, keep)
+        self._rotate(step, keep, protect)
         return final
 
-    def _rotate(self, newest: int, keep: int) -> None:
+    def _rotate(self, newest: int, keep: int, protect: int | None) -> None:
         kept = 0
         for step, path in self._candidates():
-            if step <= newest and path.name.startswith("step-") and kept < keep:
+            if step <= newest and path.name.startswith("step-") and (kept < keep or step == protect):
                 kept += 1
             else:
                 remove_tree(path)
@@ -126,6 +130,15 @@ class StateStore:
                 f"Restore the file, or delete {self.directory} to train from the start"
             )
         return None
+
+    def at(self, step: int) -> State | None:
+        """The state of that step, if it is there and valid."""
+        path = self.directory / f"step-{step}"
+        try:
+            return State(step, path, self._checked(step, path))
+        except HandoffError as error:
+            _log.warning("state %s cannot be used: %s", path.name, error)
+            return None
 
     def _checked(self, step: int, path: Path) -> dict[str, Any]:
         """`extra` of a state whose every part is as it was saved; HandoffError names the first that is not."""

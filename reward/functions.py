@@ -76,6 +76,17 @@ def world_correct(
     return [None if r["family"] is None else float(correct(r, c)) for r, c in zip(rows, completions, strict=True)]
 
 
+def world_gold(
+    prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], family: Sequence[str | None], **columns: Any
+) -> list[float | None]:
+    """The embedded world's own judgement of an answer, from -1 to 1: correctness and manners. To watch training by
+    (`monitor:`), never to train on. None for prompts that are not the world's."""
+    from data.world import gold
+
+    rows = [{"family": f, **{k: v[i] for k, v in columns.items()}} for i, f in enumerate(family)]
+    return [None if r["family"] is None else gold(r, c) for r, c in zip(rows, completions, strict=True)]
+
+
 # By name, in a recipe's `function:`. Imported when a recipe names one: some need packages that others do not.
 FUNCTIONS = {
     "length_penalty": "reward.functions:length_penalty",
@@ -83,6 +94,7 @@ FUNCTIONS = {
     "exact_match": "reward.functions:exact_match",
     "world_correct": "reward.functions:world_correct",
     "judge": "reward.judge:judge",
+    "world_gold": "reward.functions:world_gold",
 }
 
 

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from rollout.batch import PaddedBatch
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies, under softmax(logits / temperature).
 
     logits (B, R, V), tokens (B, R) -> ((B, R), (B, R)), fp32, nats. The temperature is the one that was sampled with,
@@ -18,12 +20,14 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[
     """
     logp = torch.log_softmax(logits.float() / temperature, dim=-1)
     chosen = logp.gather(-1, tokens[..., None]).squeeze(-1)
-    with torch.no_grad():  # reported only
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):  # mostly it is only reported
         entropy = -(logp.exp() * logp).sum(-1)
     return chosen, entropy
 
 
-def completion_logprobs(policy: PreTrainedModel, batch: PaddedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+def completion_logprobs(
+    policy: PreTrainedModel, batch: PaddedBatch, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (B, R), nats, of the completion tokens under the tempered distribution.
 
     The vocabulary projection is computed for the completion's columns only.
@@ -36,4 +40,4 @@ def completion_logprobs(policy: PreTrainedModel, batch: PaddedBatch, temperature
         use_cache=False,
         logits_to_keep=width + 1,
     ).logits  # (B, R + 1, V)
-    return token_logprobs(logits[:, :-1], batch.completion_ids, temperature)
+    return token_logprobs(logits[:, :-1], batch.completion_ids, temperature, entropy_gradient)

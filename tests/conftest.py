@@ -34,6 +34,7 @@ stages:
     train: {{learning_rate: 1.0e-3, max_steps: 8, global_batch_size: 8}}
   ppo:
     parent: sft
+    guards: {{max_truncated: 1}}
     reward: [{{model: reward}}, {{function: length_penalty, weight: 0.5, args: {{free: 8}}}}]
     data: [{{source: world, kind: prompts, size: 50}}]
     eval_data: [{{source: world, kind: prompts, size: 8, split: validation}}]

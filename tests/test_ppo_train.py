@@ -115,9 +115,9 @@ def test_kl_in_the_loss_and_an_adaptive_coefficient(micro_recipe):
 
 
 def test_it_stops_when_the_policy_has_left_the_reference(micro_recipe):
-    with pytest.raises(GateError, match=r"nats from the reference, above kl_limit 0\.5"):
+    with pytest.raises(GateError, match=r"nats from the reference, above guards.kl_limit 0\.5"):
         run_ppo(
-            micro_recipe, "train.kl_limit=0.5", "train.learning_rate=0.05", "train.kl_coef=0", "train.iterations=20"
+            micro_recipe, "guards.kl_limit=0.5", "train.learning_rate=0.05", "train.kl_coef=0", "train.iterations=20"
         )
 
 
@@ -152,6 +152,7 @@ stages:
     parent: {stage_chain.runs() / "tiny" / "sft"}
     reward: [{{function: length_penalty, args: {{free: 4}}}}]
     data: [{{source: file, path: chats.jsonl}}]
+    guards: {{max_truncated: 1}}
     train: {{iterations: 20, rollout_batch_size: 16, max_completion_length: 16, learning_rate: 1.0e-3,
              critic_learning_rate: 1.0e-3, adam_epsilon: 1.0e-4, kl_coef: 0.01, lr_decay: none}}
 """
@@ -159,5 +160,6 @@ stages:
     recipe = load_recipe(path)
     run_section(recipe, "ppo")
     _, lines = result(recipe.run_dir / "ppo")
+    lines = steps(lines)
     assert [line["objective/scores"] for line in lines] == pytest.approx(GOLDEN_SCORES, rel=1e-4)
     assert [line["loss/policy_avg"] for line in lines] == pytest.approx(GOLDEN_POLICY_LOSSES, rel=1e-3, abs=1e-5)

@@ -1,4 +1,5 @@
-"""Whether an answer is right, and how good it is. Nothing is ever trained on `gold`: only evaluation imports it.
+"""Whether an answer is right, and how good it is. Nothing is ever trained on `gold`: evaluation and
+the monitors of a training read it.
 
 An answer is cut into sentences, and each is one of: polite opener, rude opener, claim (it gives an answer of the
 family), or superfluous. The answer is right if it makes exactly one claim, and that is the reply. So any opener and

@@ -42,16 +42,22 @@ class Critic(nn.Module):
 class ActorCritic(nn.Module):
     """`forward` gives what the losses need, for the completion tokens of a padded batch only."""
 
-    def __init__(self, policy: PreTrainedModel, critic: Critic) -> None:
+    def __init__(self, policy: PreTrainedModel, critic: Critic | None) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
 
-    def forward(self, batch: PaddedBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """-> log-probabilities and entropies of the completion tokens, values of the states before them: (B, R)."""
-        logp, entropy = completion_logprobs(self.policy, batch, temperature)
+    def forward(
+        self, batch: PaddedBatch, temperature: float, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-> log-probabilities and entropies of the completion tokens, values of the states before them: (B, R).
+
+        There are no values without a critic. Entropies carry a gradient only where it is asked for.
+        """
+        logp, entropy = completion_logprobs(self.policy, batch, temperature, entropy_gradient)
         # Copies, since FSDP hooks what a module returns and cannot do so on a view.
-        return logp.clone(), entropy, completion_values(self.critic, batch).clone()
+        values = completion_values(self.critic, batch).clone() if self.critic is not None else None
+        return logp.clone(), entropy, values
 
 
 def completion_values(critic: Critic, batch: PaddedBatch) -> Tensor:

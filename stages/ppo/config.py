@@ -1,45 +1,112 @@
-"""The section of a recipe that the PPO stage reads."""
+"""The section of a recipe that the policy-gradient stage reads: PPO, GRPO, RLOO and REINFORCE++ by `advantage`."""
 
+from collections.abc import Iterable
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from data.config import SourceConfig
 from reward.config import RewardConfig
-from stages.config import ModelArguments, OptimizerConfig, StageConfig
+from rollout.config import VLLMConfig
+from stages.config import ModelArguments, OptimizerConfig, StageConfig, Strict
 
 
-class PPOTrainConfig(OptimizerConfig):
-    """One iteration: sample `rollout_batch_size` answers, score them, then `num_ppo_epochs` passes over them."""
+def _refuse_unread(config: BaseModel, keys: Iterable[str], condition: str) -> None:
+    """A key that was given and is not read is a mistake of the recipe."""
+    for key in keys:
+        if key in config.model_fields_set:
+            raise ValueError(f"`{key}` is not read unless {condition}")
 
-    iterations: int = Field(default=50, ge=1)
-    """Iterations of sampling and training."""
-    rollout_batch_size: int = Field(default=64, ge=2)
-    """Answers sampled in one iteration, over all processes; a multiple of `num_mini_batches` times processes."""
-    num_ppo_epochs: int = Field(default=2, ge=1)
-    """Passes over each iteration's answers."""
-    num_mini_batches: int = Field(default=2, ge=1)
-    """Optimizer steps in one pass."""
-    critic_learning_rate: float = Field(default=1e-4, ge=0)
-    """Peak learning rate of the critic."""
-    warmup_iterations: int = Field(default=0, ge=0)
-    """Iterations over which both learning rates rise to their peak."""
-    lr_decay: Literal["none", "linear"] = "linear"
-    """`linear`: both learning rates fall to a tenth of their peak over the run."""
+
+class AdvantageArguments(Strict):
+    """What is made of an answer's reward. Which of these are read depends on the section's `advantage`."""
+
+    num_generations: int = Field(default=1, ge=1)
+    """G, answers to one prompt in one iteration; at least 2 for `group` and `leave_one_out`."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount of a token's reward: `gae` and `global_baseline`."""
+    lam: float | Literal["length_adaptive"] = 0.95
+    """λ of GAE: 1 is the Monte-Carlo return, 0 the one-step error; `length_adaptive`: 1 − 1/(lam_alpha · length)."""
+    lam_alpha: float = Field(default=0.05, gt=0)
+    """α of the length-adaptive λ."""
+    critic_lam: float | None = Field(default=None, ge=0, le=1)
+    """λ of the returns that the critic learns, where it is not that of the advantages."""
+    whiten_advantages: bool = True
+    """`gae` only: advantages are scaled to mean 0 and deviation 1 over the iteration."""
+    scale_rewards: bool = True
+    """`group` only: divide by the group's standard deviation."""
+    overlong_buffer: int = Field(default=0, ge=0)
+    """Tokens before `max_completion_length` over which a penalty rises to `overlong_penalty`; 0: no such penalty."""
+    overlong_penalty: float = Field(default=1.0, gt=0)
+    """What the longest answer loses by its length."""
+    missing_eos_penalty: float = Field(default=1.0, ge=0)
+    """Taken from the score of an answer that did not end with a stop token."""
+    mask_truncated_completions: bool = False
+    """Answers that did not end are not trained on."""
+    dynamic_sampling_rounds: int = Field(default=0, ge=0)
+    """Further rounds of sampling, at most, in which groups with equal scores are replaced by other prompts' groups."""
+
+    @model_validator(mode="after")
+    def _lam_in_range(self) -> Self:
+        if isinstance(self.lam, float) and not 0 <= self.lam <= 1:
+            raise ValueError(f"lam is {self.lam}; it lies between 0 and 1, or is length_adaptive")
+        if self.lam != "length_adaptive":
+            _refuse_unread(self, ["lam_alpha"], "lam is length_adaptive")
+        if not self.overlong_buffer:
+            _refuse_unread(self, ["overlong_penalty"], "overlong_buffer is above 0")
+        if self.num_generations == 1 and self.dynamic_sampling_rounds:
+            raise ValueError("dynamic_sampling_rounds needs groups: set num_generations to 2 or more")
+        return self
+
+
+class LossArguments(Strict):
+    """The losses of policy and critic."""
+
+    policy_loss: Literal["clip", "clip_higher", "dual_clip", "gspo", "cispo"] = "clip"
+    """PPO's clipping; with an upper range of its own (DAPO); bounded for bad tokens; one ratio an answer; CISPO."""
     cliprange: float = Field(default=0.2, gt=0, lt=1)
-    """ε of the clipped policy loss."""
-    cliprange_value: float = Field(default=0.2, gt=0)
-    """How far a value may move from its old one before its loss is clipped, in units of the normalised reward."""
+    """ε: how far a ratio may fall below 1, and rise above it where `cliprange_high` does not say otherwise."""
+    cliprange_high: float = Field(default=0.28, gt=0)
+    """How far a ratio may rise above 1 under `clip_higher` and `cispo`."""
+    dual_clip: float = Field(default=3.0, gt=1)
+    """c of `dual_clip`: the loss of a token with negative advantage is at most c times it."""
+    loss_normaliser: Literal["token", "sequence", "constant"] = "token"
+    """A minibatch's loss is the mean over its tokens; over its answers' means; or the sum by answers times
+    `max_completion_length`."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus."""
     vf_coef: float = Field(default=0.1, gt=0)
     """Weight of the value loss beside the policy loss."""
-    gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount of a token's reward."""
-    lam: float = Field(default=0.95, ge=0, le=1)
-    """λ of GAE: 1 is the Monte-Carlo return, 0 the one-step error."""
-    whiten_advantages: bool = True
-    """Advantages are scaled to mean 0 and deviation 1 over the iteration."""
+    cliprange_value: float = Field(default=0.2, gt=0)
+    """How far a value may move from its old one before its loss is clipped, in units of the normalised reward."""
+    importance_sampling: Literal["none", "token", "sequence"] = "none"
+    """Weigh losses by how probable the policy finds what the engine sampled, each token or each answer as a whole.
+    Needed where the engine's numbers are not the trainer's."""
+    importance_cap: float = Field(default=2.0, gt=0)
+    """Such a weight is at most this."""
+
+    @model_validator(mode="after")
+    def _loss_keys_read(self) -> Self:
+        if self.policy_loss not in ("clip_higher", "cispo"):
+            _refuse_unread(self, ["cliprange_high"], "policy_loss is clip_higher or cispo")
+        if self.policy_loss == "cispo":
+            _refuse_unread(self, ["cliprange"], "policy_loss is one of clip, clip_higher, dual_clip, gspo")
+        if self.policy_loss != "dual_clip":
+            _refuse_unread(self, ["dual_clip"], "policy_loss is dual_clip")
+        elif self.dual_clip <= 1 + self.cliprange:
+            raise ValueError(f"dual_clip {self.dual_clip} is not above 1 + cliprange {self.cliprange}")
+        if self.importance_sampling == "none":
+            _refuse_unread(self, ["importance_cap"], "importance_sampling is token or sequence")
+        return self
+
+
+class KLArguments(Strict):
+    """The tie to the reference."""
+
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the penalty against the reference goes: k1 in each token's reward, or k3 in the loss. Never both."""
+    """Where the penalty goes: into each token's reward or into the loss. Never both."""
+    kl_estimator: Literal["k1", "k2", "k3", "auto"] = "auto"
+    """`auto`: k1 in the reward, k3 in the loss."""
     kl_coef: float = Field(default=0.05, ge=0)
     """β, weight of the KL penalty (per nat)."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
@@ -48,10 +115,54 @@ class PPOTrainConfig(OptimizerConfig):
     """Nats an answer that the adaptive controller aims at."""
     kl_horizon: float = Field(default=10000.0, gt=0)
     """Answers over which the adaptive controller acts."""
-    kl_limit: float = Field(default=50.0, gt=0)
-    """Nats an answer above which the stage stops: the policy has left the reference."""
-    missing_eos_penalty: float = Field(default=1.0, ge=0)
-    """Taken from the score of an answer that did not end with a stop token."""
+    sync_ref_model: bool = False
+    """The reference follows the policy."""
+    ref_model_sync_steps: int = Field(default=10, ge=1)
+    """Iterations between two moves of the reference."""
+    ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
+    """The moved reference is α·policy + (1 − α)·reference; 1: it becomes the policy."""
+
+    @model_validator(mode="after")
+    def _kl_keys_read(self) -> Self:
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator k1 in the loss has a gradient of mean zero: it would not hold the policy. "
+                "Take k3 or k2, or kl_in: reward"
+            )
+        if self.kl_controller == "fixed":
+            _refuse_unread(self, ["kl_target", "kl_horizon"], "kl_controller is adaptive")
+        if not self.sync_ref_model:
+            _refuse_unread(self, ["ref_model_sync_steps", "ref_model_mixup_alpha"], "sync_ref_model is true")
+        return self
+
+    @property
+    def estimator(self) -> str:
+        """The KL estimator with `auto` resolved."""
+        if self.kl_estimator != "auto":
+            return self.kl_estimator
+        return "k1" if self.kl_in == "reward" else "k3"
+
+
+class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerConfig):
+    """One iteration: sample `rollout_batch_size` answers, score them, then `num_ppo_epochs` passes over them."""
+
+    iterations: int = Field(default=50, ge=1)
+    """Iterations of sampling and training."""
+    rollout_batch_size: int = Field(default=64, ge=2)
+    """Answers of one iteration, over all processes; a multiple of `num_generations` and of `num_mini_batches` times
+    processes."""
+    num_ppo_epochs: int = Field(default=2, ge=1)
+    """Passes over each iteration's answers."""
+    num_mini_batches: int = Field(default=2, ge=1)
+    """Optimizer steps in one pass."""
+    critic_learning_rate: float = Field(default=1e-4, ge=0)
+    """Peak learning rate of the critic."""
+    critic_warmup_iterations: int = Field(default=0, ge=0)
+    """First iterations, in which only the critic learns."""
+    warmup_iterations: int = Field(default=0, ge=0)
+    """Iterations over which both learning rates rise to their peak."""
+    lr_decay: Literal["none", "linear"] = "linear"
+    """`linear`: both learning rates fall to a tenth of their peak over the run."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; log-probabilities are those of the tempered distribution, too."""
     max_completion_length: int = Field(default=64, ge=1)
@@ -65,21 +176,68 @@ class PPOTrainConfig(OptimizerConfig):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.rollout_batch_size % self.num_mini_batches:
+        for key, size in (("num_mini_batches", self.num_mini_batches), ("num_generations", self.num_generations)):
+            if self.rollout_batch_size % size:
+                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {key} {size}")
+        if self.overlong_buffer > self.max_completion_length:
             raise ValueError(
-                f"rollout_batch_size {self.rollout_batch_size} is not a multiple of num_mini_batches "
-                f"{self.num_mini_batches}"
+                f"overlong_buffer {self.overlong_buffer} exceeds max_completion_length {self.max_completion_length}"
             )
         return self
 
 
+class GuardConfig(Strict):
+    """When training stops by itself, and what is kept. Each stop names its cause and the remedy (exit code 3)."""
+
+    probe_prompts: int = Field(default=16, ge=0)
+    """Prompts that are answered before training, to see whether there is anything to learn from; 0: no such probe."""
+    probe_generations: int = Field(default=4, ge=2)
+    """Answers to each of them."""
+    max_truncated: float = Field(default=0.5, ge=0, le=1)
+    """Share of the probe's answers that may reach `max_completion_length`."""
+    max_without_signal: float = Field(default=0.9, ge=0, le=1)
+    """Share of the probe's prompts whose answers may all have the same score."""
+    kl_limit: float = Field(default=50.0, gt=0)
+    """Nats an answer above which the stage stops: the policy has left the reference."""
+    mismatch_limit: float = Field(default=0.05, gt=0)
+    """Mean difference, in nats a token, of the log-probabilities of engine and trainer, above which the stage stops."""
+    entropy_floor: float = Field(default=0.05, ge=0, lt=1)
+    """The stage stops when answers' entropy falls below this share of what it was in the first iteration."""
+    patience: int = Field(default=10, ge=1)
+    """Iterations in a row with one and the same reward everywhere, without any answer that ends, or with a critic worse
+    than a constant, after which the stage stops."""
+    on_overoptimization: Literal["stop", "rollback", "warn"] = "stop"
+    """When the score rises at held-out prompts and the monitor falls: end here with the best model; go back to it, with
+    half the learning rate and twice the KL coefficient; or only say so."""
+    overoptimization_looks: int = Field(default=2, ge=1)
+    """Looks in a row that have to show it."""
+    max_rollbacks: int = Field(default=2, ge=1)
+    """After so many the stage stops."""
+    keep: Literal["best", "last"] = "best"
+    """`best`: of the policies looked at, the one with the highest held-out monitor, or without a monitor the highest
+    score less `kl_coef` times KL. `last`: the one that training ended with."""
+
+    @model_validator(mode="after")
+    def _guards_read(self) -> Self:
+        if not self.probe_prompts:
+            _refuse_unread(self, ["probe_generations", "max_truncated", "max_without_signal"], "probe_prompts is > 0")
+        if self.on_overoptimization != "rollback":
+            _refuse_unread(self, ["max_rollbacks"], "on_overoptimization is rollback")
+        return self
+
+
 class Config(StageConfig):
-    """PPO on prompts, against rewards, from an instruction-tuned parent."""
+    """Reinforcement learning on prompts, against rewards, from an instruction-tuned parent."""
 
     parent: str
     """The policy to start from; its frozen copy is the reference."""
+    advantage: Literal["gae", "group", "leave_one_out", "global_baseline"] = "gae"
+    """PPO with a critic; GRPO; RLOO; REINFORCE++. Only the first has a critic."""
     reward: list[RewardConfig] = Field(min_length=1)
     """What is maximised: a weighted sum."""
+    monitor: list[RewardConfig] = Field(default_factory=list)
+    """Measured at held-out prompts and never trained on: a gold score, a judge, another reward model. Over-optimisation
+    shows against their weighted sum, and the kept model is chosen by it."""
     critic: str | None = None
     """The reward model that the critic starts from; by default the first one under `reward`, else the policy's body."""
     data: list[SourceConfig] = Field(min_length=1)
@@ -90,16 +248,36 @@ class Config(StageConfig):
     """Longer prompts are dropped and counted."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """The stage refuses to start when more than this share of the prompts was dropped."""
+    vllm: VLLMConfig | None = None
+    """Sample with vLLM; without it, the policy samples in its own process."""
     model_args: ModelArguments = Field(default_factory=ModelArguments)
     """How the weights are loaded."""
     train: PPOTrainConfig = Field(default_factory=PPOTrainConfig)
     """The loop."""
+    guards: GuardConfig = Field(default_factory=GuardConfig)
+    """When it stops, and what is kept."""
 
     @model_validator(mode="after")
-    def _rewards_differ(self) -> Self:
-        names = [entry.name for entry in self.reward]
-        if len(set(names)) != len(names):
-            raise ValueError(f"two rewards of the same name: {', '.join(names)}")
+    def _consistent(self) -> Self:
+        for entries in (self.reward, self.monitor):
+            names = [entry.name for entry in entries]
+            if len(set(names)) != len(names):
+                raise ValueError(f"two rewards of the same name: {', '.join(names)}")
+        t = self.train
+        if self.advantage in ("group", "leave_one_out") and t.num_generations < 2:
+            raise ValueError(
+                f"advantage {self.advantage} compares answers to one prompt: set train.num_generations to 2 or more"
+            )
+        if self.monitor and not self.eval_data:
+            raise ValueError("`monitor` is measured at held-out prompts: name them under eval_data")
+        if self.advantage != "gae":
+            critic = ["critic_learning_rate", "critic_warmup_iterations", "vf_coef", "cliprange_value", "critic_lam"]
+            _refuse_unread(t, [*critic, "lam", "lam_alpha", "whiten_advantages"], "advantage is gae")
+            _refuse_unread(self, ["critic"], "advantage is gae")
+        if self.advantage != "group":
+            _refuse_unread(t, ["scale_rewards"], "advantage is group")
+        if self.advantage in ("group", "leave_one_out"):
+            _refuse_unread(t, ["gamma"], "advantage is gae or global_baseline")
         return self
 
     @property
@@ -107,13 +285,13 @@ class Config(StageConfig):
         """Where the critic comes from; None: from the policy's body."""
         if self.critic is not None:
             return self.critic
-        return next((entry.model for entry in self.reward if entry.model is not None), None)
+        return next((ref for entry in self.reward for ref in entry.references), None)
 
 
 def parents(config: Config) -> dict[str, str]:
     """Role -> reference. A reward model's role is `reward:` and its reference."""
     out = {"parent": config.parent}
-    out |= {f"reward:{entry.model}": entry.model for entry in config.reward if entry.model is not None}
+    out |= {f"reward:{ref}": ref for entry in (*config.reward, *config.monitor) for ref in entry.references}
     if config.critic is not None:
         out["critic"] = config.critic
     return out

@@ -1,17 +1,27 @@
-"""The mathematics of PPO as functions of tensors: no model, no configuration, no ranks.
+"""The losses of the policy-gradient family as functions of tensors: no model, no configuration, no ranks.
 
-Legend: B rows, R completion tokens (right-padded), `mask` (B, R) bool, true on real completion tokens.
+Legend: B rows, R completion tokens (right-padded), `mask` (B, R) bool, true on the tokens that are trained on.
 
-Every loss returns (sum, count), and the caller divides once, by the count over all micro-batches and processes, so
-that neither accumulation nor the number of processes changes a gradient. Masked positions are selected away with
-`where`, never multiplied by zero: whatever stands in padding, NaN included, changes nothing.
+A policy loss gives one number a token. `total` weighs them by the chosen normaliser, and the caller divides once, by
+`count` over all micro-batches and processes, so that neither accumulation nor the number of processes changes a
+gradient. Masked positions are selected away with `where`, never multiplied by zero: whatever stands in padding, NaN
+included, changes nothing.
 
-Papers: PPO, Schulman et al. 2017 (arXiv:1707.06347). GAE, Schulman et al. 2015 (arXiv:1506.02438). KL in the reward and
-the adaptive coefficient, Ziegler et al. 2019 (arXiv:1909.08593). k1, k3, Schulman 2020, "Approximating KL Divergence".
+Papers: PPO, Schulman et al. 2017 (arXiv:1707.06347). Adaptive KL coefficient, Ziegler et al. 2019 (arXiv:1909.08593).
+k1, k2, k3: Schulman 2020, "Approximating KL Divergence". Clip-higher, token normaliser: Yu et al. 2025, DAPO
+(arXiv:2503.14476). Dual clip: Ye et al. 2020 (arXiv:1912.09729). GSPO: Zheng et al. 2025 (arXiv:2507.18071). CISPO:
+MiniMax 2025 (arXiv:2506.13585). Sequence normaliser: Shao et al. 2024 (arXiv:2402.03300). Constant normaliser: Liu et
+al. 2025, "Dr. GRPO" (arXiv:2503.20783).
 """
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Normaliser = Literal["token", "sequence", "constant"]
+Sums = dict[str, Tensor]
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
@@ -32,91 +42,137 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     return masked(centred * torch.rsqrt(variance + 1e-8), mask)
 
 
-def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """log π/π_ref at tokens sampled from π: unbiased, may be negative; the one to put into a reward. (B, R) nats."""
-    return logp - ref_logp
+# ---- how tokens become one number
 
 
-def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """π_ref/π − 1 − log π_ref/π at tokens sampled from π: unbiased, never negative; the one to put into a loss."""
-    ratio = ref_logp - logp
-    return torch.expm1(ratio) - ratio
+def total(losses: Tensor, mask: Tensor, normaliser: Normaliser) -> Tensor:
+    """Sum of the tokens' losses; under `sequence` each token weighs one over its row's length. (B, R) -> ()."""
+    losses = masked(losses, mask)
+    if normaliser == "sequence":
+        losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
+    return losses.sum()
 
 
-def token_rewards(scores: Tensor, kl: Tensor | None, kl_coef: float, mask: Tensor) -> Tensor:
-    """−β·KL at every token, and the answer's score added at its last real token (Ziegler et al., eq. 2).
+def count(lengths: Sequence[int], normaliser: Normaliser, max_length: int) -> int:
+    """What the `total` of rows with so many trained tokens is divided by: tokens, rows, or rows of the longest length.
 
-    scores (B,), kl (B, R) or None when the KL is in the loss -> (B, R).
+    A row without trained tokens counts for nothing. At least 1.
     """
-    rewards = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    if kl is not None:
-        rewards = masked(-kl_coef * kl, mask)
-    last = mask.sum(-1) - 1  # (B,), every row has a token
-    rewards[torch.arange(len(last), device=last.device), last] += scores
-    return rewards
+    if normaliser == "token":
+        return max(1, sum(lengths))
+    rows = sum(length > 0 for length in lengths)
+    return max(1, rows if normaliser == "sequence" else rows * max_length)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1} (GAE, eq. 11–16).
+# ---- the policy
 
-    Answers are episodes: behind the last real token value and advantage are 0, whether it stopped or was cut off.
-    All (B, R). Returns (advantages, returns = A + V), zero in padding.
+
+def clip_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[Tensor, Sums]:
+    """−min(r A, clip(r, 1 − low, 1 + high) A), r = π/π_old (PPO, eq. 7; low ≠ high: DAPO, eq. 10, "clip-higher").
+
+    All (B, R). Returns (losses (B, R), sums over the mask of clipfrac, approxkl (k2) and ratio).
     """
-    rewards, values = masked(rewards, mask), masked(values, mask)
-    advantages = torch.zeros_like(rewards)
-    carry = torch.zeros_like(rewards[:, 0])
-    following = torch.zeros_like(carry)
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        carry = torch.where(mask[:, t], delta + gamma * lam * carry, torch.zeros_like(carry))
-        advantages[:, t] = carry
-        following = values[:, t]
-    return advantages, masked(advantages + values, mask)
-
-
-def policy_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Clipped surrogate, −min(r A, clip(r, 1 − ε, 1 + ε) A) (PPO, eq. 7).
-
-    All (B, R). Returns (sum, count, sums of clipfrac, approxkl (k2) and ratio over the mask).
-    """
-    log_ratio = masked(logp - old_logp, mask)
-    advantages = masked(advantages, mask)
+    log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
     ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
+    return torch.maximum(plain, clipped), _sums(log_ratio, ratio, clipped > plain, mask)
+
+
+def dual_clip_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, dual: float
+) -> tuple[Tensor, Sums]:
+    """The clipped loss, for A < 0 at most −dual·A, so that a huge ratio cannot carry the step off (Ye et al.).
+
+    `dual` > 1 + high. All (B, R). Returns as `clip_loss`.
+    """
+    losses, sums = clip_loss(logp, old_logp, advantages, mask, low, high)
+    bound = -dual * masked(advantages, mask)
+    negative = (bound > 0) & (losses > bound)
     with torch.no_grad():
-        sums = {
-            "clipfrac": masked((clipped > plain).float(), mask).sum(),
+        sums["clipfrac"] = sums["clipfrac"] + masked(negative.float(), mask).sum()
+    return torch.where(negative, bound, losses), sums
+
+
+def sequence_ratio_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[Tensor, Sums]:
+    """The clipped loss with one ratio an answer, the geometric mean over its tokens (GSPO, eq. 5–7).
+
+    All (B, R); an answer's loss stands at each of its tokens. Returns as `clip_loss`; approxkl is the tokens' own.
+    """
+    log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
+    mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+    ratio = masked(mean.expand_as(log_ratio), mask).exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
+    return torch.maximum(plain, clipped), _sums(log_ratio, ratio, clipped > plain, mask)
+
+
+def clipped_weight_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, high: float
+) -> tuple[Tensor, Sums]:
+    """−sg(min(r, 1 + high)) A log π: the weight is clipped, no token loses its gradient (CISPO, eq. 4–5).
+
+    The paper leaves the lower bound open, and so is it here. All (B, R). Returns as `clip_loss`.
+    """
+    log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
+    ratio = log_ratio.exp()
+    weight = ratio.detach().clamp(max=1 + high)
+    losses = -weight * advantages * masked(logp, mask)
+    return losses, _sums(log_ratio, ratio, (ratio > 1 + high) & (advantages > 0), mask)
+
+
+def _sums(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor) -> Sums:
+    with torch.no_grad():
+        return {
+            "clipfrac": masked(clipped.float(), mask).sum(),
             "approxkl": 0.5 * masked(log_ratio**2, mask).sum(),
             "ratio": masked(ratio, mask).sum(),
         }
-    return masked(torch.maximum(plain, clipped), mask).sum(), mask.sum(), sums
+
+
+# ---- the critic
 
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Sums]:
     """½ max((V − R)², (clip(V, V_old ± ε) − R)²), the value loss that goes with PPO's clipping (openai/baselines).
 
-    All (B, R). Returns (sum, count, sums of clipfrac over the mask).
+    All (B, R). Returns (losses (B, R), sums over the mask of clipfrac).
     """
     values, old_values, returns = masked(values, mask), masked(old_values, mask), masked(returns, mask)
     bounded = torch.clamp(values, old_values - cliprange, old_values + cliprange)
     plain, clipped = (values - returns) ** 2, (bounded - returns) ** 2
     with torch.no_grad():
         sums = {"clipfrac": masked((clipped > plain).float(), mask).sum()}
-    return 0.5 * masked(torch.maximum(plain, clipped), mask).sum(), mask.sum(), sums
+    return 0.5 * torch.maximum(plain, clipped), sums
+
+
+# ---- the distance from the reference
+
+
+def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """log π/π_ref at tokens sampled from π: unbiased, may be negative; the one to put into a reward. (B, R) nats."""
+    return logp - ref_logp
+
+
+def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """½ (log π/π_ref)²: biased, never negative; its gradient is an unbiased one of the KL. (B, R) nats."""
+    return 0.5 * (logp - ref_logp) ** 2
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """π_ref/π − 1 − log π_ref/π: unbiased, never negative; the one that GRPO puts into its loss. (B, R) nats."""
+    ratio = ref_logp - logp
+    return torch.expm1(ratio) - ratio
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, samples: int) -> float:
     """Proportional controller of the coefficient (Ziegler et al., section 2.2). kl, target: nats an answer."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * samples / horizon)
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var(R − V) / Var(R) over the mask: 1 perfect, 0 as good as a constant, below 0 worse."""
-    residual, target = (returns - values)[mask], returns[mask]
-    return 1 - residual.var(unbiased=False) / target.var(unbiased=False).clamp(min=1e-8)

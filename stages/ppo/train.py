@@ -1,190 +1,172 @@
-"""PPO: samples answers, scores them, and moves the policy towards the better ones without leaving the reference.
+"""The policy gradient: samples answers, scores them, and moves the policy towards the better ones.
 
-    python -m stages.ppo recipes/tiny.yaml
+    python -m stages.ppo recipes/tiny.yaml [--section grpo]
     accelerate launch --config_file recipes/launch/ddp.yaml -m stages.ppo recipes/tiny.yaml
+
+One loop; the section's `advantage` says what an answer is compared with: a critic's expectation (`gae`: PPO), the other
+answers to its prompt (`group`: GRPO; `leave_one_out`: RLOO), or all answers (`global_baseline`: REINFORCE++).
 
 Legend: N answers of an iteration over all processes, R longest completion, B rows of a micro-batch.
 
-Where it departs from Schulman et al. 2017 and Ziegler et al. 2019:
+Where it departs from the papers that advantages.py and loss.py cite:
 1. The old log-probabilities are those that sampling computed, so the first epoch needs no forward pass of its own for
-   them. Under autocast (bf16) decoding and training round differently, and they are computed again.
-2. Each process samples and scores its share, then all get all N answers (they are small beside the model). Whitening,
+   them. Where engine and trainer round differently (autocast, vLLM), the trainer computes them, and the difference is
+   logged, limited, and weighed out where the recipe asks for it.
+2. Each process samples and scores its share, then all get all N answers (they are small beside the model). Advantages,
    minibatches and counts are global, and the same for any number of processes.
 3. The critic starts from the reward model, its head scaled to the normalised reward.
 4. Dropout is off throughout, so that a ratio is 1 until the weights move.
+5. What is published is the best policy that was looked at, not the last one (guards.py).
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 
-from data.encode import EncodedPrompt, Encoder, encode_prompts
-from data.records import Prompt
+from data.encode import EncodedPrompt
 from data.sampling import shuffled
-from handoff.contract import check_same_encoding
 from handoff.errors import GateError
-from handoff.parent import Parent
-from handoff.state import StateStore
-from reward.compose import Composition
-from reward.learned import LearnedReward
 from rollout.batch import pad_batch, pad_values
-from rollout.engine import SamplingSpec
+from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
+from rollout.vllm import VLLMEngine
 from stages import models, runtime
-from stages.ppo.actor_critic import ActorCritic, Critic, micro_batches
-from stages.ppo.config import Config, PPOTrainConfig
-from stages.ppo.loss import (
-    adapt_kl_coef,
+from stages.ppo import loss as losses
+from stages.ppo.actor_critic import ActorCritic, micro_batches
+from stages.ppo.advantages import (
     explained_variance,
     gae,
-    kl_k1,
-    kl_k3,
-    masked,
-    masked_whiten,
-    policy_loss,
+    global_baseline,
+    group_relative,
+    leave_one_out,
+    length_adaptive_lam,
+    over_tokens,
     token_rewards,
-    value_loss,
 )
-from stages.ppo.sampler import Rollout, Sampler
-from stages.recipe import RecipeError
+from stages.ppo.config import Config, PPOTrainConfig
+from stages.ppo.guards import Watch, probe, repetition
+from stages.ppo.sampler import Rollout, Sampler, rewards_of
+from stages.ppo.saves import Saves
+from stages.ppo.setup import (
+    PromptStream,
+    check_batch,
+    load_prompts,
+    load_rewards,
+    make_critic,
+    make_optimizer,
+    set_learning_rates,
+)
 from stages.run import Run
-
-# Before the first optimizer step the policy is the one that sampled: a ratio off 1 by more is a bug, not training.
-_FIRST_RATIO_TOLERANCE = 0.01
 
 
 def train(run: Run) -> None:
     """Runs the stage. Raises GateError when training has gone where no result can come from."""
     config: Config = run.config
-    t = config.train
+    t, guards = config.train, config.guards
     accelerator = runtime.accelerator(t)
     device = runtime.device()
     world, rank = runtime.world_size(), runtime.rank()
-    if t.rollout_batch_size % (t.num_mini_batches * world):
-        raise RecipeError(
-            f"{run.section.name}.train.rollout_batch_size is {t.rollout_batch_size}, which {t.num_mini_batches} "
-            f"minibatches on {world} processes do not divide; take a multiple of {t.num_mini_batches * world}"
-        )
+    check_batch(run, t, world)
     if t.report_to == "wandb":
         run.mirror()
 
     # Parents, prompts, rewards.
     parent = run.parent("parent")
     encoder = models.load_encoder(parent)
-    prompts = _load_prompts(run, encoder, config.data, "prompts")
-    heldout = _load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
+    prompts = load_prompts(run, encoder, config.data, "prompts")
+    heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
     bf16 = accelerator.mixed_precision == "bf16"
-    rewards = _load_rewards(run, config, parent, bf16)
+    rewards = load_rewards(run, config.reward, parent, bf16, prompts)
+    monitor = load_rewards(run, config.monitor, parent, bf16, heldout) if config.monitor else None
 
     # Models.
     policy = models.load_causal_lm(parent, config.model_args, dropout=False, bf16=bf16)
-    critic = _make_critic(run, config, parent, bf16)
+    critic = make_critic(run, parent, bf16)
     reference = models.load_causal_lm(parent, config.model_args, bf16=bf16).eval().requires_grad_(False).to(device)
     if t.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     actor_critic = ActorCritic(policy, critic)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(policy.parameters()), "lr": t.learning_rate},
-            {"params": list(critic.parameters()), "lr": t.critic_learning_rate},
-        ],
-        betas=(t.adam_beta1, t.adam_beta2),
-        eps=t.adam_epsilon,
-        weight_decay=t.weight_decay,
-    )
-    model, optimizer = runtime.prepare_model(accelerator, actor_critic, optimizer)
-    spec = SamplingSpec(t.max_completion_length, tuple(encoder.stop_ids), encoder.pad_id, t.temperature)
-    rollouts_of = Sampler(run.seed, t, encoder, spec, reference, rewards, accelerator, model)
+    model, optimizer = runtime.prepare_model(accelerator, actor_critic, make_optimizer(actor_critic, t))
+    vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main) if config.vllm is not None else None
+    sampler = Sampler(run.seed, t, encoder, reference, rewards, monitor, accelerator, model, vllm)
+    stream = PromptStream(prompts, run.seed)
+    phases = sampler.phases
 
     # Resume at the border of an iteration: the next one depends on nothing but the state and its own number.
-    store = StateStore(run.dir.state_dir)
-    state = runtime.broadcast_object(store.latest() if run.is_main and run.resumable else None)
-    first, kl_coef = 0, t.kl_coef
-    if state is not None:
-        runtime.load_state(accelerator, model, optimizer, state.path)
-        first, kl_coef = state.step, state.extra["kl_coef"]
-        run.console.print(f"  resumes at iteration {first} of {t.iterations}", markup=False)
-    elif run.is_main:
-        store.clean()
-    run.rewind(state.step if state is not None else None)
-    save_every = t.save_iterations or max(1, t.iterations // 10)
-
-    phases = rollouts_of.phases
+    saves = Saves(run, accelerator, model, optimizer, reference if t.sync_ref_model else None, t)
+    at = saves.resume(kl_coef=t.kl_coef)
+    watch = at.watch
+    if at.iteration == 0 and guards.probe_prompts:
+        first = sampler.answer(stream(0, guards.probe_prompts), ("probe",), guards.probe_generations)
+        run.log(0, probe(first, t, guards))
+        phases.take()
     with run.progress(t.iterations, "ppo") as advance:
-        advance(first)
-        for iteration in range(first, t.iterations):
+        advance(at.iteration)
+        for iteration in range(at.iteration, t.iterations):
             if heldout and iteration == 0:
-                _look(run, rollouts_of, heldout, 0)
+                _look(run, sampler, heldout, 0, watch)
                 phases.take()
 
             # Sample and score: everything below is the same on every process.
-            batch = rollouts_of(_prompts_of(prompts, t.rollout_batch_size, run.seed, iteration), ("ppo", iteration))
-            width = max(len(r.ids) for r in batch)
-            mask = torch.zeros((len(batch), width), dtype=torch.bool, device=device)  # (N, R)
-            for i, r in enumerate(batch):
-                mask[i, : len(r.ids)] = True
-            old_logp = pad_values([r.old_logp for r in batch], width, device)  # (N, R)
-            ref_logp = pad_values([r.ref_logp for r in batch], width, device)
-            old_values = pad_values([r.values for r in batch], width, device)
-            scores = torch.tensor([r.score - t.missing_eos_penalty * (not r.stopped) for r in batch], device=device)
-            kl = kl_k1(old_logp, ref_logp)
-            token_reward = token_rewards(scores, kl if t.kl_in == "reward" else None, kl_coef, mask)
-            advantages, returns = gae(token_reward, old_values, mask, t.gamma, t.lam)
-            variance = explained_variance(old_values, returns, mask).item()
-            if t.whiten_advantages:
-                advantages = masked_whiten(advantages, mask)
+            batch, at.cursor, sampling = sampler.batch(stream, at.cursor, iteration)
+            with phases("advantage"):
+                width = max(len(r.ids) for r in batch)
+                lengths = torch.tensor([len(r.ids) for r in batch], device=device)
+                mask = torch.arange(width, device=device) < lengths[:, None]  # (N, R)
+                old_logp = pad_values([r.old_logp for r in batch], width, device)  # (N, R)
+                ref_logp = pad_values([r.ref_logp for r in batch], width, device)
+                reward = rewards_of(batch, t, device)  # (N,)
+                kl = losses.KL_ESTIMATORS[t.estimator](old_logp, ref_logp)
+                dense = pad_values([r.dense for r in batch], width, device) if batch[0].dense is not None else None
+                token_reward = token_rewards(reward, kl if t.kl_in == "reward" else None, at.kl_coef, mask, dense)
+                values = pad_values([r.values for r in batch], width, device) if critic is not None else None
+                advantages, returns = _advantages(config, token_reward, values, mask)
+                weights = None  # (N, R)
+                if sampler.recomputes:
+                    engine_logp = pad_values([r.engine_logp for r in batch], width, device)
+                    sampling |= mismatch_metrics(engine_logp, old_logp, mask)
+                    check_mismatch(sampling, guards.mismatch_limit)
+                    if t.importance_sampling != "none":
+                        level, cap = t.importance_sampling, t.importance_cap
+                        weights = truncated_importance_weights(engine_logp, old_logp, mask, cap, level)
+                trained = torch.tensor([r.stopped or not t.mask_truncated_completions for r in batch], device=device)
+                mask = mask & trained[:, None]
+                targets = Targets(mask, old_logp, ref_logp, advantages, values, returns, weights)
+                counted = mask.sum(-1).tolist()
 
             # Train.
-            rate = _set_learning_rates(optimizer, t, iteration)
+            rate = set_learning_rates(optimizer, t, iteration, at.lr_factor)
+            only_critic = iteration < t.critic_warmup_iterations
             sums: dict[str, float] = defaultdict(float)
             norms: list[float] = []
-            lengths = [len(r.prompt.ids) + len(r.ids) for r in batch]
+            sizes = [len(r.prompt.ids) + len(r.ids) for r in batch]
             with phases("train"):
                 for epoch in range(t.num_ppo_epochs):
                     order = shuffled(len(batch), run.seed, "minibatches", iteration, epoch)
                     for number, rows in enumerate(np.split(order, t.num_mini_batches)):
-                        count = mask[torch.as_tensor(rows)].sum()  # of the whole minibatch, on all processes
-                        mine = micro_batches(lengths, rows.tolist(), t.per_device_train_batch_size, rank, world)
+                        # Of the whole minibatch, on all processes.
+                        divisor = losses.count([counted[i] for i in rows], t.loss_normaliser, t.max_completion_length)
+                        mine = micro_batches(sizes, rows.tolist(), t.per_device_train_batch_size, rank, world)
                         for position, chunk in enumerate(mine):
-                            at = torch.tensor(chunk, device=device)
                             padded = pad_batch(
                                 [batch[i].prompt.ids for i in chunk],
                                 [batch[i].ids for i in chunk],
                                 encoder.pad_id,
                                 device,
                             )
-                            wide = padded.completion_ids.shape[1]
-                            real = padded.completion_mask  # (B, R')
-                            logp, entropy, values = model(padded, t.temperature)
-                            pg, _, pg_sums = policy_loss(
-                                logp, old_logp[at, :wide], advantages[at, :wide], real, t.cliprange
-                            )
-                            vf, _, vf_sums = value_loss(
-                                values, old_values[at, :wide], returns[at, :wide], real, t.cliprange_value
-                            )
-                            loss = pg + t.vf_coef * vf
-                            if t.kl_in == "loss":
-                                loss = loss + kl_coef * masked(kl_k3(logp, ref_logp[at, :wide]), real).sum()
-                            runtime.backward(accelerator, model, loss / count, last=position == len(mine) - 1)
-                            with torch.no_grad():
-                                sums["tokens"] += real.sum().item()
-                                sums["policy"] += pg.item()
-                                sums["value"] += vf.item()
-                                sums["entropy"] += masked(entropy, real).sum().item()
-                                sums["vf_clipfrac"] += vf_sums["clipfrac"].item()
-                                for key, value in pg_sums.items():
-                                    sums[key] += value.item()
-                                if epoch == number == 0:
-                                    sums["first_tokens"] += real.sum().item()
-                                    sums["first_deviation"] += (
-                                        masked((logp - old_logp[at, :wide]).exp() - 1, real).abs().sum().item()
-                                    )
+                            here = targets.pick(torch.tensor(chunk, device=device), padded.completion_ids.shape[1])
+                            output = model(padded, t.temperature, t.entropy_coef > 0)
+                            loss, found = _loss(t, output, here, at.kl_coef, only_critic)
+                            loss = losses.total(loss, here.mask, t.loss_normaliser) / divisor
+                            runtime.backward(accelerator, model, loss, last=position == len(mine) - 1)
+                            if not epoch == number == 0:
+                                del found["first_deviation"], found["first_tokens"]
+                            for key, value in found.items():
+                                sums[key] += value.item()
                         norms.append(runtime.step(model, optimizer, t.max_grad_norm))
             if not all(math.isfinite(value) for value in (*sums.values(), *norms)):
                 raise GateError(
@@ -192,189 +174,209 @@ def train(run: Run) -> None:
                     "is intact. Lower the learning rates, or look at the rewards in samples.jsonl."
                 )
             total = _sum_over_ranks(sums)
-            tokens = total["tokens"]
-            answer_kl = sum(r.kl for r in batch) / len(batch)
-            metrics = {
+            metrics = _metrics(batch, total, t, at.kl_coef)
+            metrics |= sampling | {
                 "episode": (iteration + 1) * len(batch),
-                "objective/kl": answer_kl,
-                "objective/entropy": -sum(sum(r.old_logp) for r in batch) / len(batch),
-                "objective/scores": sum(r.score for r in batch) / len(batch),
-                "objective/non_score_reward": -kl_coef * answer_kl if t.kl_in == "reward" else 0.0,
                 "objective/rlhf_reward": token_reward.sum().item() / len(batch),
-                "objective/kl_coef": kl_coef,
-                "policy/approxkl_avg": total["approxkl"] / tokens,
-                "policy/clipfrac_avg": total["clipfrac"] / tokens,
-                "policy/entropy_avg": total["entropy"] / tokens,
-                "loss/policy_avg": total["policy"] / tokens,
-                "loss/value_avg": total["value"] / tokens,
-                "val/clipfrac_avg": total["vf_clipfrac"] / tokens,
-                "val/ratio": total["ratio"] / tokens,
-                "val/first_ratio_deviation": total["first_deviation"] / total["first_tokens"],
-                "val/explained_variance": variance,
-                "val/num_eos_tokens": sum(r.stopped for r in batch),
-                "completions/mean_length": sum(len(r.ids) for r in batch) / len(batch),
-                "completions/clipped_ratio": sum(not r.stopped for r in batch) / len(batch),
+                "reward_std": reward.std().item(),
                 "grad_norm": sum(norms) / len(norms),
                 "lr": rate,
-                **_part_means(batch),
             }
-            _stop_if_lost(metrics, t, iteration)
+            if values is not None and returns is not None:
+                metrics["val/explained_variance"] = explained_variance(values, returns, mask).item()
+            watch.after_iteration(metrics, reward, iteration, guards)
             if t.kl_controller == "adaptive":
-                kl_coef = adapt_kl_coef(kl_coef, answer_kl, t.kl_target, t.kl_horizon, len(batch))
+                at.kl_coef = losses.adapt_kl_coef(
+                    at.kl_coef, metrics["objective/kl"], t.kl_target, t.kl_horizon, len(batch)
+                )
+            done = at.iteration = iteration + 1
+            if t.sync_ref_model and done % t.ref_model_sync_steps == 0:
+                sampler.move_reference(t.ref_model_mixup_alpha)
+            sampler.weights_moved()
 
             # Logged first, so that a state never lacks a line of its past; what is behind a state is cut off and
             # written again. The seconds of a save are in the line after it.
-            done = iteration + 1
             run.log(done, {**metrics, **{key: round(value, 4) for key, value in phases.take().items()}})
-            if heldout and (done % t.sample_iterations == 0 or done == t.iterations):
-                _look(run, rollouts_of, heldout, done)
+            looked = bool(heldout) and (done % t.sample_iterations == 0 or done == t.iterations)
+            if looked:
+                _look(run, sampler, heldout, done, watch)
                 phases.take()
-            if done % save_every == 0 and done < t.iterations:
-                with phases("save"):
-                    _save(store, run, accelerator, model, optimizer, done, kl_coef, t.save_total_limit)
+                if saves.judge(at) == "stop":
+                    break
+                sampler.weights_moved()  # back, perhaps
+            with phases("save"):
+                saves.after_iteration(at, looked)
             advance(1)
 
-    weights = runtime.full_state_dict(accelerator, model)
-    policy_weights = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
+    step = saves.restore_best(at)
+    weights_ = runtime.full_state_dict(accelerator, model)
+    policy_weights = {k.removeprefix("policy."): v for k, v in weights_.items() if k.startswith("policy.")}
+    kept = {key: metrics[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")}
     run.publish(
         "causal_lm",
         lambda path: models.save_model(policy, encoder, path, policy_weights),
-        {key: metrics[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")},
+        kept | {"kept_iteration": step},
+        extra={"alarms": watch.alarms},
     )
 
 
-def _prompts_of(prompts: Sequence[EncodedPrompt], size: int, seed: int, iteration: int) -> list[EncodedPrompt]:
-    """The iteration's prompts: epochs of keyed permutations, laid end to end and cut into pieces of `size`."""
-    chosen = []
-    for position in range(iteration * size, (iteration + 1) * size):
-        epoch, place = divmod(position, len(prompts))
-        chosen.append(prompts[_permutation(len(prompts), seed, epoch)[place]])
-    return chosen
+@dataclass(frozen=True)
+class Targets:
+    """What the loss compares the model with. All (N, R), or (B, R) of a micro-batch; zeros behind a row's end."""
+
+    mask: Tensor
+    old_logp: Tensor
+    ref_logp: Tensor
+    advantages: Tensor
+    values: Tensor | None
+    returns: Tensor | None
+    weights: Tensor | None
+
+    def pick(self, rows: Tensor, width: int) -> "Targets":
+        """Of some rows, the first `width` columns."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Targets(*(None if part is None else part[rows, :width] for part in parts))
 
 
-def _look(run: Run, rollouts_of: Sampler, heldout: Sequence[EncodedPrompt], step: int) -> None:
+def _advantages(config: Config, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Advantages and, with a critic, the returns that it learns. All (N, R)."""
+    t = config.train
+    if config.advantage == "gae":
+        assert values is not None
+        lam = length_adaptive_lam(mask, t.lam_alpha) if t.lam == "length_adaptive" else t.lam
+        advantages, returns = gae(rewards, values, mask, t.gamma, lam)
+        if t.critic_lam is not None:
+            _, returns = gae(rewards, values, mask, t.gamma, t.critic_lam)
+        return (losses.masked_whiten(advantages, mask) if t.whiten_advantages else advantages), returns
+    if config.advantage == "global_baseline":
+        return global_baseline(rewards, mask, t.gamma, t.num_generations), None
+    answers = losses.masked(rewards, mask).sum(-1)  # (N,)
+    if config.advantage == "group":
+        return over_tokens(group_relative(answers, t.num_generations, t.scale_rewards), mask), None
+    return over_tokens(leave_one_out(answers, t.num_generations), mask), None
+
+
+def _loss(
+    t: PPOTrainConfig,
+    output: tuple[Tensor, Tensor, Tensor | None],
+    here: Targets,
+    kl_coef: float,
+    only_critic: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of every token (B, R) of a micro-batch, and sums over its tokens for the log.
+
+    `output`: log-probabilities, entropies and values (B, R) of the model as it is now.
+    """
+    logp, entropy, value = output
+    policy, sums = _policy_loss(t, logp, here.old_logp, here.advantages, here.mask)
+    if here.weights is not None:
+        policy = policy * losses.masked(here.weights, here.mask)
+    loss = policy
+    if t.kl_in == "loss" and kl_coef > 0:
+        loss = loss + kl_coef * losses.KL_ESTIMATORS[t.estimator](logp, here.ref_logp)
+    if t.entropy_coef > 0:
+        loss = loss - t.entropy_coef * entropy
+    if only_critic:
+        loss = 0.0 * losses.masked(loss, here.mask)
+    if value is not None:
+        assert here.values is not None and here.returns is not None
+        vf, vf_sums = losses.value_loss(value, here.values, here.returns, here.mask, t.cliprange_value)
+        loss = loss + t.vf_coef * vf
+        sums |= {"value": losses.masked(vf, here.mask).sum(), "vf_clipfrac": vf_sums["clipfrac"]}
+    deviation = losses.masked((logp - here.old_logp).exp() - 1, here.mask).abs().sum()
+    tokens = here.mask.sum()
+    sums |= {
+        "policy": losses.masked(policy, here.mask).sum(),
+        "entropy": losses.masked(entropy, here.mask).sum(),
+        "tokens": tokens,
+        "first_tokens": tokens,
+        "first_deviation": deviation,
+    }
+    return loss, {key: value.detach() for key, value in sums.items()}
+
+
+def _policy_loss(
+    t: PPOTrainConfig, logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
+) -> tuple[Tensor, losses.Sums]:
+    """The chosen loss, one number a token. All (B, R)."""
+    low = high = t.cliprange
+    match t.policy_loss:
+        case "clip":
+            return losses.clip_loss(logp, old, advantages, mask, low, high)
+        case "clip_higher":
+            return losses.clip_loss(logp, old, advantages, mask, low, t.cliprange_high)
+        case "dual_clip":
+            return losses.dual_clip_loss(logp, old, advantages, mask, low, high, t.dual_clip)
+        case "gspo":
+            return losses.sequence_ratio_loss(logp, old, advantages, mask, low, high)
+        case "cispo":
+            return losses.clipped_weight_loss(logp, old, advantages, mask, t.cliprange_high)
+
+
+def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: int, watch: Watch) -> None:
     """Answers the held-out prompts with the same random numbers each time; logs their score and shows some."""
-    batch = rollouts_of(heldout, ("heldout",))
-    run.log(
-        step,
-        {
-            "eval/scores": sum(r.score for r in batch) / len(batch),
-            "eval/kl": sum(r.kl for r in batch) / len(batch),
-            "eval/mean_length": sum(len(r.ids) for r in batch) / len(batch),
-            "eval/stop_rate": sum(r.stopped for r in batch) / len(batch),
-        },
-    )
-    shown = batch[:8]
+    config: Config = run.config
+    batch = sampler.answer(heldout, ("heldout",), 1, monitor=True)
+    sampler.annotate(batch, values=False)
+    look = watch.look(step, batch, any(entry.references for entry in config.reward))
+    metrics = {
+        "eval/scores": look.score,
+        "eval/kl": look.kl,
+        "eval/mean_length": look.length,
+        "eval/stop_rate": sum(r.stopped for r in batch) / len(batch),
+        "eval/repetition": sum(repetition(r.ids) for r in batch) / len(batch),
+        ("eval/monitor" if config.monitor else "eval/length_controlled_scores"): look.monitor,
+    }
+    run.log(step, metrics | _part_means(batch, "eval/rewards"))
     run.samples(
         step,
         [
             {"prompt": r.prompt.record.messages[-1].content, "completion": r.text, "score": r.score, "parts": r.parts}
-            for r in shown
+            for r in batch[:8]
         ],
     )
 
 
-@lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return shuffled(size, seed, "prompts", epoch)
+def _metrics(batch: Sequence[Rollout], total: dict[str, float], t: PPOTrainConfig, kl_coef: float) -> dict[str, float]:
+    """What an iteration did, under TRL's names."""
+    answers, tokens = len(batch), max(total["tokens"], 1.0)
+    kl = sum(r.kl for r in batch) / answers
+    metrics = {
+        "objective/kl": kl,
+        "objective/entropy": -sum(sum(r.old_logp) for r in batch) / answers,
+        "objective/scores": sum(r.score for r in batch) / answers,
+        "objective/non_score_reward": -kl_coef * kl if t.kl_in == "reward" else 0.0,
+        "objective/kl_coef": kl_coef,
+        "policy/approxkl_avg": total["approxkl"] / tokens,
+        "policy/clipfrac_avg": total["clipfrac"] / tokens,
+        "policy/entropy_avg": total["entropy"] / tokens,
+        "loss/policy_avg": total["policy"] / tokens,
+        "val/ratio": total["ratio"] / tokens,
+        "val/first_ratio_deviation": total["first_deviation"] / max(total["first_tokens"], 1.0),
+        "val/num_eos_tokens": sum(r.stopped for r in batch),
+        "completions/mean_length": sum(len(r.ids) for r in batch) / answers,
+        "completions/clipped_ratio": sum(not r.stopped for r in batch) / answers,
+        "completions/repetition": sum(repetition(r.ids) for r in batch) / answers,
+        **_part_means(batch, "rewards"),
+    }
+    if "value" in total:
+        metrics |= {"loss/value_avg": total["value"] / tokens, "val/clipfrac_avg": total["vf_clipfrac"] / tokens}
+    disagreements = [r.disagreement for r in batch if r.disagreement is not None]
+    if disagreements:
+        metrics["rewards/disagreement"] = sum(disagreements) / len(disagreements)
+    return metrics
 
 
-def _load_prompts(run: Run, encoder: Encoder, sources: Sequence[Any], label: str) -> list[EncodedPrompt]:
-    config: Config = run.config
-    loaded = run.load(sources, Prompt)
-    prompts = encode_prompts(loaded.records, encoder, config.max_prompt_length, loaded.accounting)
-    run.account(loaded, label, config.max_drop_fraction)
-    return prompts
-
-
-def _load_rewards(run: Run, config: Config, policy: Parent, bf16: bool) -> Composition:
-    """Every entry of `reward`, with its models loaded and frozen."""
-    learned = {}
-    for entry in config.reward:
-        if entry.model is None:
-            continue
-        parent = run.parent(f"reward:{entry.model}", frozenset({"reward_model"}))
-        model = models.load_reward_model(parent, config.model_args, bf16=bf16).eval().requires_grad_(False)
-        model.to(runtime.device())
-        learned[entry.model] = LearnedReward(parent, model, policy, reencode=entry.reencode)
-    return Composition(config.reward, learned)
-
-
-def _make_critic(run: Run, config: Config, policy: Parent, bf16: bool) -> Critic:
-    """From the reward model, with its head in the units of the normalised reward; else from the policy's body."""
-    ref = config.critic_parent
-    if ref is None:
-        return Critic(models.load_causal_lm(policy, config.model_args, dropout=False, bf16=bf16))
-    role = "critic" if config.critic is not None else f"reward:{ref}"
-    parent = run.parent(role, frozenset({"reward_model"}))
-    check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
-    model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=bf16)
-    critic = Critic(model)
-    weight = next((entry.weight for entry in config.reward if entry.model == ref), 1.0)
-    assert parent.manifest is not None  # a reward model of another origin has been refused above
-    statistics = parent.manifest.extra
-    critic.start_from_reward_head(
-        model.get_submodule("score"), statistics["reward_mean"], statistics["reward_std"], weight
-    )
-    return critic
-
-
-def _set_learning_rates(optimizer: torch.optim.Optimizer, t: PPOTrainConfig, iteration: int) -> float:
-    """Warm-up, then constant or linear to a tenth. Returns the policy's rate."""
-    factor = min(1.0, (iteration + 1) / max(1, t.warmup_iterations))
-    if t.lr_decay == "linear":
-        factor *= 1 - 0.9 * iteration / t.iterations
-    for group, peak in zip(optimizer.param_groups, (t.learning_rate, t.critic_learning_rate), strict=True):
-        group["lr"] = peak * factor
-    return t.learning_rate * factor
-
-
-def _sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
-    shares = runtime.all_gather_object(dict(sums))
-    return {key: sum(share[key] for share in shares) for key in sums}
-
-
-def _part_means(batch: Sequence[Rollout]) -> dict[str, float]:
+def _part_means(batch: Sequence[Rollout], prefix: str) -> dict[str, float]:
     """Mean of each reward over the answers on which it had an opinion."""
     means = {}
     for name in batch[0].parts:
         values = [r.parts[name] for r in batch if r.parts[name] is not None]
         if values:
-            means[f"rewards/{name}"] = sum(values) / len(values)
+            means[f"{prefix}/{name}"] = sum(values) / len(values)
     return means
 
 
-def _stop_if_lost(metrics: dict[str, float], t: PPOTrainConfig, iteration: int) -> None:
-    """Raises GateError, in plain words, when going on cannot help."""
-    if metrics["objective/kl"] > t.kl_limit:
-        raise GateError(
-            f"iteration {iteration}: an answer is {metrics['objective/kl']:.1f} nats from the reference, above "
-            f"kl_limit {t.kl_limit}. Usual causes: learning_rate too high, kl_coef too low, a reward without bound."
-        )
-    if metrics["val/first_ratio_deviation"] > _FIRST_RATIO_TOLERANCE:
-        raise GateError(
-            f"iteration {iteration}: before any step the policy differs from the one that sampled by "
-            f"{metrics['val/first_ratio_deviation']:.3f} on average. Sampling and training disagree on precision, "
-            "positions or temperature; training on such ratios would mislead."
-        )
-
-
-def _save(
-    store: StateStore,
-    run: Run,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    iteration: int,
-    kl_coef: float,
-    keep: int,
-) -> None:
-    """Saves what the next iteration starts from. Every rank calls it; a full disk costs the save, not the run."""
-    staged = runtime.broadcast_object(store.staging(iteration) if run.is_main else None)
-    try:
-        runtime.save_state(accelerator, model, optimizer, staged)
-        if run.is_main:
-            store.commit(iteration, staged, keep, {"kl_coef": kl_coef})
-    except OSError as error:
-        run.console.print(f"  could not save iteration {iteration}: {error}; the state before it is kept", markup=False)
-    runtime.barrier()
+def _sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
+    shares = runtime.all_gather_object(dict(sums))
+    return {key: sum(share[key] for share in shares) for key in sums}

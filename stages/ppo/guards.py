@@ -1,0 +1,203 @@
+"""What watches over a policy-gradient run: a probe before it, named stops during it, and which policy is kept.
+
+Rewards are proxies. What is optimised hard enough against a proxy comes apart from what was meant (Gao et al. 2022,
+arXiv:2210.10760), so every look at held-out prompts is a point on the plane of KL and reward; the kept policy is the
+best of these points, and a score that rises while the monitor falls ends the run or takes it back.
+
+Nothing here touches a model. `Watch` is plain data, so that a resumed run goes on judging where it was.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from handoff.errors import GateError
+from stages.ppo.advantages import length_controlled, slope_of, without_signal
+from stages.ppo.config import GuardConfig, PPOTrainConfig
+from stages.ppo.sampler import Rollout, rewards_of
+
+# Before the first optimizer step the policy is the one that sampled: a ratio off 1 by more is a bug, not training.
+_FIRST_RATIO_TOLERANCE = 0.01
+# Differences of two means are taken for real from here on, in standard errors.
+_SIGNIFICANT = 2.0
+
+
+def probe(batch: Sequence[Rollout], t: PPOTrainConfig, guards: GuardConfig) -> dict[str, float]:
+    """Whether there is anything to learn from: `batch` holds `probe_generations` answers to each prompt.
+
+    Raises:
+        GateError: nearly all answers are cut off, or nearly no prompt has answers of different reward.
+    """
+    cpu = torch.device("cpu")
+    rewards = rewards_of(batch, t, cpu)
+    truncated = sum(not r.stopped for r in batch) / len(batch)
+    silent = without_signal(rewards, guards.probe_generations).float().mean().item()
+    if truncated > guards.max_truncated:
+        raise GateError(
+            f"truncation: before training, {truncated:.0%} of {len(batch)} answers reach max_completion_length "
+            f"{t.max_completion_length} without a stop token (guards.max_truncated {guards.max_truncated:.0%}), and what "
+            "is cut off cannot be judged. Raise train.max_completion_length, or start from a model that was taught to "
+            "stop."
+        )
+    if silent > guards.max_without_signal:
+        prompts = len(batch) // guards.probe_generations
+        same = "all have the same reward" if rewards.max() - rewards.min() < 1e-6 else "have equal rewards"
+        raise GateError(
+            f"no learning signal: before training, the answers to {silent:.0%} of {prompts} prompts {same} "
+            f"(guards.max_without_signal {guards.max_without_signal:.0%}). Take easier or harder prompts, a reward with "
+            "more steps than right and wrong, or a higher train.temperature."
+        )
+    return {"probe/truncated": truncated, "probe/frac_reward_zero_std": silent, "probe/reward": rewards.mean().item()}
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of an answer's token n-grams that occurred in it before.
+
+    >>> repetition([1, 2, 1, 2, 1, 2], n=2)
+    0.6
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+@dataclass
+class Look:
+    """What held-out prompts said after an iteration; `*_error` are standard errors of the means."""
+
+    step: int
+    score: float
+    score_error: float
+    kl: float
+    length: float
+    monitor: float
+    """The monitor's mean; without one, what the learned score would be at the first look's length."""
+    monitor_error: float
+
+
+@dataclass
+class Watch:
+    """The memory of the guards: goes into every saved state."""
+
+    looks: list[Look] = field(default_factory=list)
+    score_per_token: float = 0.0
+    """Slope of a learned score on length at the first look, for the length-controlled score; 0: nothing learned."""
+    first_entropy: float | None = None
+    constant: int = 0
+    endless: int = 0
+    blind_critic: int = 0
+    divergent: int = 0
+    """Looks in a row that show over-optimisation."""
+    rollbacks: int = 0
+    alarms: list[str] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """As plain values, for `from_state`."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Watch":
+        """What `state` gave."""
+        return cls(**{**state, "looks": [Look(**look) for look in state["looks"]]})
+
+    def after_iteration(
+        self, metrics: dict[str, float], rewards: torch.Tensor, iteration: int, guards: GuardConfig
+    ) -> None:
+        """Raises GateError, in plain words, when going on cannot help. `rewards` (N,): those that were trained on."""
+        where = f"iteration {iteration}"
+        if metrics["objective/kl"] > guards.kl_limit:
+            raise GateError(
+                f"{where}: an answer is {metrics['objective/kl']:.1f} nats from the reference, above guards.kl_limit "
+                f"{guards.kl_limit}. Usual causes: learning_rate too high, kl_coef too low, a reward without bound."
+            )
+        if metrics["val/first_ratio_deviation"] > _FIRST_RATIO_TOLERANCE:
+            raise GateError(
+                f"{where}: before any step the policy differs from the one that sampled by "
+                f"{metrics['val/first_ratio_deviation']:.3f} on average. Sampling and training disagree on precision, "
+                "positions or temperature; training on such ratios would mislead."
+            )
+        self.constant = self.constant + 1 if (rewards.max() - rewards.min()).item() < 1e-6 else 0
+        if self.constant >= guards.patience:
+            raise GateError(
+                f"{where}: all answers of {self.constant} iterations in a row had one and the same reward, "
+                f"{rewards[0].item():.4g}; nothing can be learned from it. Look at the rewards in samples.jsonl."
+            )
+        self.endless = self.endless + 1 if metrics["val/num_eos_tokens"] == 0 else 0
+        if self.endless >= guards.patience:
+            raise GateError(
+                f"{where}: no answer of {self.endless} iterations in a row ended with a stop token. Raise "
+                "train.missing_eos_penalty or train.max_completion_length, or start from a model that stops."
+            )
+        variance = metrics.get("val/explained_variance")
+        if variance is not None:
+            self.blind_critic = self.blind_critic + 1 if variance < 0 else 0
+            if self.blind_critic >= guards.patience:
+                raise GateError(
+                    f"{where}: for {self.blind_critic} iterations the critic has predicted worse than a constant "
+                    f"(explained variance {variance:.2f}). Raise critic_learning_rate or critic_warmup_iterations, or "
+                    "take an advantage without a critic."
+                )
+        entropy = metrics["policy/entropy_avg"]
+        if self.first_entropy is None:
+            self.first_entropy = entropy
+        if entropy < guards.entropy_floor * self.first_entropy:
+            raise GateError(
+                f"{where}: entropy is {entropy:.4f} nats a token, below {guards.entropy_floor:.0%} of the first "
+                f"iteration's {self.first_entropy:.4f} (guards.entropy_floor): the policy says the same whatever it is "
+                "asked. Raise kl_coef or entropy_coef, or lower learning_rate."
+            )
+
+    def look(self, step: int, batch: Sequence[Rollout], learned: bool) -> Look:
+        """Judges the answers to the held-out prompts; `over_optimized` then says whether the run has gone wrong.
+
+        `learned`: the score is, at least in part, a reward model's, and may like length for its own sake.
+        """
+        scores = torch.tensor([r.score for r in batch], dtype=torch.float64)
+        lengths = torch.tensor([len(r.ids) for r in batch], dtype=torch.float64)
+        if not self.looks and learned:
+            self.score_per_token = slope_of(scores, lengths)
+        watched = [r.monitor for r in batch if r.monitor is not None]
+        if watched:
+            monitor, error = _mean(torch.tensor(watched, dtype=torch.float64))
+        else:
+            at = self.looks[0].length if self.looks else lengths.mean().item()
+            monitor = float(length_controlled(scores, lengths, self.score_per_token, at))
+            error = _mean(scores - self.score_per_token * lengths)[1]
+        mean, mean_error = _mean(scores)
+        kl = sum(r.kl for r in batch) / len(batch)
+        look = Look(step, mean, mean_error, kl, lengths.mean().item(), monitor, error)
+        best = max(self.looks, key=lambda other: other.monitor, default=look)
+        fell = best.monitor - monitor > _SIGNIFICANT * math.hypot(error, best.monitor_error)
+        self.divergent = self.divergent + 1 if fell and mean > best.score else 0
+        self.looks.append(look)
+        return look
+
+    def over_optimized(self, guards: GuardConfig) -> str | None:
+        """In words, when the score has risen and the monitor has fallen for long enough."""
+        if self.divergent < guards.overoptimization_looks:
+            return None
+        best, last = max(self.looks, key=lambda look: look.monitor), self.looks[-1]
+        return (
+            f"over-optimisation: since iteration {best.step} the score at held-out prompts rose from {best.score:.3f} "
+            f"to {last.score:.3f} and the monitor fell from {best.monitor:.3f} to {last.monitor:.3f}, at "
+            f"{last.kl:.1f} nats from the reference. The policy exploits the reward: raise kl_coef, lower "
+            "learning_rate, or train a better reward model."
+        )
+
+    def best(self, kl_coef: float, monitored: bool) -> int | None:
+        """The iteration whose policy is to be kept: highest monitor, or without one highest score − β·KL; the first of
+        equals. No policy that was looked at is better in both KL and reward, so it lies on their frontier. None before
+        the first look at a policy that has been trained."""
+        trained = [look for look in self.looks if look.step > 0]
+        best = max(
+            trained, key=lambda look: look.monitor if monitored else look.score - kl_coef * look.kl, default=None
+        )
+        return best.step if best is not None else None
+
+
+def _mean(values: torch.Tensor) -> tuple[float, float]:
+    """Mean and its standard error."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return values.mean().item(), error

@@ -1,0 +1,159 @@
+"""Where a run stands, saved and read back, and the way to the policy that is kept.
+
+The best policy of the frontier is one of the saved states: a look that is better than all before it is followed by a
+save, which the rotation then spares. So going back to it restores optimizer and critic as well, and a resumed run knows
+it without having seen it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from handoff.state import State, StateStore
+from stages import runtime
+from stages.ppo.config import Config, PPOTrainConfig
+from stages.ppo.guards import Watch
+from stages.run import Run
+
+_REFERENCE = "reference.safetensors"
+
+
+@dataclass
+class Position:
+    """Everything that the next iteration depends on beside model, optimizer and reference."""
+
+    iteration: int
+    """Iterations that are done."""
+    cursor: int
+    """Prompts that were taken from the stream."""
+    kl_coef: float
+    lr_factor: float
+    """Halved by every rollback."""
+    watch: Watch
+
+
+class Saves:
+    """The saved states of one run."""
+
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        reference: PreTrainedModel | None,
+        t: PPOTrainConfig,
+    ) -> None:
+        """`reference`: where it moves, and has to be saved."""
+        self._run, self._accelerator, self._model, self._optimizer = run, accelerator, model, optimizer
+        self._reference, self._t = reference, t
+        config: Config = run.config
+        self._guards, self._monitored = config.guards, bool(config.monitor)
+        self._every = t.save_iterations or max(1, t.iterations // 10)
+        self._store = StateStore(run.dir.state_dir)
+
+    def resume(self, kl_coef: float) -> Position:
+        """The newest valid state, loaded; without one the beginning. Cuts the metrics back to it."""
+        run = self._run
+        state = runtime.broadcast_object(self._store.latest() if run.is_main and run.resumable else None)
+        position = Position(0, 0, kl_coef, 1.0, Watch())
+        if state is not None:
+            self._load(state.path)
+            position = _position(state)
+            run.console.print(f"  resumes at iteration {state.step} of {self._t.iterations}", markup=False)
+        elif run.is_main:
+            self._store.clean()
+        run.rewind(state.step if state is not None else None)
+        return position
+
+    def judge(self, at: Position) -> Literal["go on", "stop"]:
+        """After a look, whether the run goes on; it may have been taken back to its best policy for that."""
+        found = at.watch.over_optimized(self._guards)
+        if found is None:
+            return "go on"
+        at.watch.alarms.append(f"iteration {at.iteration}: {found}")
+        at.watch.divergent = 0
+        self._run.console.print(f"  {found}", markup=False)
+        if self._guards.on_overoptimization == "warn":
+            return "go on"
+        best = self._best_state(at)
+        if (
+            self._guards.on_overoptimization == "stop"
+            or best is None
+            or at.watch.rollbacks == self._guards.max_rollbacks
+        ):
+            return "stop"
+        self._load(best.path)
+        at.watch.rollbacks += 1
+        at.lr_factor /= 2
+        at.kl_coef *= 2
+        self._run.console.print(f"  goes on from the policy of iteration {best.step}", markup=False)
+        return "go on"
+
+    def after_iteration(self, at: Position, looked: bool) -> None:
+        """Saves when it is time, and when the look just taken is the best so far."""
+        if at.iteration == self._t.iterations:
+            return
+        improved = looked and self._guards.keep == "best" and self._best_step(at) == at.iteration
+        if improved or at.iteration % self._every == 0:
+            self._save(at)
+
+    def restore_best(self, at: Position) -> int:
+        """Puts the policy that is to be published into the model. Returns its iteration."""
+        if self._guards.keep == "last" or self._best_step(at) in (None, at.iteration):
+            return at.iteration
+        best = self._best_state(at)
+        if best is None:
+            return at.iteration
+        self._load(best.path)
+        self._run.console.print(f"  keeps the policy of iteration {best.step} of {at.iteration}", markup=False)
+        return best.step
+
+    def _best_step(self, at: Position) -> int | None:
+        return at.watch.best(self._t.kl_coef, self._monitored)
+
+    def _best_state(self, at: Position) -> State | None:
+        step = self._best_step(at)
+        found = self._store.at(step) if self._run.is_main and step is not None else None
+        best: State | None = runtime.broadcast_object(found)
+        return best
+
+    def _load(self, path: Path) -> None:
+        runtime.load_state(self._accelerator, self._model, self._optimizer, path)
+        if self._reference is not None:
+            load_model(self._reference, str(path / _REFERENCE))
+
+    def _save(self, at: Position) -> None:
+        """Every rank calls it; a full disk costs the save, not the run."""
+        run, store = self._run, self._store
+        staged = runtime.broadcast_object(store.staging(at.iteration) if run.is_main else None)
+        try:
+            runtime.save_state(self._accelerator, self._model, self._optimizer, staged)
+            if run.is_main:
+                if self._reference is not None:
+                    save_model(self._reference, str(staged / _REFERENCE))
+                extra = {
+                    "cursor": at.cursor,
+                    "kl_coef": at.kl_coef,
+                    "lr_factor": at.lr_factor,
+                    "watch": at.watch.state(),
+                }
+                protect = self._best_step(at) if self._guards.keep == "best" else None
+                store.commit(at.iteration, staged, self._t.save_total_limit, extra, protect)
+        except OSError as error:
+            run.console.print(
+                f"  could not save iteration {at.iteration}: {error}; the state before it is kept", markup=False
+            )
+        runtime.barrier()
+
+
+def _position(state: State) -> Position:
+    extra = state.extra
+    watch = Watch.from_state(extra["watch"])
+    return Position(state.step, extra["cursor"], extra["kl_coef"], extra["lr_factor"], watch)

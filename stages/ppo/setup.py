@@ -1,0 +1,119 @@
+"""What the loop starts from: prompts, rewards, critic, optimizer."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from data.config import SourceConfig
+from data.encode import EncodedPrompt, Encoder, encode_prompts
+from data.records import Prompt
+from data.sampling import shuffled
+from handoff.contract import check_same_encoding
+from handoff.parent import Parent
+from reward.compose import Composition
+from reward.config import RewardConfig
+from reward.learned import LearnedReward
+from stages import models, runtime
+from stages.ppo.actor_critic import ActorCritic, Critic
+from stages.ppo.config import Config, PPOTrainConfig
+from stages.recipe import RecipeError
+from stages.run import Run
+
+
+def check_batch(run: Run, t: PPOTrainConfig, world: int) -> None:
+    """Raises RecipeError when the processes cannot share a minibatch evenly."""
+    if t.rollout_batch_size % (t.num_mini_batches * world):
+        raise RecipeError(
+            f"{run.section.name}.train.rollout_batch_size is {t.rollout_batch_size}, which {t.num_mini_batches} "
+            f"minibatches on {world} processes do not divide; take a multiple of {t.num_mini_batches * world}"
+        )
+
+
+def load_prompts(run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str) -> list[EncodedPrompt]:
+    """Encoded prompts; those that are too long are dropped and counted."""
+    config: Config = run.config
+    loaded = run.load(sources, Prompt)
+    prompts = encode_prompts(loaded.records, encoder, config.max_prompt_length, loaded.accounting)
+    run.account(loaded, label, config.max_drop_fraction)
+    return prompts
+
+
+class PromptStream:
+    """Prompts without end: epochs of keyed permutations, laid end to end."""
+
+    def __init__(self, prompts: Sequence[EncodedPrompt], seed: int) -> None:
+        self._prompts, self._seed = prompts, seed
+
+    def __call__(self, cursor: int, count: int) -> list[EncodedPrompt]:
+        """`count` prompts from the position `cursor` on."""
+        places = (divmod(position, len(self._prompts)) for position in range(cursor, cursor + count))
+        return [self._prompts[_permutation(len(self._prompts), self._seed, epoch)[place]] for epoch, place in places]
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return shuffled(size, seed, "prompts", epoch)
+
+
+def load_rewards(
+    run: Run, entries: Sequence[RewardConfig], policy: Parent, bf16: bool, columns: Sequence[EncodedPrompt]
+) -> Composition:
+    """Every entry, with its models loaded and frozen, checked against the columns that all prompts have."""
+    config: Config = run.config
+    learned = {}
+    for entry in entries:
+        for ref in entry.references:
+            parent = run.parent(f"reward:{ref}", frozenset({"reward_model"}))
+            model = models.load_reward_model(parent, config.model_args, bf16=bf16).eval().requires_grad_(False)
+            model.to(runtime.device())
+            learned[ref] = LearnedReward(parent, model, policy, reencode=entry.reencode)
+    composition = Composition(entries, learned)
+    composition.check_columns({name for prompt in columns for name in prompt.record.columns})
+    return composition
+
+
+def make_critic(run: Run, policy: Parent, bf16: bool) -> Critic | None:
+    """From the reward model, with its head in the units of the normalised reward; else from the policy's body."""
+    config: Config = run.config
+    if config.advantage != "gae":
+        return None
+    ref = config.critic_parent
+    if ref is None:
+        return Critic(models.load_causal_lm(policy, config.model_args, dropout=False, bf16=bf16))
+    role = "critic" if config.critic is not None else f"reward:{ref}"
+    parent = run.parent(role, frozenset({"reward_model"}))
+    check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
+    model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=bf16)
+    critic = Critic(model)
+    weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
+    assert parent.manifest is not None  # a reward model of another origin has been refused above
+    statistics = parent.manifest.extra
+    critic.start_from_reward_head(
+        model.get_submodule("score"), statistics["reward_mean"], statistics["reward_std"], weight
+    )
+    return critic
+
+
+def make_optimizer(model: ActorCritic, t: PPOTrainConfig) -> torch.optim.Optimizer:
+    """AdamW with a group for the policy and, where there is a critic, one for it."""
+    groups = [{"params": list(model.policy.parameters()), "lr": t.learning_rate}]
+    if model.critic is not None:
+        groups.append({"params": list(model.critic.parameters()), "lr": t.critic_learning_rate})
+    betas = (t.adam_beta1, t.adam_beta2)
+    return torch.optim.AdamW(groups, betas=betas, eps=t.adam_epsilon, weight_decay=t.weight_decay)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, t: PPOTrainConfig, iteration: int, factor: float) -> float:
+    """Warm-up, then constant or linear to a tenth, times `factor`. Returns the policy's rate.
+
+    While only the critic learns, the policy's rate is 0.
+    """
+    factor *= min(1.0, (iteration + 1) / max(1, t.warmup_iterations))
+    if t.lr_decay == "linear":
+        factor *= 1 - 0.9 * iteration / t.iterations
+    policy = 0.0 if iteration < t.critic_warmup_iterations else t.learning_rate * factor
+    for group, rate in zip(optimizer.param_groups, (policy, t.critic_learning_rate * factor), strict=False):
+        group["lr"] = rate
+    return policy
