@@ -83,8 +83,11 @@ class Encoder:
             self.stop_ids = list(dict.fromkeys([*stop, self.eos_id]))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Encoder":
-        """Load the tokenizer that lies in `folder`. Raises DataError as the constructor does."""
+    def from_pretrained(cls, folder: str | Path, pad_id: int | None = None) -> "Encoder":
+        """Load the tokenizer that lies in `folder`; `pad_id` is the id to pad with, where it is not the tokenizer's own.
+
+        Raises DataError as the constructor does.
+        """
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -92,6 +95,8 @@ class Encoder:
             raise DataError(
                 f"{folder}: the tokenizer has no tokenizer.json; save it once with AutoTokenizer to make one"
             )
+        if pad_id is not None and tokenizer.pad_token_id != pad_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
         return cls(tokenizer)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

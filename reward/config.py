@@ -1,37 +1,79 @@
 """One entry of a recipe's `reward:` list."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RewardConfig(BaseModel):
-    """Either a learned model or a function, and its weight in the sum."""
+    """A learned model, an ensemble of them, or a function; and its weight in the sum."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: str | None = None
     """A reward-model stage of this recipe, or a directory with one."""
+    models: list[str] | None = Field(default=None, min_length=2)
+    """An ensemble of reward models; each is normalised by its own mean and deviation before they are combined."""
     function: str | None = None
     """A function of `reward.functions`, or any callable as `package.module:name`."""
+    name: str = Field(default="", min_length=1)
+    """Under which its scores are logged; by default the model's or the function's. Two entries differ in it."""
     weight: float = 1.0
     """Factor in the sum. A learned reward is normalised before: mean 0, deviation 1 on held-out answers."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
+    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """An ensemble's score: the members' mean, the lowest, or their mean less `std_coef` standard deviations."""
+    std_coef: float = Field(default=1.0, ge=0)
+    """`mean_minus_std` only: how much the members' disagreement takes from their mean."""
+    read: Literal["last", "every"] = "last"
+    """Where a model's score is read. `last`: at the answer's last token. `every`: at each of its tokens, and the
+    answer's score is the mean over them, each token being paid its own share."""
     reencode: bool = False
     """The model has another tokenizer or chat template than the policy: answers are encoded again for it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "name" in raw:
+            return raw
+        members = raw.get("models")
+        named = [raw.get("model"), *(members if isinstance(members, list) else []), raw.get("function")]
+        sources = [source for source in named if isinstance(source, str)]
+        return {**raw, "name": "+".join(_short(source) for source in sources) or "reward"}
+
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if (self.model is None) == (self.function is None):
-            raise ValueError("a reward is either `model: ...` or `function: ...`")
-        if self.model is not None and self.args:
+        if [self.model, self.models, self.function].count(None) != 2:
+            raise ValueError("a reward is one of `model: ...`, `models: [...]` and `function: ...`")
+        if self.models is not None and len(set(self.models)) != len(self.models):
+            raise ValueError("`models` names one model twice; an ensemble's members differ, for example in their seed")
+        given = self.model_fields_set
+        if self.function is not None:
+            unread = sorted(given & {"reencode", "read", "combine", "std_coef"})
+            if unread:
+                raise ValueError(f"`{unread[0]}` is for models; functions read text")
+        elif "args" in given:
             raise ValueError("`args` are for functions; a model takes none")
-        if self.function is not None and self.reencode:
-            raise ValueError("`reencode` is for models; functions read text")
+        if self.models is None and "combine" in given:
+            raise ValueError("`combine` is for ensembles: name two reward models or more under `models`")
+        if self.combine != "mean_minus_std" and "std_coef" in given:
+            raise ValueError("`std_coef` is not read unless combine is mean_minus_std")
+        if self.read == "every" and self.reencode:
+            raise ValueError(
+                "`read: every` pays the policy's own tokens, and `reencode` makes other ones of the same text; use "
+                "`read: last`, or a reward model with the policy's tokenizer"
+            )
         return self
 
     @property
-    def name(self) -> str:
-        """Under which its scores are logged."""
-        return str(self.model or self.function).rpartition(":")[2].rpartition("/")[2]
+    def references(self) -> list[str]:
+        """The reward models that the entry needs; none for a function."""
+        if self.models is not None:
+            return self.models
+        return [] if self.model is None else [self.model]
+
+
+def _short(source: str) -> str:
+    """`runs/tiny/reward` -> `reward`, `package.module:shout` -> `shout`."""
+    return source.rpartition(":")[2].rpartition("/")[2]

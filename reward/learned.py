@@ -1,18 +1,20 @@
-"""Scores of a reward model: one number for prompt and answer, read at the last real token.
+"""Scores of a reward model, read at the last real token of prompt and answer, or at every token of the answer.
 
 Legend: B rows, T tokens, H hidden size.
 
-The position comes from the attention mask, never from a search for the padding token, so a score does not depend on the
+Positions come from the attention mask, never from a search for the padding token, so a score does not depend on the
 side of the padding, on the batch, or on which token pads (Transformers' own head looks for the last non-pad token).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from data.encode import Encoder
+from data.errors import RowRefused
 from data.records import Message
 from handoff.contract import check_same_encoding
 from handoff.errors import HandoffError
@@ -29,14 +31,10 @@ def last_token_scores(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     """Scores (B,) fp32 of rows (B, T) padded on either side."""
-    hidden = backbone(model)(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state  # (B, T, H)
+    hidden = _hidden(model, input_ids, attention_mask, position_ids)
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = torch.where(attention_mask.bool(), columns, -1).amax(-1)  # (B,)
-    at_last = hidden[torch.arange(len(last), device=last.device), last]  # (B, H)
-    scores: torch.Tensor = model.get_submodule("score")(at_last).squeeze(-1).float()
-    return scores
+    return _head(model, hidden[torch.arange(len(last), device=last.device), last])
 
 
 @torch.no_grad()
@@ -46,28 +44,33 @@ def score(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, ba
     Raises:
         RewardError: a score is not finite.
     """
-    was_training = model.training
-    model.train(False)
     scores = torch.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # rows of like length together
-    try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = len(rows[chosen[0]])
-            ids = torch.full((len(chosen), width), pad_id, dtype=torch.long)
-            mask = torch.zeros((len(chosen), width), dtype=torch.long)
+    with _evaluation(model):
+        for chosen, ids, mask, positions in _batches(rows, pad_id, batch_size, model.device):
+            scores[torch.tensor(chosen)] = last_token_scores(model, ids, mask, positions).cpu()
+    _check_finite(scores, range(len(rows)))
+    return scores
+
+
+@torch.no_grad()
+def token_scores(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    pad_id: int,
+    batch_size: int = 32,
+) -> list[torch.Tensor]:
+    """Raw scores after each of the last `counts[i]` tokens of row i: (counts[i],) fp32 on the CPU, in evaluation mode.
+
+    The last of them is the row's `score`. Raises RewardError as `score` does.
+    """
+    scores = [torch.empty(0)] * len(rows)
+    with _evaluation(model):
+        for chosen, ids, mask, positions in _batches(rows, pad_id, batch_size, model.device):
+            values = _head(model, _hidden(model, ids, mask, positions)).cpu()  # (B, T)
             for i, row in enumerate(chosen):
-                ids[i, : len(rows[row])] = torch.as_tensor(rows[row], dtype=torch.long)
-                mask[i, : len(rows[row])] = 1
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            device = model.device
-            out = last_token_scores(model, ids.to(device), mask.to(device), positions.to(device))
-            scores[torch.tensor(chosen)] = out.cpu()
-    finally:
-        model.train(was_training)
-    if not bool(torch.isfinite(scores).all()):
-        worst = int((~torch.isfinite(scores)).nonzero()[0])
-        raise RewardError(f"the reward model gave {scores[worst].item()} for row {worst}; its weights are broken")
+                scores[row] = values[i, len(rows[row]) - counts[row] : len(rows[row])]
+                _check_finite(scores[row], [row] * counts[row])
     return scores
 
 
@@ -86,7 +89,8 @@ class LearnedReward:
         self.mean: float = statistics["reward_mean"]
         self.std: float = statistics["reward_std"]
         self.model = model
-        self._encoder = Encoder.from_pretrained(parent.model_dir)
+        self.name = parent.name
+        self._encoder = Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)
         self._reencode = reencode
 
     def __call__(
@@ -97,14 +101,84 @@ class LearnedReward:
         completion_ids: Sequence[Sequence[int]],
         stopped: Sequence[bool],
     ) -> list[float]:
-        """Normalised scores: (raw − mean) / deviation."""
+        """Normalised scores (N,): (raw − mean) / deviation at the last token.
+
+        Raises:
+            RewardError: a score is not finite, or the model's chat template cannot express a prompt.
+        """
         if self._reencode:
-            rows = []
-            for prompt, text, ended in zip(prompts, completions, stopped, strict=True):
-                answer = self._encoder.answer(text)
-                # An answer that never ended must not look to the reward model as if it had.
-                rows.append([*self._encoder.prompt(prompt), *(answer if ended else answer[:-1])])
+            rows = self._reencoded(prompts, completions, stopped)
         else:
             rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
         raw = score(self.model, rows, self._encoder.pad_id)
         return [float(value) for value in (raw - self.mean) / self.std]
+
+    def tokens(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Normalised scores after each token of the answers, as many as these have. Raises as a call does."""
+        assert not self._reencode, "the recipe refuses `read: every` with `reencode`"
+        rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        raw = token_scores(self.model, rows, [len(ids) for ids in completion_ids], self._encoder.pad_id)
+        return [[float(value) for value in (row - self.mean) / self.std] for row in raw]
+
+    def _reencoded(
+        self, prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], stopped: Sequence[bool]
+    ) -> list[list[int]]:
+        """Rows of the model's own tokens, from the texts."""
+        rows = []
+        answers = self._encoder.answers(completions)
+        for i, prompt in enumerate(self._encoder.prompts(prompts)):
+            if isinstance(prompt, RowRefused):
+                raise RewardError(f"reward model {self.name}: prompt {prompts[i][-1].content!r}: {prompt.reason}")
+            # An answer that never ended must not look to the reward model as if it had.
+            rows.append([*prompt, *(answers[i] if stopped[i] else answers[i][:-1])])
+        return rows
+
+
+def _hidden(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states (B, T, H)."""
+    hidden: torch.Tensor = backbone(model)(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+    return hidden
+
+
+def _head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """(..., H) -> (...,) fp32."""
+    scores: torch.Tensor = model.get_submodule("score")(hidden).squeeze(-1).float()
+    return scores
+
+
+@contextmanager
+def _evaluation(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _batches(
+    rows: Sequence[Sequence[int]], pad_id: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(which rows, ids, mask, positions), tensors (B, T) long; rows of like length together, padded on the right."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = len(rows[chosen[0]])
+        ids = torch.full((len(chosen), width), pad_id, dtype=torch.long)
+        mask = torch.zeros((len(chosen), width), dtype=torch.long)
+        for i, row in enumerate(chosen):
+            ids[i, : len(rows[row])] = torch.as_tensor(rows[row], dtype=torch.long)
+            mask[i, : len(rows[row])] = 1
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        yield chosen, ids.to(device), mask.to(device), positions.to(device)
+
+
+def _check_finite(scores: torch.Tensor, rows: Sequence[int]) -> None:
+    finite = torch.isfinite(scores)
+    if not bool(finite.all()):
+        worst = int((~finite).nonzero()[0])
+        raise RewardError(f"the reward model gave {scores[worst].item()} for row {rows[worst]}; its weights are broken")

@@ -22,7 +22,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -109,10 +108,7 @@ def whole_weights() -> Iterator[None]:
 
 def load_encoder(parent: Parent) -> Encoder:
     """The parent's tokenizer and chat template, padding with the token that the hand-off found fit for it."""
-    tokenizer = AutoTokenizer.from_pretrained(parent.model_dir)
-    if tokenizer.pad_token_id != parent.tokenizer.pad_id:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(parent.tokenizer.pad_id)
-    return Encoder(tokenizer)
+    return Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)
 
 
 def load_causal_lm(

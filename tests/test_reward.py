@@ -1,18 +1,14 @@
-"""Rewards: the scorer does not care how rows are padded or batched; functions and models are summed by weight."""
+"""The scorer: it does not care how rows are padded or batched, and reads the last token or every one."""
 
 import doctest
 
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import reward.functions
-from data.records import Message
-from reward.compose import Answers, Composition
-from reward.config import RewardConfig
 from reward.functions import RewardError, find
-from reward.learned import last_token_scores, score
+from reward.learned import last_token_scores, score, token_scores
 
 ROWS = [[5, 9, 11, 2], [7] * 10 + [2], [3, 4, 2], [8, 9, 10, 11, 12, 13], [40, 2]]
 
@@ -88,52 +84,27 @@ def test_the_examples_in_docstrings():
     assert doctest.testmod(reward.functions).attempted >= 3
 
 
-def answers() -> Answers:
-    texts = ["Of course! 42", "41", "no idea at all no idea at all"]
-    ids = [[1] * 40, [1] * 3, [1] * 8]
-    return Answers(
-        prompts=[(Message("user", "6 * 7?"),)] * 3,
-        prompt_ids=[[5]] * 3,
-        texts=texts,
-        ids=ids,
-        stopped=[True, True, False],
-        columns=[{"answer": "Of course! 42"}, {"answer": "42"}, {}],
-    )
-
-
-def test_composition_weighs_and_keeps_parts():
-    entries = [
-        RewardConfig(function="exact_match", weight=2.0),
-        RewardConfig(function="length_penalty", weight=0.5, args={"free": 20}),
-    ]
-    scores = Composition(entries, {})(answers())
-    assert scores.parts == {"exact_match": [1.0, 0.0, None], "length_penalty": [-1.0, 0.0, 0.0]}
-    assert scores.total == [1.5, 0.0, 0.0]
-
-
-def test_a_function_of_the_user_by_its_path(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
-        "def shout(prompts, completions, **columns):\n    return [float(c.isupper()) for c in completions]\n"
-        "def broken(prompts, completions, **columns):\n    return [float('nan')] * len(completions)\n"
-        "def short(prompts, completions, **columns):\n    return [1.0]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert Composition([RewardConfig(function="my_rewards:shout")], {})(answers()).total == [0.0, 0.0, 0.0]
-    with pytest.raises(RewardError, match=r"`broken` gave nan for the answer 'Of course! 42'"):
-        Composition([RewardConfig(function="my_rewards:broken")], {})(answers())
-    with pytest.raises(RewardError, match=r"`short` gave 1 values for 3 answers"):
-        Composition([RewardConfig(function="my_rewards:short")], {})(answers())
-
-
 @pytest.mark.parametrize("name", ["lenght_penalty", "no.such.module:f", "reward.functions:nothing"])
 def test_an_unknown_function_is_an_error(name):
     with pytest.raises(RewardError, match="reward function"):
         find(name)
 
 
-@pytest.mark.parametrize(
-    "keys", [{}, {"model": "a", "function": "b"}, {"model": "a", "args": {"n": 1}}, {"function": "f", "reencode": True}]
-)
-def test_an_entry_is_a_model_or_a_function(keys):
-    with pytest.raises(ValidationError):
-        RewardConfig(**keys)
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_scores_of_tokens_are_scores_of_the_row_cut_after_them(batch_size):
+    model = scorer()
+    counts = [2, 7, 0, 6, 1]
+    found = token_scores(model, ROWS, counts, pad_id=0, batch_size=batch_size)
+    assert [len(row) for row in found] == counts
+    for row, count, values in zip(ROWS, counts, found, strict=True):
+        cut = [row[: len(row) - count + 1 + i] for i in range(count)]
+        if cut:
+            assert torch.allclose(values, score(model, cut, pad_id=0), atol=1e-5)
+
+
+def test_a_broken_reward_model_is_named_where_every_token_is_read():
+    model = scorer()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[9] = float("inf")
+    with pytest.raises(RewardError, match="for row 1; its weights are broken"):
+        token_scores(model, [[5, 6], [8, 9]], [1, 1], pad_id=0)

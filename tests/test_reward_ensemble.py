@@ -1,0 +1,163 @@
+"""Learned rewards: normalised, in ensembles, by the token, and for a policy with another tokenizer."""
+
+import shutil
+
+import pytest
+import torch
+
+from data.encode import Encoder
+from data.records import Message
+from handoff.errors import HandoffError
+from handoff.files import read_json, write_json
+from handoff.parent import open_parent
+from reward.compose import Answers, Composition
+from reward.config import RewardConfig
+from reward.functions import RewardError
+from reward.learned import LearnedReward, score
+from tests.reward_models import NO_SYSTEM, load_reward, publish_model
+
+TEXTS = ["blue", "it is blue today", "b"]
+STOPPED = [True, True, False]
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """A policy, and reward models `a`, `b`, `c` with its tokenizer."""
+    root = tmp_path_factory.mktemp("rewards")
+    found = {name: publish_model(root / name, seed) for seed, name in enumerate("abc", start=1)}
+    return {"policy": publish_model(root / "policy", reward=False), **found}
+
+
+def answers(policy, system: str = "") -> Answers:
+    encoder = Encoder.from_pretrained(policy.model_dir)
+    start = (Message("system", system),) if system else ()
+    prompts = [(*start, Message("user", f"What colour {i}?")) for i in range(3)]
+    ids = [encoder.answer(t) if stopped else encoder.answer(t)[:-1] for t, stopped in zip(TEXTS, STOPPED, strict=True)]
+    return Answers(prompts, [encoder.prompt(p) for p in prompts], TEXTS, ids, STOPPED, [{}] * 3)
+
+
+def composition(parents, *entries: RewardConfig, policy: str = "policy") -> Composition:
+    models = {}
+    for entry in entries:
+        for ref in entry.references:
+            parent = parents[ref]
+            models[ref] = LearnedReward(parent, load_reward(parent), parents[policy], reencode=entry.reencode)
+    return Composition(entries, models)
+
+
+def by_hand(parents, ref: str, found: Answers) -> list[float]:
+    """Normalised scores of one model."""
+    rows = [[*p, *c] for p, c in zip(found.prompt_ids, found.ids, strict=True)]
+    parent = parents[ref]
+    raw = score(load_reward(parent), rows, parent.tokenizer.pad_id)
+    return ((raw - parent.manifest.extra["reward_mean"]) / 2).tolist()
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"combine": "mean"}, lambda s: s.mean(0)),
+        ({"combine": "min"}, lambda s: s.min(0).values),
+        ({"combine": "mean_minus_std", "std_coef": 0.5}, lambda s: s.mean(0) - 0.5 * s.std(0, correction=0)),
+    ],
+)
+def test_an_ensemble_is_combined_after_each_member_is_normalised(parents, keys, expected):
+    found = answers(parents["policy"])
+    entry = RewardConfig(models=["a", "b", "c"], weight=3.0, **keys)
+    scores = composition(parents, entry)(found)
+    members = torch.tensor([by_hand(parents, ref, found) for ref in "abc"], dtype=torch.double)
+    assert members.std(0).min() > 1e-3
+    assert scores.parts["a+b+c"] == pytest.approx(expected(members).tolist(), abs=1e-5)
+    assert scores.total == pytest.approx((3 * expected(members)).tolist(), abs=1e-5)
+    assert scores.members.keys() == {"a+b+c/a", "a+b+c/b", "a+b+c/c"}
+    assert scores.members["a+b+c/b"] == pytest.approx(members[1].tolist(), abs=1e-5)
+    assert scores.disagreement == pytest.approx(members.std(0, correction=0).tolist(), abs=1e-5)
+
+
+def test_of_several_ensembles_the_larger_disagreement_counts(parents):
+    found = answers(parents["policy"])
+    pairs = [RewardConfig(models=["a", "b"]), RewardConfig(models=["b", "c"]), RewardConfig(model="a")]
+    each = [composition(parents, entry)(found).disagreement for entry in pairs]
+    assert each[2] is None
+    assert composition(parents, *pairs)(found).disagreement == [max(x) for x in zip(each[0], each[1], strict=True)]
+
+
+def test_read_at_every_token_the_shares_sum_to_the_mean_over_the_answer(parents):
+    found = answers(parents["policy"])
+    scores = composition(parents, RewardConfig(model="a", read="every", weight=0.5))(found)
+    for i, ids in enumerate(found.ids):
+        # By hand: the score of the answer cut after each of its tokens.
+        cuts = [
+            by_hand(
+                parents, "a", Answers([found.prompts[i]], [found.prompt_ids[i]], [""], [ids[: t + 1]], [True], [{}])
+            )
+            for t in range(len(ids))
+        ]
+        values = [value for (value,) in cuts]
+        mean = sum(values) / len(values)
+        assert scores.parts["a"][i] == pytest.approx(mean, abs=1e-5)
+        assert scores.total[i] == pytest.approx(0.5 * mean, abs=1e-5)
+        assert scores.dense[i] == pytest.approx([0.5 * value / len(values) for value in values], abs=1e-5)
+        assert sum(scores.dense[i]) == pytest.approx(scores.total[i], abs=1e-9)
+
+
+def test_dense_rewards_add_up_beside_others(parents):
+    found = answers(parents["policy"])
+    entries = [
+        RewardConfig(models=["a", "b"], read="every", combine="min", weight=2.0),
+        RewardConfig(model="c", read="every"),
+        RewardConfig(model="a", name="whole"),
+        RewardConfig(function="length_penalty", args={"free": 4}),
+    ]
+    scores = composition(parents, *entries)(found)
+    assert [len(row) for row in scores.dense] == [len(ids) for ids in found.ids]
+    for i in range(3):
+        dense = 2 * scores.parts["a+b"][i] + scores.parts["c"][i]
+        assert sum(scores.dense[i]) == pytest.approx(dense, abs=1e-9)
+        assert scores.total[i] == pytest.approx(dense + scores.parts["whole"][i] + scores.parts["length_penalty"][i])
+    # The lowest at each token is no higher than the lowest of the members' means.
+    lowest = [min(pair) for pair in zip(scores.members["a+b/a"], scores.members["a+b/b"], strict=True)]
+    assert all(part <= low + 1e-9 for part, low in zip(scores.parts["a+b"], lowest, strict=True))
+    assert scores.disagreement is not None
+
+
+def test_another_tokenizer_is_read_after_encoding_again(parents, tmp_path):
+    """The same weights behind ids that are shifted by five: the score of a text is the same."""
+    found = answers(parents["policy"])
+    other = publish_model(tmp_path / "other", 1, spare=5)
+    models = {"other": load_reward(other), "a": load_reward(parents["a"])}
+    with torch.no_grad():
+        rows, own = models["other"].get_input_embeddings().weight, models["a"].get_input_embeddings().weight
+        first = len(rows) - 256
+        rows[: first - 5], rows[first:] = own[: first - 5], own[first - 5 :]
+        models["other"].load_state_dict(
+            {k: v for k, v in models["a"].state_dict().items() if "embed" not in k}, strict=False
+        )
+    again = LearnedReward(other, models["other"], parents["policy"], reencode=True)
+    direct = LearnedReward(parents["a"], models["a"], parents["policy"], reencode=False)
+    given = (found.prompts, found.texts, found.prompt_ids, found.ids, found.stopped)
+    assert again(*given) == pytest.approx(direct(*given), abs=1e-5)
+    with pytest.raises(HandoffError, match=r"have different tokenizers .* set `reencode: true`"):
+        LearnedReward(other, models["other"], parents["policy"], reencode=False)
+
+
+def test_a_prompt_that_the_reward_models_template_refuses(parents, tmp_path):
+    strict = publish_model(tmp_path / "strict", 1, template=NO_SYSTEM)
+    entry = RewardConfig(model="strict", reencode=True)
+    with pytest.raises(RewardError) as raised:
+        composition({**parents, "strict": strict}, entry)(answers(parents["policy"], system="Be brief."))
+    assert str(raised.value) == (
+        "reward model strict: prompt 'What colour 0?': the chat template refuses it: no system role"
+    )
+
+
+def test_a_checkpoint_without_statistics_is_refused_whatever_its_pad(parents, tmp_path):
+    """Also one from elsewhere whose tokenizer names no pad: the hand-off has found one to pad with."""
+    foreign = tmp_path / "foreign"
+    shutil.copytree(parents["a"].model_dir, foreign)
+    config = read_json(foreign / "tokenizer_config.json")
+    write_json(foreign / "tokenizer_config.json", {k: v for k, v in config.items() if k != "pad_token"})
+    parent = open_parent(str(foreign), tmp_path, {"reward_model"})
+    assert Encoder.from_pretrained(foreign, parent.tokenizer.pad_id).pad_id == parent.tokenizer.pad_id
+    with pytest.raises(HandoffError, match="no reward_mean and reward_std"):
+        LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
