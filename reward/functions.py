@@ -93,6 +93,12 @@ FUNCTIONS = {
     "repetition_penalty": "reward.functions:repetition_penalty",
     "exact_match": "reward.functions:exact_match",
     "world_correct": "reward.functions:world_correct",
+    "math_equal": "reward.verifiers.maths:math_equal",
+    "numeric_match": "reward.verifiers.maths:numeric_match",
+    "multiple_choice": "reward.verifiers.text:multiple_choice",
+    "regex_format": "reward.verifiers.text:regex_format",
+    "xml_format": "reward.verifiers.text:xml_format",
+    "json_schema": "reward.verifiers.json_schema:json_schema",
     "judge": "reward.judge:judge",
     "world_gold": "reward.functions:world_gold",
 }

@@ -1,0 +1,112 @@
+"""The trainer's side of maths_worker.py: a process that is started when first needed and again when it dies.
+
+math-verify's own time limit is a signal, which only a main thread may set and which cannot end arithmetic on huge
+integers. A separate process has a main thread of its own, and can be killed. It is a plain subprocess: starting it
+forks no threads of torch, imports no `__main__` again, and works in daemonic processes.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reward.functions import RewardError
+
+START_SECONDS = 120.0
+"""Wall time in which the process must have imported sympy."""
+WALL_FACTOR = 20.0
+"""Wall time for a comparison, in units of its processor time: only a stopped process ever needs it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one comparison: whether the gold answer was understood, the two are equal, and the limits stopped it."""
+
+    gold: bool
+    equal: bool
+    late: bool
+
+
+class Comparer:
+    """Asks the process whether answers are equal. Threads take turns; a forked process needs a Comparer of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._rest = b""
+
+    def compare(self, pairs: Iterable[tuple[str, str]], seconds: float) -> list[Verdict]:
+        """One verdict for each (gold, answer), both LaTeX.
+
+        Args:
+            seconds: processor time for each pair.
+
+        Raises:
+            RewardError: the process cannot be started.
+        """
+        with self._lock:
+            return [self._ask(gold, answer, seconds) for gold, answer in pairs]
+
+    def close(self) -> None:
+        """End the process. It is started again when needed."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        self._rest = b""
+
+    def _ask(self, gold: str, answer: str, seconds: float) -> Verdict:
+        process = self._running()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps({"gold": gold, "answer": answer, "seconds": seconds}).encode() + b"\n")
+            process.stdin.flush()
+            line = self._line(process, seconds * WALL_FACTOR)
+        except BrokenPipeError:
+            line = None
+        if line is None:
+            # Killed by the kernel for its processor time, or not to be waited for. That the gold was read is a guess in
+            # favour of the data: golds are written by people, answers by a policy.
+            self.close()
+            return Verdict(gold=True, equal=False, late=True)
+        return Verdict(**json.loads(line))
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        process = subprocess.Popen(
+            # -P: the folder of the script is no place to import from. A fixed hash seed: sympy's order follows hashes.
+            [sys.executable, "-P", str(Path(__file__).with_name("maths_worker.py"))],
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        if self._line(process, START_SECONDS) is None:
+            process.kill()
+            said = process.communicate()[1].decode(errors="replace").strip()
+            raise RewardError(f"the process that compares answers does not start: {said[-500:] or 'no reason given'}")
+        self._process = process
+        return process
+
+    def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+        """The next line that the process writes; None when it died or the wall time is over."""
+        assert process.stdout is not None
+        end = time.monotonic() + seconds
+        waiting = select.poll()
+        waiting.register(process.stdout, select.POLLIN)
+        while b"\n" not in self._rest:
+            ready = waiting.poll(max(0.0, end - time.monotonic()) * 1000)
+            chunk = os.read(process.stdout.fileno(), 65536) if ready else b""
+            if not chunk:
+                return None
+            self._rest += chunk
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line

@@ -1,0 +1,88 @@
+"""Compares mathematical answers in a process of its own; run as a script by maths_process.py, imports nothing of ours.
+
+Reads a JSON object a line, `{"gold": LaTeX, "answer": LaTeX, "seconds": s}`, and writes one, `{"gold": was it
+understood, "equal": bool, "late": did it use up its processor time}`. Processor time, so that scores are the same on a
+busy machine.
+
+Three fences, since sympy may run for ever on what a policy writes: a timer that raises inside Python code, the kernel's
+limit on processor time for the arithmetic on huge integers, which no signal handler can interrupt (this process then
+dies, and is started again), and a limit on memory.
+"""
+
+import functools
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+MEMORY = 2 << 30  # bytes of address space
+GRACE = 2  # seconds of processor time between the timer and the kernel's limit
+
+
+class TimeUp(BaseException):
+    """Not an Exception: math-verify and sympy catch those and go on."""
+
+
+def _time_up(signum: int, frame: object) -> None:
+    raise TimeUp
+
+
+def read(text: str) -> Any:
+    """The formula as a list of at most one sympy object. In a box, so that all of it is read as one formula."""
+    from math_verify import LatexExtractionConfig, parse
+
+    rule = LatexExtractionConfig(boxed_match_priority=0)
+    return parse(f"\\boxed{{{text}}}", [rule], fallback_mode="no_fallback", parsing_timeout=None)
+
+
+_read_gold = functools.lru_cache(maxsize=4096)(read)  # the answers of a group share it
+
+
+def reply(gold: str, answer: str, seconds: float) -> dict[str, bool]:
+    """One comparison under the limits."""
+    from math_verify import verify
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = math.ceil(used.ru_utime + used.ru_stime + seconds) + GRACE
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+    out = {"gold": False, "equal": False, "late": False}
+    try:
+        try:
+            # Again every 0.1 s: some library on the way may have a bare `except`.
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
+            right = _read_gold(gold)
+            out["gold"] = bool(right)
+            out["equal"] = bool(right) and bool(verify(right, read(answer), timeout_seconds=None))
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    except TimeUp:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        out["late"] = True
+    except Exception:  # whatever sympy raises on nonsense, recursion and memory errors too
+        return out
+    return out
+
+
+def main() -> None:
+    # Libraries may print: standard output is for replies alone.
+    out = os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to handle; it closes our input when it ends
+    signal.signal(signal.SIGVTALRM, _time_up)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.disable(logging.CRITICAL)
+    read("1")  # imports sympy before the first request, whose time is counted
+    print(json.dumps({}), file=out, flush=True)
+    os.dup2(nowhere, 2)  # nobody listens there once the process is up
+    for line in sys.stdin:
+        print(json.dumps(reply(**json.loads(line))), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Answers whose form decides: a letter of a multiple choice, a pattern, tags in their order."""
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import regex
+
+from data.records import Message
+from reward.functions import RewardError
+from reward.verifiers.golds import golds, row_error
+from reward.verifiers.maths import last_box
+
+log = logging.getLogger(__name__)
+
+PATTERN_SECONDS = 2.0
+"""Wall time for one match of `regex_format`; ordinary patterns take microseconds."""
+
+_IS = r"(?:is|was|would be|should be|must be)"
+_NOUN = r"(?:option|choice|letter)"
+_CHOOSE = r"(?:choose|chose|pick|select|go with|going with)"
+_DENIED_BEFORE = re.compile(rf"(?i:(?:not|n['’]t)(?:\s+be)?)\s*(?i:{_NOUN})?\s*$")
+_DENIED_BEHIND = re.compile(r"\s*(?:is|was)(?:n['’]t|\s+not|\s+wrong|\s+incorrect|\s+false)\b")
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+
+
+def multiple_choice(
+    prompts: Sequence[tuple[Message, ...]],
+    completions: Sequence[str],
+    column: str | None = None,
+    choices: str = "ABCDEFGHIJ",
+    **columns: Any,
+) -> list[float | None]:
+    """1 where the one letter that the completion chooses is the right one; None where the row has no right answer.
+
+    The choice is what the last box holds, else what follows the last "answer is" or "Answer:", else the one letter that
+    is marked as one: alone on its line, `(B)`, `B.` or `B)` at the start of a line, "option B", "I choose B", "B is
+    correct". Several letters where one is due are no choice, and a letter after "not" is none either.
+
+    Args:
+        column: holds the right letter (`B`, `(B)`, `\\text{(B)}`); `answer` or `ground_truth` if not given.
+        choices: the letters that there are.
+
+    Raises:
+        RewardError: no such column, or a right answer that is not one of the letters.
+
+    >>> multiple_choice([], ["The answer is (B).", "**B**", "A, B or C", "B. Paris"], answer=["B"] * 4)
+    [1.0, 1.0, 0.0, 1.0]
+    """
+    if not re.fullmatch(r"[A-Z]{2,}", choices):
+        raise RewardError(f"`multiple_choice`: `choices: {choices}`; give the capital letters, such as `choices: ABCD`")
+    out: list[float | None] = []
+    for row, gold in enumerate(golds("multiple_choice", prompts, completions, columns, column)):
+        if gold is None:
+            out.append(None)
+            continue
+        right = _lone_letter(gold if "\\" in gold else gold.upper(), choices)
+        if right is None:
+            problem = f"the right answer {gold!r} is none of the letters {choices}; give its letter"
+            raise row_error("multiple_choice", prompts, row, problem)
+        out.append(float(_choice(completions[row], choices) == right))
+    return out
+
+
+def regex_format(
+    prompts: Sequence[tuple[Message, ...]],
+    completions: Sequence[str],
+    pattern: str,
+    match: Literal["full", "search"] = "full",
+    **columns: Any,
+) -> list[float | None]:
+    """1 where the completion fits a regular expression.
+
+    Args:
+        pattern: in Python's syntax; `(?s)` at its start lets the dot match line breaks.
+        match: whether the pattern must cover the whole completion or occur in it.
+
+    Raises:
+        RewardError: a broken pattern, or another `match`.
+
+    >>> regex_format([], ["12 km", "about 12 km"], pattern=r"\\d+ km")
+    [1.0, 0.0]
+    >>> regex_format([], ["about 12 km"], pattern=r"\\d+ km", match="search")
+    [1.0]
+    """
+    if match not in ("full", "search"):
+        raise RewardError(f"`regex_format`: `match: {match}` is neither `full` nor `search`")
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise RewardError(f"`regex_format`: `pattern: {pattern}` is no regular expression: {error}") from error
+    find = compiled.fullmatch if match == "full" else compiled.search
+    out: list[float | None] = []
+    late = 0
+    for text in completions:
+        try:
+            out.append(float(find(text, timeout=PATTERN_SECONDS) is not None))
+        except TimeoutError:
+            late += 1
+            out.append(0.0)
+    if late:
+        log.warning(
+            "regex_format: %d of %d completions took the pattern more than %g s and score 0; it backtracks too much",
+            late,
+            len(out),
+            PATTERN_SECONDS,
+        )
+    return out
+
+
+def xml_format(
+    prompts: Sequence[tuple[Message, ...]],
+    completions: Sequence[str],
+    tags: Sequence[str] = ("think", "answer"),
+    text_outside: bool = False,
+    **columns: Any,
+) -> list[float | None]:
+    """1 where the completion has each of the tags exactly once, in this order, none inside another and none empty.
+
+    Args:
+        tags: their names.
+        text_outside: whether anything but white space may stand before, between and after them.
+
+    Raises:
+        RewardError: a name that is no tag's, or one given twice.
+
+    >>> xml_format([], ["<think>6 * 7</think><answer>42</answer>", "<answer>42</answer>"])
+    [1.0, 0.0]
+    >>> xml_format([], ["<think>6 * 7</think> It is 42."], tags=["think"], text_outside=True)
+    [1.0]
+    """
+    if isinstance(tags, str) or not tags or not all(re.fullmatch(r"[A-Za-z][\w.-]*", tag) for tag in tags):
+        raise RewardError(f"`xml_format`: `tags: {tags}` is no list of tag names, such as `tags: [think, answer]`")
+    if len(set(tags)) != len(tags):
+        raise RewardError(f"`xml_format`: `tags: {list(tags)}` names a tag twice")
+    return [float(_tagged(text, tags, text_outside)) for text in completions]
+
+
+def _tagged(text: str, tags: Sequence[str], text_outside: bool) -> bool:
+    place = 0
+    for tag in tags:
+        start, end = f"<{tag}>", f"</{tag}>"
+        if text.count(start) != 1 or text.count(end) != 1:
+            return False
+        begins, ends = text.find(start, place), text.find(end, place)
+        inside = text[begins + len(start) : max(ends, 0)]
+        if begins < 0 or ends < begins or not inside.strip():
+            return False
+        if not text_outside and text[place:begins].strip():
+            return False
+        place = ends + len(end)
+    return text_outside or not text[place:].strip()
+
+
+def _lone_letter(text: str, choices: str) -> str | None:
+    """The letter, if the text is nothing else than one, wrapped or not."""
+    found = re.fullmatch(rf"[\s($[]*([{choices}])[\s)$\].:]*", _WRAPPED.sub(r"\1", text))
+    return found[1] if found else None
+
+
+def _choice(text: str, choices: str) -> str | None:
+    """The one letter that the text chooses; None when there is none or more than one."""
+    box = last_box(text)
+    if box is not None:
+        return _lone_letter(box[1], choices)
+    text = re.sub(r"[*`$]", "", _WRAPPED.sub(r"\1", text))
+    letter = rf"[(\[]?([{choices}])(?![\w'’])[)\]]?"
+    stated = list(re.finditer(rf"\b(?i:answer)\b(?i:\s+{_IS})?[\s:=]*(?i:{_NOUN}\s+)?{letter}", text))
+    if stated:
+        return None if re.match(_further(choices), text[stated[-1].end() :]) else stated[-1][1]
+    marked = re.compile(
+        rf"^[ \t]*[(\[]?(?:([{choices}])[)\].:]*[ \t]*$|([{choices}])[)\].:](?=\s))"  # a line of its own, or begins one
+        rf"|\(([{choices}])\)"
+        rf"|\b(?i:{_NOUN}|{_CHOOSE}(?:\s+{_NOUN})?)\s+{letter}"
+        rf"|\b([{choices}])\s+is\s+(?:the\s+)?(?:correct|right|best)\b",
+        re.MULTILINE,
+    )
+    found = set()
+    for mark in marked.finditer(text):
+        before, after = text[max(0, mark.start() - 24) : mark.start()], text[mark.end() : mark.end() + 24]
+        if not _DENIED_BEFORE.search(before) and not _DENIED_BEHIND.match(after):
+            found.add(next(group for group in mark.groups() if group))
+    return found.pop() if len(found) == 1 else None
+
+
+def _further(choices: str) -> str:
+    """Another letter right behind the first: `, B`, ` or (C)`, ` B C`. Not the first word of a clause: `, A dog is`."""
+    letter = rf"[(\[]?[{choices}]"
+    return rf"[\s,;/&]*(?:(?:and|or)\s+)?{letter}(?=[)\]]|\s*(?:[,;/&.]|and\b|or\b|$|{letter}\b))"
