@@ -10,6 +10,7 @@ on is a tie, because judges favour a position (Zheng et al. 2023, arXiv:2306.056
 answer, a refusal and a reply without a verdict give None, are counted, and stop the run when they are too many.
 """
 
+import inspect
 import logging
 import math
 import os
@@ -111,6 +112,13 @@ def judge(prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], **
     return _compare_orders(config, values, tally)
 
 
+# Who calls a reward function reads in its signature which `args` it has: those of JudgeConfig, and any column.
+_own = inspect.signature(judge).parameters
+vars(judge)["__signature__"] = inspect.Signature(
+    [_own["prompts"], _own["completions"], *inspect.signature(JudgeConfig).parameters.values(), _own["arguments"]]
+)
+
+
 def _key(config: JudgeConfig) -> Key | None:
     if config.api_key_env is None:
         return None
@@ -175,15 +183,14 @@ class _Desk:
             return known
         self._check_cost()
         reply = self._client.ask(body)
-        if self._cache is not None:
-            self._cache.put(name, self._config.model, reply)
+        kept = reply if self._cache is None else self._cache.put(name, self._config.model, reply)
         if reply.tokens is not None:
             read, written = reply.tokens
             self._bought.add(read=read, written=written)
             self._tally.add(input_tokens=read, output_tokens=written, cost=self._config.cost(read, written))
         elif self._config.max_cost is not None and reply.finish != "content_filter":
             raise RewardError(f"judge {self._config.base_url} does not say how many tokens it used: remove `max_cost`")
-        return reply
+        return kept
 
     def _check_cost(self) -> None:
         if self._config.max_cost is None:

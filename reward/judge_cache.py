@@ -54,10 +54,13 @@ class Cache:
         text, finish, refusal, read, written = rows[0]
         return Reply(text, finish, refusal, None if read is None else (read, written))
 
-    def put(self, key: str, model: str, reply: Reply) -> None:
-        """Keep an answer. The first one stays, where another process asked the same meanwhile."""
+    def put(self, key: str, model: str, reply: Reply) -> Reply:
+        """Keep an answer, and say which one holds: the first, where another process asked the same meanwhile."""
         values = (key, model, reply.text, reply.finish, reply.refusal, *(reply.tokens or (None, None)))
         self._run("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+        kept = self.get(key)
+        assert kept is not None
+        return kept
 
     def tokens(self, model: str) -> tuple[int, int]:
         """Input and output tokens of all answers of a model, whichever process paid for them."""

@@ -113,7 +113,6 @@ class Client:
         for attempt in range(self._retries + 1):
             self._wait_for_turn()
             self._tally.add(requests=1, repeated=attempt > 0)
-            asked = None
             try:
                 response, content = self._post(body)
             except httpx.RequestError as error:
@@ -130,9 +129,11 @@ class Client:
                     if marks & _FILTERED:
                         return Reply("", "content_filter", trouble, None)
                     self._give_up_if_hopeless(response, trouble, marks)
-                    asked = retry_after(response.headers.get("retry-after", ""), time.time())
+                    self._hold_back(retry_after(response.headers.get("retry-after", ""), time.time()), trouble)
             if attempt < self._retries:
-                self._hold_back(attempt, asked, trouble)
+                # Jitter keeps threads apart; no result depends on it, so it is not keyed.
+                backoff = min(self._backoff * 2**attempt, _LONGEST_BACKOFF)
+                self._stop.wait(backoff * random.uniform(0.5, 1.5))
         raise Unanswered(f"{trouble} (asked {self._retries + 1} times)")
 
     def stop(self) -> None:
@@ -164,15 +165,14 @@ class Client:
         if self._stop.is_set():
             raise Unanswered("the call was given up")
 
-    def _hold_back(self, attempt: int, asked: float | None, trouble: str) -> None:
-        """Waits before the next attempt. Jitter keeps threads apart; no result depends on it, so it is not keyed."""
-        if asked is not None and asked > LONGEST_WAIT:
+    def _hold_back(self, asked: float | None, trouble: str) -> None:
+        """Makes all threads wait as long as the server asked."""
+        if asked is None:
+            return
+        if asked > LONGEST_WAIT:
             raise Unanswered(f"{trouble} (asks to wait {asked:.0f} s, above {LONGEST_WAIT:.0f})")
-        backoff = min(self._backoff * 2**attempt, _LONGEST_BACKOFF) * random.uniform(0.5, 1.5)
-        if asked is not None:
-            with self._lock:
-                self._not_before = max(self._not_before, time.monotonic() + asked)
-        self._stop.wait(max(backoff, asked or 0.0))
+        with self._lock:
+            self._not_before = max(self._not_before, time.monotonic() + asked)
 
     def _give_up_if_hopeless(self, response: httpx.Response, trouble: str, marks: frozenset[str]) -> None:
         """Raises for every status but 200 that asking again, later, would not change."""

@@ -26,7 +26,7 @@ class JudgeConfig(BaseModel):
     mode: Literal["rubric", "pairwise"] = "rubric"
     """`rubric`: grade the answer. `pairwise`: is it better than the row's reference (1), as good (0.5) or worse (0)."""
     rubric: str = RUBRIC
-    """What counts, in words. A column `rubric` of the data, where it has one, goes before it, row by row."""
+    """What counts, in words. When absent, a row's text in a column `rubric`, where the data has one, comes first."""
     lowest: float = 1
     """Worst grade of `mode: rubric`; becomes 0."""
     highest: float = 10

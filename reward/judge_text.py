@@ -37,7 +37,7 @@ _COMPARE = (
     '{{"reasoning": "<at most two sentences>", "winner": "A" or "B" or "tie"}}'
 )
 _WINNERS = {"a": 1.0, "answer a": 1.0, "b": 0.0, "answer b": 0.0, "tie": 0.5}
-_LONGEST_READ = 32_000
+_LONGEST_READ = 8_000
 _AROUND = string.whitespace + "\"'*_`#[](){}<>.,:;!“”"
 _REFUSES = re.compile(
     r"(i['’]?m |i am )?(very |so )?sorry|i (can ?not|can['’]t|won['’]t|am unable|['’]?m unable)|as an ai\b"
@@ -134,7 +134,7 @@ def refuses(text: str) -> bool:
 
 def _last_json(text: str, key: str) -> object:
     """The value of `key` in the last JSON object of the text that has it, None when no object has."""
-    text = text[-_LONGEST_READ:]
+    text = _end(text)
     decoder = json.JSONDecoder(strict=False)  # judges put line breaks into strings
     value, at = None, text.find("{")
     while at != -1:
@@ -148,7 +148,12 @@ def _last_json(text: str, key: str) -> object:
     return value
 
 
+def _end(text: str) -> str:
+    """What is read of a reply: its end, and of a reply that thinks aloud what comes after that."""
+    return text.rpartition("</think>")[2][-_LONGEST_READ:]
+
+
 def _last_line(text: str) -> str:
     """The last line that says something, without quotes, brackets and emphasis around it."""
-    lines = text[-_LONGEST_READ:].strip(_AROUND).splitlines()
+    lines = _end(text).strip(_AROUND).splitlines()
     return lines[-1].strip(_AROUND) if lines else ""
