@@ -99,6 +99,7 @@ FUNCTIONS = {
     "regex_format": "reward.verifiers.text:regex_format",
     "xml_format": "reward.verifiers.text:xml_format",
     "json_schema": "reward.verifiers.json_schema:json_schema",
+    "ifeval": "reward.verifiers.ifeval:ifeval",
     "judge": "reward.judge:judge",
     "world_gold": "reward.functions:world_gold",
 }
