@@ -1,7 +1,7 @@
-"""The policy-gradient family a second time, written from the papers: numbers, loops over answers and tokens, no tensors.
+"""The policy-gradient family a second time, written from the papers: numbers, and loops over answers and tokens.
 
-What `stages/ppo` computes on padded tensors with masks is compared with this. A batch is a list of answers, and an answer
-a list of numbers, one a token, as long as the answer is: there is no padding that could be got wrong.
+What `stages/ppo` computes on padded tensors with masks is compared with this. A batch is a list of answers, and an
+answer a list of numbers, one a token, as long as the answer is: there is no padding that could be got wrong.
 
 Equations are numbered as in the arXiv versions named in stages/ppo/loss.py and stages/ppo/advantages.py.
 """
@@ -134,7 +134,7 @@ def overlong(length: int, max_length: int, buffer: int) -> float:
 
 
 def gae(rewards: Batch, values: Batch, gamma: float, lam: float | Sequence[float]) -> tuple[Tokens, Tokens]:
-    """Equation 16 as the sum that it is, Σ_l (γλ)^l δ_{t+l}, δ of equation 10 in the paper's section 3; V = 0 at the end."""
+    """Equation 16 as the sum that it is: Σ_l (γλ)^l δ_{t+l}, with δ_t = r_t + γ V_{t+1} − V_t and V = 0 at the end."""
     advantages = []
     for i, (reward, value) in enumerate(zip(rewards, values, strict=True)):
         own = lam[i] if isinstance(lam, Sequence) else lam

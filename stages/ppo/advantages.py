@@ -75,12 +75,21 @@ def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
     return (1 - 1 / (alpha * mask.sum(-1).float())).clamp(min=0)
 
 
+def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    """Less the first reward of each group, so that equal ones are 0 and no rounding of their mean is scaled up.
+
+    (N,) -> (N / G, G).
+    """
+    groups = rewards.view(-1, group_size)
+    return groups - groups[:, :1]
+
+
 def group_relative(rewards: Tensor, group_size: int, scale: bool) -> Tensor:
     """(r − mean of the group) / deviation of the group (GRPO, section 4.1.2); without `scale` only centred (Dr. GRPO).
 
     The deviation is the sample's (G − 1). rewards (N,), whole groups side by side -> (N,).
     """
-    groups = rewards.view(-1, group_size)  # (N / G, G)
+    groups = _groups(rewards, group_size)
     centred = groups - groups.mean(-1, keepdim=True)
     if scale:
         centred = centred / (groups.std(-1, keepdim=True) + _STD_EPSILON)
@@ -89,7 +98,7 @@ def group_relative(rewards: Tensor, group_size: int, scale: bool) -> Tensor:
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     """r_i minus the mean reward of the group's other answers (RLOO, the estimator with k = G). (N,) -> (N,)."""
-    groups = rewards.view(-1, group_size)
+    groups = _groups(rewards, group_size)
     others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).reshape(-1)
 
