@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rollout.mismatch import truncated_importance_weights
 from stages.ppo.advantages import (
     explained_variance,
     gae,
@@ -130,6 +131,17 @@ def test_global_baseline_is_the_papers(batch, gamma, grouped):
     size = batch.size if grouped else 1
     found = global_baseline(batch["rewards"], batch.mask, gamma, size)
     same(found, papers.reinforce_plus_plus(batch.rows("rewards"), gamma, size), batch.lengths, 1e-6)
+
+
+@random_cases(40, cap=st.sampled_from([0.5, 1.0, 2.0, 100.0]), level=st.sampled_from(["token", "sequence"]))
+def test_importance_weights_are_the_papers(batch, cap, level):
+    engine, trainer = batch["logp"], batch["ref"]
+    found = truncated_importance_weights(engine, trainer, batch.mask, cap, level)
+    expected = papers.truncated_importance(batch.rows("ref"), batch.rows("logp"), cap, level)
+    same(found - 1, [[weight - 1 for weight in row] for row in expected], batch.lengths)  # 1 in padding
+    for poison in POISONS:
+        dirty = torch.where(batch.mask, engine, poison), torch.where(batch.mask, trainer, poison)
+        assert torch.equal(truncated_importance_weights(*dirty, batch.mask, cap, level), found)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

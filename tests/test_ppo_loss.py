@@ -11,12 +11,15 @@ from torch import Tensor
 
 from rollout.logprobs import token_logprobs
 from stages.ppo import loss as losses
+from stages.ppo import train as loop
 from stages.ppo.actor_critic import micro_batches
+from stages.ppo.config import PPOTrainConfig
 from tests import numpy_policy_gradient as papers
 from tests.numpy_policy_gradient import ragged
 
 V = 13
 LOW, HIGH, UPPER, DUAL = 0.2, 0.2, 0.28, 1.7
+POISONS = [math.nan, math.inf, -math.inf, 1e30]
 NORMALISERS = ("token", "sequence", "constant")
 # name -> (ours, the papers'), both of (logp, old_logp, advantages) and ours of the mask, too.
 POLICY = {
@@ -229,7 +232,7 @@ def test_log_probabilities_and_entropy_are_of_the_tempered_distribution_and_so_a
 # ---- padding, micro-batches, counts
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_what_stands_in_padding_changes_neither_loss_nor_gradient(batch, poison, normaliser):
     mask = batch.mask
@@ -250,6 +253,36 @@ def test_what_stands_in_padding_changes_neither_loss_nor_gradient(batch, poison,
     dirty = {name: torch.where(mask, value, poison) for name, value in clean.items()}
     for one, other in zip(everything(clean), everything(dirty), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("poison", [*POISONS, -200.0])
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"kl_in": "loss", "entropy_coef": 0.1},
+        {"kl_in": "loss", "kl_estimator": "k2", "policy_loss": "gspo", "loss_normaliser": "sequence"},
+        {"kl_in": "loss", "policy_loss": "cispo", "importance_sampling": "token", "loss_normaliser": "constant"},
+        {"policy_loss": "dual_clip", "entropy_coef": 0.1},
+    ],
+)
+def test_what_stands_in_padding_does_not_reach_the_loops_loss(batch, poison, settings_):
+    """All its terms together, in single precision; −200 is what a model may well think of a padding token."""
+    t = PPOTrainConfig(**settings_)
+    clean = {name: batch[name].float() for name in batch.arrays}
+    behind = {name: torch.where(batch.mask, value, 0.0) for name, value in clean.items()}
+    weights = torch.where(batch.mask, 0.9, 1.0) if t.importance_sampling != "none" else None
+
+    def run(fill: float) -> list[Tensor]:
+        x = [torch.where(batch.mask, clean[n], fill).requires_grad_() for n in ("logp", "advantages", "values")]
+        names = ("old", "ref", "advantages", "old_values", "returns")
+        targets = loop.Targets(batch.mask, *(behind[name] for name in names), weights)
+        tokens, sums = loop._loss(t, tuple(x), targets, 0.1, False)
+        number = losses.total(tokens, batch.mask, t.loss_normaliser)
+        gradients = torch.autograd.grad(number, x, allow_unused=True)
+        return [number, *(g for g in gradients if g is not None), *sums.values()]
+
+    for one, other in zip(run(0.0), run(poison), strict=True):
+        assert torch.equal(one, other) and one.isfinite().all()
 
 
 @pytest.mark.parametrize("name", POLICY)
