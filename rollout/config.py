@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_SERVER_ONLY = ("base_url", "timeout", "sync_timeout", "start_timeout", "retries", "retry_wait", "concurrency")
-_SERVER_ONLY += ("transfer", "weights_dir", "transfer_port")
+_REQUESTS = ("base_url", "timeout", "sync_timeout", "start_timeout", "retries", "retry_wait", "concurrency")
+_SERVER_ONLY = (*_REQUESTS, "transfer", "weights_dir", "transfer_port")
 _COLOCATE_ONLY = ("gpu_memory_utilization", "tensor_parallel_size", "max_model_len")
 
 

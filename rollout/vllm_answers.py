@@ -1,0 +1,105 @@
+"""What is asked of vLLM for one answer, and how its reply is read: for a server and inside this process alike."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from rollout.engine import Completion, SamplingSpec
+from rollout.errors import LogprobsMissing, ServerFailed, WrongAnswer, WrongModel
+
+_LOWEST = -9999.0  # what vLLM writes for a log-probability of minus infinity
+
+
+def check_fit(prompts: Sequence[Sequence[int]], spec: SamplingSpec, window: int, vocab_size: int) -> None:
+    """Raises WrongModel where prompt and answer are longer than `window`, the longest sequence that vLLM takes.
+
+    A token that is not in the vocabulary is refused here too: an engine dies of it (seen with vLLM 0.31).
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + spec.max_new_tokens > window:
+        raise WrongModel(
+            f"vLLM takes {window} tokens at most; a prompt of {longest} and an answer of up to {spec.max_new_tokens} "
+            f"need {longest + spec.max_new_tokens}: start the server with a larger --max-model-len (colocated: "
+            "vllm.max_model_len), or shorten max_prompt_length or max_completion_length"
+        )
+    assert all(prompts) and all(0 <= token < vocab_size for prompt in prompts for token in prompt)
+
+
+def sampling(spec: SamplingSpec, seed: int) -> dict[str, Any]:
+    """vLLM's sampling parameters of a spec, with every one that could change the distribution. Ends are the spec's
+    own: without `ignore_eos` vLLM would add those of generation_config.json."""
+    return {
+        "temperature": spec.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": seed,
+        "stop_token_ids": list(spec.stop_ids),
+        "ignore_eos": True,
+        "logprobs": 0,
+    }
+
+
+class _Logprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+
+
+class _Choice(BaseModel):
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: _Logprobs | None
+
+
+class _Answer(BaseModel):
+    choices: list[_Choice]
+
+
+def read(answer: Any, prompt: list[int], spec: SamplingSpec) -> Completion:
+    """The completion in a response of /v1/completions, checked against what was asked.
+
+    Raises:
+        ServerFailed: the response has another form, or the server gave the request up.
+        WrongAnswer: count of answers, prompt, length or end are not those asked for.
+        LogprobsMissing: a token came without its log-probability.
+    """
+    try:
+        choices = _Answer.model_validate(answer).choices
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ServerFailed(f"the response is none of vLLM's completions: {place}: {first['msg']}") from error
+    if len(choices) != 1:
+        raise WrongAnswer(f"the server sent {len(choices)} answers to a request for one")
+    choice = choices[0]
+    ids = choice.token_ids
+    if choice.finish_reason not in ("stop", "length"):
+        raise ServerFailed(f"the server gave the answer up (finish_reason {choice.finish_reason})")
+    if choice.prompt_token_ids != prompt:
+        raise WrongAnswer("the server answered another prompt than it was sent: it cut it, or added tokens of its own")
+    if choice.logprobs is None:
+        raise LogprobsMissing("the server sent no log-probabilities, though asked for them")
+    if choice.logprobs.tokens != [f"token_id:{token}" for token in ids]:
+        raise WrongAnswer(
+            f"{len(choice.logprobs.tokens)} log-probabilities are not those of the answer's {len(ids)} tokens"
+        )
+    return completion(ids, choice.logprobs.token_logprobs, choice.finish_reason == "stop", spec)
+
+
+def completion(ids: Sequence[int], logprobs: Sequence[float | None], stopped: bool, spec: SamplingSpec) -> Completion:
+    """A Completion of what vLLM sampled. Errors as of `read`."""
+    numbers = [value for value in logprobs if value is not None and math.isfinite(value) and value > _LOWEST]
+    if not len(numbers) == len(logprobs) == len(ids):
+        raise LogprobsMissing(f"{len(ids)} tokens came with {len(numbers)} log-probabilities")
+    end: Literal["stop", "length"] = "stop" if ids and ids[-1] in spec.stop_ids else "length"
+    if stopped and end != "stop":
+        raise WrongAnswer("an answer stops without one of the stop tokens: the server has stop strings of its own")
+    if end == "length" and len(ids) != spec.max_new_tokens:
+        raise WrongAnswer(f"an answer without a stop token has {len(ids)} tokens instead of {spec.max_new_tokens}")
+    return Completion(list(ids), numbers, end)
