@@ -18,10 +18,65 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from rollout.batch import pad_batch
+from rollout.config import VLLMConfig
+from rollout.engine import Completion, SamplingSpec
+from rollout.logprobs import completion_logprobs
 
 Reply = tuple[int, Any] | None
 """Status and JSON; None: the connection is closed without a word."""
+
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 9, 11], [7] * 10, [5, 9, 11], [8, 9, 10, 11, 12, 13], [40, 41], [6]]
+KEYS = [("row", i) for i in range(len(PROMPTS))]
+SPEC = SamplingSpec(8, (2, 17, 30, 31), 0, temperature=0.7)
+
+
+def save_tiny(path: Path, tied: bool = False, vocab_size: int = 64) -> Path:
+    """A Llama of random weights, scaled up so that its distributions are not nearly uniform."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(path)
+    return path
+
+
+def trained(model_dir: Path, noise: float = 0.1) -> PreTrainedModel:
+    """The model of `model_dir` after some training, so to say."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir).float().eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def assert_logprobs_of(model: PreTrainedModel, completions: list[Completion], temperature: float) -> None:
+    """The completions of PROMPTS carry what `model` itself gives their tokens."""
+    batch = pad_batch(PROMPTS, [c.ids for c in completions], 0, CPU)
+    with torch.no_grad():
+        logp, _ = completion_logprobs(model, batch, temperature)
+    for i, completion in enumerate(completions):
+        expected = logp[i, : len(completion.ids)]
+        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-5)
 
 
 def free_port() -> int:
@@ -237,7 +292,8 @@ class FakeVLLM:
             "logprobs": {"tokens": tokens, "token_logprobs": logprobs},
             "finish_reason": reason,
         }
-        return 200, self.alter(body, {"choices": [choice], "model": self.name})
+        answer = {"choices": [choice], "model": self.name}
+        return 200, answer if "logit_bias" in body else self.alter(body, answer)
 
     @torch.no_grad()
     def sample(self, body: dict[str, Any]) -> tuple[list[int], list[float], str]:
@@ -279,3 +335,9 @@ def packed_nccl_broadcast_producer(iterator: Any, group: FakeGroup, src: int, po
         group.store.set(f"{group.round}/{i}", tensor.view(-1).view(torch.uint8).numpy().tobytes())
         time.sleep(0)
     group.round += 1
+
+
+def config(fake: FakeVLLM, **keys: Any) -> VLLMConfig:
+    """For a test: nothing is waited for for long."""
+    quick = {"retry_wait": 0.01, "start_timeout": 5.0, "timeout": 20.0, "sync_timeout": 20.0}
+    return VLLMConfig(**({"base_url": fake.url, "dtype": "float32"} | quick | keys))

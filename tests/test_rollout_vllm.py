@@ -9,45 +9,27 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from rollout.batch import pad_batch
 from rollout.config import VLLMConfig
 from rollout.engine import SamplingSpec, generate
 from rollout.errors import EngineMissing, TransferFailed, WrongModel
-from rollout.logprobs import completion_logprobs
 from rollout.vllm import VLLMEngine
 from rollout.vllm_client import Client
 from rollout.vllm_weights import NCCLTransfer, Stored
-from tests.fake_vllm import FakeVLLM, free_port, packed_nccl_broadcast_producer, trainer_init
-
-CPU = torch.device("cpu")
-PROMPTS = [[5, 9, 11], [7] * 10, [5, 9, 11], [8, 9, 10, 11, 12, 13], [40, 41], [6]]
-KEYS = [("row", i) for i in range(len(PROMPTS))]
-SPEC = SamplingSpec(8, (2, 17, 30, 31), 0, temperature=0.7)
-
-
-def save_tiny(path: Path, tied: bool = False, vocab_size: int = 64) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=tied,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    model.save_pretrained(path)
-    return path
+from tests.fake_vllm import (
+    CPU,
+    KEYS,
+    PROMPTS,
+    SPEC,
+    FakeVLLM,
+    assert_logprobs_of,
+    config,
+    free_port,
+    packed_nccl_broadcast_producer,
+    save_tiny,
+    trained,
+    trainer_init,
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,35 +43,12 @@ def server(model_dir):
         yield fake
 
 
-def config(fake: FakeVLLM, **keys) -> VLLMConfig:
-    quick = {"retry_wait": 0.01, "start_timeout": 5.0, "timeout": 20.0, "sync_timeout": 20.0}
-    return VLLMConfig(**({"base_url": fake.url, "dtype": "float32"} | quick | keys))
-
-
 @pytest.fixture
 def engine(server, model_dir, tmp_path):
     made = VLLMEngine(config(server, weights_dir=str(tmp_path)), model_dir, CPU, is_main=True)
     yield made
     made.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def trained(model_dir: Path, noise: float = 0.1):
-    model = AutoModelForCausalLM.from_pretrained(model_dir).float().eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def assert_logprobs_of(model, completions, temperature: float) -> None:
-    batch = pad_batch(PROMPTS, [c.ids for c in completions], 0, CPU)
-    with torch.no_grad():
-        logp, _ = completion_logprobs(model, batch, temperature)
-    for i, completion in enumerate(completions):
-        expected = logp[i, : len(completion.ids)]
-        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-5)
 
 
 def test_tokens_and_logprobs_are_those_of_the_weights_that_were_sent(engine, server, model_dir):
