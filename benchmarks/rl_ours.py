@@ -1,0 +1,44 @@
+"""Our side of the reinforcement-learning benchmarks: the real stage, held between two iterations.
+
+    python -m benchmarks.rl_ours RECIPE SECTION      (started by benchmarks/turns.py, not by hand)
+
+`Run.log` is called once an iteration; here it also waits for the next turn. Everything else is the stage as it is.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.turns import Turns
+from stages import run as frame
+from stages import runtime
+from stages.recipe import load_recipe
+
+
+class SteppedRun(frame.Run):
+    """A `Run` whose log waits."""
+
+    turns: Turns
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        super().log(step, metrics)
+        self.turns.done(metrics)
+
+
+def main() -> None:
+    """Runs the section until the other end closes."""
+    recipe = load_recipe(Path(sys.argv[1]))
+    name = sys.argv[2]
+    runtime.prepare()
+    # Imported before memory is counted, as the peer imports its own.
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import stages.ppo.train  # noqa: F401
+
+    SteppedRun.turns = Turns()
+    frame.Run = SteppedRun
+    frame.run_section(recipe, name)
+
+
+if __name__ == "__main__":
+    main()

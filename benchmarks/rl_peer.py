@@ -1,0 +1,115 @@
+"""The peer's side of the reinforcement-learning benchmarks: TRL's own trainer, held between two updates.
+
+    PYTHON rl_peer.py ppo|grpo SETTINGS      (started by benchmarks/turns.py, not by hand; SETTINGS is JSON)
+
+It runs in the peer's environment, so it imports nothing of ours but turns.py, which lies beside it.
+
+Settings: policy, reward (model folders), prompts (JSON lines), output (a folder), rows, micro_batch, response, epochs,
+generations, and `arguments`: keyword arguments of TRL's configuration on top of the sizes. What is in neither is TRL's
+default.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+from transformers.models.llama import modeling_llama  # noqa: F401  before memory is counted
+from turns import Turns
+
+
+class Stepped(TrainerCallback):
+    """Waits at the end of each update."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._turns.done()
+
+
+def ppo(settings: dict[str, Any]) -> None:
+    """TRL 1.12's PPOTrainer. Its loop is its own: of the Trainer's arguments it reads only some."""
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    turns = Turns()
+    tokenizer = AutoTokenizer.from_pretrained(settings["policy"])
+    rows = [
+        {"input_ids": tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)}
+        for prompt in _prompts(settings)
+    ]
+    policy, reference = (AutoModelForCausalLM.from_pretrained(settings["policy"]) for _ in range(2))
+    value, reward = (
+        AutoModelForSequenceClassification.from_pretrained(settings["reward"], num_labels=1) for _ in range(2)
+    )
+    arguments = PPOConfig(
+        response_length=settings["response"],
+        num_ppo_epochs=settings["epochs"],
+        total_episodes=10**6,
+        num_sample_generations=0,
+        temperature=1.0,
+        **_common(settings),
+    )
+    trainer = PPOTrainer(
+        arguments, tokenizer, policy, reference, reward, Dataset.from_list(rows), value, callbacks=[Stepped(turns)]
+    )
+    trainer.train()
+
+
+def grpo(settings: dict[str, Any]) -> None:
+    """TRL 1.16's GRPOTrainer, with a reward that costs nothing."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    turns = Turns()
+    tokenizer = AutoTokenizer.from_pretrained(settings["policy"])
+    policy = AutoModelForCausalLM.from_pretrained(settings["policy"])
+
+    def score(completions: list[Any], **_: Any) -> list[float]:
+        return [
+            int(c[0]["content"].split(maxsplit=1)[0].removeprefix("w")) / policy.config.vocab_size for c in completions
+        ]
+
+    arguments = GRPOConfig(
+        max_completion_length=settings["response"],
+        num_generations=settings["generations"],
+        num_iterations=settings["epochs"],
+        max_steps=10**6,
+        **_common(settings),
+    )
+    rows = [{"prompt": prompt} for prompt in _prompts(settings)]
+    trainer = GRPOTrainer(
+        policy, score, arguments, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Stepped(turns)]
+    )
+    trainer.train()
+
+
+def _common(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "output_dir": settings["output"],
+        "per_device_train_batch_size": settings["micro_batch"],
+        "gradient_accumulation_steps": settings["rows"] // settings["micro_batch"],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **settings["arguments"],
+    }
+
+
+def _prompts(settings: dict[str, Any]) -> list[list[dict[str, str]]]:
+    lines = Path(settings["prompts"]).read_text(encoding="utf-8").splitlines()
+    return [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    {"ppo": ppo, "grpo": grpo}[sys.argv[1]](json.loads(sys.argv[2]))

@@ -1,0 +1,137 @@
+"""What both sides of the reinforcement-learning benchmarks start from: one random policy, one reward model, prompts.
+
+The weights are random, since speed does not depend on them, with one exception: a stop token can never be drawn, so
+that every answer has exactly the length that the benchmark asks for, on both sides and in every update. For that,
+channel 0 of the residual stream is held constant (no block writes to it) and the rows of the tied embedding that belong
+to stop tokens have it negative, which puts their logits tens of nats below all others.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from data.sampling import uniform
+from data.template import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, STOP_TOKENS
+from handoff.manifest import EngineRecord, Inputs
+from handoff.stage import StageDir
+
+VOCABULARY = 4096
+SIZES = {
+    "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8},
+    "25M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 7, "num_attention_heads": 8},
+    "60M": {"hidden_size": 768, "intermediate_size": 2064, "num_hidden_layers": 8, "num_attention_heads": 12},
+}
+"""Llamas with tied embeddings; with a vocabulary of 4096 they have 5.8, 24 and 60 million parameters."""
+_OUTSIDE = 4
+"""Tokens of a rendered one-turn prompt beside the question: bos, user, end, assistant."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Where things are. `prompts`: JSON lines with `prompt`, each `prompt_tokens` long once rendered."""
+
+    policy: Path
+    reward: Path
+    prompts: Path
+
+
+def make(root: Path, size: str, prompt_tokens: int, prompts: int) -> Material:
+    """Writes a policy checkpoint, a published reward model of the same size and the prompts below `root`."""
+    tokenizer = _tokenizer()
+    config = LlamaConfig(
+        **SIZES[size],
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    stops = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(config)
+    _never_stops(policy, stops)
+    policy.generation_config.eos_token_id = stops
+    policy.save_pretrained(root / "policy")
+    tokenizer.save_pretrained(root / "policy")
+
+    reward = LlamaForSequenceClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1}))
+    _publish_reward(root / "reward", reward, tokenizer)
+
+    path = root / "prompts.jsonl"
+    lines = []
+    for index in range(prompts):
+        draws = uniform(prompt_tokens - _OUTSIDE, 0, "benchmark prompt", index)
+        words = (f"w{len(SPECIAL_TOKENS) + int(d * (VOCABULARY - len(SPECIAL_TOKENS)))}" for d in draws)
+        lines.append(json.dumps({"prompt": " ".join(words)}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return Material(root / "policy", root / "reward", path)
+
+
+def recipe(root: Path, material: Material, section: dict[str, Any]) -> Path:
+    """A recipe with one section, `rl`, whose parent and data are the material's. JSON, which is YAML too."""
+    path = root / "recipe.yaml"
+    source = {"source": "file", "path": str(material.prompts), "format": "prompt_completion"}
+    whole = {"stage": "ppo", "parent": str(material.policy), "data": [source], **section}
+    content = {"name": "benchmark", "output_root": str(root / "runs"), "stages": {"rl": whole}}
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return path
+
+
+def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float | None]:
+    """A reward that costs nothing and differs within a group: the answer's first word, as a number in [0, 1)."""
+    return [int(text.split(maxsplit=1)[0].removeprefix("w")) / VOCABULARY for text in completions]
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = [*SPECIAL_TOKENS, *(f"w{i}" for i in range(len(SPECIAL_TOKENS), VOCABULARY))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL_TOKENS[-1]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@torch.no_grad()
+def _never_stops(model: LlamaForCausalLM, stops: Sequence[int]) -> None:
+    embedding = model.get_input_embeddings().weight
+    embedding[:, 0] = 1.0
+    embedding[list(stops), 0] = -1.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+
+
+def _publish_reward(path: Path, model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast) -> None:
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    stage = StageDir(path)
+    inputs = Inputs(recipe={}, parents={}, data={}, code="benchmark", seed=0)
+    stage.begin(inputs)
+    stage.publish(
+        write,
+        name="reward",
+        stage="reward_model",
+        kind="reward_model",
+        inputs=inputs,
+        parents={},
+        recipe={},
+        data={},
+        seed=0,
+        engine=EngineRecord(name="single"),
+        versions={},
+        metrics={},
+        extra={"reward_mean": 0.0, "reward_std": 1.0},
+    )
+    stage.close()
