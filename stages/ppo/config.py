@@ -190,9 +190,8 @@ class GuardConfig(Strict):
     """When training stops by itself, and what is kept. Each stop names its cause and the remedy (exit code 3)."""
 
     probe_prompts: int = Field(default=16, ge=0)
-    """Prompts that are answered before training, to see whether there is anything to learn from; 0: no such probe."""
-    probe_generations: int = Field(default=4, ge=2)
-    """Answers to each of them."""
+    """Prompts that are answered before training, each `num_generations` times and at least four times, to see whether
+    there is anything to learn from; 0: no such probe."""
     max_truncated: float = Field(default=0.5, ge=0, le=1)
     """Share of the probe's answers that may reach `max_completion_length`."""
     max_without_signal: float = Field(default=0.9, ge=0, le=1)
@@ -220,7 +219,7 @@ class GuardConfig(Strict):
     @model_validator(mode="after")
     def _guards_read(self) -> Self:
         if not self.probe_prompts:
-            _refuse_unread(self, ["probe_generations", "max_truncated", "max_without_signal"], "probe_prompts is > 0")
+            _refuse_unread(self, ["max_truncated", "max_without_signal"], "probe_prompts is > 0")
         if self.on_overoptimization != "rollback":
             _refuse_unread(self, ["max_rollbacks"], "on_overoptimization is rollback")
         return self

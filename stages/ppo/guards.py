@@ -23,10 +23,16 @@ from stages.ppo.sampler import Rollout, rewards_of
 _FIRST_RATIO_TOLERANCE = 0.01
 # Differences of two means are taken for real from here on, in standard errors.
 _SIGNIFICANT = 2.0
+_PROBE_ANSWERS = 4
+
+
+def probe_size(t: PPOTrainConfig) -> int:
+    """Answers to each prompt of the probe: as many as training compares, or enough to see whether they differ."""
+    return max(_PROBE_ANSWERS, t.num_generations)
 
 
 def probe(batch: Sequence[Rollout], t: PPOTrainConfig, guards: GuardConfig) -> dict[str, float]:
-    """Whether there is anything to learn from: `batch` holds `probe_generations` answers to each prompt.
+    """Whether there is anything to learn from: `batch` holds `probe_size` answers to each prompt.
 
     Raises:
         GateError: nearly all answers are cut off, or nearly no prompt has answers of different reward.
@@ -34,7 +40,7 @@ def probe(batch: Sequence[Rollout], t: PPOTrainConfig, guards: GuardConfig) -> d
     cpu = torch.device("cpu")
     rewards = rewards_of(batch, t, cpu)
     truncated = sum(not r.stopped for r in batch) / len(batch)
-    silent = without_signal(rewards, guards.probe_generations).float().mean().item()
+    silent = without_signal(rewards, probe_size(t)).float().mean().item()
     if truncated > guards.max_truncated:
         raise GateError(
             f"truncation: before training, {truncated:.0%} of {len(batch)} answers reach max_completion_length "
@@ -43,7 +49,7 @@ def probe(batch: Sequence[Rollout], t: PPOTrainConfig, guards: GuardConfig) -> d
             "stop."
         )
     if silent > guards.max_without_signal:
-        prompts = len(batch) // guards.probe_generations
+        prompts = len(batch) // probe_size(t)
         same = "all have the same reward" if rewards.max() - rewards.min() < 1e-6 else "have equal rewards"
         raise GateError(
             f"no learning signal: before training, the answers to {silent:.0%} of {prompts} prompts {same} "

@@ -48,7 +48,7 @@ from stages.ppo.advantages import (
     token_rewards,
 )
 from stages.ppo.config import Config, PPOTrainConfig
-from stages.ppo.guards import Watch, probe, repetition
+from stages.ppo.guards import Watch, probe, probe_size, repetition
 from stages.ppo.sampler import Rollout, Sampler, rewards_of
 from stages.ppo.saves import Saves
 from stages.ppo.setup import (
@@ -101,7 +101,7 @@ def train(run: Run) -> None:
     at = saves.resume(kl_coef=t.kl_coef)
     watch = at.watch
     if at.iteration == 0 and guards.probe_prompts:
-        first = sampler.answer(stream(0, guards.probe_prompts), ("probe",), guards.probe_generations)
+        first = sampler.answer(stream(0, guards.probe_prompts), ("probe",), probe_size(t))
         run.log(0, probe(first, t, guards))
         phases.take()
     with run.progress(t.iterations, "ppo") as advance:
