@@ -285,7 +285,7 @@ class Server:
                 return call()
             except _PASSING as error:
                 last = error
-        raise last
+        raise type(last)(f"{last} (tried {self._config.retries + 1} times; the server's log may say why)")
 
     def _pause(self, attempt: int) -> None:
         time.sleep(self._config.retry_wait * 2 ** (attempt - 1))

@@ -41,7 +41,7 @@ def save_tiny(path: Path, tied: bool = False, vocab_size: int = 64) -> Path:
     config = AutoConfig.for_model(
         "llama",
         vocab_size=vocab_size,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
