@@ -124,10 +124,12 @@ def rewards_of_tokens(
 
 
 def overlong(length: int, max_length: int, buffer: int) -> float:
-    """DAPO, equation 13, for lengths up to `max_length` (its third case cannot occur: answers end there)."""
+    """DAPO, equation 13."""
     if length <= max_length - buffer:
         return 0.0
-    return ((max_length - buffer) - length) / buffer
+    if length <= max_length:
+        return ((max_length - buffer) - length) / buffer
+    return -1.0
 
 
 # ---- advantages

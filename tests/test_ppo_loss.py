@@ -244,10 +244,10 @@ def test_what_stands_in_padding_changes_neither_loss_nor_gradient(batch, poison,
         for ours, _ in POLICY.values():
             tokens, sums = ours(logp, tensors["old"], tensors["advantages"], mask)
             number = losses.total(tokens, mask, normaliser)
-            out += [number, *torch.autograd.grad(number, logp), *sums.values()]
+            out += [tokens.detach(), number, *torch.autograd.grad(number, logp), *sums.values()]
         tokens, sums = losses.value_loss(values, tensors["old_values"], tensors["returns"], mask, 0.3)
         number = losses.total(tokens, mask, normaliser)
-        return [*out, number, *torch.autograd.grad(number, values), *sums.values()]
+        return [*out, tokens.detach(), number, *torch.autograd.grad(number, values), *sums.values()]
 
     clean = {name: batch[name] for name in batch.arrays}
     dirty = {name: torch.where(mask, value, poison) for name, value in clean.items()}
