@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
-from handoff.files import read_json
 from handoff.weights import read_tensors
 from rollout.errors import EngineMissing, RolloutError, TransferFailed, WrongModel
 from rollout.vllm_client import Client
@@ -40,9 +40,9 @@ class Stored:
     @classmethod
     def read(cls, model_dir: Path) -> "Stored":
         """From config.json and the headers of the weight files. HandoffError when either cannot be read."""
-        config = read_json(model_dir / "config.json")
+        config = AutoConfig.from_pretrained(model_dir).get_text_config()
         shapes = {name: info.shape for name, info in read_tensors(model_dir).items()}
-        return cls(model_dir, shapes, config["vocab_size"], config.get("tie_word_embeddings", False))
+        return cls(model_dir, shapes, config.vocab_size, config.tie_word_embeddings)
 
     def select(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Those tensors that vLLM loads. Raises WrongModel where names or shapes are not those of the directory."""
