@@ -119,7 +119,9 @@ def check_of(instruction: str, kwargs: dict[str, Any] | None) -> Check:
     arguments = {}
     for name, read in {**kind.needs, **{k: v for k, v in kind.may_have.items() if k in given}}.items():
         if name not in given:
-            raise ValueError(f"`{instruction}` needs `{name}` in its kwargs; they have {', '.join(given) or 'none'}")
+            raise ValueError(
+                f"`{instruction}` needs `{name}` in its kwargs; they have {', '.join(kwargs or ()) or 'none'}"
+            )
         value = given.pop(name)
         try:
             arguments[name] = read(value)

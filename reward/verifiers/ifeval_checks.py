@@ -195,7 +195,7 @@ def no_comma(text: str) -> bool:
 
 # What a keyword argument may be: each returns it as the check takes it, or raises ValueError with what is wanted.
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 0:
         raise ValueError("a number of things, 0 or more")
     return int(value)
 

@@ -64,7 +64,7 @@ def json_schema(
     for row, (one, text) in enumerate(zip(per_row, completions, strict=True)):
         try:
             out.append(None if one is None else float(_accepts(_validator(_canonical(one)), text)))
-        except (SchemaError, Unresolvable, regex.error, ValueError, TypeError) as error:
+        except (SchemaError, Unresolvable, regex.error, ValueError) as error:
             reason = error.message if isinstance(error, SchemaError) else str(error)
             raise row_error("json_schema", prompts, row, f"the schema cannot be used: {reason}") from error
     return out
@@ -95,8 +95,10 @@ def _canonical(schema: Any) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _validator(schema: str) -> Any:
-    """Raises SchemaError."""
+    """Raises SchemaError, ValueError."""
     parsed = json.loads(schema)
+    if not isinstance(parsed, dict | bool):
+        raise ValueError(f"{schema[:80]} is no object")
     draft = validators.validator_for(parsed, default=validators.validator_for(True))
     draft.check_schema(parsed)
     # An empty registry: without one, jsonschema would fetch references from the network.
