@@ -102,6 +102,7 @@ FUNCTIONS = {
     "ifeval": "reward.verifiers.ifeval:ifeval",
     "judge": "reward.judge:judge",
     "world_gold": "reward.functions:world_gold",
+    "code_tests": "reward.code:code_tests",
 }
 
 

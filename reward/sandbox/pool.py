@@ -1,0 +1,341 @@
+"""What the trainer sees of the sandbox: jobs in, outcomes out, several at once; and what it protects from here.
+
+with Sandbox() as sandbox:
+    sandbox.require(["network", "filesystem"])
+    outcomes = sandbox.map([Job(program=["def f(n): return n + 1"], tests="assert f(1) == 2")], Limits())
+"""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from reward.functions import RewardError
+from reward.sandbox.confine import LAYERS, Limits
+from reward.sandbox.values import Gone, write_message
+
+PROTECTS: Final[dict[str, tuple[str, ...]]] = {
+    "network": ("namespaces", "seccomp"),
+    "filesystem": ("namespaces", "landlock"),
+    "processes": ("namespaces", "identity", "seccomp"),
+}
+"""Which layers protect what. `filesystem`: no file outside is read or written; `processes`: none is signalled."""
+
+_START = (
+    "import sys; here = sys.argv.pop(1); sys.path.insert(0, here); from reward.sandbox.server import main; "
+    "sys.path.remove(here); main()"
+)
+_START_SECONDS = 60
+_GRACE_SECONDS = 30
+_LONGEST_VERDICT = 1 << 20
+
+_PROBE = """
+import os, socket
+def connects(port):
+    try: socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError: return False
+    return True
+def read(path):
+    try: return open(path).read()
+    except OSError: return ""
+def write(path):
+    try: open(path, "a").write("reached")
+    except OSError: pass
+def signals(pid):
+    try: os.kill(pid, 0)
+    except OSError: return False
+    return True
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program and the tests that it is to pass."""
+
+    program: Sequence[str]
+    """The program's text, in alternatives: the first that compiles is it."""
+    tests: str
+    """Python statements with asserts."""
+    setup: str = ""
+    """Statements before the tests. Classes and imports among them are run beside the program, and before it."""
+    given: str = ""
+    """What the program was to complete, from which the tests may use helpers."""
+    entry_point: str = ""
+    """The function under test where `given` begins it."""
+    stop_at_first: bool = True
+    """Whether the first failure ends the job."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job."""
+
+    units: int
+    """Statements with asserts in the tests."""
+    passed: frozenset[int]
+    """Which of them held each time that they were reached."""
+    finished: bool
+    """The tests ran to their end."""
+    why: str
+    """What went wrong first, in words; empty if nothing did."""
+    fault: str
+    """What is wrong with the tests, whatever the program; empty if nothing is."""
+    seconds: float
+    cpu_seconds: float
+    """Of the program's process."""
+    memory_mb: float
+    """The most that the program's process held."""
+
+    @property
+    def all_passed(self) -> bool:
+        return self.finished and len(self.passed) == self.units
+
+    @property
+    def share(self) -> float:
+        """Of the units, those that passed; that the tests ran to their end counts as one more if they did not."""
+        return len(self.passed) / (self.units if self.finished else self.units + 1) if self.units else 0.0
+
+
+class _ServerDied(Exception):
+    pass
+
+
+@dataclass
+class _Verdict:
+    """The lines that came through a job's pipe."""
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def first(self, key: str, default: Any) -> Any:
+        return next((line[key] for line in self.lines if key in line), default)
+
+    def outcome(self) -> Outcome:
+        failed = {line["failed"] for line in self.lines if "failed" in line}
+        passed = {line["passed"] for line in self.lines if "passed" in line}
+        end = self.first("end", "")
+        words = {"cpu": "CPU time is over", "wall": "time is over", "disk": "the folder is too full"}
+        return Outcome(
+            units=self.first("units", 0),
+            passed=frozenset(passed - failed),
+            finished=self.first("done", False) and end == "ended",
+            why=words.get(end) or self.first("why", "") or self.first("note", ""),
+            fault=self.first("fault", ""),
+            seconds=self.first("seconds", 0.0),
+            cpu_seconds=self.first("cpu_seconds", 0.0),
+            memory_mb=self.first("memory_mb", 0.0),
+        )
+
+
+class _Server:
+    """The process that jobs are forked from, and the socket to it."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        base = Path(tempfile.mkdtemp(prefix="baton-sandbox-"))
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            here = str(Path(__file__).resolve().parents[2])
+            arguments = [here, str(theirs.fileno()), ",".join(layers), str(base)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-S", "-s", "-P", "-B", "-c", _START, *arguments],
+                env={"PYTHONHASHSEED": "0"},  # the order of a program's sets must not change its score
+                cwd="/",
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        self._lock = threading.Lock()
+        try:
+            hello = self._read_hello()
+        except BaseException:
+            self.stop()
+            raise
+        self.layers: tuple[str, ...] = tuple(hello["layers"])
+        self.missing: dict[str, str] = hello["missing"]
+        if "namespaces" in self.layers:
+            base.rmdir()  # the server holds it in a namespace of its own; otherwise it needs and removes it
+
+    def _read_hello(self) -> dict[str, Any]:
+        self._control.settimeout(_START_SECONDS)
+        line = b""
+        while not line.endswith(b"\n"):
+            part = self._control.recv(65536)
+            if not part:
+                assert self._process.stderr is not None
+                told = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+                raise RewardError(f"the code sandbox does not start: {told[-1] if told else 'no message'}")
+            line += part
+        self._control.settimeout(None)
+        hello: dict[str, Any] = json.loads(line)
+        return hello
+
+    def run(self, job: Job, limits: Limits) -> _Verdict:
+        """Raises _ServerDied, RewardError (the job is too large)."""
+        theirs_job, job_end = os.pipe()
+        verdict_end, theirs_verdict = os.pipe()
+        try:
+            try:
+                with self._lock:
+                    socket.send_fds(self._control, [limits.pack()], [theirs_job, theirs_verdict])
+            except OSError as error:
+                raise _ServerDied from error
+            finally:
+                os.close(theirs_job)
+                os.close(theirs_verdict)
+            try:
+                write_message(job_end, asdict(job))
+            except ValueError as error:
+                raise RewardError(f"a program and its tests are too large for the sandbox: {error}") from error
+            except Gone:
+                pass  # the verdict says why nobody reads
+            return self._read_verdict(verdict_end, limits)
+        finally:
+            os.close(job_end)
+            os.close(verdict_end)
+
+    def _read_verdict(self, pipe: int, limits: Limits) -> _Verdict:
+        """Lines until the supervisor's, which is always the last."""
+        deadline = time.monotonic() + limits.wall_milliseconds / 1000 + _GRACE_SECONDS
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        verdict, rest, size = _Verdict(), b"", 0
+        while True:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise _ServerDied
+            part = os.read(pipe, 65536)
+            size += len(part)
+            if not part or size > _LONGEST_VERDICT:
+                raise _ServerDied
+            *lines, rest = (rest + part).split(b"\n")
+            verdict.lines += [json.loads(line) for line in lines]
+            if verdict.first("end", None) is not None:
+                return verdict
+
+    def stop(self) -> None:
+        self._control.close()
+        try:
+            self._process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+class Sandbox:
+    """A pool of threads, each waiting for one job at a time; the jobs are processes."""
+
+    def __init__(self, workers: int = 8, layers: Iterable[str] = LAYERS) -> None:
+        """Starts it, and tries on a program of its own what is protected.
+
+        Args:
+            workers: jobs at once.
+            layers: which of `confine.LAYERS` may be used; those that do not work here are left out.
+
+        Raises:
+            RewardError: it does not start here.
+        """
+        if sys.platform == "win32":
+            raise RewardError("the code sandbox needs Linux or macOS; run the stage there, or leave out `code_tests`")
+        self.workers = workers
+        self._requested = tuple(layers)
+        self._lock = threading.Lock()
+        self._server = _Server(self._requested)
+        self._finalizer = weakref.finalize(self, self._server.stop)
+        self._held = self._probe()
+
+    def protections(self) -> dict[str, tuple[str, ...]]:
+        """For each key of PROTECTS the active layers that give it; empty where a program of our own got through."""
+        active = self._server.layers
+        return {
+            what: tuple(layer for layer in by if layer in active) if self._held[what] else ()
+            for what, by in PROTECTS.items()
+        }
+
+    def missing(self) -> dict[str, str]:
+        """The layers that do not work here, and why."""
+        return dict(self._server.missing)
+
+    def require(self, what: Iterable[str]) -> None:
+        """Raises RewardError when one of these protections cannot be had, or is none."""
+        protections = self.protections()
+        for name in what:
+            if name not in protections:
+                raise RewardError(f"`require` names {name!r}; the sandbox protects {', '.join(protections)}")
+            if not protections[name]:
+                reasons = "; ".join(f"{layer}: {why}" for layer, why in self._server.missing.items()) or "none is used"
+                raise RewardError(
+                    f"programs of a model cannot be kept from the {name} here ({reasons}). Run on Linux 5.13 or newer, "
+                    f"in a container that allows Landlock and seccomp, or take {name} out of `require` if the machine "
+                    "holds nothing of worth"
+                )
+
+    def run(self, job: Job, limits: Limits | None = None) -> Outcome:
+        """One job, in this thread. Raises RewardError when the sandbox itself fails, never for what a program does."""
+        for _ in range(2):
+            server = self._server
+            try:
+                verdict = server.run(job, limits or Limits())
+            except _ServerDied:
+                self._renew(server)
+                continue
+            if broken := verdict.first("broken", ""):
+                raise RewardError(f"a process of the code sandbox cannot be confined: {broken}")
+            return verdict.outcome()
+        raise RewardError("the code sandbox's server died twice over one job; is the machine out of memory?")
+
+    def map(self, jobs: Sequence[Job], limits: Limits | None = None) -> list[Outcome]:
+        """All jobs, `workers` at once, in their order. Errors as in `run`."""
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
+        try:
+            return list(pool.map(lambda job: self.run(job, limits), jobs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Ends the server and with it every job."""
+        self._finalizer()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _renew(self, dead: _Server) -> None:
+        with self._lock:
+            if self._server is dead:
+                self._finalizer()
+                self._server = _Server(self._requested)
+                self._finalizer = weakref.finalize(self, self._server.stop)
+
+    def _probe(self) -> dict[str, bool]:
+        """What holds against a program that tries: layers count by their effect, not by having been accepted."""
+        with socket.create_server(("127.0.0.1", 0)) as listener, tempfile.NamedTemporaryFile("w+") as outside:
+            outside.write("secret")
+            outside.flush()
+            Path(outside.name).chmod(0o666)
+            tests = (
+                f"assert not connects({listener.getsockname()[1]})\n"
+                f"assert 'secret' not in read({outside.name!r})\n"
+                f"assert not signals({os.getpid()})\n"
+                f"write({outside.name!r})\n"
+            )
+            outcome = self.run(Job([_PROBE], tests, stop_at_first=False))
+            untouched = Path(outside.name).read_text() == "secret"
+        if not outcome.finished:
+            raise RewardError(f"the code sandbox does not work here: {outcome.why or outcome.fault}")
+        held = {what: unit in outcome.passed for unit, what in enumerate(PROTECTS)}
+        return {**held, "filesystem": held["filesystem"] and untouched}
