@@ -61,7 +61,8 @@ class EngineRecord(_Record):
 
 
 class Inputs(_Record):
-    """All that a stage's result depends on. Equal inputs: the stage is up to date, or can resume."""
+    """All that a stage's result depends on. Equal inputs: the stage is up to date; where it is not finished, it can
+    resume."""
 
     recipe: dict[str, Any]
     """The resolved section."""
@@ -72,14 +73,21 @@ class Inputs(_Record):
     code: str
     """Hash of the source files that the stage runs."""
     seed: int
+    demands: dict[str, Any] = Field(default_factory=dict)
+    """What the result has to reach to be published. It decides whether, never what: see `continues`."""
 
     @property
     def fingerprint(self) -> str:
         return canonical_hash(self.model_dump(mode="json"))
 
+    def continues(self, old: "Inputs") -> bool:
+        """Whether a stage that began with `old` can go on with these: all the same but for the demands."""
+        return old.model_copy(update={"demands": self.demands}).fingerprint == self.fingerprint
+
     def differences(self, old: "Inputs") -> list[str]:
         """What changed since `old`, in words for a user; empty when nothing did."""
-        found = [f"recipe: {change}" for change in _changes(_flat(old.recipe), _flat(self.recipe))]
+        before, now = {**old.recipe, **old.demands}, {**self.recipe, **self.demands}
+        found = [f"recipe: {change}" for change in _changes(_flat(before), _flat(now))]
         found += [f"parent {change}" for change in _named(old.parents, self.parents, ": retrained")]
         found += [f"data: {change}" for change in _named(old.data, self.data, " changed")]
         if old.code != self.code:

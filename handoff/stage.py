@@ -105,7 +105,7 @@ class StageDir:
 
     def _started_with(self, inputs: Inputs) -> bool:
         started = self.started_inputs()
-        return started is not None and started.fingerprint == inputs.fingerprint
+        return started is not None and inputs.continues(started)
 
     def _sweep(self) -> None:
         """Removes what a kill in the middle of a write left behind."""

@@ -74,6 +74,16 @@ def token_scores(
     return scores
 
 
+def statistics(parent: Parent) -> tuple[float, float]:
+    """Mean and deviation of a reward model's scores on held-out answers. HandoffError when its stage left none."""
+    found = parent.manifest.extra if parent.manifest is not None else {}
+    if not {"reward_mean", "reward_std"} <= found.keys():
+        raise HandoffError(
+            f"{parent.path}: no reward_mean and reward_std in stage.json; train the reward model with this pipeline"
+        )
+    return found["reward_mean"], found["reward_std"]
+
+
 class LearnedReward:
     """A published reward model, with the mean and deviation that its stage measured on held-out answers."""
 
@@ -81,13 +91,7 @@ class LearnedReward:
         """Raises HandoffError when the encodings differ and `reencode` is off, or when the statistics are missing."""
         if not reencode:
             check_same_encoding(policy, parent, "the reward model reads the policy's tokens; set `reencode: true`")
-        statistics = parent.manifest.extra if parent.manifest is not None else {}
-        if not {"reward_mean", "reward_std"} <= statistics.keys():
-            raise HandoffError(
-                f"{parent.path}: no reward_mean and reward_std in stage.json; train the reward model with this pipeline"
-            )
-        self.mean: float = statistics["reward_mean"]
-        self.std: float = statistics["reward_std"]
+        self.mean, self.std = statistics(parent)
         self.model = model
         self.name = parent.name
         self._encoder = Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)

@@ -16,6 +16,8 @@ from stages.recipe import Recipe, Section
 _ROOT = Path(__file__).resolve().parent.parent
 # Keys that change what is kept or shown, never what is learned.
 _WITHOUT_EFFECT = {"report_to", "save_total_limit"}
+# Keys of a section that decide whether its result is published, never what it is.
+_DEMANDS = {"gate"}
 
 
 def stage_inputs(recipe: Recipe, name: str) -> Inputs:
@@ -29,12 +31,14 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
     parents = {ref: _parent_fingerprint(recipe, ref) for ref in section.parents.values()}
     for model in present_soft_parents(recipe, section):
         parents[model] = _parent_fingerprint(recipe, model)
+    keys = _without(section.config.model_dump(mode="json"))
     return Inputs(
-        recipe={**_without(section.config.model_dump(mode="json")), "stage": section.stage},
+        recipe={**{key: value for key, value in keys.items() if key not in _DEMANDS}, "stage": section.stage},
         parents=parents,
         data=fingerprints(sources(section), recipe.data_root),
         code=code_fingerprint(section.stage),
         seed=recipe.seed,
+        demands={key: value for key, value in keys.items() if key in _DEMANDS},
     )
 
 

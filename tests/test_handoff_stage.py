@@ -329,3 +329,20 @@ def test_differences_are_told_in_words() -> None:
         "code of stages/sft changed",
         "seed 1 → 2",
     ]
+
+
+def test_other_demands_make_a_stage_stale_and_cost_no_training(tmp_path: Path) -> None:
+    lax, strict = (inputs().model_copy(update={"demands": {"gate": {"min": value}}}) for value in (0.5, 0.9))
+    assert strict.differences(lax) == ["recipe: gate.min 0.5 → 0.9"] and strict.fingerprint != lax.fingerprint
+    assert strict.differences(inputs()) == ["recipe: gate.min absent → 0.9"]
+    stage = StageDir(tmp_path / "reward")
+    stage.begin(lax)
+    stage.metrics_path.write_text("kept")
+    stage.close()
+    assert stage.begin(strict) and stage.metrics_path.read_text() == "kept"
+    publish(stage, given=strict)
+    stage.close()
+    manifest = stage.manifest()
+    assert manifest is not None and manifest.inputs == strict
+    assert not stage.begin(inputs(beta=1))
+    stage.close()

@@ -1,5 +1,7 @@
 """The reward model stage: how scores are read and measured, its report card, what RL gets from it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,18 @@ from data.config import FileSource
 from data.encode import encode_preferences
 from data.load import load
 from data.records import Preference
+from handoff.errors import GateError, HandoffError
+from handoff.files import read_json
 from handoff.parent import open_parent
+from handoff.stage import StageDir
 from reward.learned import score
 from stages import models
 from stages.config import ModelArguments
-from stages.reward_model.train import Collator, pair_metrics, probe_metrics, row_scores
-from tests.stage_chain import chain, run_stage, runs
+from stages.recipe import RecipeError
+from stages.reward_model.schema import Card
+from stages.reward_model.train import Collator, Trainer, row_scores
+from stages.run import main, run_section
+from tests.stage_chain import THINGS, chain, run_stage, runs, stage_recipe
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +41,10 @@ def encoder():
     return models.load_encoder(open_parent(str(runs() / "tiny" / "sft"), runs(), {"causal_lm"}))
 
 
+def card_of(folder) -> Card:
+    return Card.model_validate(read_json(folder / "card.json"))
+
+
 @pytest.mark.slow
 def test_it_learns_and_its_card_and_statistics_are_in_the_manifest(published):
     metrics, extra = published.manifest.metrics, published.manifest.extra
@@ -40,9 +52,16 @@ def test_it_learns_and_its_card_and_statistics_are_in_the_manifest(published):
     assert metrics["eval_accuracy_low"] < metrics["eval_accuracy"] < metrics["eval_accuracy_high"]
     assert metrics["eval_length_accuracy"] == pytest.approx(0.2125)  # of the data: "the longer one" is mostly wrong
     assert -1 <= metrics["eval_score_length_correlation"] <= 1
-    assert {"eval_beats_empty", "eval_beats_repeated", "eval_beats_broken_off"} <= metrics.keys()
+    assert {f"eval_beats_{probe}" for probe in ("empty", "repeated", "truncated", "off-topic")} <= metrics.keys()
     assert extra["reward_std"] > 0.1 and abs(extra["reward_mean"]) < 5
     assert published.manifest.kind == "reward_model"
+    assert "card.json" in published.manifest.files
+    card = card_of(published.folder)
+    assert card.accuracy.value == metrics["eval_accuracy"] and card.accuracy.n == 40
+    assert card.ece == metrics["eval_ece"] and card.loss == pytest.approx(metrics["eval_loss"])
+    assert sum(bucket.accuracy.n for bucket in card.by_length if bucket.accuracy) == 40
+    assert [probe.name for probe in card.probes] == ["empty", "repeated", "truncated", "off-topic"]
+    assert card.gate == [] and card.ensemble is None
 
 
 @pytest.mark.slow
@@ -70,42 +89,131 @@ def test_statistics_are_those_of_the_scores_of_held_out_answers(published, model
     assert published.manifest.extra["reward_std"] == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
 
 
-def pair(chosen, rejected):
-    return {"prompt_ids": [1], "chosen_ids": [5] * chosen + [2], "rejected_ids": [6] * rejected + [2]}
-
-
-def test_a_model_that_likes_length_is_seen_through():
-    """Where the better answer is the longer one, a score that is the length alone looks good: the card says why."""
-    pairs = [pair(8, 3), pair(5, 2), pair(9, 4), pair(3, 6)]
-    metrics = pair_metrics(pairs, lambda rows: np.array([float(len(row)) for row in rows]))
-    assert metrics["accuracy"] == metrics["length_accuracy"] == 0.75
-    assert metrics["score_length_correlation"] == pytest.approx(1)
-    probes = probe_metrics(pairs, [2], lambda rows: np.array([float(len(row)) for row in rows]))
-    assert probes == {"beats_empty": 1, "beats_repeated": 0, "beats_broken_off": 1}
-
-
-def test_pair_metrics_by_hand():
-    values = iter([np.array([2.0, 0.0, 1.0]), np.array([1.0, 0.0, 3.0])])
-    metrics = pair_metrics([pair(2, 2)] * 3, lambda rows: next(values))
-    assert metrics["accuracy"] == 0.5  # right, a tie, wrong
-    assert metrics["margin"] == pytest.approx(-1 / 3)
-    assert metrics["loss"] == pytest.approx(np.mean([np.log1p(np.exp(-1)), np.log(2), np.log1p(np.exp(2))]))
-    assert metrics["score_length_correlation"] == 0  # lengths do not vary
-
-
-def test_probes_are_what_they_say():
-    seen = []
-
-    def scores(rows):
-        seen.append(rows)
-        return np.zeros(len(rows))
-
-    probe_metrics([{"prompt_ids": [1], "chosen_ids": [5, 6, 7, 2], "rejected_ids": [2]}], [2, 0], scores)
-    assert seen == [[[1, 5, 6, 7, 2]], [[1, 2]], [[1, 5, 6, 7, 5, 6, 7, 5, 6, 7, 2]], [[1, 5, 6]]]
-
-
 @pytest.mark.slow
 def test_without_held_out_pairs_the_statistics_are_of_the_training(tmp_path):
     run = run_stage("reward", tmp_path, "train.max_steps=2", "eval_data=[]")
     assert run.manifest.extra["reward_std"] > 0
     assert not any(key.startswith("eval_") for key in run.manifest.metrics)
+    assert not (run.folder / "card.json").exists()
+
+
+# ---- the gate
+
+
+def length_biased(split, count, longer):
+    """Pairs in which `longer` of ten times the chosen answer is the longer one, and nothing else tells them apart."""
+    rows = []
+    for i in range(count):
+        words = [THINGS[(i * k + i // 6) % 6] for k in (1, 2, 3, 5, 7, 11, 13)]
+        short, long = " ".join(words[: 1 + i % 2]), " ".join(words[: 5 + i % 3])
+        better, worse = (long, short) if i % 10 < longer else (short, long)
+        rows.append({"prompt": f"say {split} {i}", "chosen": better, "rejected": worse})
+    path = runs().parent / f"{split}_biased.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"[{{source: file, path: {path.name}}}]"
+
+
+@pytest.fixture
+def biased():
+    """Overrides for `run_stage` with such data."""
+    chain()
+    return [f"data={length_biased('train', 160, 10)}", f"eval_data={length_biased('test', 60, 8)}"]
+
+
+@pytest.mark.slow
+def test_a_length_biased_model_is_flagged_and_stopped_by_the_gate(tmp_path, biased, capsys):
+    """The case of PAINS P6: it looks good, the card sees through it, and under the gate the pipeline ends with 3."""
+    gate = ["gate.min_accuracy=0.7", "gate.min_over_length=0.05", "gate.max_length_correlation=0.5"]
+    recipe = stage_recipe("reward", tmp_path, *biased, *gate)
+    with pytest.raises(SystemExit) as exited:
+        main("reward_model", [str(recipe.path), *recipe.overrides, "--section", "reward"])
+    assert exited.value.code == 3
+    said = capsys.readouterr().err
+    assert said.startswith("reward: the reward model is below its gate and is not published")
+    assert "min_over_length is 0.05" in said and "max_length_correlation is 0.5" in said
+    assert "min_accuracy is" not in said, "it is right often enough"
+    assert "Traceback" not in said
+
+    folder = recipe.run_dir / "reward"
+    card = card_of(folder)
+    assert card.accuracy.value >= 0.7 and card.longer_wins.value == 0.8
+    assert any(finding.startswith("follows length") for finding in card.findings)
+    assert len(card.gate) == 2
+    assert StageDir(folder).manifest() is None and not (folder / "model").exists()
+
+    # Without the gate it is published, with the same findings.
+    free = run_stage("reward", tmp_path / "free", *biased)
+    assert card_of(free.folder) == card.model_copy(update={"gate": []})
+
+
+@pytest.mark.slow
+def test_another_gate_costs_no_training(tmp_path, monkeypatch):
+    """Held back, let go, held back again: the gate decides what is published, from the last saved state on."""
+    steps = []
+    original = Trainer.training_step
+    monkeypatch.setattr(
+        Trainer, "training_step", lambda self, *args, **keys: steps.append(1) or original(self, *args, **keys)
+    )
+    cards = []
+    for gate, published, trained in ((1.0, False, 20), (0.0, True, 10), (1.0, False, 10)):
+        recipe = stage_recipe("reward", tmp_path, f"gate.min_accuracy={gate}", "train.save_steps=10")
+        stage = StageDir(recipe.run_dir / "reward")
+        steps.clear()
+        if published:
+            run_section(recipe, "reward")
+        else:
+            with pytest.raises(GateError, match=r"it ranks [\d.]+ % of 40 held-out pairs right; min_accuracy is 100 %"):
+                run_section(recipe, "reward")
+        assert (stage.manifest() is not None) == published
+        assert len(steps) == trained
+        cards.append(card_of(stage.path).model_copy(update={"gate": []}))
+    assert cards[0] == cards[1] == cards[2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("gate.min_acuracy=0.5",), "reward.gate.min_acuracy: unknown key, did you mean min_accuracy?"),
+        (("gate.min_accuracy=70",), "70 is out of range, it must be at most 1"),
+        (("gate.max_ece=0.1", "eval_data=[]"), "`gate` is measured on held-out pairs: name them under eval_data"),
+        (("ensemble_with=[sft]", "eval_data=[]"), "`ensemble_with` is measured on held-out pairs"),
+        (("ensemble_with=[sft, sft]",), "`ensemble_with` names one model twice"),
+        (("ensemble_with=[reward]",), "a stage cannot start from itself"),
+    ],
+)
+def test_a_gate_that_cannot_be_meant(keys, said, tmp_path):
+    with pytest.raises(RecipeError) as raised:
+        stage_recipe("reward", tmp_path, *keys)
+    assert said in str(raised.value)
+
+
+# ---- ensembles
+
+
+@pytest.mark.slow
+def test_members_with_seeds_of_their_own_are_compared_on_the_same_pairs(published, tmp_path):
+    other = f"ensemble_with=[{published.folder}]"
+    second = run_stage("reward", tmp_path, "train.max_steps=40", "seed=11", other)
+    assert second.manifest.seed == 11 and published.manifest.seed == 3
+    assert not torch.equal(second.weights["score.weight"], published.weights["score.weight"])
+    assert second.manifest.parents[f"ensemble:{published.folder}"].fingerprint == published.manifest.fingerprint
+
+    card, first = card_of(second.folder), card_of(published.folder)
+    assert card.ensemble.members == ["reward", str(published.folder)]
+    assert [share.value for share in card.ensemble.accuracy] == [card.accuracy.value, first.accuracy.value]
+    ((same, agree), (mirrored, _)) = card.ensemble.agreement
+    assert same == 1.0 and agree == mirrored and 0.5 < agree <= 1
+    assert 0.001 < card.ensemble.mean_std < 1
+
+    # With itself a model agrees.
+    twin = run_stage("reward", tmp_path / "twin", "train.max_steps=40", other)
+    assert card_of(twin.folder).ensemble.agreement == [[1.0, 1.0], [1.0, 1.0]]
+    assert card_of(twin.folder).ensemble.mean_std == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_no_member_is_refused_before_training(tmp_path):
+    chain()
+    with pytest.raises(HandoffError, match="is a language model; a parent here has to be a reward model"):
+        run_stage("reward", tmp_path, f"ensemble_with=[{runs() / 'tiny' / 'sft'}]")
+    assert not (tmp_path / "tiny").exists()

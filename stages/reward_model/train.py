@@ -3,10 +3,10 @@
     python -m stages.reward_model recipes/tiny.yaml
     accelerate launch --config_file recipes/launch/ddp.yaml -m stages.reward_model recipes/tiny.yaml
 
-The score is read at the last token of prompt and answer, which is the stop token. On held-out pairs the card says: how
-often the better answer scores higher, with a 95 % interval; how often "the longer one" alone would have been right, and
-how far the score follows length; how often the better answer beats itself made empty, repeated, or broken off. Mean and
-deviation of the scores go into the manifest, for RL to normalise by.
+The score is read at the last token of prompt and answer, which is the stop token. What the model has learned is
+measured on held-out pairs and written to card.json beside the manifest (`card.py` says what it holds). A recipe's
+`gate:` keeps a model that is below it from being published. Mean and deviation of the scores go into the manifest, for
+RL to normalise by.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +20,23 @@ from trl import RewardConfig, RewardTrainer
 
 from data.encode import Encoder, encode_preferences
 from data.records import Preference
-from reward.learned import score
+from handoff.contract import check_same_encoding
+from handoff.errors import GateError
+from handoff.files import write_json
+from handoff.parent import Parent
+from reward.learned import score, statistics
 from stages import models, runtime
-from stages.measure import measure_rows, wilson
+from stages.measure import measure_rows
+from stages.reward_model.card import Row, agreement, make_card, pair_metrics, spoilt_answers
 from stages.reward_model.config import Config
+from stages.reward_model.schema import Card, Ensemble
 from stages.run import Run
 from stages.trainer import StageTrainer, StepOrder, arguments, fit
 
+CARD = "card.json"
 _RELOADED = 32
 # Scores before and after saving come from batches of other shapes; float32 products differ in their last bits.
 _TOLERANCE = 1e-4
-Row = dict[str, list[int]]
 Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
 
@@ -43,6 +49,7 @@ def train(run: Run) -> None:
     config: Config = run.config
     parent = run.parent()
     encoder = models.load_encoder(parent)
+    others = {ref: open_member(run, ref, parent) for ref in config.ensemble_with}
 
     # Data: pairs of whole conversations.
     loaded = run.load(config.data, Preference)
@@ -61,7 +68,9 @@ def train(run: Run) -> None:
         for pair in pairs
     ]
 
-    # Model and trainer.
+    # Model and trainer. Members of an ensemble see the same data, each in its own order.
+    if config.seed is not None:
+        run.seed = config.seed
     coefficient = config.center_rewards_coefficient or None
     args = arguments(RewardConfig, run, len(rows), max_length=None, center_rewards_coefficient=coefficient)
     model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=args.bf16, seed=run.seed)
@@ -74,25 +83,45 @@ def train(run: Run) -> None:
         return found["score"]
 
     def hold_out() -> dict[str, float]:
-        return pair_metrics(heldout, scores) if heldout else {}
+        if not heldout:
+            return {}
+        chosen, rejected = np.split(scores(both_answers(heldout)), 2)
+        return pair_metrics(chosen, rejected, answer_lengths(heldout))
 
     fit(run, trainer, order, hold_out)
 
-    # What it has learned. Without held-out pairs the statistics come from the training's own.
+    # What it has learned. Without held-out pairs the statistics come from the training's own, and there is no card.
     metrics = trainer.evaluate()
-    if heldout:
-        metrics |= {f"eval_{key}": value for key, value in probe_metrics(heldout, encoder.stop_ids, scores).items()}
-    measured = heldout or pairs
-    answers = [row["prompt_ids"] + row[key] for row in measured for key in ("chosen_ids", "rejected_ids")]
+    answers = both_answers(heldout or pairs)
     values = scores(answers)
     extra = {"reward_mean": float(values.mean()), "reward_std": float(max(values.std(), 1e-6))}
+    if heldout:
+        normalised = (values - extra["reward_mean"]) / extra["reward_std"]
+        card = make_card(
+            *np.split(values, 2),
+            answer_lengths(heldout),
+            probe_scores(heldout, encoder.stop_ids[0], scores),
+            config.gate,
+            measure_ensemble(run, config, normalised, answers, others),
+        )
+        metrics |= {"eval_ece": card.ece, "eval_over_length": card.over_length}
+        metrics |= {f"eval_beats_{p.name}": p.share.value for p in card.probes if p.share is not None}
+        if run.is_main:
+            if card.gate:  # what an earlier gate let pass must not stay in its place
+                run.dir.manifest_path.unlink(missing_ok=True)
+            write_json(run.dir.path / CARD, card.model_dump(mode="json"))
+        for finding in card.findings:
+            run.console.print(f"  note: {run.section.name} {finding}", markup=False)
+        runtime.barrier()
+        if card.gate:
+            raise GateError(refusal(run, card))
     weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
 
     def write(path: Path) -> None:
         models.save_model(model, encoder, path, weights)
         check_scores(path, answers[:_RELOADED], values[:_RELOADED], encoder, trainer)
 
-    run.publish("reward_model", write, metrics, extra)
+    run.publish("reward_model", write, metrics, extra, files=[CARD] if heldout else [])
 
 
 class Collator:
@@ -116,41 +145,66 @@ def row_scores(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
     return {"score": model(**batch, use_cache=False).logits.squeeze(-1)}
 
 
-def pair_metrics(pairs: Sequence[Row], scores: Scorer) -> dict[str, float]:
-    """Accuracy and margin on pairs, beside what length alone would have said.
+def both_answers(pairs: Sequence[Row]) -> list[list[int]]:
+    """Prompt and answer of every pair: first all chosen ones, then all rejected ones."""
+    return [pair["prompt_ids"] + pair[key] for key in ("chosen_ids", "rejected_ids") for pair in pairs]
 
-    A tie counts half. `score_length_correlation` is Pearson's, over all answers.
+
+def answer_lengths(pairs: Sequence[Row]) -> np.ndarray:
+    """Tokens of the chosen and of the rejected answers, (N, 2)."""
+    return np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs], dtype=float)
+
+
+def probe_scores(pairs: Sequence[Row], stop_id: int, scores: Scorer) -> dict[str, np.ndarray]:
+    """Scores (N,) of the spoilt answers of each probe, NaN where a pair has none."""
+    found = {}
+    for name, answers in spoilt_answers(pairs, stop_id).items():
+        there = [i for i, answer in enumerate(answers) if answer is not None]
+        found[name] = np.full(len(pairs), np.nan)
+        if there:
+            found[name][there] = scores([pairs[i]["prompt_ids"] + (answers[i] or []) for i in there])
+    return found
+
+
+def open_member(run: Run, ref: str, parent: Parent) -> Parent:
+    """A reward model to compare with, before anything is trained. Raises HandoffError when it cannot be."""
+    member = run.parent(f"ensemble:{ref}", frozenset({"reward_model"}))
+    check_same_encoding(parent, member, "they are compared on the same tokens; leave it out of `ensemble_with`")
+    statistics(member)
+    return member
+
+
+def measure_ensemble(
+    run: Run, config: Config, normalised: np.ndarray, answers: Sequence[Sequence[int]], others: dict[str, Parent]
+) -> Ensemble | None:
+    """Agreement of this model with others, whose scores each process computes for its share of the answers.
+
+    Args:
+        normalised: this model's scores of `answers`, chosen ones first, (2 N,).
     """
-    chosen = scores([pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs])
-    rejected = scores([pair["prompt_ids"] + pair["rejected_ids"] for pair in pairs])
-    lengths = np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs], dtype=float)
-    right = _preferred(chosen, rejected)
-    low, high = wilson(right.sum(), len(pairs))
-    return {
-        "accuracy": float(right.mean()),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "margin": float((chosen - rejected).mean()),
-        "loss": float(np.logaddexp(0, rejected - chosen).mean()),
-        "length_accuracy": float(_preferred(lengths[:, 0], lengths[:, 1]).mean()),
-        "score_length_correlation": _correlation(np.concatenate([chosen, rejected]), lengths.T.reshape(-1)),
-    }
+    if not others:
+        return None
+    members = {run.section.name: normalised}
+    mine = range(runtime.rank(), len(answers), runtime.world_size())
+    for ref, parent in others.items():
+        model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=False).to(runtime.device())
+        raw = score(model, [answers[i] for i in mine], parent.tokenizer.pad_id).tolist()
+        shares = runtime.all_gather_object(list(zip(mine, raw, strict=True)))
+        found = np.array([value for _, value in sorted(pair for part in shares for pair in part)])
+        mean, std = statistics(parent)
+        members[ref] = (found - mean) / std
+    return agreement({name: tuple(np.split(values, 2)) for name, values in members.items()})
 
 
-def probe_metrics(pairs: Sequence[Row], stop_ids: Sequence[int], scores: Scorer) -> dict[str, float]:
-    """How often the better answer scores above a spoilt one: empty, said three times, or broken off half-way."""
-    spoilt = {
-        "empty": [[stop_ids[0]] for pair in pairs],
-        "repeated": [[*pair["chosen_ids"][:-1] * 3, pair["chosen_ids"][-1]] for pair in pairs],
-        "broken_off": [pair["chosen_ids"][: max(1, len(pair["chosen_ids"]) // 2)] for pair in pairs],
-    }
-    chosen = scores([pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs])
-    return {
-        f"beats_{name}": float(
-            _preferred(chosen, scores([p["prompt_ids"] + a for p, a in zip(pairs, answers, strict=True)])).mean()
-        )
-        for name, answers in spoilt.items()
-    }
+def refusal(run: Run, card: Card) -> str:
+    """What the user of a recipe is told when the gate holds a model back."""
+    lines = "".join(f"\n  - {reason}" for reason in card.gate)
+    return (
+        f"{run.section.name}: the reward model is below its gate and is not published; a policy would learn its "
+        f"mistakes:{lines}\n{run.dir.path / CARD} has the whole card, and `baton report` shows it. What helps: more or "
+        "cleaner pairs; against length, pairs whose better answer is the shorter one; against a probe, pairs with such "
+        "answers as the worse ones. Or change `gate` in the recipe."
+    )
 
 
 def check_scores(
@@ -165,13 +219,3 @@ def check_scores(
     tolerance = 0.02 if trainer.args.bf16 else _TOLERANCE
     worst = float(np.abs(after - before).max()) / scale
     assert worst <= tolerance, f"scores of the saved reward model differ by {worst:.2g} from those before saving"
-
-
-def _preferred(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    return (better > worse) + 0.5 * (better == worse)
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    if a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
