@@ -38,8 +38,8 @@ class VLLMConfig(BaseModel):
     """How weights reach the server. `disk`: a safetensors file in a folder that both see. `nccl`: from GPU to GPU,
     where vLLM can be imported in the training processes, too."""
     weights_dir: str | None = None
-    """Folder for `disk`; by default a temporary one. A folder in memory (/dev/shm) is fastest; a server on another
-    machine needs one that both machines see under the same path."""
+    """Folder for `disk`; by default the system's for temporary files. One in memory (/dev/shm) is fastest; a server on
+    another machine needs one that both machines see under the same path."""
     transfer_port: int = Field(default=0, ge=0, le=65535)
     """Port of the main training process where the server's workers meet it for `nccl`; 0: any free one."""
 

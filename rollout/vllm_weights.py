@@ -93,14 +93,19 @@ class Transfer(Protocol):
 
 
 class DiskTransfer:
-    """A safetensors file in a folder that both see, which the server loads on demand."""
+    """A safetensors file in a folder that both see, which the server loads on demand.
+
+    The folder has the server's name, and is emptied at the start: a run that was killed leaves its weights, one copy.
+    """
 
     def __init__(self, client: Client, folder: str | None, timeout: float) -> None:
         self._client, self._timeout = client, timeout
+        self._root = Path(folder or tempfile.gettempdir()).absolute() / f"baton-weights-{client.host}-{client.port}"
+        shutil.rmtree(self._root, ignore_errors=True)
         try:
-            self._root = Path(tempfile.mkdtemp(prefix="baton-weights-", dir=folder))
+            self._root.mkdir()
         except OSError as error:
-            raise TransferFailed(f"vllm.weights_dir {folder}: {error.strerror}; create it, on both machines") from error
+            raise TransferFailed(f"vllm.weights_dir: {self._root}: {error.strerror}") from error
         self._written = 0
 
     @property
