@@ -39,8 +39,7 @@ stages:
     data: [{{source: world, kind: prompts, size: 50}}]
     eval_data: [{{source: world, kind: prompts, size: 8, split: validation}}]
     train: {{iterations: 4, rollout_batch_size: 16, max_completion_length: 24, sample_iterations: 2, save_iterations: 2,
-             learning_rate: 1.0e-3, critic_learning_rate: 1.0e-3, adam_epsilon: 1.0e-4,
-             per_device_train_batch_size: 4}}
+             learning_rate: 1.0e-3, adam_epsilon: 1.0e-4, per_device_train_batch_size: 4}}
 """
 
 

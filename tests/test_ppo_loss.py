@@ -261,7 +261,13 @@ def test_what_stands_in_padding_changes_neither_loss_nor_gradient(batch, poison,
     [
         {"kl_in": "loss", "entropy_coef": 0.1},
         {"kl_in": "loss", "kl_estimator": "k2", "policy_loss": "gspo", "loss_normaliser": "sequence"},
-        {"kl_in": "loss", "policy_loss": "cispo", "importance_sampling": "token", "loss_normaliser": "constant"},
+        {
+            "kl_in": "loss",
+            "policy_loss": "cispo",
+            "cliprange_high": 1.0,
+            "importance_sampling": "token",
+            "loss_normaliser": "constant",
+        },
         {"policy_loss": "dual_clip", "entropy_coef": 0.1},
     ],
 )

@@ -63,11 +63,12 @@ class LossArguments(Strict):
     """The losses of policy and critic."""
 
     policy_loss: Literal["clip", "clip_higher", "dual_clip", "gspo", "cispo"] = "clip"
-    """PPO's clipping; with an upper range of its own (DAPO); bounded for bad tokens; one ratio an answer; CISPO."""
+    """PPO's clipping; with an upper range of its own (DAPO: 0.2 and 0.28); bounded for bad tokens; one ratio an answer
+    (GSPO: 3e-4 and 4e-4, with `loss_normaliser: sequence`); a clipped weight (CISPO)."""
     cliprange: float = Field(default=0.2, gt=0, lt=1)
     """ε: how far a ratio may fall below 1, and rise above it where `cliprange_high` does not say otherwise."""
-    cliprange_high: float = Field(default=0.28, gt=0)
-    """How far a ratio may rise above 1 under `clip_higher` and `cispo`."""
+    cliprange_high: float | None = Field(default=None, gt=0)
+    """How far a ratio may rise above 1; `clip_higher` and `cispo` need it, `gspo` may have it."""
     dual_clip: float = Field(default=3.0, gt=1)
     """c of `dual_clip`: the loss of a token with negative advantage is at most c times it."""
     loss_normaliser: Literal["token", "sequence", "constant"] = "token"
@@ -87,8 +88,10 @@ class LossArguments(Strict):
 
     @model_validator(mode="after")
     def _loss_keys_read(self) -> Self:
-        if self.policy_loss not in ("clip_higher", "cispo"):
-            _refuse_unread(self, ["cliprange_high"], "policy_loss is clip_higher or cispo")
+        if self.policy_loss not in ("clip_higher", "cispo", "gspo"):
+            _refuse_unread(self, ["cliprange_high"], "policy_loss is clip_higher, cispo or gspo")
+        elif self.policy_loss != "gspo" and self.cliprange_high is None:
+            raise ValueError(f"policy_loss {self.policy_loss} needs `cliprange_high`")
         if self.policy_loss == "cispo":
             _refuse_unread(self, ["cliprange"], "policy_loss is one of clip, clip_higher, dual_clip, gspo")
         if self.policy_loss != "dual_clip":
@@ -98,6 +101,11 @@ class LossArguments(Strict):
         if self.importance_sampling == "none":
             _refuse_unread(self, ["importance_cap"], "importance_sampling is token or sequence")
         return self
+
+    @property
+    def cliprange_above(self) -> float:
+        """`cliprange_high`, or where it is not given `cliprange`."""
+        return self.cliprange if self.cliprange_high is None else self.cliprange_high
 
 
 class KLArguments(Strict):

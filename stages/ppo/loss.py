@@ -39,6 +39,8 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     mean = masked_mean(values, mask)
     variance = masked_mean((masked(values, mask) - mean) ** 2, mask)
     centred = values - mean if shift_mean else values
+    if shift_mean:  # once more: what rounding left of the mean is large beside the deviation of nearly equal values
+        centred = centred - masked_mean(centred, mask)
     return masked(centred * torch.rsqrt(variance + 1e-8), mask)
 
 
@@ -83,7 +85,7 @@ def clip_loss(
 def dual_clip_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, dual: float
 ) -> tuple[Tensor, Sums]:
-    """The clipped loss, for A < 0 at most −dual·A, so that a huge ratio cannot carry the step off (Ye et al.).
+    """The clipped loss, for A < 0 at most −dual·A, so that a huge ratio cannot carry the step off (Ye et al., eq. 5).
 
     `dual` > 1 + high. All (B, R). Returns as `clip_loss`.
     """
@@ -164,7 +166,10 @@ def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """π_ref/π − 1 − log π_ref/π: unbiased, never negative; the one that GRPO puts into its loss. (B, R) nats."""
+    """π_ref/π − 1 − log π_ref/π: unbiased, never negative; the one that GRPO puts into its loss. (B, R) nats.
+
+    Its gradient, though, is that of KL(π_ref ‖ π).
+    """
     ratio = ref_logp - logp
     return torch.expm1(ratio) - ratio
 
@@ -173,6 +178,6 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, samples: int) -> float:
-    """Proportional controller of the coefficient (Ziegler et al., section 2.2). kl, target: nats an answer."""
+    """Proportional controller of the coefficient (after Ziegler et al., section 2.2). kl, target: nats an answer."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * samples / horizon)

@@ -273,7 +273,9 @@ def _loss(
         policy = policy * losses.masked(here.weights, here.mask)
     loss = policy
     if t.kl_in == "loss" and kl_coef > 0:
-        loss = loss + kl_coef * losses.KL_ESTIMATORS[t.estimator](logp, here.ref_logp)
+        # Masked before the estimator: e to the power of what stands in padding may overflow, and 0·inf is no gradient.
+        pair = losses.masked(logp, here.mask), losses.masked(here.ref_logp, here.mask)
+        loss = loss + kl_coef * losses.KL_ESTIMATORS[t.estimator](*pair)
     if t.entropy_coef > 0:
         loss = loss - t.entropy_coef * entropy
     if only_critic:
@@ -299,18 +301,18 @@ def _policy_loss(
     t: PPOTrainConfig, logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
 ) -> tuple[Tensor, losses.Sums]:
     """The chosen loss, one number a token. All (B, R)."""
-    low = high = t.cliprange
+    low = t.cliprange
     match t.policy_loss:
         case "clip":
-            return losses.clip_loss(logp, old, advantages, mask, low, high)
+            return losses.clip_loss(logp, old, advantages, mask, low, low)
         case "clip_higher":
-            return losses.clip_loss(logp, old, advantages, mask, low, t.cliprange_high)
+            return losses.clip_loss(logp, old, advantages, mask, low, t.cliprange_above)
         case "dual_clip":
-            return losses.dual_clip_loss(logp, old, advantages, mask, low, high, t.dual_clip)
+            return losses.dual_clip_loss(logp, old, advantages, mask, low, low, t.dual_clip)
         case "gspo":
-            return losses.sequence_ratio_loss(logp, old, advantages, mask, low, high)
+            return losses.sequence_ratio_loss(logp, old, advantages, mask, low, t.cliprange_above)
         case "cispo":
-            return losses.clipped_weight_loss(logp, old, advantages, mask, t.cliprange_high)
+            return losses.clipped_weight_loss(logp, old, advantages, mask, t.cliprange_above)
 
 
 def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: int, watch: Watch) -> None:
