@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from handoff.files import hash_tree, write_json
 from handoff.manifest import EngineRecord, Inputs, Manifest, ParentRecord, TokenizerRecord
+from stages.reward_model.schema import CalibrationBin, Card, Ensemble, Histogram, LengthBucket, Probe, Share
 
 HOSTILE = (
     "</div><script>alert(1)</script> & <img src=x onerror=alert(2)> \u202e evil \x00\x1b[31m \ud800 {{ 7*7 }} "
@@ -44,6 +45,8 @@ def make_run(root: Path, names: Sequence[str] = tuple(CHAIN), results: dict[str,
                       folder / "model" / "model.safetensors")  # fmt: skip
         if kind == "evaluation":
             write_json(folder / "results.json", results or make_results())
+        if kind == "reward_model":
+            write_json(folder / "card.json", make_card().model_dump(mode="json"))
         manifest = Manifest(
             name=name, stage=stage, kind=kind, created=f"2026-11-24T10:{10 + index}:30+00:00",
             parents={
@@ -116,6 +119,37 @@ def make_metrics(stage: str) -> list[dict[str, Any]]:
             if stage == "reward_model":
                 rows[-1]["eval_accuracy"] = 0.8
     return rows
+
+
+def make_share(value: float, n: int = 400, half: float = 0.04) -> Share:
+    return Share(value=value, low=max(0.0, value - half), high=min(1.0, value + half), n=n)
+
+
+def make_card(**fields: Any) -> Card:
+    """The card of a reward model about which there is nothing to warn of."""
+    lengths = {"much shorter": 0.92, "shorter": 0.85, "about as long": None, "longer": 0.77, "much longer": 0.71}
+    probes = {"empty": 0.97, "repeated": 0.85, "truncated": 0.88, "off-topic": 0.99}
+    card: dict[str, Any] = {
+        "accuracy": make_share(0.83), "margin": 1.6, "loss": 0.33, "longer_wins": make_share(0.37),
+        "length_alone": 0.63, "over_length": 0.2, "score_length_correlation": -0.46, "margin_length_correlation": -0.5,
+        "by_length": [
+            LengthBucket(name=name, about="in numbers", accuracy=value and make_share(value, 100, 0.08))
+            for name, value in lengths.items()
+        ],
+        "ece": 0.031,
+        "calibration": [
+            CalibrationBin(low=low, high=low + 0.05, predicted=low + 0.02, observed=make_share(low + 0.04, 40, 0.02))
+            for low in (0.5, 0.6, 0.7, 0.8, 0.9)
+        ],
+        "scores": Histogram(edges=[-2, -1, 0, 1, 2], chosen=[20, 80, 200, 100], rejected=[120, 180, 80, 20]),
+        "probes": [Probe(name=name, share=make_share(value), passed=True) for name, value in probes.items()],
+        "ensemble": Ensemble(
+            members=["reward", "reward_b"], accuracy=[make_share(0.83), make_share(0.82)], combined=make_share(0.86),
+            agreement=[[1.0, 0.91], [0.91, 1.0]], mean_std=0.24,
+        ),
+        "findings": [], "gate": [],
+    }  # fmt: skip
+    return Card(**{**card, **fields})
 
 
 def make_results() -> dict[str, Any]:

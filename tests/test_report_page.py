@@ -15,7 +15,8 @@ from baton.report import build
 from baton.report.text import compact, duration, number
 from handoff.errors import UserError
 from handoff.files import write_json
-from tests.report_run import FAMILIES, make_results, make_run, write_lines
+from stages.reward_model.schema import Probe
+from tests.report_run import FAMILIES, make_card, make_results, make_run, make_share, write_lines
 
 
 class Document(HTMLParser):
@@ -180,15 +181,65 @@ def test_warnings_about_lineage_data_and_versions(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     edit_manifest(run, "sft", extra={"made": "again"}, versions={"torch": "2.12.0"})
     rows = {"data/rows_in": 100, "data/rows_used": 70, "data/dropped/too_long": 25, "data/dropped/empty_answer": 5}
-    edit_manifest(run, "reward", data={"data": rows}, metrics={"eval_accuracy_low": 0.51, "eval_beats_repeated": 0.4})
+    edit_manifest(run, "reward", data={"data": rows})
     edit_manifest(run, "dpo", data={"data": {"data/rows_in": 10, "data/rows_used": 9}})
     text = page_of(run).text
     assert "ppo was made from another sft than the one that is here now" in text
     assert "different versions of torch: 2.12.0, 2.13.0" in text
     assert "reward, data: 30 % of the rows were dropped, most because of: too long" in text
-    assert "reward ranks 83 % of the held-out pairs right, which is not clearly more than length alone" in text
-    assert "reward scores repeated answers above good ones in 60 % of the cases" in text
     assert "dpo, data: rows in are not rows used plus rows dropped" in text
+
+
+def test_the_report_card_of_a_reward_model(whole: Path) -> None:
+    page = Document(whole.read_text(encoding="utf-8"))
+    assert "reward report card of the reward model Measured on 400 held-out pairs. Shares" in page.text
+    for said in (
+        "Accuracy 83 % 79 % to 87 %, held out",
+        "Length alone 63 % right by taking the shorter answer",
+        "Over length +0.20 accuracy less length alone",
+        "Score and length −0.46",
+        "Calibration error 0.031",
+        "longer wins what counting tokens gets right, 400 pairs 37 % 33 % to 41 %",
+        "better answer much shorter in numbers, 100 pairs 92 % 84 % to 100 %",
+        "better answer about as long no such pairs",
+        "repeated answers passed, 400 pairs 85 %",
+        "rejected answers 400 chosen answers 400",
+        "from to rejected answers chosen answers −2.00 −1.00 120 20",
+        "The mean of their scores ranks 86 % of the pairs right",
+        "reward_b 82 % 91 % 100 %",
+    ):
+        assert said in page.text.replace("\N{NO-BREAK SPACE}", " "), said
+    assert {"card-1", "r3-scores-title", "r3-calibration-title"} <= set(page.ids)
+    assert "#card-1" in page.addresses
+
+
+def test_what_the_card_found_is_a_warning_and_a_failed_gate_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    failed = Probe(name="repeated", share=make_share(0.4), passed=False)
+    card = make_card(
+        findings=["ranks 83 % of the held-out pairs right, and so would length"],
+        gate=["its confidence is off by 0.300 on average (ECE); max_ece is 0.1"],
+        probes=[failed, Probe(name="off-topic", share=None, passed=True)],
+        ensemble=None,
+    )
+    write_json(run / "reward" / "card.json", card.model_dump(mode="json"))
+    (run / "reward" / "stage.json").unlink()
+    write_json(run / "reward" / "started.json", {})
+    text = page_of(run).text
+    assert "reward ranks 83 % of the held-out pairs right, and so would length" in text
+    assert "Not published, since it is below the gate of the recipe: its confidence is off by 0.300" in text
+    assert "repeated answers failed, 400 pairs" in text and "off-topic answers no such pairs" in text
+    assert "Ensemble" not in text and "reward was started and is not finished" in text
+
+
+def test_a_reward_model_without_a_card_and_a_card_that_cannot_be_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "reward" / "card.json").write_text('{"format_version": 2}')
+    text = page_of(run).text
+    assert "card.json: format_version: Input should be 1; run the stage again" in text
+    (run / "reward" / "card.json").unlink()
+    text = page_of(run).text
+    assert "reward has no report card: give it held-out pairs under eval_data" in text and "card-1" not in text
 
 
 @pytest.mark.parametrize(

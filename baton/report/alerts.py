@@ -1,7 +1,7 @@
 """The warnings of a report: what a reader of its figures should know before believing them."""
 
 from baton.report import evaluation, facts
-from baton.report.collect import Results, RunData, Stage
+from baton.report.collect import Results, RunData
 from baton.report.text import percent
 
 _DROPS_WORTH_A_WARNING = 0.1
@@ -31,31 +31,13 @@ def warnings(run: RunData) -> list[str]:
                 f"{account.stage}, {account.label}: {percent(lost / account.rows_in)} of the rows were dropped, "
                 f"most because of: {account.dropped[0][0]}"
             )
+    found += [f"{stage.name} {finding}" for stage in run.stages if stage.card for finding in stage.card.findings]
     for stage in run.published:
-        found += _reward_warnings(stage)
+        if stage.kind == "reward_model" and stage.card is None:
+            found.append(f"{stage.name} has no report card: give it held-out pairs under eval_data, and run it again")
     found += _version_changes(run)
     for results in facts.all_results(run):
         found += _evaluation_warnings(run, results)
-    return found
-
-
-def _reward_warnings(stage: Stage) -> list[str]:
-    """What makes a reward model unfit to be maximised."""
-    assert stage.manifest is not None
-    found = []
-    metrics = {k: v for k, v in stage.manifest.metrics.items() if isinstance(v, int | float)}
-    if stage.kind == "reward_model" and {"eval_accuracy", "eval_length_accuracy"} <= metrics.keys():
-        low = metrics.get("eval_accuracy_low", metrics["eval_accuracy"])
-        by_length = max(metrics["eval_length_accuracy"], 1 - metrics["eval_length_accuracy"])
-        if low <= by_length:
-            found.append(
-                f"{stage.name} ranks {percent(metrics['eval_accuracy'])} of the held-out pairs right, which is not "
-                f"clearly more than length alone would ({percent(by_length)})"
-            )
-    for name, value in metrics.items():
-        if name.startswith("eval_beats_") and value < 0.5:
-            spoilt = name.removeprefix("eval_beats_").replace("_", " ")
-            found.append(f"{stage.name} scores {spoilt} answers above good ones in {percent(1 - value)} of the cases")
     return found
 
 

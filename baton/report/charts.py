@@ -155,6 +155,38 @@ def path_chart(
     return Chart(title, svg, [], ["step", x_label, y_label], rows, rows_note, ramp=ramp, note=note)
 
 
+def histogram(
+    key: str,
+    title: str,
+    edges: Sequence[float],
+    counts: Sequence[tuple[str, str, Sequence[int]]],
+    *,
+    x_label: str,
+    note: str = "",
+) -> Chart:
+    """Steps over the bins between neighbouring `edges`; `counts` = (label, colour, a count for each bin)."""
+    assert counts and all(len(values) == len(edges) - 1 for _, _, values in counts), title
+    legend = [Legend(label, color, False, number(sum(values))) for label, color, values in counts]
+    with rc_context(_STYLE | {"svg.hashsalt": key, "svg.id": key}):
+        figure, axes = _figure()
+        for _, color, values in counts:
+            axes.stairs(values, edges, color=_STAND_IN[color], fill=True, alpha=0.25, linewidth=0)
+            axes.stairs(values, edges, color=_STAND_IN[color], linewidth=1.6)
+        axes.set_xlabel(x_label)
+        axes.margins(x=0.02)
+        axes.set_ylim(bottom=0)
+        middles = [(edges[i] + edges[i + 1]) / 2 for i in range(len(edges) - 1)]
+        means = [math.fsum(n * at for n, at in zip(values, middles)) / (sum(values) or 1) for _, _, values in counts]
+        described = "; ".join(f"{label}: mean about {number(mean)}" for (label, _, _), mean in zip(counts, means))
+        svg = _svg(figure, key, title, described)
+    rows = [
+        [number(edges[i]), number(edges[i + 1]), *(number(values[i]) for _, _, values in counts)]
+        for i in range(len(edges) - 1)
+    ]
+    shown, rows_note = _thin(rows)
+    return Chart(title, svg, legend, ["from", "to", *(label for label, _, _ in counts)], shown, rows_note, note=note)
+
+
 def _figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
     FigureCanvasSVG(figure)

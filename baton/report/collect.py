@@ -17,6 +17,7 @@ from handoff.files import read_json
 from handoff.manifest import Manifest
 from handoff.stage import StageDir
 from handoff.weights import read_tensors
+from stages.reward_model.schema import Card
 
 
 class Estimate(BaseModel):
@@ -66,6 +67,8 @@ class Stage:
     results: Results | None
     parameters: int | None
     """Elements of all tensors in model/."""
+    card: Card | None = None
+    """A reward model's report card; also of one that its gate held back."""
 
     @property
     def kind(self) -> str:
@@ -154,6 +157,7 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
         samples=_read_lines(directory.samples_path, problems),
         results=_read_results(manifest, directory.path / "results.json", problems),
         parameters=parameters,
+        card=_read_card(directory.path / "card.json", problems),
     )
 
 
@@ -183,6 +187,19 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _read_card(path: Path, problems: list[str]) -> Card | None:
+    """The report card that a reward model's stage left, if it did."""
+    if not path.exists():
+        return None
+    try:
+        return Card.model_validate(read_json(path))
+    except ValidationError as error:
+        problems.append(_unreadable(path, error, "run the stage again"))
+    except (OSError, ValueError) as error:
+        problems.append(f"{path}: {error}; run the stage again")
+    return None
+
+
 def _read_results(manifest: Manifest | None, path: Path, problems: list[str]) -> Results | None:
     """The results of a published evaluation; None for every other stage."""
     if manifest is None or manifest.kind != "evaluation":
@@ -190,12 +207,16 @@ def _read_results(manifest: Manifest | None, path: Path, problems: list[str]) ->
     try:
         return Results.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        problems.append(f"{path}: {place}: {first['msg']}; run the evaluation again")
+        problems.append(_unreadable(path, error, "run the evaluation again"))
     except (OSError, ValueError) as error:
         problems.append(f"{path}: {error}; run the evaluation again")
     return None
+
+
+def _unreadable(path: Path, error: ValidationError, remedy: str) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{path}: {place}: {first['msg']}; {remedy}"
 
 
 def _in_order(stages: Sequence[Stage]) -> list[Stage]:

@@ -55,6 +55,11 @@ _POLICY = [
         [("objective/scores", "sampled", ""), ("eval/scores", "held out", "ink")],
         "of an answer, all rewards summed",
     ),
+    (
+        "Monitor",
+        [("eval/monitor", "held out", "ink"), ("eval/length_controlled_scores", "score at constant length", "ink")],
+        "not trained on; falling while the score rises is over-optimisation",
+    ),
     ("KL from the parent", [("objective/kl", "sampled", ""), ("eval/kl", "held out", "ink")], "nats per answer"),
     (
         "Answer length",
@@ -62,6 +67,17 @@ _POLICY = [
         "tokens",
     ),
     ("Entropy", [("objective/entropy", "entropy", "")], "nats per answer; a fall to zero is collapse"),
+    (
+        "Repetition",
+        [("completions/repetition", "sampled", ""), ("eval/repetition", "held out", "ink")],
+        "share of an answer's 4-grams said before",
+    ),
+    (
+        "Prompts without signal",
+        [("frac_reward_zero_std", "share", "")],
+        "all answers had the same reward",
+    ),
+    ("Disagreement", [("rewards/disagreement", "deviation", "")], "of the ensemble's members on an answer"),
     ("Answers cut off", [("completions/clipped_ratio", "share", "")], "share that did not stop by itself"),
     ("Score less KL penalty", [("objective/rlhf_reward", "reward", "")], "what the policy is really paid"),
     ("Critic's loss", [("loss/value_avg", "value loss", "")], "squared error of the foreseen return"),
@@ -81,7 +97,7 @@ _POLICY = [
         "policy that wrote the answers to updated one",
     ),
 ]
-_PHASES = ("generate", "score", "reference", "train", "save")
+_PHASES = ("generate", "score", "value", "policy", "reference", "exchange", "advantage", "train", "sync", "save")
 
 
 @dataclass(frozen=True)

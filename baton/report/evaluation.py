@@ -16,6 +16,7 @@ ALIGNED = ("ppo", "dpo")
 # metric -> (heading, what it is, better: 1 higher, -1 lower, 0 neither)
 _METRICS = {
     "accuracy": ("Exact accuracy", "share of held-out items answered exactly", 1),
+    "accuracy_sampled": ("Accuracy, sampled", "of answers drawn as training draws them", 1),
     "stop_rate": ("Stops by itself", "share of answers that end at a stop token", 1),
     "gold": ("Gold score", "the hidden score, from −1 to 1, that no stage trains on", 1),
     "gold_greedy": ("Gold score, greedy", "of the most likely answers", 1),

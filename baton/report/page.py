@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from baton.report import alerts, evaluation, facts, lineage
+from baton.report import alerts, evaluation, facts, lineage, reward_card
 from baton.report.collect import RunData, Stage
 from baton.report.curves import policies, training_charts
 from baton.report.text import moment, number, visible
@@ -38,6 +38,7 @@ def render(run: RunData) -> str:
         stages=facts.stage_rows(run, palette),
         facts=_when_and_with_what(run),
         training=training_charts(run.stages, palette),
+        cards=reward_card.sections(run.stages, palette),
         policies=policies(run.stages, palette),
         evaluations=[_evaluation(stage) for stage in run.stages if stage.results],
         samples=[(stage, rows) for stage in run.stages if (rows := samples_before_and_after(stage))],
