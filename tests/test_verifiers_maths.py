@@ -60,6 +60,8 @@ NUMBERS = [  # completion, its number; None where it has none
     ("#### 1,200 dollars\n\nQuestion: what is 3?", "1200"),
     ("#### 2. The second step\nSo 72", "72"),
     ("\\boxed{12", "12"),
+    ("<think>\\boxed{1}, 2</think><answer>3 apples</answer> of 4", "3"),
+    ("</answer> 5 <answer>", "5"),
     ("\\boxed{none} of the 3", None),
     ("no idea", None),
     ("", None),
@@ -281,6 +283,7 @@ def gsm8k(shared_data):
         return [json.loads(line)["answer"] for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [numeric_match, math_equal])
 def test_gsm8k_gold_is_right_and_one_more_is_wrong(function, shared_data):
     golds = gsm8k(shared_data)

@@ -15,6 +15,7 @@ from reward.functions import FUNCTIONS, RewardError, find
 from reward.verifiers.json_schema import json_schema
 from reward.verifiers.text import multiple_choice, regex_format, xml_format
 
+TAGS = ["think", "answer"]
 CHOOSES_B = [
     "B",
     "(B)",
@@ -39,6 +40,7 @@ CHOOSES_B = [
     "not (A) but (B)",
     "B is the correct choice",
     "(A) was wrong; (B)",
+    "<think>(A) or (B)? (C)?</think>\n<answer>B</answer>",
 ]
 CHOOSES_NOT_B = [
     "",
@@ -79,10 +81,10 @@ def test_multiple_choice_reads_golds_as_they_are_published():
             RewardError, match=r"`multiple_choice`, row 0 .*is none of the letters ABCDEFGHIJ; give its"
         ):
             multiple_choice(prompts, ["B"], answer=[gold])
-    assert multiple_choice([], ["E"], answer=["E"], choices="ABCDE") == [1.0]
-    assert multiple_choice([], ["The answer is E"], answer=["A"], choices="ABCD") == [0.0]
-    with pytest.raises(RewardError, match="`choices: abc`; give the capital letters"):
-        multiple_choice([], ["B"], answer=["B"], choices="abc")
+    assert multiple_choice([], ["E"], answer=["E"], letters="ABCDE") == [1.0]
+    assert multiple_choice([], ["The answer is E"], answer=["A"], letters="ABCD") == [0.0]
+    with pytest.raises(RewardError, match="`letters: abc`; give the capital letters"):
+        multiple_choice([], ["B"], answer=["B"], letters="abc")
 
 
 def test_regex_format():
@@ -124,18 +126,18 @@ def test_a_pattern_that_backtracks_for_ever_scores_nothing(caplog, monkeypatch):
     ],
 )
 def test_tags_that_are_not_in_form(text):
-    assert xml_format([], [text]) == [0.0]
+    assert xml_format([], [text], tags=TAGS) == [0.0]
 
 
 def test_tags_in_form():
-    assert xml_format([], [" <think>a\n< b</think>\n<answer>\nb</answer>\n"]) == [1.0]
+    assert xml_format([], [" <think>a\n< b</think>\n<answer>\nb</answer>\n"], tags=TAGS) == [1.0]
     outside = ["So <think>a</think> then <answer>b</answer>!", "<think>a</think>", "a </think> b"]
-    assert xml_format([], outside, text_outside=True) == [1.0, 0.0, 0.0]
+    assert xml_format([], outside, tags=TAGS, text_outside=True) == [1.0, 0.0, 0.0]
     assert xml_format([], outside, tags=["think"], text_outside=True) == [1.0, 1.0, 0.0]
     assert xml_format([], ["<c>1</c><b>2</b><a>3</a>", "<a>3</a><b>2</b><c>1</c>"], tags=["c", "b", "a"]) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("tags", [[], "think", ["a b"], ["<think>"], ["a", "a"]])
+@pytest.mark.parametrize("tags", [[], "think", ["a b"], ["<think>"], ["a", "a"], [["a"], ["b"]]])
 def test_tags_that_are_none(tags):
     with pytest.raises(RewardError, match="`xml_format`: `tags:"):
         xml_format([], ["a"], tags=tags)
@@ -231,8 +233,8 @@ def test_any_text_is_judged_without_an_error(text):
     for values in (
         multiple_choice([], answers, answer=["B"] * 4),
         regex_format([], answers, pattern=r"(?s)<(\w+)>.*</\1>.*", match="search"),
-        xml_format([], answers),
-        xml_format([], answers, text_outside=True),
+        xml_format([], answers, tags=TAGS),
+        xml_format([], answers, tags=TAGS, text_outside=True),
         json_schema([], answers, schema=PERSON),
         json_schema([], answers, schema={"properties": {"n": {"multipleOf": 0.1, "uniqueItems": True}}}),
     ):

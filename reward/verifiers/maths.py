@@ -1,8 +1,8 @@
 """Mathematical answers: equal as numbers (`numeric_match`) or as formulas (`math_equal`).
 
-Both read the same answer out of a completion: what a line `#### 42` or the last `\\boxed{...}` says, whichever comes
-last; without either, the last number (`math_equal`: the last number, or formula between `$...$`, `\\(...\\)` or
-`\\[...\\]`).
+Both read the same answer out of a completion, or of its part in `<answer>` tags: what a line `#### 42` or the last
+`\\boxed{...}` says, whichever comes last; without either, the last number (`math_equal`: the last number, or formula
+between `$...$`, `\\(...\\)` or `\\[...\\]`).
 
 `math_equal` is true equality: `\\boxed{17 \\cdot 24}` equals 408. Where the policy shall work the value out, use
 `numeric_match`, which reads numbers and no formulas.
@@ -168,8 +168,19 @@ def _gold_claim(gold: str) -> Claim:
     return Claim(_tidy(gold), marked=True)
 
 
+def answer_part(completion: str) -> str:
+    """What is between the last `<answer>` and `</answer>`; all of the completion without these tags.
+
+    >>> answer_part("<think>6 * 7</think><answer>42</answer>"), answer_part("42")
+    ('42', '42')
+    """
+    before, end, _ = completion.rpartition("</answer>")
+    return before.rpartition("<answer>")[2] if end and "<answer>" in before else completion
+
+
 def _claim(completion: str) -> Claim:
     """The answer of a completion: the last line `#### 42` or box, else all of it."""
+    completion = answer_part(completion)
     box = last_box(completion)
     marks = list(_MARKED.finditer(completion))
     if marks and (box is None or marks[-1].start() > box[0]):

@@ -10,7 +10,7 @@ import regex
 from data.records import Message
 from reward.functions import RewardError
 from reward.verifiers.golds import golds, row_error
-from reward.verifiers.maths import last_box
+from reward.verifiers.maths import answer_part, last_box
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +29,19 @@ def multiple_choice(
     prompts: Sequence[tuple[Message, ...]],
     completions: Sequence[str],
     column: str | None = None,
-    choices: str = "ABCDEFGHIJ",
+    letters: str = "ABCDEFGHIJ",
     **columns: Any,
 ) -> list[float | None]:
     """1 where the one letter that the completion chooses is the right one; None where the row has no right answer.
 
-    The choice is what the last box holds, else what follows the last "answer is" or "Answer:", else the one letter that
-    is marked as one: alone on its line, `(B)`, `B.` or `B)` at the start of a line, "option B", "I choose B", "B is
-    correct". Several letters where one is due are no choice, and a letter after "not" is none either.
+    Read is the part in `<answer>` tags, if there is one. The choice is what the last box holds, else what follows the
+    last "answer is" or "Answer:", else the one letter that is marked as one: alone on its line, `(B)`, `B.` or `B)` at
+    the start of a line, "option B", "I choose B", "B is correct". Several letters where one is due are no choice, and a
+    letter after "not" is none either.
 
     Args:
         column: holds the right letter (`B`, `(B)`, `\\text{(B)}`); `answer` or `ground_truth` if not given.
-        choices: the letters that there are.
+        letters: the letters that there are.
 
     Raises:
         RewardError: no such column, or a right answer that is not one of the letters.
@@ -48,18 +49,18 @@ def multiple_choice(
     >>> multiple_choice([], ["The answer is (B).", "**B**", "A, B or C", "B. Paris"], answer=["B"] * 4)
     [1.0, 1.0, 0.0, 1.0]
     """
-    if not re.fullmatch(r"[A-Z]{2,}", choices):
-        raise RewardError(f"`multiple_choice`: `choices: {choices}`; give the capital letters, such as `choices: ABCD`")
+    if not isinstance(letters, str) or not re.fullmatch(r"[A-Z]{2,}", letters):
+        raise RewardError(f"`multiple_choice`: `letters: {letters}`; give the capital letters, such as `letters: ABCD`")
     out: list[float | None] = []
     for row, gold in enumerate(golds("multiple_choice", prompts, completions, columns, column)):
         if gold is None:
             out.append(None)
             continue
-        right = _lone_letter(gold if "\\" in gold else gold.upper(), choices)
+        right = _lone_letter(gold if "\\" in gold else gold.upper(), letters)
         if right is None:
-            problem = f"the right answer {gold!r} is none of the letters {choices}; give its letter"
+            problem = f"the right answer {gold!r} is none of the letters {letters}; give its letter"
             raise row_error("multiple_choice", prompts, row, problem)
-        out.append(float(_choice(completions[row], choices) == right))
+        out.append(float(_choice(completions[row], letters) == right))
     return out
 
 
@@ -112,7 +113,7 @@ def regex_format(
 def xml_format(
     prompts: Sequence[tuple[Message, ...]],
     completions: Sequence[str],
-    tags: Sequence[str] = ("think", "answer"),
+    tags: Sequence[str],
     text_outside: bool = False,
     **columns: Any,
 ) -> list[float | None]:
@@ -125,12 +126,13 @@ def xml_format(
     Raises:
         RewardError: a name that is no tag's, or one given twice.
 
-    >>> xml_format([], ["<think>6 * 7</think><answer>42</answer>", "<answer>42</answer>"])
+    >>> xml_format([], ["<think>6 * 7</think><answer>42</answer>", "<answer>42</answer>"], tags=["think", "answer"])
     [1.0, 0.0]
     >>> xml_format([], ["<think>6 * 7</think> It is 42."], tags=["think"], text_outside=True)
     [1.0]
     """
-    if isinstance(tags, str) or not tags or not all(re.fullmatch(r"[A-Za-z][\w.-]*", tag) for tag in tags):
+    names = [tag for tag in tags if isinstance(tag, str) and re.fullmatch(r"[A-Za-z][\w.-]*", tag)]
+    if isinstance(tags, str) or not tags or len(names) != len(tags):
         raise RewardError(f"`xml_format`: `tags: {tags}` is no list of tag names, such as `tags: [think, answer]`")
     if len(set(tags)) != len(tags):
         raise RewardError(f"`xml_format`: `tags: {list(tags)}` names a tag twice")
@@ -153,27 +155,28 @@ def _tagged(text: str, tags: Sequence[str], text_outside: bool) -> bool:
     return text_outside or not text[place:].strip()
 
 
-def _lone_letter(text: str, choices: str) -> str | None:
+def _lone_letter(text: str, letters: str) -> str | None:
     """The letter, if the text is nothing else than one, wrapped or not."""
-    found = re.fullmatch(rf"[\s($[]*([{choices}])[\s)$\].:]*", _WRAPPED.sub(r"\1", text))
+    found = re.fullmatch(rf"[\s($[]*([{letters}])[\s)$\].:]*", _WRAPPED.sub(r"\1", text))
     return found[1] if found else None
 
 
-def _choice(text: str, choices: str) -> str | None:
+def _choice(text: str, letters: str) -> str | None:
     """The one letter that the text chooses; None when there is none or more than one."""
+    text = answer_part(text)
     box = last_box(text)
     if box is not None:
-        return _lone_letter(box[1], choices)
+        return _lone_letter(box[1], letters)
     text = re.sub(r"[*`$]", "", _WRAPPED.sub(r"\1", text))
-    letter = rf"[(\[]?([{choices}])(?![\w'’])[)\]]?"
+    letter = rf"[(\[]?([{letters}])(?![\w'’])[)\]]?"
     stated = list(re.finditer(rf"\b(?i:answer)\b(?i:\s+{_IS})?[\s:=]*(?i:{_NOUN}\s+)?{letter}", text))
     if stated:
-        return None if re.match(_further(choices), text[stated[-1].end() :]) else stated[-1][1]
+        return None if re.match(_further(letters), text[stated[-1].end() :]) else stated[-1][1]
     marked = re.compile(
-        rf"^[ \t]*[(\[]?(?:([{choices}])[)\].:]*[ \t]*$|([{choices}])[)\].:](?=\s))"  # a line of its own, or begins one
-        rf"|\(([{choices}])\)"
+        rf"^[ \t]*[(\[]?(?:([{letters}])[)\].:]*[ \t]*$|([{letters}])[)\].:](?=\s))"  # a line of its own, or begins one
+        rf"|\(([{letters}])\)"
         rf"|\b(?i:{_NOUN}|{_CHOOSE}(?:\s+{_NOUN})?)\s+{letter}"
-        rf"|\b([{choices}])\s+is\s+(?:the\s+)?(?:correct|right|best)\b",
+        rf"|\b([{letters}])\s+is\s+(?:the\s+)?(?:correct|right|best)\b",
         re.MULTILINE,
     )
     found = set()
@@ -184,7 +187,7 @@ def _choice(text: str, choices: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _further(choices: str) -> str:
+def _further(letters: str) -> str:
     """Another letter right behind the first: `, B`, ` or (C)`, ` B C`. Not the first word of a clause: `, A dog is`."""
-    letter = rf"[(\[]?[{choices}]"
+    letter = rf"[(\[]?[{letters}]"
     return rf"[\s,;/&]*(?:(?:and|or)\s+)?{letter}(?=[)\]]|\s*(?:[,;/&.]|and\b|or\b|$|{letter}\b))"
