@@ -231,7 +231,7 @@ def test_a_reward_that_breaks_is_named_and_the_state_before_it_is_kept(recipe_of
 
 @slow
 def test_a_missing_column_is_refused_before_training(recipe_of):
-    with pytest.raises(RewardError, match="lacks|column"):
+    with pytest.raises(RewardError, match=r"lacks|column"):
         run_section(recipe_of('reward=[{"function": "exact_match"}, {"function": "ifeval"}]'), "ppo")
 
 

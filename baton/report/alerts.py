@@ -33,6 +33,8 @@ def warnings(run: RunData) -> list[str]:
             )
     found += [f"{stage.name} {finding}" for stage in run.stages if stage.card for finding in stage.card.findings]
     for stage in run.published:
+        assert stage.manifest is not None
+        found += [f"{stage.name}, {alarm}" for alarm in stage.manifest.extra.get("alarms", [])]
         if stage.kind == "reward_model" and stage.card is None:
             found.append(f"{stage.name} has no report card: give it held-out pairs under eval_data, and run it again")
     found += _version_changes(run)

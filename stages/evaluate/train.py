@@ -202,6 +202,7 @@ def _metrics(seed: int, prompts: Sequence[EncodedPrompt], a: Answered, graded: b
     }
     if graded:
         out["accuracy"] = proportion(_correct(prompts, a.greedy_texts))
+        out["accuracy_sampled"] = proportion(_correct(prompts, a.texts))
         out["gold"] = mean(_gold(prompts, a.texts), seed)
         out["gold_greedy"] = mean(_gold(prompts, a.greedy_texts), seed)
     if a.rewards is not None:

@@ -44,17 +44,17 @@ def probe(batch: Sequence[Rollout], t: PPOTrainConfig, guards: GuardConfig) -> d
     if truncated > guards.max_truncated:
         raise GateError(
             f"truncation: before training, {truncated:.0%} of {len(batch)} answers reach max_completion_length "
-            f"{t.max_completion_length} without a stop token (guards.max_truncated {guards.max_truncated:.0%}), and what "
-            "is cut off cannot be judged. Raise train.max_completion_length, or start from a model that was taught to "
-            "stop."
+            f"{t.max_completion_length} without a stop token (guards.max_truncated {guards.max_truncated:.0%}), and "
+            "what is cut off cannot be judged. Raise train.max_completion_length, or start from a model that was "
+            "taught to stop."
         )
     if silent > guards.max_without_signal:
         prompts = len(batch) // probe_size(t)
         same = "all have the same reward" if rewards.max() - rewards.min() < 1e-6 else "have equal rewards"
         raise GateError(
             f"no learning signal: before training, the answers to {silent:.0%} of {prompts} prompts {same} "
-            f"(guards.max_without_signal {guards.max_without_signal:.0%}). Take easier or harder prompts, a reward with "
-            "more steps than right and wrong, or a higher train.temperature."
+            f"(guards.max_without_signal {guards.max_without_signal:.0%}). Take easier or harder prompts, a reward "
+            "with more steps than right and wrong, or a higher train.temperature."
         )
     return {"probe/truncated": truncated, "probe/frac_reward_zero_std": silent, "probe/reward": rewards.mean().item()}
 
