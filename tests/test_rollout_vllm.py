@@ -108,6 +108,13 @@ def test_new_weights_change_the_answers_and_leave_nothing_of_the_old(engine, ser
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next(server, model_dir, tmp_path):
+    for version in range(2):
+        killed = VLLMEngine(config(server, weights_dir=str(tmp_path)), model_dir, CPU, is_main=True)
+        killed.update_weights(trained(model_dir).named_parameters(), version)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
 def test_weights_are_sent_in_the_precision_that_is_served(model_dir, tmp_path):
     with FakeVLLM(model_dir, free_port(), dtype="torch.bfloat16") as fake:
         engine = VLLMEngine(config(fake, dtype="bfloat16", weights_dir=str(tmp_path)), model_dir, CPU, is_main=True)
