@@ -172,13 +172,26 @@ def test_a_model_that_likes_length_is_seen_through():
     assert card.over_length == 0.0
     assert card.score_length_correlation > 0.99 and card.margin_length_correlation > 0.99
     assert "which is not clearly more than length alone would" in card.findings[0]
-    assert card.findings[1].startswith("follows length: the correlation of score and length is 1.00, so longer answers")
+    assert card.findings[1] == (
+        "follows length: the correlation of score and length is 1.00, and of the 60 held-out pairs whose better answer "
+        "is the shorter one it ranks 0 % right"
+    )
     assert [finding.split(" better answer is ")[1] for finding in card.findings[2:]] == ["much shorter", "shorter"]
     assert all(finding.startswith("is right in only 0 % of the ") for finding in card.findings[2:])
     assert card.gate == []  # nothing was demanded
 
     mirrored = make_card(-rejected, -chosen, lengths[:, ::-1], {}, Gate())  # shorter is better, and that is all
-    assert "so shorter answers will be learned" in mirrored.findings[1] and mirrored.over_length < 0.01
+    assert "better answer is the longer one it ranks 0 % right" in mirrored.findings[1] and mirrored.over_length < 0.01
+    always = lengths[:, 0] > lengths[:, 1]
+    blind = make_card(chosen[always], rejected[always], lengths[always], {}, Gate())
+    assert blind.findings[1].endswith("there are no held-out pairs whose better answer is the shorter one")
+
+
+def test_a_model_may_prefer_short_answers_where_it_knows_better_too():
+    """Score and length go together, and it is right against length as well: that is the data's taste, no mistake."""
+    chosen, rejected, lengths = biased()
+    right = make_card(np.maximum(chosen, rejected), np.minimum(chosen, rejected), lengths, {}, Gate())
+    assert abs(right.score_length_correlation) > 0.6 and right.findings == []
 
 
 def test_a_good_model_has_no_findings():

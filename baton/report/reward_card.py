@@ -109,11 +109,12 @@ def _interval(share: Share) -> str:
 
 
 def _distribution(key: str, card: Card, color: str) -> Chart:
+    other = "s1" if color == "s3" else "s3"
     return histogram(
         f"{key}-scores",
         "Scores",
         card.scores.edges,
-        [("rejected answers", "muted", card.scores.rejected), ("chosen answers", color, card.scores.chosen)],
+        [("rejected answers", other, card.scores.rejected), ("chosen answers", color, card.scores.chosen)],
         x_label="score, in deviations from the mean",
         note="held-out answers by their score, as RL is paid it",
     )

@@ -216,10 +216,15 @@ def findings(card: Card) -> list[str]:
             f"alone would ({_percent(card.length_alone)})"
         )
     if abs(card.score_length_correlation) >= _TELLING_CORRELATION:
-        found.append(
-            f"follows length: the correlation of score and length is {card.score_length_correlation:.2f}, so "
-            f"{'longer' if card.score_length_correlation > 0 else 'shorter'} answers will be learned"
-        )
+        longer = card.score_length_correlation > 0
+        against = [b.accuracy for b in (card.by_length[:2] if longer else card.by_length[3:]) if b.accuracy is not None]
+        n, right = sum(part.n for part in against), sum(part.n * part.value for part in against)
+        if not n or wilson(right, n)[0] <= 0.5:
+            where = f"held-out pairs whose better answer is the {'shorter' if longer else 'longer'} one"
+            found.append(
+                f"follows length: the correlation of score and length is {card.score_length_correlation:.2f}, and "
+                + (f"of the {n} {where} it ranks {_percent(right / n)} right" if n else f"there are no {where}")
+            )
     for bucket in card.by_length:
         right = bucket.accuracy
         if right is not None and right.n >= _TELLING_PAIRS and right.high < 0.5:
