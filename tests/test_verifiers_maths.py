@@ -95,6 +95,7 @@ EQUAL = [
     ("1,\\!000,\\!000", "There are 1,000,000 of them."),
     ("\\text{(C)}", "\\boxed{C}"),
     ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}"),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\[ \\begin{pmatrix} 1 \\\\[2pt] 2 \\end{pmatrix} \\]"),
     ("So it is \\boxed{\\frac{3}{4}}.", "The answer is \\frac{3}{4}"),
     ("6 * 7 = 42\n#### 42", "\\(6 \\cdot 7 = 42\\)"),
     ("42", "costs \\$12 and \\$30, $42 in all"),

@@ -98,7 +98,7 @@ def postscript(text: str, postscript_marker: str) -> bool:
     if len(letters) <= 4 and re.fullmatch(r"[A-Za-z. ]+", postscript_marker):
         # P.S. and P.P.S, with or without the last dot, also set as P. S.
         marker = (r"\.[ ]?" if "." in postscript_marker else r"\.?[ ]?").join(letters) + r"(?:\.|\b)"
-    found = re.search(rf"^[\s*_>\"“#]*{marker}(?P<said>.*)", text, re.IGNORECASE | re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^[ \t*_>\"“#]*{marker}(?P<said>.*)", text, re.IGNORECASE | re.MULTILINE | re.DOTALL)
     return found is not None and bool(words(found["said"]))
 
 
@@ -132,7 +132,7 @@ def multiple_sections(text: str, section_spliter: str, num_sections: int) -> boo
 
     At least, not exactly: the data has prompts that ask for "at least two", and for twice the number in two responses.
     """
-    marker = rf"^[\s*_#>\"“(\[]*{re.escape(section_spliter.strip())}[ \t]*(?:[0-9]+|[IVX]+)\b"
+    marker = rf"^[ \t*_#>\"“(\[]*{re.escape(section_spliter.strip())}[ \t]*(?:[0-9]+|[IVX]+)\b"
     return (
         sum(bool(words(part)) for part in re.split(marker, text, flags=re.IGNORECASE | re.MULTILINE)[1:])
         >= num_sections

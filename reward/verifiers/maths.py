@@ -39,10 +39,12 @@ _MARKED = re.compile(  # not a heading such as `#### 2. The second step`
     r"####[ \t]*((?:[-+]?[$€£¥₹]?[-+]?[0-9][0-9,./]*(?<![./]) ?%?)(?: [A-Za-z]\S*){0,2}?)[ \t]*\.?[ \t]*$", re.MULTILINE
 )
 _SMALL_FRACTION = re.compile(r"(?<![0-9])\\[dtc]?frac\s?(?:\{([0-9.]+)\}\s?\{([0-9.]+)\}|([0-9])\s?([0-9]))")
-_SPACING = re.compile(r"(?<!\\)\\[!,;: ]|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})")
+_SPACING = re.compile(r"(?<!\\)\\[!,;: ]|(?<=\\\\)\[-?[0-9.]+ ?[a-z]{2}\]|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})")
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|(-?\\[dt]?frac\{[^{}]*\}\{[^{}]*\})", re.DOTALL
+_FORMULA = re.compile(  # no environment holds another that opens like it, which keeps the search linear
+    r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)\$|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]"
+    r"|(-?\\[dt]?frac\{[^{}]*\}\{[^{}]*\})",
+    re.DOTALL,
 )
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[a-z]{3,}")  # what stands between two signs of currency
 
