@@ -74,7 +74,8 @@ class Composition:
         self._models = models
 
     def check_columns(self, columns: set[str]) -> None:
-        """Whether the functions can be given what they need.
+        """Whether the functions can be given what they need; they are given these columns from then on, with None where
+        a row has nothing.
 
         Args:
             columns: the prompts' columns, over all rows.
@@ -164,6 +165,7 @@ class _Function:
                 hint = f"did you mean `{close[0]}`?" if close else f"it has {', '.join(own) or 'none'}"
                 raise RewardError(f"reward `{self._name}`: `{entry.function}` has no argument `{key}`; {hint}")
         self._named = named.keys()
+        self._known: set[str] = set()  # columns that the data has, whatever a batch of a mixture has of them
         self._columns = [
             name
             for name, parameter in named.items()
@@ -171,6 +173,7 @@ class _Function:
         ]
 
     def check_columns(self, columns: set[str]) -> None:
+        self._known = set(columns)
         for name in self._columns:
             if name not in columns:
                 there = f"there are {', '.join(sorted(columns))}" if columns else "the prompts have none"
@@ -204,8 +207,8 @@ class _Function:
         return values
 
     def _call(self, answers: Answers, rows: Sequence[int]) -> Any:
-        names = {name for row in answers.columns for name in row} - self._given
-        names = names if self._takes_all else names & self._named
+        names = {name for row in answers.columns for name in row} | self._known
+        names = (names if self._takes_all else names & self._named) - self._given
         # A column that no prompt of this batch has may be there in others: the data is a mixture.
         keywords: dict[str, Any] = {
             name: [answers.columns[row].get(name) for row in rows] for name in sorted(names | set(self._columns))

@@ -161,6 +161,12 @@ def test_what_is_no_function():
         Composition([RewardConfig(function="reward.functions:FUNCTIONS")], {})
 
 
+def test_an_optional_column_that_only_other_batches_have_is_given_as_none(function):
+    compose = Composition([function("return [float(columns['ground_truth'] == [None] * 3)] * 3")], {})
+    compose.check_columns({"answer", "ground_truth"})
+    assert compose(answers()).total == [1, 1, 1]
+
+
 def test_a_column_that_the_data_lacks_is_found_before_training(function):
     composition = Composition([RewardConfig(function="length_penalty"), RewardConfig(function="exact_match")], {})
     composition.check_columns({"answer", "family"})
