@@ -1,85 +1,92 @@
-"""Rollout tokens per second: our engine against `model.generate`, same 5.8 M-parameter Llama, batch 32, fp32.
+"""Rollout tokens per second: our engine against `model.generate`, same 5.8 M-parameter Llama, 32 rows at once, fp32.
 
     python -m benchmarks.rollout [--json FILE]
 
-`rollout_equal`: every answer is 48 tokens. `rollout_mixed`: answers end at 4 to 128 tokens, as sampled answers do; the
-peer decodes the batch until its longest answer has ended, ours drops rows that have.
+- `rollout_equal`: 32 prompts of 32 tokens, every answer 48 tokens long.
+- `rollout_mixed`: 128 prompts of 32 tokens, answers of 4 to 128 tokens, evenly spread and in random order. The peer
+  takes 32 prompts at a time and decodes until the longest answer has ended; ours lets the next prompt in.
+- `rollout_shared_prompt`: 8 answers of 48 tokens to each of 4 prompts of 512 tokens.
+
+Both sides compute everything that they would compute without it, and then have the logits of the stop token, and in the
+mixed row of the next token, overwritten, so that answers have the lengths that they are to have.
 """
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.table import Row, in_turns, json_path, report
 from rollout.engine import SamplingSpec, generate
 
-PROMPT, BATCH, STOP, PAD = 32, 32, 2, 0
+BATCH, STOP, PAD, FIRST = 32, 2, 0, 3
 
 
-class EndAt(LogitsProcessor):
-    """Forces the stop token when a row has as many new tokens as it is to have (peer only)."""
+@contextmanager
+def ending(model: PreTrainedModel, prompt: int, lengths: Sequence[int]) -> Iterator[None]:
+    """Answers end at these lengths: a single one for all, or that of answer i, whose tokens are all FIRST + i.
 
-    def __init__(self, lengths: list[int]) -> None:
-        self._lengths = torch.tensor(lengths)
+    prompt: length of every prompt. Then the position of a token says how many there have been.
+    """
+    table = torch.tensor(lengths)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        ended = self._lengths <= input_ids.shape[1] - PROMPT + 1
-        scores[:, STOP] = torch.where(ended, 1e4, -1e4)
-        return scores
+    def force(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        keep = kwargs["logits_to_keep"]
+        keep = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
+        ids, positions = (
+            kwargs[name].expand(len(kwargs["input_ids"]), -1)[:, keep] for name in ("input_ids", "position_ids")
+        )
+        wanted = table.expand(ids.shape) if len(table) == 1 else table[(ids - FIRST).clamp(min=0)]
+        if len(table) > 1:
+            output.logits.scatter_(-1, ids[..., None], 5e3)
+        output.logits[..., STOP] = torch.where(positions - prompt + 2 >= wanted, 1e4, -1e4)
 
-
-class Ending(torch.nn.Module):
-    """The same for our engine: the model's own logits, with the stop token forced at each row's length."""
-
-    def __init__(self, model: torch.nn.Module, lengths: list[int]) -> None:
-        super().__init__()
-        self.model, self._lengths = model, torch.tensor(lengths)
-        self.config, self.device = model.config, model.device
-
-    def forward(self, past_key_values, **inputs):
-        out = self.model(past_key_values=past_key_values, **inputs)
-        new = past_key_values.get_seq_length() - PROMPT + 1
-        alive = self._lengths[self._lengths >= new]  # the engine keeps the order of the rows that are left
-        out.logits[:, -1, STOP] = torch.where(alive <= new, 1e4, -1e4)
-        return out
+    handle = model.register_forward_hook(force, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def row(name: str, model: torch.nn.Module, lengths: list[int]) -> Row:
+def row(name: str, model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -> Row:
     """One row of the table. Tokens per second, stop tokens included."""
-    g = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, model.config.vocab_size, (BATCH, PROMPT), generator=g)
-    tokens = sum(lengths)
-    ending = Ending(model, lengths)
-    spec = SamplingSpec(max(lengths), (STOP,), PAD, temperature=0.0)
+    longest, wanted = max(lengths), lengths if len(lengths) > 1 else lengths * len(prompts)
+    spec = SamplingSpec(longest, (STOP,), PAD, temperature=0.0)
+    keys = [(i,) for i in range(len(prompts))]
 
     def ours() -> float:
         started = time.perf_counter()
-        done = generate(ending, prompts.tolist(), spec, [(i,) for i in range(BATCH)], seed=0, batch_size=BATCH)
-        assert [len(c.ids) for c in done] == lengths
-        return tokens / (time.perf_counter() - started)
+        done = generate(model, prompts, spec, keys, seed=0, batch_size=BATCH)
+        seconds = time.perf_counter() - started
+        assert [len(c.ids) for c in done] == wanted
+        return sum(wanted) / seconds
 
     def peer() -> float:
         started = time.perf_counter()
-        with torch.no_grad():
+        for start in range(0, len(prompts), BATCH):
+            ids = torch.tensor(prompts[start : start + BATCH])
             out = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=max(lengths),
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=longest,
                 do_sample=False,
                 eos_token_id=STOP,
                 pad_token_id=PAD,
-                logits_processor=LogitsProcessorList([EndAt(lengths)]),
             )
-        assert ((out[:, PROMPT:] != PAD).sum(-1) >= torch.tensor(lengths)).all()
-        return tokens / (time.perf_counter() - started)
+            assert ((out == STOP).int().argmax(-1) - ids.shape[1] + 1).tolist() == wanted[start : start + BATCH]
+        return sum(wanted) / (time.perf_counter() - started)
 
-    return in_turns(name, "tokens/s", ours, peer)
+    generate(model, prompts[:1], spec, keys[:1], seed=0)  # the engine's trial of a model, before logits are overwritten
+    with ending(model, len(prompts[0]), lengths):
+        return in_turns(name, "tokens/s", ours, peer)
 
 
 def main(path: Path | None) -> None:
-    """Runs both rows."""
+    """Runs all rows."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -92,8 +99,21 @@ def main(path: Path | None) -> None:
         pad_token_id=PAD,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    mixed = [4 + (124 * i) // (BATCH - 1) for i in range(BATCH)]
-    report([row("rollout_equal", model, [48] * BATCH), row("rollout_mixed", model, mixed)], path)
+    g = torch.Generator().manual_seed(0)
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return torch.randint(FIRST, config.vocab_size, (count, length), generator=g).tolist()
+
+    many = 4 * BATCH
+    mixed = torch.linspace(4, 128, many).round().long()[torch.randperm(many, generator=g)].tolist()
+    named = [[*prompt[:-1], FIRST + i] for i, prompt in enumerate(prompts(many, 32))]
+    shared = [prompt for prompt in prompts(BATCH // 8, 512) for _ in range(8)]
+    rows = [
+        row("rollout_equal", model, prompts(BATCH, 32), [48]),
+        row("rollout_mixed", model, named, mixed),
+        row("rollout_shared_prompt", model, shared, [48]),
+    ]
+    report(rows, path)
 
 
 if __name__ == "__main__":

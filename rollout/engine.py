@@ -1,58 +1,50 @@
 """Generation with the model that is being trained, in its own process: prompts in, tokens and log-probabilities out.
 
-Legend: B rows, P prompt length (left-padded), V vocabulary.
+Legend: B rows being decoded, V vocabulary.
 
 Why not `model.generate`: the policy gradient needs the log-probability of each sampled token under exactly the
-distribution that it was drawn from, rows must not depend on which batch or process they were decoded in, and rows
-that have ended should not be computed any further.
+distribution that it was drawn from, rows must not depend on which batch or process they were decoded in, and no row
+should wait for another. What makes it fast:
 
-Sampling is by inversion: the row's uniform number for a position picks the token from the cumulative distribution. The
-numbers come from (seed, key of the row), not from a stream, so that a resumed or differently split run draws the same.
+1. Rows that have ended leave the batch and waiting prompts enter, longest first, so that the batch stays full.
+2. A prompt is computed once, however many answers it is to have, and without padding. Where prompts are long, their
+   answers read one copy of its keys and values.
+3. Keys and values get their memory once and a step copies none of them (`rollout.slots`); attention is computed on
+   them as they lie, without masks (`rollout.attention`).
+4. Of the vocabulary, no more is computed than the draw needs (`rollout.sampling`).
+
+A model whose attention is of another kind answers through its own cache (`rollout.plain`): slower, the same result.
+
+Sampling is by inversion. The numbers come from (seed, key of the row), not from a stream, so that a resumed or
+differently split run draws the same.
 """
 
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from data.sampling import uniform
+from handoff.errors import GateError
+from rollout.attention import Decode, Shared
+from rollout.errors import RolloutError
+from rollout.forward import Runner, Source, attached, reason_against
+from rollout.plain import generate_plainly
+from rollout.sampling import Completion, SamplingSpec, draw
+from rollout.slots import Slots
 
+__all__ = ["Completion", "SamplingSpec", "generate"]
 
-@dataclass(frozen=True)
-class SamplingSpec:
-    """The distribution that completions are drawn from: softmax(logits / temperature), nothing cut off.
-
-    `temperature` 0 is greedy. Log-probabilities are always those of this distribution (of the untempered one when
-    greedy). top-k and top-p are left out on purpose: the policy gradient would score tokens under a distribution that
-    they were not drawn from.
-    """
-
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    pad_id: int
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0:
-            raise ValueError(f"max_new_tokens must be >= 1 and temperature >= 0, not {self}")
-
-
-@dataclass
-class Completion:
-    """One answer. `ids` ends with the stop token when `end` is "stop"; `logprobs` (nats) is as long as `ids`."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    end: Literal["stop", "length"] = "length"
-
-
-def scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits of the sampling distribution, fp32. logits (..., V) -> (..., V). Greedy (0) leaves them as they are."""
-    logits = logits.float()
-    return logits / temperature if temperature not in (0.0, 1.0) else logits
+# Prompts are computed in pieces of about this many tokens: as a processor's cache holds, or as a GPU needs to be busy.
+_PREFILL_TOKENS = {"cpu": 512}
+_PREFILL_TOKENS_GPU = 8192
+_SHARED_TOKENS = 64  # from this mean length on, answers read the prompt's keys and values where they are
+_FETCH_STEPS = 32  # log-probabilities are fetched, and looked at, once in so many steps
 
 
 @torch.no_grad()
@@ -69,89 +61,269 @@ def generate(
 
     Args:
         model: a causal language model, gathered if it is sharded; it is put into evaluation mode and back.
-        prompts: token ids, each at least one token.
+        prompts: token ids, each at least one token. Equal ones are computed once.
         spec: the sampling distribution and where to stop.
         keys: one key a prompt; (seed, key) determines the row's random numbers, whatever the batch.
         seed: of the run.
-        batch_size: rows decoded at once.
+        batch_size: rows decoded at once, at most.
         advance: called with the number of prompts that have just been finished.
+
+    Raises:
+        RolloutError: a prompt and its answer are longer than the model's window; memory does not suffice.
+        GateError: the model's logits are not finite.
     """
     assert len(keys) == len(prompts) and all(prompts)
+    if not prompts:
+        return []
+    _check_window(model, prompts, spec)
+    noise = None
+    if spec.temperature > 0:
+
+        def noise(i: int) -> np.ndarray:
+            return uniform((spec.max_new_tokens,), seed, *keys[i])
+
     was_training = model.training
     model.eval()
-    completions = [Completion() for _ in prompts]
-    # Prompts of like length share a batch, so that little of it is padding. Longest first: memory peaks at once.
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            noise = None
-            if spec.temperature > 0:
-                noise = np.stack([uniform((spec.max_new_tokens,), seed, *keys[i]) for i in rows])
-            _decode(model, [prompts[i] for i in rows], spec, noise, [completions[i] for i in rows])
-            if advance is not None:
-                advance(len(rows))
+        if reason_against(model, prompts[0]) is not None:
+            return generate_plainly(model, prompts, spec, noise, batch_size, advance or _nobody)
+        with attached(model) as runner:
+            return _Engine(runner, model.device, prompts, spec, noise, batch_size, advance or _nobody).run()
+    except RuntimeError as error:
+        # torch names it on GPUs only.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise RolloutError(
+            f"memory does not suffice for {batch_size} rows of up to {max(map(len, prompts)) + spec.max_new_tokens} "
+            f"tokens at once ({str(error).splitlines()[0]}); lower the number of rows (train.rollout_micro_batch_size "
+            "in PPO, batch_size in evaluation) or max_new_tokens"
+        ) from error
     finally:
         model.train(was_training)
-    return completions
 
 
-def _decode(
-    model: PreTrainedModel,
-    prompts: list[Sequence[int]],
-    spec: SamplingSpec,
-    noise: np.ndarray | None,
-    completions: list[Completion],
-) -> None:
-    """Fills `completions` of one batch. noise: (B, max_new_tokens) in [0, 1), or None for greedy."""
-    device = model.device
-    width = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), width), spec.pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
-        mask[i, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)  # (B, P)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, P)
-    uniforms = None if noise is None else torch.from_numpy(noise).to(device)  # (B, max_new_tokens) float64
-    stops = torch.tensor(spec.stop_ids, device=device)
-    cache = DynamicCache(config=model.config)
-    rows = torch.arange(len(prompts), device=device)  # which completion each remaining row belongs to
-    # A mask of ones says nothing, and without one the attention kernel takes its faster path.
-    padded = bool((mask == 0).any())
+def _nobody(count: int) -> None:
+    """Who listens where nobody does."""
 
-    for step in range(spec.max_new_tokens):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # (B, V)
-        logp = torch.log_softmax(scaled(logits, spec.temperature), dim=-1)
-        if uniforms is None:
-            token = logp.argmax(-1)
-        else:
-            cdf = logp.double().exp().cumsum(-1)
-            # Scaling by the last entry keeps rounding in the sum from ever picking beyond the vocabulary.
-            token = torch.searchsorted(cdf, uniforms[rows, step, None] * cdf[:, -1:], right=True).squeeze(-1)
-            token = token.clamp(max=logp.shape[-1] - 1)
-        chosen = logp.gather(-1, token[:, None]).squeeze(-1)  # (B,)
-        ended = torch.isin(token, stops)
 
-        for row, t, lp, e in zip(rows.tolist(), token.tolist(), chosen.tolist(), ended.tolist(), strict=True):
-            completions[row].ids.append(t)
-            completions[row].logprobs.append(lp)
-            if e:
-                completions[row].end = "stop"
+def _check_window(model: PreTrainedModel, prompts: Sequence[Sequence[int]], spec: SamplingSpec) -> None:
+    window = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    length = len(prompts[longest])
+    if window is not None and length + spec.max_new_tokens > window:
+        raise RolloutError(
+            f"prompt {longest} has {length} tokens, and with max_new_tokens {spec.max_new_tokens} that is more than "
+            f"the model's window of {window} (max_position_embeddings); shorten the prompt or lower max_new_tokens"
+        )
 
-        alive = (~ended).nonzero().squeeze(-1)
-        if len(alive) == 0 or step + 1 == spec.max_new_tokens:
+
+@dataclass(frozen=True)
+class _Row:
+    """An answer in the making: where it stands in the caller's list, of which prompt it is, and its random numbers."""
+
+    answer: int
+    prompt: int
+    noise: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """Keys and values of a prompt: tokens `start` to `start + length` of `source`."""
+
+    source: Source
+    start: int
+    length: int
+
+
+class _Engine:
+    """One call of `generate`. Prompts are numbered in the order in which they are met first."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        device: torch.device,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingSpec,
+        noise: Callable[[int], np.ndarray] | None,
+        batch_size: int,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._runner, self._device, self._spec, self._noise = runner, device, spec, noise
+        self._batch_size, self._advance = batch_size, advance
+        self._stops = frozenset(spec.stop_ids)
+        self._prefill_tokens = _PREFILL_TOKENS.get(device.type, _PREFILL_TOKENS_GPU)
+        self._completions = [Completion() for _ in prompts]
+        self._logprobs: list[tuple[list[int], Tensor]] = []  # answers and their log-probabilities, not fetched yet
+
+        answers: dict[tuple[int, ...], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            answers.setdefault(tuple(prompt), []).append(i)
+        self._prompts, self._answers = list(answers), list(answers.values())
+        self._unfinished = [len(a) for a in self._answers]  # answers of each prompt
+        # Longest first: memory peaks at once, and whoever enters later is no longer than those who are there.
+        self._waiting = deque(sorted(range(len(self._prompts)), key=lambda i: (-len(self._prompts[i]), i)))
+        self._ready: deque[tuple[_Row, _Computed]] = deque()  # rows that have their first token and wait for a place
+        self._rows: list[_Row] = []  # as they stand in the slots
+        self._slots: Slots | None = None
+        self._sharing = self._shares()
+        self._shared: Slots | None = None
+        self._placed: list[int] = []  # prompts, as they stand in the shared slots
+        self._decode: Decode | None = None
+        self._tokens = self._positions = torch.empty(0, dtype=torch.long, device=device)  # (B,)
+
+    def _shares(self) -> bool:
+        """Whether rows read their prompt's keys and values where they are, instead of a copy of their own."""
+        window = self._runner.shortest_window()
+        return (
+            len(self._completions) >= 2 * len(self._prompts)
+            and sum(map(len, self._prompts)) >= _SHARED_TOKENS * len(self._prompts)
+            # A window that begins within the prompt begins elsewhere for each row.
+            and (window is None or window >= max(map(len, self._prompts)) + self._spec.max_new_tokens)
+        )
+
+    def run(self) -> list[Completion]:
+        """Answers everything."""
+        self._change([])
+        while self._rows:
+            self._step()
+        self._fetch()
+        return self._completions
+
+    def _step(self) -> None:
+        """One token for every row."""
+        assert self._slots is not None and self._decode is not None
+        self._slots.advance()
+        logits = self._runner.decode(self._tokens, self._positions, self._decode)
+        self._tokens, ended = self._record(self._rows, logits)
+        self._positions = self._positions + 1
+        if ended:
+            self._change(ended)
+
+    def _record(self, rows: Sequence[_Row], logits: Tensor) -> tuple[Tensor, list[int]]:
+        """Draws a token for each row; returns the tokens (B,), and which rows have thereby ended. logits (B, V)."""
+        uniforms = None
+        if self._noise is not None:
+            numbers = [row.noise[len(self._completions[row.answer].ids)] for row in rows]
+            uniforms = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        tokens, logprobs = draw(logits, self._spec, uniforms)
+        self._logprobs.append(([row.answer for row in rows], logprobs))
+        if len(self._logprobs) == _FETCH_STEPS:
+            self._fetch()
+        ended = []
+        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            completion = self._completions[row.answer]
+            completion.ids.append(token)
+            if token in self._stops:
+                completion.end = "stop"
+            elif len(completion.ids) < self._spec.max_new_tokens:
+                continue
+            ended.append(i)
+            self._unfinished[row.prompt] -= 1
+        if ended:
+            self._advance(len(ended))
+        return tokens, ended
+
+    def _fetch(self) -> None:
+        """Log-probabilities to the completions that they belong to."""
+        if not self._logprobs:
             return
-        if len(alive) < len(rows):  # rows that have ended leave the batch
-            rows, token, mask, positions = rows[alive], token[alive], mask[alive], positions[alive]
-            cache.batch_select_indices(alive)
-        ids = token[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-        positions = positions[:, -1:] + 1
+        values = iter(torch.cat([values for _, values in self._logprobs]).tolist())
+        for answer in (a for answers, _ in self._logprobs for a in answers):
+            value = next(values)
+            if not math.isfinite(value):
+                raise GateError(
+                    f"the model's logits are not finite: the log-probability of token "
+                    f"{len(self._completions[answer].logprobs)} of the answer to prompt {answer} is {value}. Its "
+                    "weights are broken, or too large for the precision that it runs in. Usual causes: learning_rate "
+                    "too high, max_grad_norm 0, float16"
+                )
+            self._completions[answer].logprobs.append(value)
+        self._logprobs.clear()
+
+    def _prefill(self) -> None:
+        """Computes the next waiting prompts, and the first token of all their answers."""
+        chosen, tokens = [], 0
+        while self._waiting and (not chosen or tokens + len(self._prompts[self._waiting[0]]) <= self._prefill_tokens):
+            chosen.append(self._waiting.popleft())
+            tokens += len(self._prompts[chosen[-1]])
+        logits, source = self._runner.prefill([self._prompts[p] for p in chosen])  # (N, V)
+        rows, computed, of, start = [], [], [], 0
+        for i, prompt in enumerate(chosen):
+            for answer in self._answers[prompt]:
+                rows.append(_Row(answer, prompt, None if self._noise is None else self._noise(answer)))
+                computed.append(_Computed(source, start, len(self._prompts[prompt])))
+                of.append(i)
+            start += len(self._prompts[prompt])
+        if len(rows) > len(chosen):
+            logits = logits[torch.tensor(of, device=self._device)]
+        _, ended = self._record(rows, logits)
+        gone = set(ended)
+        self._ready.extend((row, c) for i, (row, c) in enumerate(zip(rows, computed, strict=True)) if i not in gone)
+
+    def _change(self, ended: Sequence[int]) -> None:
+        """Rows that have ended leave, and others enter."""
+        entering: list[tuple[_Row, _Computed]] = []
+        while len(self._rows) - len(ended) + len(entering) < self._batch_size and (self._ready or self._waiting):
+            if self._ready:
+                entering.append(self._ready.popleft())
+            else:
+                self._prefill()
+        if self._slots is None:
+            if not entering:  # every answer was one token long
+                return
+            self._allocate(entering[0][1].source)
+        origin = self._slots.exchange(ended, [0 if self._sharing else c.length for _, c in entering])
+        self._rows = [self._rows[o] if o >= 0 else entering[~o][0] for o in origin]
+        if not self._sharing:
+            self._fill(self._slots, origin, [c for _, c in entering])
+        self._slots.settle()
+        self._decode = Decode(self._slots, self._share(entering) if self._sharing else None)
+        last = [self._completions[row.answer].ids for row in self._rows]
+        self._tokens = torch.tensor([ids[-1] for ids in last], device=self._device)
+        positions = [len(self._prompts[row.prompt]) + len(ids) - 1 for row, ids in zip(self._rows, last, strict=True)]
+        self._positions = torch.tensor(positions, device=self._device)
+
+    def _allocate(self, source: Source) -> None:
+        """Room for all that will ever be decoded at once."""
+        rows = min(self._batch_size, len(self._completions))
+        longest, new = max(map(len, self._prompts)), self._spec.max_new_tokens - 1
+        if not self._sharing:
+            self._slots = self._runner.slots(source, rows, longest + new)
+            return
+        self._slots = self._runner.slots(source, rows, new, whole=True)
+        # As many prompts as fill the rows, and one that is on its way out; more if some are left with few rows.
+        prompts = math.ceil(rows * len(self._prompts) / len(self._completions)) + 1
+        self._shared = self._runner.slots(source, prompts, longest, whole=True, growing=False)
+
+    def _share(self, entering: Sequence[tuple[_Row, _Computed]]) -> Shared:
+        """Prompts whose answers are all there leave the shared slots, and those of new rows enter."""
+        assert self._shared is not None
+        new = {row.prompt: c for row, c in entering if row.prompt not in self._placed}
+        leaving = [i for i, prompt in enumerate(self._placed) if not self._unfinished[prompt]]
+        origin = self._shared.exchange(leaving, [c.length for c in new.values()])
+        names = list(new)
+        self._placed = [self._placed[o] if o >= 0 else names[~o] for o in origin]
+        self._fill(self._shared, origin, list(new.values()))
+        self._shared.settle()
+        place = {prompt: i for i, prompt in enumerate(self._placed)}
+        members: list[list[int]] = [[] for _ in self._placed]
+        for i, row in enumerate(self._rows):
+            members[place[row.prompt]].append(i)
+        most = max(map(len, members), default=0)
+        back = [0] * len(self._rows)
+        for g, rows in enumerate(members):
+            for j, i in enumerate(rows):
+                back[i] = g * most + j
+        padded = [i for rows in members for i in rows + [0] * (most - len(rows))]
+        return Shared(self._shared, torch.tensor(padded, device=self._device), torch.tensor(back, device=self._device))
+
+    def _fill(self, slots: Slots, origin: Sequence[int], entering: Sequence[_Computed]) -> None:
+        """Copies keys and values of prompts into the places that are new, those of one length together."""
+        alike: dict[tuple[int, int], list[tuple[int, _Computed]]] = {}
+        for place, o in enumerate(origin):
+            if o < 0:
+                c = entering[~o]
+                alike.setdefault((id(c.source), c.length), []).append((place, c))
+        for (_, length), found in alike.items():
+            index = torch.cat([torch.arange(c.start, c.start + length, device=self._device) for _, c in found])
+            slots.fill([place for place, _ in found], length, found[0][1].source, index)

@@ -1,0 +1,216 @@
+"""Attention for rollouts, put in the place of the model's own while answers are made.
+
+Legend: B rows, Hq heads of queries, H heads of keys and values (Hq a multiple of H), T tokens, W columns, D size of a
+head, G prompts that rows share, M rows of a prompt at most, P columns of the longest prompt.
+
+transformers lets a model's attention be exchanged by name, and builds no masks for a name that it does not know. So the
+model's forward pass is left with the layers themselves: what it computes of keys and values goes to the `Pass` in
+force, which knows where they belong and what a row may look at.
+
+- `Prefill`: prompts stand one behind the other in a single row, without padding. Each sees only itself.
+- `Decode`: one token a row. Keys and values are those in `Slots`, and where rows share prompts, those of the prompts,
+  which are read once for all rows of a prompt. The two parts are put together by their softmax denominators (Dao et
+  al. 2023, Flash-Decoding).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, Cache
+
+from rollout.slots import Slots
+
+NAME = "baton_rollout"
+# What models hand to their attention beside the tensors, without a bearing on the result here: masks, windows and
+# positions are the pass's. Anything else that is not None may mean something (sinks, biases): then this is not the
+# attention for the model.
+_WITHOUT_EFFECT = {"sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "is_causal"}
+_WITHOUT_EFFECT |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+
+
+class UnsupportedError(Exception):
+    """The model's attention is of a kind that is not computed here."""
+
+
+class Pass(Protocol):
+    """One forward pass of the model."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """query (B, Hq, T, D), key and value (B, H, T, D) -> (B, T, Hq, D)."""
+        ...
+
+
+class Unstored(Cache):
+    """What the model takes for its cache. The pass in force keeps keys and values; this hands them on."""
+
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+_in_force: list[Pass] = []
+
+
+@contextmanager
+def in_force(this: Pass) -> Iterator[None]:
+    """Inside, the model's attention is this pass's."""
+    _in_force.append(this)
+    try:
+        yield
+    finally:
+        _in_force.pop()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls; its arguments are transformers'."""
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
+    if attention_mask is not None or unknown:
+        raise UnsupportedError(f"its attention takes {', '.join(unknown) or 'a mask of its own'}")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    return _in_force[-1].attend(module.layer_idx, query, key, value, scaling, softcap), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@dataclass
+class Prefill:
+    """Prompts one behind the other, with `windows` of each layer. Collects keys and values (H, T, D) of each layer."""
+
+    lengths: Sequence[int]
+    windows: Sequence[int | None]
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._runs: list[tuple[int, int]] = []  # how many prompts of one length follow each other, and the length
+        for length in self.lengths:
+            count = self._runs.pop()[0] if self._runs and self._runs[-1][1] == length else 0
+            self._runs.append((count + 1, length))
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        self.layers[layer] = key[0], value[0]
+        window = self.windows[layer]
+        parts, start = [], 0
+        for count, length in self._runs:
+            stop = start + count * length
+            q, k, v = (
+                x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)
+            )  # (count, heads, length, D)
+            out = _causal(q, k, v, scaling, softcap, window if window is not None and window < length else None)
+            parts.append(out.transpose(1, 2).flatten(0, 1))
+            start = stop
+        return torch.cat(parts)[None]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, window: int | None) -> Tensor:
+    """Every token sees itself and what is before it, `window` tokens at most: (B, Hq, T, D) -> (B, Hq, T, D)."""
+    length = q.shape[2]
+    mask = None
+    if window is not None or softcap is not None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()
+        if window is not None:
+            mask.triu_(1 - window)
+    repeats = q.shape[1] // k.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
+        )
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = _capped(q @ k.transpose(2, 3) * scaling, softcap).masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    """Gemma 2's bound on scores."""
+    return torch.tanh(scores / softcap) * softcap
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Prompts that rows share: their keys and values, which rows belong to each (padded with row 0), and the way back.
+
+    members (G · M,): rows; back (B,): where in `members` each row stands.
+    """
+
+    slots: Slots
+    members: Tensor
+    back: Tensor
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One token a row, behind what the slots hold. `slots.advance()` has made the column for it."""
+
+    slots: Slots
+    shared: Shared | None = None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        view, column = self.slots.views[layer], self.slots.end - 1
+        view.keys.select(2, column).copy_(key.squeeze(2))
+        view.values.select(2, column).copy_(value.squeeze(2))
+        rows, heads, _, size = key.shape
+        # Under autocast the queries may come in another precision than the slots hold.
+        q = query.to(view.keys.dtype).reshape(rows * heads, -1, size)  # (B · H, Hq / H, D)
+        scores = _scores(q, self.slots, layer, scaling, softcap)  # (B · H, Hq / H, W)
+        p = torch.softmax(scores, -1, dtype=torch.float32)
+        out = torch.bmm(p.to(value.dtype), view.values_3d)
+        if self.shared is not None:
+            out = self._with_prompts(layer, q, scores, out, scaling, softcap)
+        return out.view(rows, 1, query.shape[1], -1)
+
+    def _with_prompts(
+        self, layer: int, q: Tensor, scores: Tensor, out: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """Attention over prompt and answer from that over the answer alone. q, scores, out: (B · H, Hq / H, ·)."""
+        shared = self.shared
+        assert shared is not None
+        prompts, heads = len(shared.slots.lengths), len(q) // len(shared.back)
+        # (B · H, Hq / H, D) -> (G · H, M · Hq / H, D)
+        grouped = q.unflatten(0, (-1, heads)).index_select(0, shared.members).unflatten(0, (prompts, -1))
+        grouped = grouped.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        theirs = _scores(grouped, shared.slots, layer, scaling, softcap)  # (G · H, M · Hq / H, P)
+        p = torch.softmax(theirs, -1, dtype=torch.float32)
+        prompt_out = torch.bmm(p.to(out.dtype), shared.slots.views[layer].values_3d)
+        packed = torch.cat([prompt_out.float(), theirs.float().logsumexp(-1, keepdim=True)], -1)
+        # (G · H, M · Hq / H, D + 1) -> (B · H, Hq / H, D + 1)
+        packed = packed.unflatten(0, (prompts, heads)).unflatten(2, (-1, q.shape[1])).transpose(1, 2).flatten(0, 1)
+        packed = packed.index_select(0, shared.back).flatten(0, 1)
+        weight = torch.sigmoid(packed[..., -1:] - scores.float().logsumexp(-1, keepdim=True))
+        return torch.lerp(out.float(), packed[..., :-1], weight).to(out.dtype)
+
+
+def _scores(q: Tensor, slots: Slots, layer: int, scaling: float, softcap: float | None) -> Tensor:
+    """(B · H, R, D) -> (B · H, R, W), hidden columns −∞."""
+    keys = slots.views[layer].keys_t
+    if softcap is None:
+        return torch.baddbmm(slots.bias(layer), q, keys, alpha=scaling)
+    return _capped(torch.bmm(q, keys) * scaling, softcap) + slots.bias(layer)

@@ -1,0 +1,147 @@
+"""Forward passes of a causal language model with the attention of rollouts, and whether a model can be run so.
+
+Legend: N prompts, B rows, T tokens of all prompts together, V vocabulary.
+
+The check runs the model both ways on the first tokens of a prompt and compares logits. It guards against what no
+declaration tells: a model with a mask of its own (bidirectional in the prompt, chunked), with biases in its mask
+(ALiBi), or with a state beside keys and values would otherwise answer wrongly without a word.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from rollout.attention import NAME, Decode, Prefill, Unstored, UnsupportedError, in_force
+from rollout.slots import Shape, Slots
+
+_log = logging.getLogger(__name__)
+_checked: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_PROBE = 12  # tokens
+
+Source = list[tuple[Tensor, Tensor]]  # keys and values (H, T, D) of each layer
+
+
+class Runner:
+    """Runs one model; inside `attached` only."""
+
+    def __init__(self, model: PreTrainedModel, windows: Sequence[int | None]) -> None:
+        self._model, self._windows = model, windows
+        self._cache = Unstored()
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Source]:
+        """Logits behind each prompt (N, V), and what was computed of keys and values, prompt behind prompt."""
+        lengths = [len(p) for p in prompts]
+        device = self._model.device
+        ids = torch.tensor([t for p in prompts for t in p], device=device)[None]  # (1, T)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        this = Prefill(lengths, self._windows)
+        with in_force(this):
+            logits = self._forward(ids, positions, last)
+        if len(this.layers) != len(self._windows):
+            raise UnsupportedError(f"{len(this.layers)} of its {len(self._windows)} layers have attention")
+        if logits.shape[:2] != (1, len(prompts)):
+            raise UnsupportedError("it computes logits of all positions whatever logits_to_keep says")
+        return logits[0], [this.layers[i] for i in range(len(this.layers))]
+
+    def decode(self, tokens: Tensor, positions: Tensor, this: Decode) -> Tensor:
+        """Logits (B, V) behind one token a row. tokens, positions (B,)."""
+        with in_force(this):
+            return self._forward(tokens[:, None], positions[:, None], 1)[:, -1]
+
+    def slots(self, source: Source, rows: int, columns: int, *, whole: bool = False, growing: bool = True) -> Slots:
+        """Room for keys and values like these. whole: no window is shorter than a row."""
+        shapes = [
+            Shape(k.shape[0], k.shape[2], v.shape[2], None if whole else window)
+            for (k, v), window in zip(source, self._windows, strict=True)
+        ]
+        value = source[0][1]  # under autocast, keys may have come out of the rotation in float32
+        return Slots(shapes, rows, columns, value.dtype, value.device, growing=growing)
+
+    def shortest_window(self) -> int | None:
+        """Of all layers; None where every layer sees everything."""
+        return min((w for w in self._windows if w is not None), default=None)
+
+    def _forward(self, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
+        return self._model(
+            input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=keep
+        ).logits
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[Runner]:
+    """Puts the attention of rollouts into the model, and the model's own back."""
+    configs = _configs(model.config)
+    own = [c._attn_implementation for c in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield Runner(model, _windows(model))
+    finally:
+        for config, name in zip(configs, own, strict=True):
+            config._attn_implementation = name
+
+
+def reason_against(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
+    """Why the model cannot be run with the attention of rollouts; None where it can. `model` is in evaluation mode."""
+    if model not in _checked:
+        _checked[model] = _check(model, list(prompt)[:_PROBE])
+        if _checked[model] is not None:
+            _log.warning("%s: rollouts take the slower way, because %s", type(model).__name__, _checked[model])
+    return _checked[model]
+
+
+def _check(model: PreTrainedModel, ids: list[int]) -> str | None:
+    prompts = [ids, ids[: max(len(ids) // 2, 1)]]
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            expected = [
+                model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, -1]
+                for prompt in prompts
+                for row in (prompt, prompt + ids[:1])
+            ]
+            with attached(model) as runner:
+                first, source = runner.prefill(prompts)
+                slots = runner.slots(source, len(prompts), len(ids) + 1)
+                slots.exchange([], [len(p) for p in prompts])
+                start = 0
+                for row, prompt in enumerate(prompts):
+                    index = torch.arange(start, start := start + len(prompt), device=model.device)
+                    slots.fill([row], len(prompt), source, index)
+                slots.settle()
+                slots.advance()
+                positions = torch.tensor([len(p) for p in prompts], device=model.device)
+                tokens = torch.tensor([ids[0]] * len(prompts), device=model.device)
+                second = runner.decode(tokens, positions, Decode(slots))
+    except UnsupportedError as error:
+        return str(error)
+    except Exception as error:  # whatever a foreign model's code raises when its attention or cache is not its own
+        return f"a trial of its forward pass failed: {type(error).__name__}: {error}"
+    got = torch.stack([first[0], second[0], first[1], second[1]]).float()
+    want = torch.stack(expected).float()
+    difference = ((got - want).abs().max() / want.std()).item()
+    allowed = 1e-3 if expected[0].dtype == torch.float32 else 0.1
+    if not difference < allowed and want.isfinite().all():
+        return f"its logits come out {difference:.2g} standard deviations off"
+    return None
+
+
+def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The configuration and those inside it, outer before inner: setting an outer one sets the inner."""
+    inner = [getattr(config, name) for name in config.sub_configs]
+    return [config, *(c for part in inner if part is not None for c in _configs(part))]
+
+
+def _windows(model: PreTrainedModel) -> list[int | None]:
+    """Of each layer, how many tokens back it sees; None is all of them."""
+    types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    others = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if others:
+        raise UnsupportedError(f"it has layers of type {', '.join(others)}")
+    return [a["sliding_window"] if t == "sliding_attention" else None for t, a in zip(types, arguments, strict=True)]

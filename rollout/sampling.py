@@ -1,0 +1,115 @@
+"""The distribution that answers are drawn from, and the draw itself.
+
+Legend: B rows, V vocabulary.
+
+Sampling is by inversion: a row's uniform number for a position picks the token from the cumulative distribution. The
+sum over the vocabulary is not written out entry by entry: sums of blocks come first, then the entries of the one block
+that the number falls into. The result is the same token, without a pass in float64 over (B, V).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_BLOCK = 64  # entries of the vocabulary that are summed up at once
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """The distribution that completions are drawn from: softmax(logits / temperature), cut off and renormalised or not.
+
+    `temperature` 0 is greedy. Log-probabilities are always those of this distribution (of the untempered one when
+    greedy). `top_k` keeps the k likeliest tokens, `top_p` the likeliest that together have at least this probability
+    (after top_k; Holtzman et al. 2020, "The curious case of neural text degeneration"); ties are kept. A policy
+    gradient that scores answers under the whole distribution must refuse a spec that is `truncated`.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(f"max_new_tokens must be >= 1 and temperature >= 0, not {self}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be >= 1 (or None for all tokens), not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (or None for all tokens), not {self.top_p}")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("top_k and top_p say nothing where temperature is 0 (greedy); leave them out")
+
+    @property
+    def truncated(self) -> bool:
+        """Some tokens have probability 0 that the model itself does not give 0."""
+        return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+
+
+@dataclass
+class Completion:
+    """One answer. `ids` ends with the stop token when `end` is "stop"; `logprobs` (nats) is as long as `ids`."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    end: Literal["stop", "length"] = "length"
+
+
+def draw(logits: Tensor, spec: SamplingSpec, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) and their log-probabilities (B,), fp32, nats, under exactly `spec`.
+
+    logits (B, V); uniforms (B,) float64 in [0, 1), None when greedy. A row whose logits are not finite has a
+    log-probability that is not finite.
+    """
+    logits = logits.float()
+    if uniforms is None:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    if spec.temperature != 1.0:
+        logits = logits / spec.temperature
+    if spec.truncated:
+        logits = _truncated(logits, spec)
+    p = torch.softmax(logits, -1)  # (B, V)
+    tokens = _inverse(p, uniforms)
+    return tokens, p.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+def _inverse(p: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token whose cumulative probability is above the uniform number. p (B, V), uniforms (B,) -> (B,)."""
+    lacking = -p.shape[-1] % _BLOCK
+    blocks = (F.pad(p, (0, lacking)) if lacking else p).unflatten(-1, (-1, _BLOCK))  # (B, V / 64, 64)
+    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    # Scaling by the last entry keeps rounding in the sum from ever picking beyond the vocabulary.
+    target = uniforms[:, None] * cdf[:, -1:]
+    block = _above(cdf, target)
+    rows = torch.arange(len(p), device=p.device)
+    below = torch.where(block > 0, cdf[rows, block - 1], 0.0)
+    within = blocks[rows, block].double().cumsum(-1)  # (B, 64)
+    return (block * _BLOCK + _above(within, target - below[:, None])).clamp(max=p.shape[-1] - 1)
+
+
+def _above(cdf: Tensor, target: Tensor) -> Tensor:
+    """The first index whose entry is above the target, at most the first that reaches the end: (B, N), (B, 1) -> (B,).
+
+    So never an entry of probability 0, even where rounding has put the target at the very end; and where there is
+    nothing but NaN, still an index.
+    """
+    index = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1)
+    return torch.minimum(index, torch.searchsorted(cdf, cdf[:, -1:].contiguous())).squeeze(-1)
+
+
+def _truncated(logits: Tensor, spec: SamplingSpec) -> Tensor:
+    """The logits with −∞ where `spec` cuts off."""
+    if spec.top_k is not None and spec.top_k < logits.shape[-1]:
+        least = logits.topk(spec.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if spec.top_p is not None and spec.top_p < 1:
+        p, order = torch.softmax(logits, -1).sort(dim=-1, descending=True)
+        before = p.double().cumsum(-1) - p  # probability of all that are likelier
+        last = (before < spec.top_p).sum(-1, keepdim=True) - 1
+        logits = logits.masked_fill(logits < logits.gather(-1, order.gather(-1, last)), -torch.inf)
+    return logits

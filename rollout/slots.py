@@ -1,0 +1,192 @@
+"""Keys and values of the rows that are being decoded.
+
+Legend: N rows in use, H heads of keys and values, W columns, D size of a head.
+
+Memory is allocated once, for as many rows and columns as can be needed; what is in use is a tight (N, H, W, D) view of
+its front. That matters: a decode step reads all of it, and memory that is read in one sweep comes several times faster
+than memory that is read in pieces with gaps. So W follows the longest row in use, in steps, and a step costs one copy.
+
+Every row ends at the same column. A decode step then writes one column, whatever the lengths of the rows, and a
+sliding window is a range of columns. In front of a shorter row stand columns that are not its own: a bias of −∞ hides
+them, as it hides the columns behind the end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_STEP = 16  # columns that W grows by, at least
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer: heads, size of a key, size of a value, and how many columns back a query sees (None: all)."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class View:
+    """One layer in use: keys and values (N, H, W, D), and for products keys (N·H, D, W) and values (N·H, W, D)."""
+
+    keys: Tensor
+    values: Tensor
+    keys_t: Tensor
+    values_3d: Tensor
+
+
+class Slots:
+    """Rows of keys and values that end at the same column.
+
+    Args:
+        shapes: of each layer.
+        rows: how many at most.
+        columns: how long a row can become.
+        growing: rows get longer by `advance`; otherwise W is exactly the longest row.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        growing: bool = True,
+    ) -> None:
+        self._shapes, self._columns, self._growing = list(shapes), columns, growing
+        self._dtype, self._device = dtype, device
+        self.lengths: list[int] = []  # of each row in use
+        self.width = 0
+        self.end = 0  # the column behind the last one in use
+        self.views: list[View] = []
+        self._bias: dict[tuple[int, int | None], Tensor] = {}
+        self.rows = rows
+        self._memory, self._spare = self._allocate(rows)
+
+    def bias(self, layer: int) -> Tensor:
+        """(N·H, 1, W): 0 where a query at the last column may look, −∞ elsewhere."""
+        shape = self._shapes[layer]
+        return self._bias[shape.heads, shape.window]
+
+    def exchange(self, leaving: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Rows leave, and new ones of these lengths enter in their places or behind the last; `settle` must follow.
+
+        Returns:
+            Who is where now: a number i >= 0 is the row that was at i, and ~k is the k-th new row.
+        """
+        old = len(self.lengths)
+        origin = list(range(old))
+        places = [*sorted(leaving), *range(old, old + len(lengths))]
+        for k, (place, length) in enumerate(zip(places, lengths, strict=False)):
+            origin[place : place + 1] = [~k]
+            self.lengths[place : place + 1] = [length]
+        if len(self.lengths) > self.rows:
+            self._grow()
+        if lengths:
+            longest = max(self.lengths)
+            if old == 0 or longest > self.end or (not self._growing and 8 * longest < 7 * self.width):
+                self._fit(old)
+            self._look()
+        # From behind, so that the last row is never one that is leaving.
+        for place in places[len(lengths) : len(leaving)][::-1]:
+            last = len(self.lengths) - 1
+            if place != last:
+                for view in self.views:
+                    view.keys[place].copy_(view.keys[last])
+                    view.values[place].copy_(view.values[last])
+                self.lengths[place], origin[place] = self.lengths[last], origin[last]
+            self.lengths.pop()
+            origin.pop()
+        return origin
+
+    def fill(self, rows: Sequence[int], length: int, source: Sequence[tuple[Tensor, Tensor]], index: Tensor) -> None:
+        """Copies what was computed elsewhere into rows of this length.
+
+        source: of each layer keys and values (H, tokens, D); index (len(rows) · length,): which of the tokens.
+        """
+        where = torch.tensor(rows, device=index.device)
+        for view, pair in zip(self.views, source, strict=True):
+            for target, tokens in zip((view.keys, view.values), pair, strict=True):
+                chosen = tokens.index_select(1, index).unflatten(1, (len(rows), length)).transpose(0, 1)
+                target[where, :, self.end - length : self.end] = chosen
+
+    def settle(self) -> None:
+        """Makes views and bias for the rows that are there, after some came or left."""
+        if not self.lengths:
+            return
+        self._look()
+        columns = torch.arange(self.width, device=self._device)
+        lengths = torch.tensor(self.lengths, device=self._device)[:, None]
+        for heads, window in {(s.heads, s.window) for s in self._shapes}:
+            reach = lengths if window is None else lengths.clamp(max=window)
+            seen = (columns >= self.end - reach) & (columns < self.end)  # (N, W)
+            bias = torch.zeros(seen.shape, dtype=self._dtype, device=self._device).masked_fill_(~seen, -torch.inf)
+            self._bias[heads, window] = bias.repeat_interleave(heads, 0).unsqueeze(1)
+
+    def advance(self) -> None:
+        """One more column, for the tokens that are about to be computed."""
+        if self.end == self.width:
+            self._fit(len(self.lengths))
+            self.settle()
+        for (_, window), bias in self._bias.items():
+            bias[:, :, self.end] = 0
+            if window is not None and self.end >= window:
+                bias[:, :, self.end - window] = -torch.inf
+        self.end += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def _fit(self, rows: int) -> None:
+        """Makes W fit for the lengths; what is there of the first `rows` rows comes to end at the new end."""
+        end = max(self.lengths)
+        width = end
+        if self._growing:
+            step = max(_STEP, end // (8 * _STEP) * _STEP)
+            width = min(-(-(end + 1) // step) * step, self._columns)
+        kept = min(end, self.end)
+        if kept and rows:
+            for i, shape in enumerate(self._shapes):
+                for j, size in enumerate((shape.key_size, shape.value_size)):
+                    old = self._memory[i][j]
+                    new = self._spare[len(old)]
+                    source = _front(old, rows, shape.heads, self.width, size)
+                    target = _front(new, rows, shape.heads, width, size)
+                    target[:, :, end - kept : end] = source[:, :, self.end - kept : self.end]
+                    self._memory[i][j], self._spare[len(old)] = new, old
+        self.width, self.end = width, end
+
+    def _look(self) -> None:
+        """Views of the rows in use."""
+        self.views = []
+        for shape, (keys, values) in zip(self._shapes, self._memory, strict=True):
+            k = _front(keys, len(self.lengths), shape.heads, self.width, shape.key_size)
+            v = _front(values, len(self.lengths), shape.heads, self.width, shape.value_size)
+            self.views.append(View(k, v, k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)))
+
+    def _allocate(self, rows: int) -> tuple[list[list[Tensor]], dict[int, Tensor]]:
+        """Memory of each layer, and a spare one of each size to move columns into."""
+        # Zeros, because a hidden column still takes part as 0 · value, which must not be 0 · NaN.
+        sizes = [[rows * self._columns * s.heads * d for d in (s.key_size, s.value_size)] for s in self._shapes]
+        memory = [[torch.zeros(n, dtype=self._dtype, device=self._device) for n in pair] for pair in sizes]
+        spare = {n: torch.zeros(n, dtype=self._dtype, device=self._device) for pair in sizes for n in pair}
+        return memory, spare
+
+    def _grow(self) -> None:
+        """Twice the rows."""
+        self.rows *= 2
+        old = self._memory
+        self._memory, self._spare = self._allocate(self.rows)
+        for pair, before in zip(self._memory, old, strict=True):
+            for target, source in zip(pair, before, strict=True):
+                target[: len(source)] = source
+
+
+def _front(memory: Tensor, rows: int, heads: int, width: int, size: int) -> Tensor:
+    """The first numbers of a layer's memory as (rows, heads, width, size)."""
+    return memory[: rows * heads * width * size].view(rows, heads, width, size)
