@@ -1,7 +1,7 @@
 """Hostile programs: every one is contained and scored 0, and the trainer, that is this process, is unharmed.
 
-They run twice: with every layer that works here, and with what is left to a container without privileges (Landlock and
-seccomp, under the trainer's own user). Those that only forge run a third time without any layer.
+They run with every layer that works here, with those that root has in a usual container, and with those that need no
+privileges at all (Landlock and seccomp, under the trainer's own user). Those that only forge run without any layer, too.
 """
 
 import math
@@ -36,7 +36,7 @@ def descendants() -> set[int]:
             text = path.read_bytes()
         except OSError:
             continue
-        if b"reward.sandbox.server" in text:
+        if b"reward.sandbox.server" in text and os.fsencode(tempfile.gettempdir()) in text:
             found.add(int(path.parent.name))
     return found
 
@@ -45,7 +45,7 @@ def left_behind() -> dict[str, object]:
     """What a program might leave on the machine."""
     shared = Path("/proc/sysvipc")
     return {
-        "temporary": {p.name for p in Path(tempfile.gettempdir()).iterdir() if p.name.startswith("baton-")},
+        "temporary": {path.name for path in Path(tempfile.gettempdir()).iterdir()},
         "shared memory": {p.name for p in Path("/dev/shm").glob("*canary*")},
         "System V": {kind: len((shared / kind).read_text().splitlines()) for kind in ("shm", "msg")},
         "written": [
@@ -69,6 +69,17 @@ def own_state() -> dict[str, object]:
         "descriptors": len(list(Path("/proc/self/fd").iterdir())),
         "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def temporary():
+    """A place for temporary files that is ours alone: other sandboxes may be at work on this machine."""
+    folder = tempfile.mkdtemp(prefix="hostile-")
+    Path(folder).chmod(0o711)
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    yield
+    tempfile.tempdir = before
+    Path(folder).rmdir()
 
 
 @dataclass
@@ -136,17 +147,21 @@ def target(monkeypatch):
     shutil.rmtree(folder)
 
 
-MODES = {"every layer": LAYERS, "without privileges": ("landlock", "seccomp")}
+MODES = {
+    "every layer": LAYERS,
+    "as root in a container": ("identity", "landlock", "seccomp"),
+    "without privileges": ("landlock", "seccomp"),
+}
 
 
 @pytest.fixture(scope="module", params=MODES.values(), ids=MODES.keys())
-def sandbox(request):
+def sandbox(request, temporary):
     before, processes = left_behind(), descendants()
     with Sandbox(layers=request.param) as sandbox:
         open_to = [what for what, layers in sandbox.protections().items() if not layers]
-        if open_to or sandbox.missing():
+        if open_to:
             # Not to be run where they would do what they try.
-            pytest.skip(f"{', '.join(open_to)} not protected, or layers missing: {sandbox.missing()}")
+            pytest.skip(f"{', '.join(open_to)} not protected: {sandbox.missing()}")
         yield sandbox
     assert descendants() <= processes
     assert left_behind() == before

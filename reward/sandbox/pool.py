@@ -41,7 +41,7 @@ _GRACE_SECONDS = 30
 _LONGEST_VERDICT = 1 << 20
 
 _PROBE = """
-import os, socket
+import os, socket, encodings.idna, colorsys  # the last two are not preloaded: the library can be read
 def connects(port):
     try: socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError: return False

@@ -1,7 +1,7 @@
 """A root directory of its own, in which there is Python's standard library, its shared libraries, and nothing else.
 
 Built once, in the server's own mount namespace, on a small tmpfs: the host's tree is left behind by pivot_root and
-cannot be named any more. All of it is read-only; each job then mounts a tmpfs of its own, of limited size, at /tmp.
+cannot be named any more. All of it is read-only; each job then mounts a tmpfs of its own, of limited size, on SCRATCH.
 Nothing of this is seen outside the namespace, and it goes when the last process in it ends. See mount_namespaces(7).
 """
 
@@ -18,6 +18,7 @@ _STATVFS_RELATIME = 4096  # the only one of the kept flags that statvfs(3) numbe
 _DETACH = 2
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
+SCRATCH = "/scratch"  # not /tmp itself: Python may be installed below that
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
@@ -37,9 +38,11 @@ def build(libc: ctypes.CDLL, at: str, paths: Iterable[str]) -> None:
     """
     _mount(libc, "none", "/", None, _PRIVATE | _RECURSIVE)
     _mount(libc, "none", at, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
-    Path(at, "tmp").mkdir()
+    Path(at + SCRATCH).mkdir()
     for path in (*paths, *DEVICES):
         _bind(libc, Path(path), Path(at + path))
+    if not Path(at, "tmp").exists():
+        Path(at, "tmp").symlink_to(SCRATCH)  # for programs that write there
     os.chdir(at)
     if libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b".") != 0:
         raise OSError(ctypes.get_errno(), "pivot_root")
@@ -52,7 +55,7 @@ def build(libc: ctypes.CDLL, at: str, paths: Iterable[str]) -> None:
 def scratch(libc: ctypes.CDLL, megabytes: int, owner: int) -> None:
     """A private folder for one job: its size and its number of files are limited, and it vanishes with the job."""
     options = f"size={megabytes}m,nr_inodes=4096,mode=700,uid={owner},gid={owner}"
-    _mount(libc, "none", "/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC, options)
+    _mount(libc, "none", SCRATCH, "tmpfs", _NOSUID | _NODEV | _NOEXEC, options)
 
 
 def _bind(libc: ctypes.CDLL, path: Path, to: Path) -> None:

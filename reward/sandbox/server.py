@@ -51,6 +51,8 @@ class Server:
         self._tasks = confine.tasks_of_this_user() + _MORE_TASKS if self._linux else None
         self.missing: dict[str, str] = {}
         self._layers = frozenset(self._enter(list(requested)))
+        if "namespaces" not in self._layers:
+            base.chmod(0o711)  # jobs of other users have their folders in it
 
     @property
     def layers(self) -> list[str]:
@@ -73,6 +75,7 @@ class Server:
             if not privileged:
                 raise OSError("not root")
             confine.take_identity(confine.owner_ids(os.getpid())[0])
+            Path(os.__file__).read_bytes()  # Python below /root is nobody else's to import
             return
         if not self._linux:
             raise OSError(f"not on {platform.system()}")
@@ -84,7 +87,7 @@ class Server:
             return
         confine.drop_privileges(libc)
         if layer == "landlock":
-            landlock.restrict(libc, root.readable(), root.DEVICES, "/tmp")
+            landlock.restrict(libc, root.readable(), root.DEVICES, str(Path.cwd()))
         else:
             seccomp.install(libc)
 
@@ -115,7 +118,7 @@ class Server:
         if self._linux:
             confine.die_with_parent(libc)
         if "namespaces" in self._layers:
-            place = Path("/tmp")
+            place = Path(root.SCRATCH)
             confine.enter_job_namespaces(libc)
             root.scratch(libc, limits.disk_mb, owners[0] if "identity" in self._layers else os.geteuid())
         else:
