@@ -37,6 +37,8 @@ class VLLMEngine:
 
     def __init__(self, config: VLLMConfig, model_dir: Path, device: torch.device, is_main: bool) -> None:
         self.central = config.mode == "server"
+        self.together = 1 if self.central else config.tensor_parallel_size
+        """Neighbouring processes that have to ask for the same answers."""
         self._server = Server(config, model_dir, device) if self.central and is_main else None
         self._colocated = None if self.central else Colocated(config, model_dir)
 

@@ -57,6 +57,7 @@ class Run:
         self._parents: dict[str, Parent] = {}
         self._data: dict[str, Any] = {}
         self._mirror: Any = None
+        self._on_close: list[Callable[[], None]] = []
 
     def begin(self, inputs: Inputs) -> None:
         """Takes the stage's directory. Afterwards `resumable` says whether an earlier start had the same inputs."""
@@ -214,8 +215,14 @@ class Run:
 
             yield advance
 
+    def on_close(self, call: Callable[[], None]) -> None:
+        """`call` is called when the stage ends, after a failure too."""
+        self._on_close.append(call)
+
     def close(self) -> None:
-        """Lets go of the directory and the mirror."""
+        """Lets go of the directory, the mirror, and whatever the stage has asked for."""
+        for call in self._on_close:
+            call()
         if self._mirror is not None:
             self._mirror.close()
         if self.is_main:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from data.encode import EncodedPrompt, Encoder
 from reward.compose import Answers, Composition
 from rollout.batch import PaddedBatch, pad_batch
-from rollout.engine import SamplingSpec, generate
+from rollout.engine import Completion, SamplingSpec, generate
 from rollout.logprobs import completion_logprobs
 from rollout.vllm import VLLMEngine
 from stages import runtime
@@ -106,6 +106,7 @@ class Sampler:
         self.recomputes = vllm is not None or accelerator.mixed_precision != "no"
         """Whether the trainer's log-probabilities may differ from the engine's, and are computed by themselves."""
         self._version, self._pushed = 0, -1
+        self._together = vllm.together if vllm is not None else 1
 
     def weights_moved(self) -> None:
         """An engine with weights of its own has to be given the policy's before it answers again."""
@@ -173,20 +174,17 @@ class Sampler:
 
         The random numbers of a row follow from `key` and its number, which starts at `first`.
         """
-        rank, world = runtime.rank(), runtime.world_size()
-        mine = [(p * group_size + s, prompt) for p, prompt in enumerate(prompts) for s in range(group_size)]
-        mine = [(row, prompt) for row, prompt in mine if row // group_size % world == rank]
-        ids = [prompt.ids for _, prompt in mine]
-        keys = [(*key, first + row) for row, _ in mine]
         if self._vllm is not None:
             self._push_weights()
+        rank, world = runtime.rank() // self._together, runtime.world_size() // self._together
+        rows = [(p * group_size + s, prompt) for p, prompt in enumerate(prompts) for s in range(group_size)]
+        mine = [(row, prompt) for row, prompt in rows if row // group_size % world == rank]
         with self.phases("generate"):
-            if self._vllm is not None:
-                completions = self._vllm.generate(ids, self.spec, keys, self._seed)
+            if self._vllm is not None and self._vllm.central:
+                found = runtime.broadcast_object(self._complete(rows, key, first) if runtime.is_main() else None)
+                completions = [found[row] for row, _ in mine]
             else:
-                with self._inference() as actor:
-                    size = self._t.rollout_micro_batch_size
-                    completions = generate(actor.policy, ids, self.spec, keys, self._seed, size)
+                completions = self._complete(mine, key, first)
             batch = [
                 Rollout(row, prompt, c.ids, c.end == "stop", self._encoder.decode(c.ids), c.logprobs, c.logprobs)
                 for (row, prompt), c in zip(mine, completions, strict=True)
@@ -210,8 +208,18 @@ class Sampler:
                 row.disagreement = scores.disagreement[i] if scores.disagreement is not None else None
                 row.monitor = watched[i] if watched is not None else None
         with self.phases("exchange"):
-            shares = runtime.all_gather_object(batch)
+            shares = runtime.all_gather_object(batch)[:: self._together]
         return sorted((row for share in shares for row in share), key=lambda r: r.row)
+
+    def _complete(
+        self, rows: Sequence[tuple[int, EncodedPrompt]], key: tuple[int | str, ...], first: int
+    ) -> list[Completion]:
+        """One completion for each (row, prompt), by the engine."""
+        ids, keys = [prompt.ids for _, prompt in rows], [(*key, first + row) for row, _ in rows]
+        if self._vllm is not None:
+            return self._vllm.generate(ids, self.spec, keys, self._seed)
+        with self._inference() as actor:
+            return generate(actor.policy, ids, self.spec, keys, self._seed, self._t.rollout_micro_batch_size)
 
     def annotate(self, batch: list[Rollout], values: bool = True) -> None:
         """Fills in the reference's log-probabilities, the values where there is a critic, and the policy's own

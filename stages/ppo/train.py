@@ -91,7 +91,10 @@ def train(run: Run) -> None:
         policy.gradient_checkpointing_enable()
     actor_critic = ActorCritic(policy, critic)
     model, optimizer = runtime.prepare_model(accelerator, actor_critic, make_optimizer(actor_critic, t))
-    vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main) if config.vllm is not None else None
+    vllm = None
+    if config.vllm is not None:
+        vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main)
+        run.on_close(vllm.close)
     sampler = Sampler(run.seed, t, encoder, reference, rewards, monitor, accelerator, model, vllm)
     stream = PromptStream(prompts, run.seed)
     phases = sampler.phases
