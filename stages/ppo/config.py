@@ -269,7 +269,7 @@ class Config(StageConfig):
         for entries in (self.reward, self.monitor):
             names = [entry.name for entry in entries]
             if len(set(names)) != len(names):
-                raise ValueError(f"two rewards of the same name: {', '.join(names)}")
+                raise ValueError(f"two rewards of the same name ({', '.join(names)}): give one a `name:` of its own")
         t = self.train
         if self.advantage in ("group", "leave_one_out") and t.num_generations < 2:
             raise ValueError(
