@@ -79,12 +79,14 @@ def judge(prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], **
     config, columns = read_options(arguments, len(completions))
     key = _key(config)
     rows = _questions(config, prompts, completions, columns)
-    keys = [[canonical_hash(body) for body in row] for row in rows]
-    bodies = {name: body for row, names in zip(rows, keys, strict=True) for body, name in zip(row, names, strict=True)}
+    keys = [[canonical_hash(config.body(question.messages)) for question in row] for row in rows]
+    questions = {
+        name: each for names, row in zip(keys, rows, strict=True) for name, each in zip(names, row, strict=True)
+    }
     endpoint = (config.base_url, config.model)
     tally = _statistics.setdefault(endpoint, Tally(*_COUNTED))
-    questions = sum(map(len, rows))
-    tally.add(rows=sum(map(bool, rows)), questions=questions, cache_hits=questions - len(bodies))
+    count = sum(map(len, rows))
+    tally.add(rows=sum(map(bool, rows)), questions=count, cache_hits=count - len(questions))
     with ExitStack() as stack:
         cache = None
         if config.cache_dir is not None:
@@ -104,8 +106,8 @@ def judge(prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], **
         stack.callback(pool.shutdown, cancel_futures=True)
         stack.callback(client.stop)
         desk = _Desk(config, client, cache, tally, _bought.setdefault(endpoint, Tally("read", "written")))
-        replies = {pool.submit(desk.reply, name, body): name for name, body in bodies.items()}
-        verdicts = _collect(config, replies, keys, tally)
+        replies = {pool.submit(desk.reply, name, each.messages): name for name, each in questions.items()}
+        verdicts = _collect(config, questions, replies, keys, tally)
     values = [[verdicts[name].value for name in row] for row in keys]
     if config.mode == "rubric":
         return [row[0] if row else None for row in values]
@@ -136,9 +138,9 @@ def _questions(
     prompts: Sequence[tuple[Message, ...]],
     completions: Sequence[str],
     columns: dict[str, Sequence[Any]],
-) -> list[list[dict[str, Any]]]:
-    """The requests of each row: one, or two in pairwise mode (the answer first, then the reference first), or none
-    where it has no reference."""
+) -> list[list[judge_text.Question]]:
+    """What to ask about each row: one question, or two in pairwise mode (the answer first, then the reference first),
+    or none where it has no reference."""
     name = config.reference_column or ("answer" if config.mode == "pairwise" else None)
     if name is not None and name not in columns:
         raise RewardError(
@@ -147,21 +149,20 @@ def _questions(
         )
     references = columns[name] if name is not None else [None] * len(completions)
     rubrics = columns.get("rubric", [None] * len(completions))
-    rows = []
+    rows: list[list[judge_text.Question]] = []
     for i, (prompt, answer, reference, own) in enumerate(zip(prompts, completions, references, rubrics, strict=True)):
         for column, value in ((name, reference), ("rubric", own)):
             if value is not None and not isinstance(value, str):
                 raise RewardError(f"judge: column `{column}`, row {i} of the call: {value!r} is no text")
         rubric = own or config.rubric
         if name is not None and reference is None:
-            messages = []
+            rows.append([])
         elif config.mode == "pairwise":
             assert reference is not None
             orders = ((answer, reference), (reference, answer))
-            messages = [judge_text.comparison(prompt, first, second, rubric) for first, second in orders]
+            rows.append([judge_text.comparison(prompt, first, second, rubric) for first, second in orders])
         else:
-            messages = [judge_text.grading(prompt, answer, reference, rubric, config.lowest, config.highest)]
-        rows.append([config.body(each) for each in messages])
+            rows.append([judge_text.grading(prompt, answer, reference, rubric, config.lowest, config.highest)])
     return rows
 
 
@@ -175,14 +176,14 @@ class _Desk:
         self._tally = tally
         self._bought = bought
 
-    def reply(self, name: str, body: dict[str, Any]) -> Reply:
-        """Raises Unanswered or RewardError."""
+    def reply(self, name: str, messages: list[dict[str, str]]) -> Reply:
+        """Of the question with this hash. Raises Unanswered or RewardError."""
         known = None if self._cache is None else self._cache.get(name)
         if known is not None:
             self._tally.add(cache_hits=1)
             return known
         self._check_cost()
-        reply = self._client.ask(body)
+        reply = self._client.ask(self._config.body(messages))
         kept = reply if self._cache is None else self._cache.put(name, self._config.model, reply)
         if reply.tokens is not None:
             read, written = reply.tokens
@@ -211,7 +212,11 @@ class _Desk:
 
 
 def _collect(
-    config: JudgeConfig, replies: dict[Future[Reply], str], rows: list[list[str]], tally: Tally
+    config: JudgeConfig,
+    questions: dict[str, judge_text.Question],
+    replies: dict[Future[Reply], str],
+    rows: list[list[str]],
+    tally: Tally,
 ) -> dict[str, Verdict]:
     """The verdict on every question, as replies come in. Raises RewardError once too many rows have none."""
     owners: dict[str, list[int]] = {}
@@ -226,7 +231,7 @@ def _collect(
     for future in as_completed(replies):
         name = replies[future]
         try:
-            verdicts[name] = verdict = _read(config, future.result())
+            verdicts[name] = verdict = _read(config, questions[name], future.result())
         except Unanswered as error:
             verdicts[name] = verdict = Verdict(None, "failures", str(error))
         tally.add(**{verdict.kind: len(owners[name])})
@@ -247,19 +252,20 @@ def _collect(
     return verdicts
 
 
-def _read(config: JudgeConfig, reply: Reply) -> Verdict:
+def _read(config: JudgeConfig, question: judge_text.Question, reply: Reply) -> Verdict:
     said = repr(reply.refusal or reply.text[-300:])
     if reply.refusal or reply.finish.startswith(("content_filter", "refusal")):
         return Verdict(None, "refusals", f"{said} (finish_reason {reply.finish or 'not given'})")
     if reply.finish == "length":  # an earlier JSON object in it may be a quotation
         return Verdict(None, "nonsense", f"{said}, cut off: raise `max_tokens` under `request`")
+    text = question.verdict_of(reply.text)
     if config.mode == "rubric":
-        value = judge_text.read_score(reply.text, config.lowest, config.highest)
+        value = judge_text.read_score(text, config.lowest, config.highest)
     else:
-        value = judge_text.read_winner(reply.text)
+        value = judge_text.read_winner(text)
     if value is not None:
         return Verdict(value, "verdicts", said)
-    return Verdict(None, "refusals" if judge_text.refuses(reply.text) else "nonsense", said)
+    return Verdict(None, "refusals" if judge_text.refuses(text) else "nonsense", said)
 
 
 def _compare_orders(config: JudgeConfig, values: list[list[float | None]], tally: Tally) -> list[float | None]:

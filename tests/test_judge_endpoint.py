@@ -28,7 +28,7 @@ def surroundings(monkeypatch):
 
 
 def ask(url, answers, **options):
-    options = {"model": "judge-1", "backoff": 0.0, "timeout": 5.0, **options}
+    options = {"model": "judge-1", "backoff": 0.0, "timeout": 30.0, **options}
     return judge([PROMPT] * len(answers), answers, base_url=url, **options)
 
 
@@ -260,6 +260,14 @@ def test_nonsense_and_refusals_are_no_opinion(response, kind, said, caplog):
     assert said in caplog.text and "1 of 3 rows" in caplog.text
 
 
+def test_a_server_that_repeats_the_question_gives_the_answer_no_voice():
+    def answer(body):  # as `transformers serve` does for a chat template that its response template does not fit
+        return chat("".join(message["content"] for message in body["messages"]) + "Ugh.")
+
+    with serve(answer) as (_, url), pytest.raises(RewardError, match=r"nonsense: .*Ugh\."):
+        ask(url, ['{"score": 10}'], on_failure="error")
+
+
 def test_content_in_parts_and_usage_that_is_not_told():
     parts = chat(None, usage=None)
     body = json.loads(parts.content)
@@ -298,6 +306,18 @@ def test_what_no_repetition_can_help_is_an_error_at_once(response, match):
         ask(url, ["4"], retries=3)
     assert len(server.bodies) == 1
     assert KEY not in str(caught.value) and url in str(caught.value)
+
+
+def test_an_error_ends_the_waits_of_other_questions():
+    both = threading.Barrier(2)
+
+    def answer(body):
+        both.wait(20)
+        return failed(429, "later", {"Retry-After": "20"}) if pieces(body)["answer"] == "slow" else failed(401)
+
+    with serve(answer) as (server, url), pytest.raises(RewardError, match="401"):
+        ask(url, ["slow", "wrong"], concurrency=2, timeout=30)
+    assert len(server.bodies) == 2  # had the wait gone on, "slow" would have been asked again after it
 
 
 def test_the_key_is_in_no_sample_either(caplog):
