@@ -3,10 +3,12 @@
 import email.utils
 import json
 import logging
+import re
 import threading
 import time
 
 import pytest
+import yaml
 
 from data.records import Message
 from reward.compose import Answers, Composition
@@ -14,6 +16,7 @@ from reward.config import RewardConfig
 from reward.functions import RewardError
 from reward.judge import judge, judge_statistics, reset_judge_statistics
 from reward.judge_client import LONGEST_WAIT
+from reward.judge_config import read_options
 from tests.judge_server import Response, chat, failed, graded, pieces, serve
 
 KEY = "sk-not-to-be-seen-0123456789"
@@ -385,6 +388,16 @@ def test_options_are_checked_before_anything_is_asked(options, match):
     options = {"base_url": "http://127.0.0.1:9/v1", "model": "judge-1", "gold": [4], **options}
     with pytest.raises(RewardError, match=match):
         judge([PROMPT], ["4"], **options)
+
+
+def test_the_recipe_entries_of_the_documentation(root):
+    blocks = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "judge.md").read_text(encoding="utf-8"), re.DOTALL)
+    entries = [entry for block in blocks for entry in (yaml.safe_load(block).get("reward") or [yaml.safe_load(block)])]
+    judges = [RewardConfig(**entry).args for entry in entries if "function" in entry]
+    assert len(judges) == 6
+    for args in judges:
+        config, columns = read_options(args, 1)
+        assert columns == {} and config.body([])["model"] == args["model"]
 
 
 @pytest.mark.parametrize("option", ["base_url", "model"])
