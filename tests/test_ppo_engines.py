@@ -65,6 +65,29 @@ def test_two_processes_equal_one(launch, micro_recipe, alone, root):
         assert all(saved.get_tensor(key).numel() > 0 for key in saved.keys())  # noqa: SIM118
 
 
+def test_groups_on_two_processes_equal_groups_on_one(micro_recipe, root):
+    """GRPO: tokens, advantages and steps do not depend on which process answers which prompt."""
+    section = ["advantage=group", "train.num_generations=4", "train.kl_in=loss", "train.loss_normaliser=sequence"]
+    recipe = load_recipe(micro_recipe, [f"ppo.{key}" for key in section])
+    folder = recipe.run_dir / "ppo"
+    shutil.rmtree(folder, ignore_errors=True)
+    run_section(recipe, "ppo")
+    one, samples = lines(folder), (folder / "samples.jsonl").read_text()
+    shutil.rmtree(folder)
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
+    command += [root / "recipes" / "launch" / "cpu2.yaml", "-m", "stages.ppo", micro_recipe, *section]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(lines(folder), one, strict=True):
+        for key in (*COMPARED, "frac_reward_zero_std", "reward_std"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], abs=1e-5), (ours["step"], key)
+    assert [json.loads(s)["completion"] for s in (folder / "samples.jsonl").read_text().splitlines()[:8]] == [
+        json.loads(s)["completion"] for s in samples.splitlines()[:8]
+    ]
+
+
 def test_minibatches_that_the_processes_cannot_share_are_refused(micro_recipe, root):
     command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
     command += [root / "recipes" / "launch" / "cpu2.yaml", "-m", "stages.ppo", micro_recipe]
