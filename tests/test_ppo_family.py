@@ -1,6 +1,7 @@
 """One loop, several estimators: what holds for all of them, and the guards at work, on a model of 0.2 M parameters."""
 
 import itertools
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from handoff.stage import StageDir
 from reward.functions import RewardError
 from stages.recipe import Recipe, RecipeError, load_recipe
 from stages.run import Run, run_section
+from tests.judge_server import graded, pieces, serve
 from tests.test_ppo_train import result, steps
 
 GROUPS = ["advantage=group", "train.num_generations=4", "train.num_ppo_epochs=1", "train.num_mini_batches=2"]
@@ -233,6 +235,19 @@ def test_a_reward_that_breaks_is_named_and_the_state_before_it_is_kept(recipe_of
 def test_a_missing_column_is_refused_before_training(recipe_of):
     with pytest.raises(RewardError, match=r"lacks|column"):
         run_section(recipe_of('reward=[{"function": "exact_match"}, {"function": "ifeval"}]'), "ppo")
+
+
+@slow
+def test_a_judge_rewards_and_its_costs_are_logged(recipe_of, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(lambda body: graded(1 + len(pieces(body)["answer"]) % 10)) as (_, url):
+        options = {"base_url": url, "model": "judge-1", "price_per_million_input": 10.0}
+        reward = json.dumps([{"function": "judge", "args": options}])
+        lines = steps(run(recipe_of(f"reward={reward}", "train.iterations=2"))[1])
+    assert all(0 <= line["rewards/judge"] <= 1 for line in lines)
+    assert lines[1]["judge/judge-1/rows"] == 16
+    assert lines[1]["judge/judge-1/cost"] == pytest.approx(lines[1]["judge/judge-1/input_tokens"] * 1e-5)
 
 
 @pytest.mark.parametrize(

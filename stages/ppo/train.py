@@ -185,6 +185,7 @@ def train(run: Run) -> None:
                 "grad_norm": sum(norms) / len(norms),
                 "lr": rate,
             }
+            metrics |= _sum_over_ranks(_judged(config))
             if values is not None and returns is not None:
                 metrics["val/explained_variance"] = explained_variance(values, returns, mask).item()
             watch.after_iteration(metrics, reward, iteration, guards)
@@ -384,4 +385,15 @@ def _part_means(batch: Sequence[Rollout], prefix: str) -> dict[str, float]:
 
 def _sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
     shares = runtime.all_gather_object(dict(sums))
-    return {key: sum(share[key] for share in shares) for key in sums}
+    return {key: sum(share.get(key, 0.0) for share in shares) for key in {key: 0 for share in shares for key in share}}
+
+
+def _judged(config: Config) -> dict[str, float]:
+    """What this process asked of judges since the last call: questions, tokens, cost, refusals."""
+    if not any(entry.function == "judge" for entry in (*config.reward, *config.monitor)):
+        return {}
+    from reward.judge import judge_statistics, reset_judge_statistics
+
+    found = {f"judge/{model}/{key}": n for (_, model), sums in judge_statistics().items() for key, n in sums.items()}
+    reset_judge_statistics()
+    return found
