@@ -1,7 +1,7 @@
 """Hostile programs: every one is contained and scored 0, and the trainer, that is this process, is unharmed.
 
 They run with every layer that works here, with those that root has in a usual container, and with those that need no
-privileges at all (Landlock and seccomp, under the trainer's own user). Those that only forge run without any layer, too.
+privileges at all (Landlock and seccomp, under the trainer's own user). Those that only forge also run without any.
 """
 
 import math
@@ -22,7 +22,8 @@ import pytest
 from reward.sandbox.confine import LAYERS, Limits
 from reward.sandbox.pool import Job, Outcome, Sandbox
 from reward.sandbox.seccomp import numbers
-from tests.sandbox_hostile import CHEATS, FORGERY, HARM, LEAKS, NETWORK, TESTS
+from tests.sandbox_forgery import CHEATS, FORGERY, TESTS
+from tests.sandbox_hostile import HARM, LEAKS, NETWORK
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the layers are those of Linux")
 LIMITS = Limits(cpu_seconds=1, wall_milliseconds=3000, memory_mb=256, disk_mb=8)

@@ -70,20 +70,22 @@ class Examiner:
 
     def _names(self, wanted: set[str], modules: set[str]) -> dict[str, Any]:
         """The names that the tests start with: the program's, the helpers of the text to complete, modules."""
-        # A built-in is never the program's, which could make abs() say what it likes; but tests that name nothing else
-        # are tests of a function that is called like one.
-        names = self._link.names(sorted(wanted - _BUILTINS or wanted))
         entry = self._job["entry_point"]
-        theirs = names.get(entry)
+        # A built-in is never the program's, which could make abs() say what it likes; but tests that name nothing else
+        # are tests of a function that is called like one, which must then be there.
+        own = wanted - _BUILTINS
+        asked = own | {entry} if entry else own or wanted
+        names = self._link.names(sorted(asked))
+        needed = {entry} if entry else asked - own
+        if needed and not needed & names.keys():
+            raise NameError(f"the program does not define {' or '.join(sorted(needed))}")
+        theirs = {name: value for name, value in names.items() if name == entry}
         self._run_given(names)
-        if theirs is not None:
-            names[entry] = theirs
-        else:
-            names.pop(entry, None)  # what was to be completed is not the program's answer
+        names |= theirs
         # Tests that rely on a module which the program imports get their own, not one that the program made.
         names |= {name: importlib.import_module(name) for name in modules & sys.stdlib_module_names}
-        own = {"__name__": "tests", "_unit_passed": self._unit_passed, "_unit_failed": self._unit_failed}
-        return {**names, **own}
+        ours = {"__name__": "tests", "_unit_passed": self._unit_passed, "_unit_failed": self._unit_failed}
+        return {**names, **ours}
 
     def _run_given(self, names: dict[str, Any]) -> None:
         """What the program was to complete runs here too, so that the tests have its helpers from a trusted source."""

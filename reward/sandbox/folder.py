@@ -5,11 +5,10 @@ permissions. Nothing here recurses or follows a link.
 """
 
 import os
-import secrets
-import stat
 from pathlib import Path
 
 _BLOCK = 512
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def exceeds(folder: Path, limit_bytes: int, limit_files: int) -> bool:
@@ -34,44 +33,39 @@ def exceeds(folder: Path, limit_bytes: int, limit_files: int) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Removes the folder and everything in it: what lies in an inner folder is moved up before that is removed."""
-    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        while names := _names(top):
-            for name in names:
-                _remove_entry(top, name)
-    finally:
-        os.close(top)
+    """Removes the folder and everything in it, from one open folder to the next, down and up again.
+
+    Nobody may be at work in it any more.
+    """
+    here = os.open(folder, _FOLDER)
+    waiting = [_clear(here)]  # for each folder on the way down, those in it that are still there
+    while True:
+        if waiting[-1]:
+            name = waiting[-1][-1]
+            os.chmod(name, 0o700, dir_fd=here)
+            here = _moved(here, name)
+            waiting.append(_clear(here))
+        else:
+            waiting.pop()
+            if not waiting:
+                break
+            here = _moved(here, "..")
+            os.rmdir(waiting[-1].pop(), dir_fd=here)
+    os.close(here)
     folder.rmdir()
 
 
-def _remove_entry(top: int, name: str) -> None:
-    try:
-        inner = _open_folder(top, name)
-    except NotADirectoryError:
-        os.unlink(name, dir_fd=top)
-        return
-    try:
-        for child in _names(inner):
-            try:
-                os.close(_open_folder(inner, child))
-            except NotADirectoryError:
-                os.unlink(child, dir_fd=inner)
-            else:
-                os.rename(child, secrets.token_hex(16), src_dir_fd=inner, dst_dir_fd=top)
-    finally:
-        os.close(inner)
-    os.rmdir(name, dir_fd=top)
+def _moved(here: int, name: str) -> int:
+    there = os.open(name, _FOLDER, dir_fd=here)
+    os.close(here)
+    return there
 
 
-def _names(place: int) -> list[str]:
+def _clear(place: int) -> list[str]:
+    """Removes what is no folder; the names of the folders."""
     with os.scandir(place) as entries:
-        return [entry.name for entry in entries]
-
-
-def _open_folder(parent: int, name: str) -> int:
-    """Raises NotADirectoryError for anything else, links included."""
-    if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-        raise NotADirectoryError(name)
-    os.chmod(name, 0o700, dir_fd=parent)
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_folder in found:
+        if not is_folder:
+            os.unlink(name, dir_fd=place)
+    return [name for name, is_folder in found if is_folder]

@@ -8,6 +8,7 @@ with Sandbox() as sandbox:
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -161,6 +162,7 @@ class _Server:
             hello = self._read_hello()
         except BaseException:
             self.stop()
+            shutil.rmtree(base, ignore_errors=True)  # empty, or removed by the server
             raise
         self.layers: tuple[str, ...] = tuple(hello["layers"])
         self.missing: dict[str, str] = hello["missing"]
@@ -254,7 +256,11 @@ class Sandbox:
         self._lock = threading.Lock()
         self._server = _Server(self._requested)
         self._finalizer = weakref.finalize(self, self._server.stop)
-        self._held = self._probe()
+        try:
+            self._held = self._probe()
+        except BaseException:
+            self.close()
+            raise
 
     def protections(self) -> dict[str, tuple[str, ...]]:
         """For each key of PROTECTS the active layers that give it; empty where a program of our own got through."""

@@ -6,6 +6,7 @@ ends or the time is over, kills what is left and reports how it ended. When the 
 socket and the pipes close, and all of this ends too.
 """
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -284,7 +285,8 @@ def main() -> None:
     for name in _PRELOADED.split():
         importlib.import_module(name)
     if sys.platform == "linux":
-        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the trainer is not what ends
+        with contextlib.suppress(OSError):  # /proc may be read-only
+            Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the trainer is not what ends
     control = socket.socket(fileno=int(descriptor))
     server = Server(control, requested.split(","), Path(base))
     control.sendall(json.dumps({"layers": server.layers, "missing": server.missing}).encode() + b"\n")
