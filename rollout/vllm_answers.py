@@ -32,8 +32,8 @@ def sampling(spec: SamplingSpec, seed: int) -> dict[str, Any]:
     own: without `ignore_eos` vLLM would add those of generation_config.json."""
     return {
         "temperature": spec.temperature,
-        "top_p": 1.0,
-        "top_k": 0,
+        "top_p": 1.0 if spec.top_p is None else spec.top_p,
+        "top_k": spec.top_k or 0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,

@@ -93,6 +93,8 @@ def test_a_request_leaves_nothing_of_the_distribution_to_the_server(engine, serv
     assert (asked["top_p"], asked["top_k"], asked["min_p"]) == (1.0, 0, 0.0)
     assert (asked["repetition_penalty"], asked["presence_penalty"], asked["frequency_penalty"]) == (1.0, 0.0, 0.0)
     assert asked["logprobs"] == 0 and 0 <= asked["seed"] < 2**63
+    engine.generate(PROMPTS[:1], SamplingSpec(8, (2,), 0, top_k=5, top_p=0.9), KEYS[:1], seed=1)
+    assert (server.asked[1]["top_p"], server.asked[1]["top_k"]) == (0.9, 5)
 
 
 def test_new_weights_change_the_answers_and_leave_nothing_of_the_old(engine, server, model_dir, tmp_path):

@@ -93,6 +93,26 @@ def test_its_log_probabilities_are_those_of_the_weights_that_were_sent(engine, m
     assert metrics_of(other, completions, SPEC.temperature)["sampling/sampling_logp_difference/mean"] > 10 * LIMIT
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.7}])
+def test_its_log_probabilities_are_those_of_what_was_left_after_cutting_off(engine, model_dir, cut):
+    model = trained(model_dir)
+    engine.update_weights(model.named_parameters(), 1)
+    spec = SamplingSpec(1, (2,), 0, temperature=1.5, **cut)
+    for prompt, completion in zip(PROMPTS, engine.generate(PROMPTS, spec, KEYS, seed=1), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, -1] / 1.5
+        p = torch.softmax(logits, -1)
+        if "top_k" in cut:
+            p = torch.where(p >= p.topk(cut["top_k"]).values[-1], p, 0.0)
+            p = p / p.sum()
+        if "top_p" in cut:
+            ordered = p.sort(descending=True)
+            kept = ordered.indices[ordered.values.cumsum(-1) - ordered.values < cut["top_p"]]
+            p = torch.zeros_like(p).scatter(0, kept, p[kept])
+            p = p / p.sum()
+        assert completion.logprobs[0] == pytest.approx(float(p[completion.ids[0]].log()), abs=20 * LIMIT)
+
+
 def test_stop_tokens_end_answers_and_belong_to_them(engine, model_dir):
     model = trained(model_dir)
     engine.update_weights(model.named_parameters(), 1)
