@@ -1,19 +1,22 @@
 """Reinforcement learning against TRL: an update of PPO and of GRPO, and PPO's memory.
 
-    python -m benchmarks.rl [--json FILE] [--only ROW ...] [--turns N] [--threads N] [--clock cpu]
+    python -m benchmarks.rl [--json FILE] [--only ROW ...] [--full-lengths] [--turns N] [--threads N] [--clock cpu]
 
-The same random Llama of 5.8 million parameters on both sides, the same prompts of 32 tokens, answers of one fixed
-length, the same batch, micro-batch and epochs. Each side is a process of its own that stands still while the other
-works (benchmarks/turns.py), and the turns alternate.
+The same random Llama of 5.8 million parameters on both sides, the same prompts of 8 to 32 tokens, the same chance of
+1/32 that an answer ends at a token, the same longest answer, batch, micro-batch and epochs. Each side is a process of
+its own that stands still while the other works (benchmarks/turns.py), and the turns alternate.
 
 | row | what |
 | --- | --- |
-| `ppo_same_precision` | a PPO update: 32 answers of 48 tokens, 4 epochs, micro-batches of 8; both sides in float32 |
+| `ppo_same_precision` | a PPO update: 32 answers of up to 48 tokens, 4 epochs, micro-batches of 8, both in float32 |
 | `ppo_default` | the same; precision, recomputation and kernels as each side chooses them by itself |
-| `grpo_same_precision` | a GRPO step: 4 prompts with 8 answers each of 64 tokens, micro-batches of 8; float32 |
+| `grpo_same_precision` | a GRPO step: 4 prompts with 8 answers each of up to 64 tokens, micro-batches of 8, float32 |
 | `grpo_default` | the same, each side at its defaults |
-| `ppo_peak_memory` | most resident memory of `ppo_same_precision`'s processes, above that before a model was made; \
-here the ratio is ours / the peer's, and less is better |
+| `ppo_peak_memory` | most resident memory in `ppo_same_precision`, above what there was before a model was made; here \
+the ratio is ours / the peer's, and less is better |
+
+With `--full-lengths` every prompt has 32 tokens and no answer ends before the longest length, so that there is no
+padding that could be saved; the rows are then called `..._full`.
 
 PPO's peer is TRL 1.12.0, the last release that has a PPOTrainer: it gets an environment of its own, made once, below
 `.benchmarks/`. GRPO's is the TRL of requirements.lock. TRL's PPOTrainer makes its accelerator without a precision, so
@@ -30,7 +33,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.table import Row, in_turns, report
 from benchmarks.turns import Worker
@@ -39,18 +42,33 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".benchmarks"
 PPO_PEER = "trl==1.12.0"
 _PEER_NEEDS = ("torch", "transformers", "accelerate", "datasets", "pandas", "rich")
-ROWS = ("ppo_same_precision", "ppo_default", "grpo_same_precision", "grpo_default", "ppo_peak_memory")
-PROMPT, ANSWERS, MICRO_BATCH, EPOCHS, GENERATIONS = 32, 32, 8, 4, 8
-LENGTHS = {"ppo": 48, "grpo": 64}
-PROMPTS = 512
+SPEED = ("ppo_same_precision", "ppo_default", "grpo_same_precision", "grpo_default")
+MEMORY = "ppo_peak_memory"
+ANSWERS, MICRO_BATCH, GENERATIONS, PROMPTS = 32, 8, 8, 512
+LEARNING_RATE = 1e-6
+
+Kind = Literal["ppo", "grpo"]
 
 
 @dataclass(frozen=True)
-class Side:
-    """How one side is started, and what it is called in its log's name."""
+class Work:
+    """What one update is. `prompt`: shortest and longest; `hazard`: chance that an answer ends at a token."""
 
-    name: str
-    command: Sequence[str]
+    kind: Kind
+    prompt: tuple[int, int]
+    response: int
+    hazard: float
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the answers."""
+        return 4 if self.kind == "ppo" else 1
+
+
+def work(kind: Kind, full_lengths: bool) -> Work:
+    """The workload of a row."""
+    response = {"ppo": 48, "grpo": 64}[kind]
+    return Work(kind, (32, 32), response, 0.0) if full_lengths else Work(kind, (8, 32), response, 1 / 32)
 
 
 def peer_python(requirement: str = PPO_PEER, root: Path = ENVIRONMENTS) -> Path:
@@ -65,44 +83,47 @@ def peer_python(requirement: str = PPO_PEER, root: Path = ENVIRONMENTS) -> Path:
     python, marker = folder / "bin" / "python", folder / "installed.txt"
     if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:
         return python
-    print(f"installing {requirement} into {folder.relative_to(ROOT)}", flush=True)
+    print(f"installing {requirement} into {folder}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(pins), encoding="utf-8")
-    install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints), *wanted.split()]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--quiet", "-c", str(constraints), *wanted.split()]
     subprocess.run(install, check=True)
     marker.write_text(wanted, encoding="utf-8")
     return python
 
 
-def our_section(kind: str, reward: Path, same_precision: bool) -> dict[str, Any]:
-    """The section of our recipe: sizes, and no setting that only one side would have."""
+def our_section(job: Work, reward: Path, same_precision: bool) -> dict[str, Any]:
+    """The section of our recipe: sizes, and nothing that would make the work another one than the peer's."""
     train: dict[str, Any] = {
         "iterations": 10**6,
         "rollout_batch_size": ANSWERS,
-        "num_ppo_epochs": EPOCHS if kind == "ppo" else 1,
+        "num_ppo_epochs": job.epochs,
         "num_mini_batches": 1,
         "per_device_train_batch_size": MICRO_BATCH,
-        "max_completion_length": LENGTHS[kind],
-        "learning_rate": 1e-6,
+        "max_completion_length": job.response,
+        "learning_rate": LEARNING_RATE,
         "save_iterations": 10**6,
     }
     if same_precision:
         train["bf16"] = False
-    if kind == "ppo":
-        return {"reward": [{"model": str(reward)}], "train": train | {"critic_learning_rate": 1e-6}}
-    section = {"reward": [{"function": "benchmarks.rl_setup:score"}], "advantage": "group"}
+    # Answers of random weights may never end: what watches over training would object.
+    guards = {"probe_prompts": 0, "patience": 10**6}
+    if job.kind == "ppo":
+        rewards = [{"model": str(reward)}]
+        return {"reward": rewards, "guards": guards, "train": train | {"critic_learning_rate": LEARNING_RATE}}
+    section = {"reward": [{"function": "benchmarks.rl_setup:score"}], "advantage": "group", "guards": guards}
     return {**section, "train": train | {"num_generations": GENERATIONS, "kl_coef": 0.0}}
 
 
-def sides(kind: str, folder: Path, python: Path, same_precision: bool) -> tuple[Side, Side]:
-    """Our worker and the peer's."""
+def commands(job: Work, folder: Path, python: Path, same_precision: bool) -> tuple[list[str], list[str]]:
+    """Makes the material in `folder`. -> the commands that start our worker and the peer's."""
     from benchmarks.rl_setup import make, recipe
 
-    material = make(folder, "5M", PROMPT, PROMPTS)
-    path = recipe(folder, material, our_section(kind, material.reward, same_precision))
-    arguments: dict[str, Any] = {"learning_rate": 1e-6}
+    material = make(folder, "5M", job.prompt, PROMPTS, job.hazard)
+    path = recipe(folder, material, our_section(job, material.reward, same_precision))
+    arguments: dict[str, Any] = {"learning_rate": LEARNING_RATE}
     if same_precision:
         arguments |= {"bf16": False, "gradient_checkpointing": False}
     settings = {
@@ -112,33 +133,33 @@ def sides(kind: str, folder: Path, python: Path, same_precision: bool) -> tuple[
         "output": str(folder / "peer"),
         "rows": ANSWERS,
         "micro_batch": MICRO_BATCH,
-        "response": LENGTHS[kind],
-        "epochs": EPOCHS if kind == "ppo" else 1,
+        "response": job.response,
+        "epochs": job.epochs,
         "generations": GENERATIONS,
         "arguments": arguments,
     }
     return (
-        Side("ours", [sys.executable, "-m", "benchmarks.rl_ours", str(path), "rl"]),
-        Side("peer", [str(python), str(ROOT / "benchmarks" / "rl_peer.py"), kind, json.dumps(settings)]),
+        [sys.executable, "-m", "benchmarks.rl_ours", str(path), "rl"],
+        [str(python), str(ROOT / "benchmarks" / "rl_peer.py"), job.kind, json.dumps(settings)],
     )
 
 
-def measure(name: str, pair: tuple[Side, Side], folder: Path, turns: int, threads: int, clock: str) -> tuple[Row, Row]:
+def measure(
+    name: str, pair: tuple[Sequence[str], Sequence[str]], folder: Path, turns: int, threads: int, clock: str
+) -> tuple[Row, Row]:
     """Runs both sides in turns. -> the row of speed, in answers a second, and that of memory."""
     workers: list[Worker] = []
     try:
-        for side in pair:  # one after the other: loading and a first update are work, too
-            workers.append(Worker(side.command, threads, folder / f"{side.name}.log", ROOT))
+        for side, command in zip(("ours", "peer"), pair, strict=True):
+            # One after the other: loading and a first update are work, too.
+            workers.append(Worker(command, threads, folder / f"{side}.log", ROOT))
         ours, peer = workers
         speed = in_turns(name, "answers/s", _rate(ours, clock), _rate(peer, clock), turns)
-        ours_mib, peer_mib = (worker.last["peak"] / 2**20 for worker in workers)
+        peaks = [worker.last["peak"] / 2**20 for worker in workers]
     finally:
         for worker in workers:
             worker.close()
-    length = ours.last["completions/mean_length"]
-    wanted = LENGTHS[name.split("_")[0]]
-    assert length == wanted, f"{name}: our answers have {length} tokens on average, not {wanted}"
-    return speed, Row(row="ppo_peak_memory", ours=ours_mib, peer=peer_mib, unit="MiB, less", ratio=ours_mib / peer_mib)
+    return speed, Row(row=MEMORY, ours=peaks[0], peer=peaks[1], unit="MiB, less", ratio=peaks[0] / peaks[1])
 
 
 def _rate(worker: Worker, clock: str) -> Callable[[], float]:
@@ -146,31 +167,37 @@ def _rate(worker: Worker, clock: str) -> Callable[[], float]:
 
 
 def main(
-    path: Path | None, only: Sequence[str] = ROWS, turns: int = 5, threads: int | None = None, clock: str = "wall"
+    path: Path | None,
+    only: Sequence[str] = (*SPEED, MEMORY),
+    full_lengths: bool = False,
+    turns: int = 5,
+    threads: int | None = None,
+    clock: str = "wall",
 ) -> None:
     """Measures the rows `only`, prints the table and writes it to `path`."""
     threads = threads or len(os.sched_getaffinity(0))
+    ending = "_full" if full_lengths else ""
     rows = []
-    for name in ("ppo_same_precision", "ppo_default", "grpo_same_precision", "grpo_default"):
-        memory = name == "ppo_same_precision" and "ppo_peak_memory" in only
+    for name in SPEED:
+        memory = name == "ppo_same_precision" and MEMORY in only
         if name not in only and not memory:
             continue
-        kind = name.split("_")[0]
+        kind: Kind = "ppo" if name.startswith("ppo") else "grpo"
         python = peer_python() if kind == "ppo" else Path(sys.executable)
         with tempfile.TemporaryDirectory(prefix="benchmark-rl-") as folder:
-            pair = sides(kind, Path(folder), python, name.endswith("same_precision"))
-            speed, peak = measure(name, pair, Path(folder), turns, threads, clock)
-        rows += [speed] if name in only else []
-        rows += [peak] if memory else []
+            pair = commands(work(kind, full_lengths), Path(folder), python, name.endswith("same_precision"))
+            found = measure(name, pair, Path(folder), turns, threads, clock)
+        rows += [row for row in found if row["row"] in only]
     print(f"{threads} thread(s), {clock} time, median of {turns} pairs of turns")
-    print("ppo_peak_memory: less is better, at most 0.8 is wanted; in the other rows more is better")
-    report(sorted(rows, key=lambda row: ROWS.index(row["row"])), path)
+    print(f"{MEMORY}: ratio is ours / the peer's, less is better; in the other rows more is")
+    report([Row(**{**row, "row": row["row"] + ending}) for row in rows], path)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="only these rows")
+    parser.add_argument("--only", nargs="+", choices=(*SPEED, MEMORY), default=[*SPEED, MEMORY], help="these rows")
+    parser.add_argument("--full-lengths", action="store_true", help="every prompt and answer has the longest length")
     parser.add_argument("--turns", type=int, default=5, help="turns of each side")
     parser.add_argument("--threads", type=int, help="of each side; by default one for each core")
     parser.add_argument(
@@ -180,4 +207,4 @@ if __name__ == "__main__":
         help="cpu: of a side's threads together, for a machine that others use too (with --threads 1)",
     )
     options = parser.parse_args()
-    main(options.json, options.only, options.turns, options.threads, options.clock)
+    main(options.json, options.only, options.full_lengths, options.turns, options.threads, options.clock)

@@ -31,8 +31,13 @@ class Stepped(TrainerCallback):
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
 
+        self._logged: dict[str, Any] = {}
+
+    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+        self._logged = logs
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._turns.done()
+        self._turns.done(self._logged)
 
 
 def ppo(settings: dict[str, Any]) -> None:
@@ -55,6 +60,7 @@ def ppo(settings: dict[str, Any]) -> None:
         num_ppo_epochs=settings["epochs"],
         total_episodes=10**6,
         num_sample_generations=0,
+        stop_token="eos",
         temperature=1.0,
         **_common(settings),
     )
@@ -74,9 +80,8 @@ def grpo(settings: dict[str, Any]) -> None:
     policy = AutoModelForCausalLM.from_pretrained(settings["policy"])
 
     def score(completions: list[Any], **_: Any) -> list[float]:
-        return [
-            int(c[0]["content"].split(maxsplit=1)[0].removeprefix("w")) / policy.config.vocab_size for c in completions
-        ]
+        firsts = [c[0]["content"].partition(" ")[0].removeprefix("w") for c in completions]
+        return [int(first or 0) / policy.config.vocab_size for first in firsts]
 
     arguments = GRPOConfig(
         max_completion_length=settings["response"],
@@ -101,6 +106,7 @@ def _common(settings: dict[str, Any]) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "logging_steps": 1,
         **settings["arguments"],
     }
 

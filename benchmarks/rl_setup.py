@@ -1,9 +1,9 @@
 """What both sides of the reinforcement-learning benchmarks start from: one random policy, one reward model, prompts.
 
-The weights are random, since speed does not depend on them, with one exception: a stop token can never be drawn, so
-that every answer has exactly the length that the benchmark asks for, on both sides and in every update. For that,
-channel 0 of the residual stream is held constant (no block writes to it) and the rows of the tied embedding that belong
-to stop tokens have it negative, which puts their logits tens of nats below all others.
+The weights are random, since speed does not depend on them, with one exception: how often the end token is drawn. For
+that, channel 0 of the residual stream is held constant (no block writes to it), and the rows of the tied embedding that
+belong to stop tokens have a value of their own there. So the chance of ending is the same at every position, whatever
+came before: `hazard`. With 0 no answer ever ends by itself, and every one has exactly the length that was asked for.
 """
 
 import json
@@ -41,8 +41,16 @@ class Material:
     prompts: Path
 
 
-def make(root: Path, size: str, prompt_tokens: int, prompts: int) -> Material:
-    """Writes a policy checkpoint, a published reward model of the same size and the prompts below `root`."""
+def make(root: Path, size: str, prompt_tokens: tuple[int, int], prompts: int, hazard: float) -> Material:
+    """Writes a policy checkpoint, a published reward model of the same size and the prompts below `root`.
+
+    Args:
+        root: an existing folder.
+        size: a key of SIZES.
+        prompt_tokens: shortest and longest prompt, once it is rendered.
+        prompts: how many, of lengths spread evenly between the two.
+        hazard: chance that an answer ends at a token, in [0, 1).
+    """
     tokenizer = _tokenizer()
     config = LlamaConfig(
         **SIZES[size],
@@ -56,7 +64,7 @@ def make(root: Path, size: str, prompt_tokens: int, prompts: int) -> Material:
     stops = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
     torch.manual_seed(0)
     policy = LlamaForCausalLM(config)
-    _never_stops(policy, stops)
+    _set_stops(policy, stops, tokenizer.eos_token_id, hazard)
     policy.generation_config.eos_token_id = stops
     policy.save_pretrained(root / "policy")
     tokenizer.save_pretrained(root / "policy")
@@ -67,7 +75,9 @@ def make(root: Path, size: str, prompt_tokens: int, prompts: int) -> Material:
     path = root / "prompts.jsonl"
     lines = []
     for index in range(prompts):
-        draws = uniform(prompt_tokens - _OUTSIDE, 0, "benchmark prompt", index)
+        low, high = prompt_tokens
+        length = low + int(uniform(1, 0, "benchmark prompt's length", index)[0] * (high - low + 1))
+        draws = uniform(length - _OUTSIDE, 0, "benchmark prompt", index)
         words = (f"w{len(SPECIAL_TOKENS) + int(d * (VOCABULARY - len(SPECIAL_TOKENS)))}" for d in draws)
         lines.append(json.dumps({"prompt": " ".join(words)}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
@@ -85,8 +95,8 @@ def recipe(root: Path, material: Material, section: dict[str, Any]) -> Path:
 
 
 def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float | None]:
-    """A reward that costs nothing and differs within a group: the answer's first word, as a number in [0, 1)."""
-    return [int(text.split(maxsplit=1)[0].removeprefix("w")) / VOCABULARY for text in completions]
+    """A reward that costs nothing and differs within a group: the answer's first word as a number in [0, 1)."""
+    return [int(text.partition(" ")[0].removeprefix("w") or 0) / VOCABULARY for text in completions]
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -102,13 +112,25 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def _never_stops(model: LlamaForCausalLM, stops: Sequence[int]) -> None:
+def _set_stops(model: LlamaForCausalLM, stops: Sequence[int], eos: int, hazard: float) -> None:
     embedding = model.get_input_embeddings().weight
     embedding[:, 0] = 1.0
     embedding[list(stops), 0] = -1.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0
         layer.mlp.down_proj.weight[0] = 0.0
+    if hazard == 0:
+        return
+    ids = torch.randint(len(SPECIAL_TOKENS), VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(0))
+    out = model(ids, output_hidden_states=True)
+    channel, others = out.hidden_states[-1][..., 0], out.logits.logsumexp(-1)
+    low, high = -10.0, 10.0
+    for _ in range(40):  # the chance rises with the value
+        middle = (low + high) / 2
+        chance = torch.sigmoid(channel * middle - others).mean().item()
+        low, high = (middle, high) if chance < hazard else (low, middle)
+    embedding[eos] = 0.0
+    embedding[eos, 0] = middle
 
 
 def _publish_reward(path: Path, model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast) -> None:
