@@ -84,7 +84,7 @@ class Encoder:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, pad_id: int | None = None) -> "Encoder":
-        """Load the tokenizer that lies in `folder`; `pad_id` is the id to pad with, where it is not the tokenizer's own.
+        """Load the tokenizer that lies in `folder`; `pad_id` is the id to pad with, where that is not the tokenizer's.
 
         Raises DataError as the constructor does.
         """
