@@ -144,7 +144,7 @@ def train(run: Run) -> None:
             # Train.
             rate = set_learning_rates(optimizer, t, iteration, at.lr_factor)
             only_critic = iteration < t.critic_warmup_iterations
-            sums: dict[str, float] = defaultdict(float)
+            found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
             norms: list[float] = []
             sizes = [len(r.prompt.ids) + len(r.ids) for r in batch]
             with phases("train"):
@@ -163,17 +163,18 @@ def train(run: Run) -> None:
                             )
                             here = targets.pick(torch.tensor(chunk, device=device), padded.completion_ids.shape[1])
                             output = model(padded, t.temperature, t.entropy_coef > 0)
-                            loss, found = _loss(t, output, here, at.kl_coef, only_critic)
+                            loss, parts = _loss(t, output, here, at.kl_coef, only_critic)
                             loss = losses.total(loss, here.mask, t.loss_normaliser) / divisor
                             runtime.backward(accelerator, model, loss, last=position == len(mine) - 1)
                             if not epoch == number == 0:
-                                del found["first_deviation"], found["first_tokens"]
-                            for key, value in found.items():
-                                sums[key] += value.item()
+                                del parts["first_deviation"], parts["first_tokens"]
+                            for key, value in parts.items():
+                                found[key] += value
                         norms.append(runtime.step(model, optimizer, t.max_grad_norm))
+                sums = {key: value.item() for key, value in found.items()}  # read once: a GPU would wait each time
             if not all(math.isfinite(value) for value in (*sums.values(), *norms)):
                 raise GateError(
-                    f"iteration {iteration}: a loss or a gradient is not finite ({dict(sums)}); the last saved state "
+                    f"iteration {iteration}: a loss or a gradient is not finite ({sums}); the last saved state "
                     "is intact. Lower the learning rates, or look at the rewards in samples.jsonl."
                 )
             total = _sum_over_ranks(sums)
@@ -384,7 +385,7 @@ def _part_means(batch: Sequence[Rollout], prefix: str) -> dict[str, float]:
 
 
 def _sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
-    shares = runtime.all_gather_object(dict(sums))
+    shares = runtime.all_gather_object(sums)
     return {key: sum(share.get(key, 0.0) for share in shares) for key in {key: 0 for share in shares for key in share}}
 
 
