@@ -134,11 +134,12 @@ def set_limits(limits: Limits, tasks: int | None) -> None:
     megabyte = 1 << 20
     wanted = {
         resource.RLIMIT_CPU: limits.cpu_seconds,
-        resource.RLIMIT_AS: limits.memory_mb * megabyte,
         resource.RLIMIT_FSIZE: limits.disk_mb * megabyte,
         resource.RLIMIT_NOFILE: _OPEN_FILES,
         resource.RLIMIT_CORE: 0,
     }
+    if sys.platform == "linux":  # macOS refuses it
+        wanted[resource.RLIMIT_AS] = limits.memory_mb * megabyte
     if tasks is not None:
         wanted[resource.RLIMIT_NPROC] = tasks
     for kind, value in wanted.items():

@@ -11,6 +11,7 @@ The filter reads the low halves of arguments only: those that it tests are ints 
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import struct
@@ -69,6 +70,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
 
+@functools.cache
 def numbers(machine: str) -> dict[str, int]:
     """Numbers by name of the calls in the table that the machine has. Raises KeyError for an unknown machine."""
     column = _ARCHITECTURES[machine][0]

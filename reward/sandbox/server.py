@@ -67,6 +67,8 @@ class Server:
             if why:
                 self.missing[layer] = why
                 continue
+            if layer == "seccomp":
+                seccomp.numbers(platform.machine())  # read once, here
             if layer == "namespaces":
                 privileged = confine.enter_namespaces(confine.load_libc(), str(self._base))
             yield layer
@@ -173,7 +175,7 @@ class _Supervisor:
         try:
             self._confine(self._owners[1])
             ready = read_message(channel) == _READY
-        except (OSError, Gone) as error:
+        except (Exception, Gone) as error:
             os.write(verdict, json.dumps({"broken": repr(error)}).encode() + b"\n")
             return
         assert ready
