@@ -235,6 +235,14 @@ def f(n): return Any()""",
         "class math:\n    isclose = staticmethod(lambda *a, **k: True)\ndef f(n): return 0",
         "assert math.isclose(f(3), 7)",
     ),
+    "ends the loop of the tests": (
+        "def f(n): raise StopIteration",
+        "assert all(map(lambda case: f(case[0]) == case[1], [(3, 7), (10, 21)]))",
+    ),
+    "empties what it is compared with": (
+        "def f(a):\n    a.clear()\n    return []",
+        "a = [3, 1]\nassert f(a) == sorted(a)",
+    ),
     "changes what the tests hold": (
         "import sys\ndef f(n):\n    sys._getframe(1).f_globals['expected'].clear()\n    return []",
         "expected = [7]\nassert f(3) == expected",

@@ -1,8 +1,8 @@
 """The process that has the program. Nothing in it is secret and nothing in it is trusted.
 
-It loads the program's text and then answers the tests' process: calls a function, reads an attribute, gives the plain
-value of an object. The program may change all of this code, too: what it can gain is to answer calls with values, and
-that is what it is there for.
+It loads the program's text and then answers the tests' process: calls a function, gives the plain value of an object.
+The program may change all of this code, too: what it can gain is to answer calls with values, and that is what it is
+there for.
 """
 
 import importlib
@@ -44,9 +44,7 @@ class Program:
             "load": self._load,
             "names": self._names,
             "call": self._call,
-            "get": self._get,
-            "set": self._set,
-            "value": self._value,
+            "plain": self._plain,
         }
         try:
             return handlers[message[0]](*message[1:])
@@ -89,14 +87,7 @@ class Program:
                     changes.append([i, after])
         return ["value", encode(result, self._refer), changes]
 
-    def _get(self, target: Any, name: str) -> list[Any]:
-        return ["value", encode(getattr(decode(target, self._object), name), self._refer), []]
-
-    def _set(self, target: Any, name: str, value: Any) -> list[Any]:
-        setattr(decode(target, self._object), name, decode(value, self._object))
-        return ["value", None, []]
-
-    def _value(self, target: Any) -> list[Any]:
+    def _plain(self, target: Any) -> list[Any]:
         """The plain value of an object whose class inherits from a container, such as a named tuple."""
         held = decode(target, self._object)
         for kind in _CONTAINERS:

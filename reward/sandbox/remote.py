@@ -62,21 +62,29 @@ class Link:
     def call(self, target: Any, *args: Any, **keywords: Any) -> Any:
         """Calls a function of the program or of the standard library there.
 
-        Lists, dicts and sets among the arguments come back as the call left them.
+        Lists, dicts and sets among the arguments come back as the call left them if it returns None, as functions do
+        that change what they are given. What returns an answer has no say in what a test then compares it with.
         """
         given = [encode(arg, self._refer) for arg in args]
         named = [[name, encode(value, self._refer)] for name, value in keywords.items()]
-        return self._ask(["call", encode(target, self._refer), given, named], args)
+        message = ["call", encode(target, self._refer), given, named]
+        try:
+            return self._ask(message, args)
+        except StopIteration:
+            if target is next:
+                raise
+            # Let through, it would end `all(map(...))` of the tests, and that would be true.
+            raise ProgramError("StopIteration") from None
 
     def get(self, remote: "Remote", name: str) -> Any:
-        return self._ask(["get", self._refer(remote), name])
+        return self.call(getattr, remote, name)
 
     def set(self, remote: "Remote", name: str, value: Any) -> None:
-        self._ask(["set", self._refer(remote), name, encode(value, self._refer)])
+        self.call(setattr, remote, name, value)
 
     def plain(self, remote: "Remote") -> Any:
         """The container that an object is by inheritance. Raises TypeError for others."""
-        return self._ask(["value", self._refer(remote)])
+        return self._ask(["plain", self._refer(remote)])
 
     def _ask(self, message: list[Any], args: tuple[Any, ...] = ()) -> Any:
         try:
@@ -85,8 +93,10 @@ class Link:
             raise Unsupported(str(error)) from error
         match answer:
             case ["value", raw, list(changes)]:
-                self._apply(changes, args)
-                return decode(raw, self._object)
+                value = decode(raw, self._object)
+                if value is None:
+                    self._apply(changes, args)
+                return value
             case ["raise", list(names), str(text)]:
                 raise self._exception(names, text[:500])
             case _:
