@@ -61,6 +61,7 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -69,9 +70,11 @@ class Phases:
         self.seconds[f"time/{name}"] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
-        seconds, self.seconds = self.seconds, defaultdict(float)
-        return dict(seconds)
+        """Seconds by phase since the last call, and as `time/iteration` all that have gone by since then."""
+        now = time.perf_counter()
+        seconds = {**self.seconds, "time/iteration": now - self._since}
+        self.seconds, self._since = defaultdict(float), now
+        return seconds
 
 
 def rewards_of(batch: Sequence[Rollout], t: PPOTrainConfig, device: torch.device) -> Tensor:
