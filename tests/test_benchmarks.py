@@ -1,0 +1,135 @@
+"""The benchmarks' harness: turns of two processes, the material both sides start from, rows and their form."""
+
+import json
+import statistics
+import sys
+import textwrap
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import rl, scaling
+from benchmarks.rl_setup import VOCABULARY, make, recipe, score
+from benchmarks.table import Row, in_turns, report
+from benchmarks.turns import Worker, WorkerError
+from data.encode import Encoder
+from handoff.parent import open_parent
+from stages.recipe import load_recipe
+
+FAKE = """
+    import sys
+    sys.path.insert(0, {folder!r})
+    from turns import Turns
+    turns = Turns()
+    print("what a library prints")
+    for update in range(4):
+        turns.done({{"update": update}})
+    raise RuntimeError("out of memory")
+"""
+
+
+@pytest.fixture
+def fake(root, tmp_path):
+    """A worker that answers four times and then fails."""
+    script = tmp_path / "fake.py"
+    script.write_text(textwrap.dedent(FAKE.format(folder=str(root / "benchmarks"))))
+    return [sys.executable, str(script)]
+
+
+def test_a_worker_answers_one_request_at_a_time_and_nothing_else_comes_between(fake, tmp_path):
+    worker = Worker(fake, 1, tmp_path / "log", tmp_path)
+    answers = [worker.last, worker.turn(), worker.turn()]
+    worker.close()
+    assert [answer["update"] for answer in answers] == [0, 1, 2]
+    assert all(answer["wall"] >= 0 and answer["cpu"] >= 0 for answer in answers)
+    assert "what a library prints" in (tmp_path / "log").read_text()
+
+
+def test_a_worker_that_ends_is_an_error_with_what_it_printed(fake, tmp_path):
+    worker = Worker(fake, 1, tmp_path / "log", tmp_path)
+    with pytest.raises(WorkerError, match="out of memory"):
+        for _ in range(4):
+            worker.turn()
+    worker.close()
+
+
+def test_sides_take_turns_and_the_ratio_is_the_median_of_pairs():
+    order = []
+
+    def side(name, rates):
+        left = iter(rates)
+
+        def run():
+            order.append(name)
+            return next(left)
+
+        return run
+
+    row = in_turns("x", "answers/s", side("a", [99, 2, 30, 8]), side("b", [99, 1, 10, 8]), turns=3)
+    assert order == ["a", "b"] * 4
+    assert row == Row(row="x", ours=8, peer=8, unit="answers/s", ratio=2.0)
+
+
+def test_rows_are_written_in_the_form_that_every_benchmark_has(tmp_path, capsys):
+    rows = [Row(row="x", ours=3.0, peer=2.0, unit="answers/s", ratio=1.5)]
+    report(rows, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert "1.50×" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("material")
+    return folder, make(folder, "5M", (8, 32), 64, 1 / 32)
+
+
+def test_prompts_have_the_lengths_that_were_asked_for(material):
+    _, made = material
+    encoder = Encoder.from_pretrained(made.policy)
+    from data.records import Message
+
+    texts = [json.loads(line)["prompt"] for line in made.prompts.read_text().splitlines()]
+    lengths = [len(encoder.prompt((Message("user", text),))) for text in texts]
+    assert min(lengths) >= 8 and max(lengths) <= 32 and statistics.pstdev(lengths) > 4
+
+
+@torch.no_grad()
+def test_the_end_comes_by_the_chance_that_was_asked_for_and_by_no_other_token(material):
+    _, made = material
+    model = AutoModelForCausalLM.from_pretrained(made.policy, dtype=torch.float32)
+    ids = torch.randint(16, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
+    chances = model(ids).logits.softmax(-1)
+    assert chances[..., 1].mean().item() == pytest.approx(1 / 32, rel=0.15)
+    assert chances[..., 7].max().item() < 1e-6
+
+
+def test_both_sides_read_the_same_material(material):
+    folder, made = material
+    path = recipe(folder, made, rl.our_section(rl.work("ppo", False), made.reward, True))
+    section = load_recipe(path).sections["rl"]
+    assert section.config.train.rollout_batch_size == rl.ANSWERS and section.config.train.bf16 is False
+    assert open_parent(str(made.reward), folder, {"reward_model"}).kind == "reward_model"
+    assert open_parent(str(made.policy), folder, {"causal_lm"}).kind == "causal_lm"
+
+
+def test_grpo_is_a_section_that_the_stage_accepts(material):
+    folder, made = material
+    path = recipe(folder, made, rl.our_section(rl.work("grpo", True), made.reward, False))
+    config = load_recipe(path).sections["rl"].config
+    assert config.advantage == "group" and config.train.num_generations == rl.GENERATIONS
+
+
+def test_the_free_reward_lies_in_its_range_and_tells_answers_apart():
+    assert score([], ["w2048 w3", "w17", ""]) == [0.5, 17 / VOCABULARY, 0.0]
+
+
+def test_operations_are_counted_by_hand():
+    """5M: 6 layers of 4·256² + 3·256·688 + 2·64·256 multiplications a token, twice (policy, critic), and the head."""
+    layer = 4 * 256 * 256 + 3 * 256 * 688 + 2 * 64 * 256
+    by_hand = 6 * (2 * 16 * 64 * 6 * layer + 16 * 32 * 256 * 4096)
+    assert scaling.training_operations(scaling.BASE) == by_hand
+
+
+def test_phases_leave_out_their_frame():
+    assert scaling.phases({"time/train": 1.0, "time/iteration": 3.0, "wall": 3.1}) == {"train": 1.0}
