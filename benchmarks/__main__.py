@@ -1,4 +1,4 @@
-"""python -m benchmarks [NAME ...] [--json FOLDER]: the named benchmarks, or all that measure speed, one after another."""
+"""python -m benchmarks [NAME ...] [--json FOLDER]: the named benchmarks, or all that measure speed, in turn."""
 
 import argparse
 import importlib

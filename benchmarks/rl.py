@@ -187,7 +187,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="benchmark-rl-") as folder:
             pair = commands(work(kind, full_lengths), Path(folder), python, name.endswith("same_precision"))
             found = measure(name, pair, Path(folder), turns, threads, clock)
-        rows += [row for row in found if row["row"] in only]
+        rows += [row for row in found if row["row"] in only and (memory or row["row"] != MEMORY)]
     print(f"{threads} thread(s), {clock} time, median of {turns} pairs of turns")
     print(f"{MEMORY}: ratio is ours / the peer's, less is better; in the other rows more is")
     report([Row(**{**row, "row": row["row"] + ending}) for row in rows], path)

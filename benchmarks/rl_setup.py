@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from data.sampling import uniform
 from data.template import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, STOP_TOKENS
@@ -61,6 +62,7 @@ def make(root: Path, size: str, prompt_tokens: tuple[int, int], prompts: int, ha
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    transformers_logging.disable_progress_bar()
     stops = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
     torch.manual_seed(0)
     policy = LlamaForCausalLM(config)
