@@ -26,6 +26,9 @@ DRIVER = """
 import json, os, signal, sys, threading, time
 from baton.worker import WarmStage
 
+# A shell that started the tests in the background has it ignored, and what is ignored would be inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def send_once_begun(running, signum):
     while not os.path.exists(sys.argv[3]):
         time.sleep(0.05)
