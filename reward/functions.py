@@ -72,8 +72,7 @@ def world_correct(
     """1 where the embedded world's checker accepts the answer; None for prompts that are not the world's."""
     from data.world import correct
 
-    rows = [{"family": f, **{k: v[i] for k, v in columns.items()}} for i, f in enumerate(family)]
-    return [None if r["family"] is None else float(correct(r, c)) for r, c in zip(rows, completions, strict=True)]
+    return _by_world(correct, completions, {"family": family, **columns})
 
 
 def world_gold(
@@ -83,8 +82,14 @@ def world_gold(
     (`monitor:`), never to train on. None for prompts that are not the world's."""
     from data.world import gold
 
-    rows = [{"family": f, **{k: v[i] for k, v in columns.items()}} for i, f in enumerate(family)]
-    return [None if r["family"] is None else gold(r, c) for r, c in zip(rows, completions, strict=True)]
+    return _by_world(gold, completions, {"family": family, **columns})
+
+
+def _by_world(
+    judge: Callable[[dict[str, Any], str], float], completions: Sequence[str], columns: dict[str, Sequence[Any]]
+) -> list[float | None]:
+    rows = ({name: values[i] for name, values in columns.items()} for i in range(len(completions)))
+    return [None if r["family"] is None else float(judge(r, c)) for r, c in zip(rows, completions, strict=True)]
 
 
 # By name, in a recipe's `function:`. Imported when a recipe names one: some need packages that others do not.

@@ -14,7 +14,7 @@ from handoff.contract import check_same_encoding
 from handoff.parent import Parent
 from reward.compose import Composition
 from reward.config import RewardConfig
-from reward.learned import LearnedReward
+from reward.learned import LearnedReward, statistics
 from stages import models, runtime
 from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
@@ -58,9 +58,9 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def load_rewards(
-    run: Run, entries: Sequence[RewardConfig], policy: Parent, bf16: bool, columns: Sequence[EncodedPrompt]
+    run: Run, entries: Sequence[RewardConfig], policy: Parent, bf16: bool, prompts: Sequence[EncodedPrompt]
 ) -> Composition:
-    """Every entry, with its models loaded and frozen, checked against the columns that all prompts have."""
+    """Every entry, with its models loaded and frozen, checked against the columns of the prompts."""
     config: Config = run.config
     learned = {}
     for entry in entries:
@@ -70,7 +70,7 @@ def load_rewards(
             model.to(runtime.device())
             learned[ref] = LearnedReward(parent, model, policy, reencode=entry.reencode)
     composition = Composition(entries, learned)
-    composition.check_columns({name for prompt in columns for name in prompt.record.columns})
+    composition.check_columns({name for prompt in prompts for name in prompt.record.columns})
     return composition
 
 
@@ -88,11 +88,7 @@ def make_critic(run: Run, policy: Parent, bf16: bool) -> Critic | None:
     model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=bf16)
     critic = Critic(model)
     weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
-    assert parent.manifest is not None  # a reward model of another origin has been refused above
-    statistics = parent.manifest.extra
-    critic.start_from_reward_head(
-        model.get_submodule("score"), statistics["reward_mean"], statistics["reward_std"], weight
-    )
+    critic.start_from_reward_head(model.get_submodule("score"), *statistics(parent), weight)
     return critic
 
 
