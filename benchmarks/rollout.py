@@ -21,7 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.table import Row, in_turns, json_path, report
-from rollout.engine import SamplingSpec, generate
+from rollout.engine import generate
+from rollout.sampling import SamplingSpec
 
 BATCH, STOP, PAD, FIRST = 32, 2, 0, 3
 

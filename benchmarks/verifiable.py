@@ -21,7 +21,8 @@ from data.encode import Encoder
 from data.load import load
 from data.records import Prompt
 from data.world import correct
-from rollout.engine import SamplingSpec, generate
+from rollout.engine import generate
+from rollout.sampling import SamplingSpec
 
 SEEDS, PROMPTS, SAMPLES = (42, 1, 2), 1300, 4
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"

@@ -38,8 +38,6 @@ from rollout.plain import generate_plainly
 from rollout.sampling import Completion, SamplingSpec, draw
 from rollout.slots import Slots
 
-__all__ = ["Completion", "SamplingSpec", "generate"]
-
 # Prompts are computed in pieces of about this many tokens: as a processor's cache holds, or as a GPU needs to be busy.
 _PREFILL_TOKENS = {"cpu": 512}
 _PREFILL_TOKENS_GPU = 8192

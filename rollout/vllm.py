@@ -10,7 +10,7 @@ import torch
 
 from data.sampling import uniform
 from rollout.config import VLLMConfig
-from rollout.engine import Completion, SamplingSpec
+from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm_colocated import Colocated
 from rollout.vllm_server import Server
 

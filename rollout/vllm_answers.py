@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from rollout.engine import Completion, SamplingSpec
 from rollout.errors import LogprobsMissing, ServerFailed, WrongAnswer, WrongModel
+from rollout.sampling import Completion, SamplingSpec
 
 _LOWEST = -9999.0  # what vLLM writes for a log-probability of minus infinity
 

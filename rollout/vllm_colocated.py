@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from rollout.config import VLLMConfig
-from rollout.engine import Completion, SamplingSpec
 from rollout.errors import EngineMissing
+from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm_answers import check_fit, completion, sampling
 from rollout.vllm_weights import DTYPES, Stored, cast
 

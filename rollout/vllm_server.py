@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 import torch
 
 from rollout.config import VLLMConfig
-from rollout.engine import Completion, SamplingSpec
 from rollout.errors import (
     ConnectionBroken,
     EngineMissing,
@@ -38,6 +37,7 @@ from rollout.errors import (
     TransferFailed,
     WrongModel,
 )
+from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm_answers import check_fit, read, sampling
 from rollout.vllm_client import Client
 from rollout.vllm_weights import DTYPES, DiskTransfer, NCCLTransfer, Stored, Transfer, cast

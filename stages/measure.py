@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from data.encode import Encoder
-from rollout.engine import SamplingSpec, generate
+from rollout.engine import generate
+from rollout.sampling import SamplingSpec
 from stages import runtime
 
 if TYPE_CHECKING:

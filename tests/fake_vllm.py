@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rollout.batch import pad_batch
 from rollout.config import VLLMConfig
-from rollout.engine import Completion, SamplingSpec
 from rollout.logprobs import completion_logprobs
+from rollout.sampling import Completion, SamplingSpec
 
 Reply = tuple[int, Any] | None
 """Status and JSON; None: the connection is closed without a word."""
@@ -35,13 +35,13 @@ KEYS = [("row", i) for i in range(len(PROMPTS))]
 SPEC = SamplingSpec(8, (2, 17, 30, 31), 0, temperature=0.7)
 
 
-def save_tiny(path: Path, tied: bool = False, vocab_size: int = 64) -> Path:
-    """A Llama of random weights, scaled up so that its distributions are not nearly uniform."""
-    torch.manual_seed(0)
+def tiny_llama(seed: int = 0, vocab_size: int = 64, hidden_size: int = 64, tied: bool = False) -> PreTrainedModel:
+    """Random weights, scaled up so that its distributions are not nearly uniform: tempering or cutting them shows."""
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "llama",
         vocab_size=vocab_size,
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -50,12 +50,17 @@ def save_tiny(path: Path, tied: bool = False, vocab_size: int = 64) -> Path:
         pad_token_id=0,
         tie_word_embeddings=tied,
     )
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
-    model.save_pretrained(path)
+    return model
+
+
+def save_tiny(path: Path, tied: bool = False, vocab_size: int = 64) -> Path:
+    """A checkpoint of such a model."""
+    tiny_llama(vocab_size=vocab_size, tied=tied).save_pretrained(path)
     return path
 
 

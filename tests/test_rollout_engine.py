@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout.batch import pad_batch
-from rollout.engine import SamplingSpec, generate
+from rollout.engine import generate
+from rollout.sampling import SamplingSpec
 
 PROMPTS = [[5, 9, 11], [7] * 10, [3, 4], [8, 9, 10, 11, 12, 13], [40, 41], [6]]
 ARCHITECTURES = {

@@ -5,38 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from handoff.errors import GateError
 from rollout.batch import pad_batch, pad_values
-from rollout.engine import Completion, SamplingSpec, generate
+from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
+from rollout.sampling import Completion, SamplingSpec
+from tests.fake_vllm import tiny_llama
 
 LIMIT = 0.05
 PROMPTS = [[5, 9, 11], [7] * 6, [3, 4], [8, 9, 10, 11]] * 8
 CPU = torch.device("cpu")
-
-
-def tiny(seed: int = 0):
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # a sharper distribution, so that cutting it off or tempering it changes something
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model
 
 
 def ragged(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -124,7 +104,7 @@ def measured(trainer, completions: list[Completion], temperature: float) -> dict
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_the_engine_of_this_process_agrees_with_its_own_model(temperature):
-    model = tiny()
+    model = tiny_llama(hidden_size=32)
     spec = SamplingSpec(8, (2,), 0, temperature)
     completions = generate(model, PROMPTS, spec, [(i,) for i in range(len(PROMPTS))], seed=1)
     metrics = measured(model, completions, temperature)
@@ -134,7 +114,7 @@ def test_the_engine_of_this_process_agrees_with_its_own_model(temperature):
 
 
 def test_an_engine_that_renormalises_after_top_p_is_found_out():
-    model = tiny()
+    model = tiny_llama(hidden_size=32)
     metrics = measured(model, sample(model, top_p=0.8), 1.0)
     assert metrics["sampling/importance_sampling_ratio/max"] <= 1 + 1e-5
     with pytest.raises(GateError, match="leaves part of the distribution out: top-p"):
@@ -143,19 +123,19 @@ def test_an_engine_that_renormalises_after_top_p_is_found_out():
 
 
 def test_another_temperature_is_found_out():
-    model = tiny()
+    model = tiny_llama(hidden_size=32)
     with pytest.raises(GateError, match="another temperature"):
         check_mismatch(measured(model, sample(model), 0.6), LIMIT)
 
 
 def test_log_probabilities_without_the_temperature_are_found_out():
-    model = tiny()
+    model = tiny_llama(hidden_size=32)
     with pytest.raises(GateError, match="without the temperature"):
         check_mismatch(measured(model, sample(model, 0.6, reports_raw=True), 0.6), LIMIT)
 
 
 def test_stale_weights_are_found_out():
-    model = tiny()
+    model = tiny_llama(hidden_size=32)
     completions = sample(model)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,8 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from rollout.config import VLLMConfig
-from rollout.engine import SamplingSpec, generate
+from rollout.engine import generate
 from rollout.errors import EngineMissing, TransferFailed, WrongModel
+from rollout.sampling import SamplingSpec
 from rollout.vllm import VLLMEngine
 from rollout.vllm_client import Client
 from rollout.vllm_weights import NCCLTransfer, Stored

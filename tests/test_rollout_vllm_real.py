@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from rollout.batch import pad_batch, pad_values
-from rollout.engine import SamplingSpec, generate
+from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
 from rollout.mismatch import check_mismatch, mismatch_metrics
+from rollout.sampling import SamplingSpec
 from rollout.vllm import VLLMEngine
 from tests.fake_vllm import CPU, KEYS, PROMPTS, SPEC, config, free_port, save_tiny, trained
 

@@ -23,8 +23,9 @@ from handoff.files import write_json
 from handoff.parent import Parent
 from reward.learned import LearnedReward
 from rollout.batch import pad_batch
-from rollout.engine import Completion, SamplingSpec, generate
+from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
+from rollout.sampling import Completion, SamplingSpec
 from stages import models, runtime
 from stages.evaluate.config import Config
 from stages.evaluate.statistics import Estimate, mean, proportion
