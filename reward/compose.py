@@ -53,11 +53,6 @@ class Scores:
     disagreement: list[float] | None
     """Standard deviation over an ensemble's members, (N,); of several ensembles, the largest. None without one."""
 
-    @property
-    def none(self) -> dict[str, int]:
-        """How many answers each reward had no opinion on."""
-        return {name: values.count(None) for name, values in self.parts.items()}
-
 
 class Composition:
     """Calls every reward of a recipe."""

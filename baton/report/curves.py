@@ -77,7 +77,7 @@ _POLICY = [
         [("frac_reward_zero_std", "share", "")],
         "all answers had the same reward",
     ),
-    ("Disagreement", [("rewards/disagreement", "deviation", "")], "of the ensemble's members on an answer"),
+    ("Disagreement", [("objective/disagreement", "deviation", "")], "of the ensemble's members on an answer"),
     ("Answers cut off", [("completions/clipped_ratio", "share", "")], "share that did not stop by itself"),
     ("Score less KL penalty", [("objective/rlhf_reward", "reward", "")], "what the policy is really paid"),
     ("Critic's loss", [("loss/value_avg", "value loss", "")], "squared error of the foreseen return"),

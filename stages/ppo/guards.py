@@ -174,17 +174,21 @@ class Watch:
         mean, mean_error = _mean(scores)
         kl = sum(r.kl for r in batch) / len(batch)
         look = Look(step, mean, mean_error, kl, lengths.mean().item(), monitor, error)
-        best = max(self.looks, key=lambda other: other.monitor, default=look)
+        best = self._peak() if self.looks else look
         fell = best.monitor - monitor > _SIGNIFICANT * math.hypot(error, best.monitor_error)
         self.divergent = self.divergent + 1 if fell and mean > best.score else 0
         self.looks.append(look)
         return look
 
+    def _peak(self) -> Look:
+        """The look with the highest monitor."""
+        return max(self.looks, key=lambda look: look.monitor)
+
     def over_optimized(self, guards: GuardConfig) -> str | None:
         """In words, when the score has risen and the monitor has fallen for long enough."""
         if self.divergent < guards.overoptimization_looks:
             return None
-        best, last = max(self.looks, key=lambda look: look.monitor), self.looks[-1]
+        best, last = self._peak(), self.looks[-1]
         return (
             f"over-optimisation: since iteration {best.step} the score at held-out prompts rose from {best.score:.3f} "
             f"to {last.score:.3f} and the monitor fell from {best.monitor:.3f} to {last.monitor:.3f}, at "

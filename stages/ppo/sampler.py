@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from data.encode import EncodedPrompt, Encoder
 from reward.compose import Answers, Composition
 from rollout.batch import PaddedBatch, pad_batch
-from rollout.engine import Completion, SamplingSpec, generate
+from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
+from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm import VLLMEngine
 from stages import runtime
 from stages.ppo.actor_critic import completion_values
@@ -206,7 +207,7 @@ class Sampler:
                 watched = self._monitor(answers).total if monitor and self._monitor is not None else None
             for i, row in enumerate(batch):
                 row.score = scores.total[i]
-                row.parts = {name: values[i] for name, values in scores.parts.items()}
+                row.parts = {name: values[i] for name, values in (scores.parts | scores.members).items()}
                 row.dense = scores.dense[i] if scores.dense is not None else None
                 row.disagreement = scores.disagreement[i] if scores.disagreement is not None else None
                 row.monitor = watched[i] if watched is not None else None

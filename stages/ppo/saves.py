@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from handoff.state import State, StateStore
 from stages import runtime
-from stages.ppo.config import Config, PPOTrainConfig
+from stages.ppo.config import Config
 from stages.ppo.guards import Watch
 from stages.run import Run
 
@@ -47,22 +47,20 @@ class Saves:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        reference: PreTrainedModel | None,
-        t: PPOTrainConfig,
+        reference: PreTrainedModel,
     ) -> None:
-        """`reference`: where it moves, and has to be saved."""
         self._run, self._accelerator, self._model, self._optimizer = run, accelerator, model, optimizer
-        self._reference, self._t = reference, t
         config: Config = run.config
-        self._guards, self._monitored = config.guards, bool(config.monitor)
-        self._every = t.save_iterations or max(1, t.iterations // 10)
+        self._t, self._guards, self._monitored = config.train, config.guards, bool(config.monitor)
+        self._reference = reference if config.train.sync_ref_model else None  # it moves, and has to be saved
+        self._every = self._t.save_iterations or max(1, self._t.iterations // 10)
         self._store = StateStore(run.dir.state_dir)
 
-    def resume(self, kl_coef: float) -> Position:
+    def resume(self) -> Position:
         """The newest valid state, loaded; without one the beginning. Cuts the metrics back to it."""
         run = self._run
         state = runtime.broadcast_object(self._store.latest() if run.is_main and run.resumable else None)
-        position = Position(0, 0, kl_coef, 1.0, Watch())
+        position = Position(0, 0, self._t.kl_coef, 1.0, Watch())
         if state is not None:
             self._load(state.path)
             position = _position(state)
@@ -72,8 +70,8 @@ class Saves:
         run.rewind(state.step if state is not None else None)
         return position
 
-    def judge(self, at: Position) -> Literal["go on", "stop"]:
-        """After a look, whether the run goes on; it may have been taken back to its best policy for that."""
+    def judge(self, at: Position) -> Literal["go on", "back", "stop"]:
+        """After a look, whether the run goes on; `back`: it has been taken back to its best policy for that."""
         found = at.watch.over_optimized(self._guards)
         if found is None:
             return "go on"
@@ -94,7 +92,7 @@ class Saves:
         at.lr_factor /= 2
         at.kl_coef *= 2
         self._run.console.print(f"  goes on from the policy of iteration {best.step}", markup=False)
-        return "go on"
+        return "back"
 
     def after_iteration(self, at: Position, looked: bool) -> None:
         """Saves when it is time, and when the look just taken is the best so far."""

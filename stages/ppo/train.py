@@ -100,8 +100,8 @@ def train(run: Run) -> None:
     phases = sampler.phases
 
     # Resume at the border of an iteration: the next one depends on nothing but the state and its own number.
-    saves = Saves(run, accelerator, model, optimizer, reference if t.sync_ref_model else None, t)
-    at = saves.resume(kl_coef=t.kl_coef)
+    saves = Saves(run, accelerator, model, optimizer, reference)
+    at = saves.resume()
     watch = at.watch
     if at.iteration == 0 and guards.probe_prompts:
         first = sampler.answer(stream(0, guards.probe_prompts), ("probe",), probe_size(t))
@@ -177,7 +177,7 @@ def train(run: Run) -> None:
                     f"iteration {iteration}: a loss or a gradient is not finite ({sums}); the last saved state "
                     "is intact. Lower the learning rates, or look at the rewards in samples.jsonl."
                 )
-            total = _sum_over_ranks(sums)
+            total = _sum_over_ranks(sums | _judged(config))
             metrics = _metrics(batch, total, t, at.kl_coef)
             metrics |= sampling | {
                 "episode": (iteration + 1) * len(batch),
@@ -186,7 +186,7 @@ def train(run: Run) -> None:
                 "grad_norm": sum(norms) / len(norms),
                 "lr": rate,
             }
-            metrics |= _sum_over_ranks(_judged(config))
+            metrics |= {key: value for key, value in total.items() if key.startswith("judge/")}
             if values is not None and returns is not None:
                 metrics["val/explained_variance"] = explained_variance(values, returns, mask).item()
             watch.after_iteration(metrics, reward, iteration, guards)
@@ -206,9 +206,11 @@ def train(run: Run) -> None:
             if looked:
                 _look(run, sampler, heldout, done, watch)
                 phases.take()
-                if saves.judge(at) == "stop":
+                verdict = saves.judge(at)
+                if verdict == "stop":
                     break
-                sampler.weights_moved()  # back, perhaps
+                if verdict == "back":
+                    sampler.weights_moved()
             with phases("save"):
                 saves.after_iteration(at, looked)
             advance(1)
@@ -370,23 +372,25 @@ def _metrics(batch: Sequence[Rollout], total: dict[str, float], t: PPOTrainConfi
         metrics |= {"loss/value_avg": total["value"] / tokens, "val/clipfrac_avg": total["vf_clipfrac"] / tokens}
     disagreements = [r.disagreement for r in batch if r.disagreement is not None]
     if disagreements:
-        metrics["rewards/disagreement"] = sum(disagreements) / len(disagreements)
+        metrics["objective/disagreement"] = sum(disagreements) / len(disagreements)
     return metrics
 
 
 def _part_means(batch: Sequence[Rollout], prefix: str) -> dict[str, float]:
-    """Mean of each reward over the answers on which it had an opinion."""
+    """Mean of each reward over the answers on which it had an opinion, and on how many it had none."""
     means = {}
     for name in batch[0].parts:
         values = [r.parts[name] for r in batch if r.parts[name] is not None]
         if values:
             means[f"{prefix}/{name}"] = sum(values) / len(values)
+        if len(values) < len(batch):
+            means[f"{prefix}_none/{name}"] = len(batch) - len(values)
     return means
 
 
 def _sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
     shares = runtime.all_gather_object(sums)
-    return {key: sum(share.get(key, 0.0) for share in shares) for key in {key: 0 for share in shares for key in share}}
+    return {key: sum(share.get(key, 0.0) for share in shares) for key in dict.fromkeys(k for s in shares for k in s)}
 
 
 def _judged(config: Config) -> dict[str, float]:
