@@ -8,16 +8,10 @@ None says that the function has no opinion on a row, which then counts as 0.
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from data.records import Message
 from handoff.errors import UserError
-
-
-class RewardFunction(Protocol):
-    def __call__(
-        self, prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], **columns: Any
-    ) -> list[float | None]: ...
 
 
 class RewardError(UserError):

@@ -71,11 +71,10 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
 
 @dataclass
 class Look:
-    """What held-out prompts said after an iteration; `*_error` are standard errors of the means."""
+    """What held-out prompts said after an iteration; `monitor_error` is the standard error."""
 
     step: int
     score: float
-    score_error: float
     kl: float
     length: float
     monitor: float
@@ -171,9 +170,9 @@ class Watch:
             at = self.looks[0].length if self.looks else lengths.mean().item()
             monitor = float(length_controlled(scores, lengths, self.score_per_token, at))
             error = _mean(scores - self.score_per_token * lengths)[1]
-        mean, mean_error = _mean(scores)
+        mean = scores.mean().item()
         kl = sum(r.kl for r in batch) / len(batch)
-        look = Look(step, mean, mean_error, kl, lengths.mean().item(), monitor, error)
+        look = Look(step, mean, kl, lengths.mean().item(), monitor, error)
         best = self._peak() if self.looks else look
         fell = best.monitor - monitor > _SIGNIFICANT * math.hypot(error, best.monitor_error)
         self.divergent = self.divergent + 1 if fell and mean > best.score else 0
