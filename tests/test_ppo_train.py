@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from handoff.errors import GateError
+from stages.ppo.actor_critic import ActorCritic
 from stages.recipe import RecipeError, load_recipe
 from stages.run import run_section
 from tests import stage_chain
@@ -66,6 +68,23 @@ def test_it_learns_what_is_rewarded(micro_recipe):
     assert looks[-1]["eval/scores"] > looks[0]["eval/scores"] + 0.5
     assert 0 < steps(lines)[-1]["objective/kl"] < 50
     assert {"objective/rlhf_reward", "policy/clipfrac_avg", "loss/value_avg", "val/num_eos_tokens"} <= lines[-2].keys()
+
+
+def test_what_is_saved_is_what_was_trained(micro_recipe, monkeypatch):
+    """The published policy, loaded by transformers alone, gives the logits of the policy in memory."""
+    kept = {}
+
+    class Remembering(ActorCritic):
+        def __init__(self, policy, critic):
+            super().__init__(policy, critic)
+            kept["policy"] = policy
+
+    monkeypatch.setattr("stages.ppo.train.ActorCritic", Remembering)
+    run_ppo(micro_recipe, "guards.keep=last")
+    loaded = AutoModelForCausalLM.from_pretrained(load_recipe(micro_recipe).run_dir / "ppo" / "model")
+    ids = torch.arange(8, 32).reshape(2, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, kept["policy"].eval()(input_ids=ids).logits)
 
 
 def test_how_a_step_is_cut_changes_nothing(micro_recipe):
