@@ -16,41 +16,71 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.table import Row, in_turns, json_path, report
 from rollout.engine import generate
+from rollout.forward import Runner
 from rollout.sampling import SamplingSpec
 
 BATCH, STOP, PAD, FIRST = 32, 2, 0, 3
 
 
-@contextmanager
-def ending(model: PreTrainedModel, prompt: int, lengths: Sequence[int]) -> Iterator[None]:
-    """Answers end at these lengths: a single one for all, or that of answer i, whose tokens are all FIRST + i.
+class Ending:
+    """Answers end at `lengths`: a single one for all, or that of answer i, whose tokens are all FIRST + i.
 
     prompt: length of every prompt. Then the position of a token says how many there have been.
     """
-    table = torch.tensor(lengths)
 
-    def force(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        keep = kwargs["logits_to_keep"]
-        keep = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
-        ids, positions = (
-            kwargs[name].expand(len(kwargs["input_ids"]), -1)[:, keep] for name in ("input_ids", "position_ids")
-        )
-        wanted = table.expand(ids.shape) if len(table) == 1 else table[(ids - FIRST).clamp(min=0)]
-        if len(table) > 1:
-            output.logits.scatter_(-1, ids[..., None], 5e3)
-        output.logits[..., STOP] = torch.where(positions - prompt + 2 >= wanted, 1e4, -1e4)
+    def __init__(self, prompt: int, lengths: Sequence[int]) -> None:
+        self._prompt, self._table = prompt, torch.tensor(lengths)
 
-    handle = model.register_forward_hook(force, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def force(self, logits: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Overwrites logits (..., V) behind tokens `ids` (...) at `positions` (...)."""
+        one = len(self._table) == 1
+        wanted = self._table.expand(ids.shape) if one else self._table[(ids - FIRST).clamp(min=0)]
+        if not one:
+            logits.scatter_(-1, ids[..., None], 5e3)
+        logits[..., STOP] = torch.where(positions - self._prompt + 2 >= wanted, 1e4, -1e4)
+
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Inside, in our engine."""
+        prefill, decode = Runner.prefill, Runner.decode
+
+        def first(runner: Runner, prompts: Sequence[Sequence[int]]) -> Any:
+            logits, source = prefill(runner, prompts)
+            last = torch.tensor([p[-1] for p in prompts])
+            self.force(logits, last, torch.full_like(last, self._prompt - 1))
+            return logits, source
+
+        def step(runner: Runner, tokens: torch.Tensor, positions: torch.Tensor, this: Any) -> torch.Tensor:
+            logits = decode(runner, tokens, positions, this)
+            self.force(logits, tokens, positions)
+            return logits
+
+        with patch.object(Runner, "prefill", first), patch.object(Runner, "decode", step):
+            yield
+
+    @contextmanager
+    def peer(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside, in `model.generate`."""
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            ids, positions = (
+                kwargs[name].expand(len(kwargs["input_ids"]), -1)[:, -kwargs["logits_to_keep"] :]
+                for name in ("input_ids", "position_ids")
+            )
+            self.force(output.logits, ids, positions)
+
+        handle = model.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def row(name: str, model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -> Row:
@@ -58,15 +88,21 @@ def row(name: str, model: PreTrainedModel, prompts: list[list[int]], lengths: li
     longest, wanted = max(lengths), lengths if len(lengths) > 1 else lengths * len(prompts)
     spec = SamplingSpec(longest, (STOP,), PAD, temperature=0.0)
     keys = [(i,) for i in range(len(prompts))]
+    ending = Ending(len(prompts[0]), lengths)
 
     def ours() -> float:
-        started = time.perf_counter()
-        done = generate(model, prompts, spec, keys, seed=0, batch_size=BATCH)
-        seconds = time.perf_counter() - started
+        with ending.ours():
+            started = time.perf_counter()
+            done = generate(model, prompts, spec, keys, seed=0, batch_size=BATCH)
+            seconds = time.perf_counter() - started
         assert [len(c.ids) for c in done] == wanted
         return sum(wanted) / seconds
 
     def peer() -> float:
+        with ending.peer(model):
+            return through_generate()
+
+    def through_generate() -> float:
         started = time.perf_counter()
         for start in range(0, len(prompts), BATCH):
             ids = torch.tensor(prompts[start : start + BATCH])
@@ -82,8 +118,7 @@ def row(name: str, model: PreTrainedModel, prompts: list[list[int]], lengths: li
         return sum(wanted) / (time.perf_counter() - started)
 
     generate(model, prompts[:1], spec, keys[:1], seed=0)  # the engine's trial of a model, before logits are overwritten
-    with ending(model, len(prompts[0]), lengths):
-        return in_turns(name, "tokens/s", ours, peer)
+    return in_turns(name, "tokens/s", ours, peer)
 
 
 def main(path: Path | None) -> None:

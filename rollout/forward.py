@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rollout.attention import NAME, Decode, Prefill, Unstored, UnsupportedError, in_force
+from rollout.lean import Lean, fits
 from rollout.slots import Shape, Slots
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class Runner:
     def __init__(self, model: PreTrainedModel, windows: Sequence[int | None]) -> None:
         self._model, self._windows = model, windows
         self._cache = Unstored()
+        self._fits = fits(model)
+        self._lean: Lean | None = None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Source]:
         """Logits behind each prompt (N, V), and what was computed of keys and values, prompt behind prompt."""
@@ -52,6 +55,10 @@ class Runner:
 
     def decode(self, tokens: Tensor, positions: Tensor, this: Decode) -> Tensor:
         """Logits (B, V) behind one token a row. tokens, positions (B,)."""
+        if self._fits and self._lean is None:
+            self._lean = Lean(self._model)
+        if self._lean is not None:
+            return self._lean(tokens, positions, this)
         with in_force(this):
             return self._forward(tokens[:, None], positions[:, None], 1)[:, -1]
 

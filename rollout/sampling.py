@@ -67,8 +67,8 @@ def draw(logits: Tensor, spec: SamplingSpec, uniforms: Tensor | None) -> tuple[T
     """
     logits = logits.float()
     if uniforms is None:
-        best, tokens = logits.max(-1)
-        return tokens, best - logits.logsumexp(-1)
+        best, tokens = logits.max(-1, keepdim=True)
+        return tokens.squeeze(-1), -(logits - best).exp_().sum(-1).log()
     if spec.temperature != 1.0:
         logits = logits / spec.temperature
     if spec.truncated:

@@ -115,7 +115,7 @@ class Slots:
         for view, pair in zip(self.views, source, strict=True):
             for target, tokens in zip((view.keys, view.values), pair, strict=True):
                 chosen = tokens.index_select(1, index).unflatten(1, (len(rows), length)).transpose(0, 1)
-                target[where, :, self.end - length : self.end] = chosen
+                target[where, :, self.end - length : self.end] = chosen.to(target.dtype)
 
     def settle(self) -> None:
         """Makes views and bias for the rows that are there, after some came or left."""

@@ -1,0 +1,111 @@
+"""The written-out decode step gives what the model's own forward pass gives, and is taken for no other model."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from rollout import forward
+from rollout.engine import generate
+from rollout.lean import Lean, fits
+from rollout.sampling import SamplingSpec
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 128,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True),
+    "llama-scaled-positions": LlamaConfig(
+        **SIZES,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    ),
+    "mistral": MistralConfig(**SIZES, sliding_window=8),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+}
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [5, 6, 7], [3]]
+SPEC = SamplingSpec(20, (2,), 0, temperature=1.3)
+
+
+def model_of(config):
+    """With norms and biases that are not ones and zeros, as they are at the start."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0, 0.3)
+            else:
+                parameter.normal_(0.0, 0.15)
+    return model
+
+
+def answers(model):
+    keys = [("lean", i) for i in range(len(PROMPTS))]
+    return generate(model, PROMPTS, SPEC, keys, seed=1, batch_size=3)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the written-out step was taken."""
+    found = []
+    step = Lean.__call__
+    monkeypatch.setattr(Lean, "__call__", lambda self, *args: found.append(1) or step(self, *args))
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_gives_what_the_model_gives(name, calls, monkeypatch):
+    model = model_of(FAMILIES[name])
+    found = answers(model)
+    assert calls
+    calls.clear()
+    monkeypatch.setattr(forward, "fits", lambda model: False)
+    expected = answers(model)
+    assert not calls
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.ids == theirs.ids
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2e-5)
+
+
+def test_under_autocast_it_is_as_near_as_bfloat16_is(calls):
+    model = model_of(FAMILIES["llama"])
+    exact = answers(model)
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = answers(model)
+    assert calls
+    same = [(a, b) for a, b in zip(exact, rounded, strict=True) if a.ids == b.ids]
+    assert same
+    for ours, theirs in same:
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=0.3)
+        assert ours.logprobs != theirs.logprobs
+
+
+def test_weights_are_those_of_the_moment():
+    model = model_of(FAMILIES["qwen3"])
+    before = answers(model)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert [c.ids for c in answers(model)] != [c.ids for c in before]
+
+
+@pytest.mark.parametrize("what", ["lora", "hook", "another family", "a replaced forward pass"])
+def test_other_models_answer_through_their_own_forward_pass(what, calls):
+    model = model_of(GemmaConfig(**SIZES) if what == "another family" else FAMILIES["llama"])
+    if what == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).base_model.model
+    if what == "hook":
+        model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 0)
+    if what == "a replaced forward pass":
+        model.model.layers[1].mlp.forward = lambda x: x * 0
+    assert not fits(model)
+    answers(model)
+    assert not calls
