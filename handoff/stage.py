@@ -14,6 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from handoff.contract import check_model, write_pad_token
 from handoff.encoding import read_tokenizer
@@ -51,6 +52,7 @@ class StageDir:
         self.state_dir = path / "state"
         self.metrics_path = path / "metrics.jsonl"
         self.samples_path = path / "samples.jsonl"
+        self.tracker_dir = path / "wandb"
         self._lock = RunLock(path, f"stage {path.name}")
         self._inputs: Inputs | None = None
         self._fresh = False  # begin wrote started.json
@@ -90,7 +92,11 @@ class StageDir:
         self._set_aside = self._put_aside()
         write_json(
             self.started_path,
-            {"inputs": inputs.model_dump(mode="json"), "begun": datetime.now(UTC).isoformat(timespec="seconds")},
+            {
+                "inputs": inputs.model_dump(mode="json"),
+                "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+                "run_id": uuid4().hex[:16],
+            },
         )
         self._fresh = True
         return False
@@ -102,6 +108,10 @@ class StageDir:
         with suppress(ValueError, KeyError, TypeError):
             return Inputs.model_validate(read_json(self.started_path)["inputs"])
         return None
+
+    def run_id(self) -> str:
+        """Name of this course for trackers: drawn when it was begun, kept when it is resumed."""
+        return str(read_json(self.started_path)["run_id"])
 
     def _started_with(self, inputs: Inputs) -> bool:
         started = self.started_inputs()
@@ -136,7 +146,7 @@ class StageDir:
     def _put_aside(self) -> bool:
         if not self._content():
             return False
-        if self._holds_only(self.started_path, self.metrics_path, self.samples_path):
+        if self._holds_only(self.started_path, self.metrics_path, self.samples_path, self.tracker_dir):
             # A start that came to nothing must not push out a generation that did.
             for path in self._content():
                 remove_tree(path)

@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from handoff.errors import GateError, HandoffError, UserError
-from handoff.files import canonical_hash
 from handoff.manifest import Inputs, Manifest, ParentRecord
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
@@ -110,14 +110,14 @@ class Run:
         for path in (self.dir.metrics_path, self.dir.samples_path):
             if not path.exists():
                 continue
-            kept = []
+            kept = 0  # bytes
             if step is not None:
-                # Of bytes, since a line of text may end at characters that JSON leaves as they are. The last line may
-                # be torn by a kill; it is behind the step then.
-                for line in path.read_bytes().split(b"\n")[:-1]:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + b"\n")
-            path.write_bytes(b"".join(kept))
+                with path.open("rb") as file:
+                    # The last line may be torn by a kill; it is behind the step then.
+                    while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
+                        kept += len(line)
+            # In place: there is no instant at which a kill, or a full disk, would take the lines that stay.
+            os.truncate(path, kept)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl. Keys that depend on the clock begin with `time/`."""
@@ -127,22 +127,16 @@ class Run:
         with self.dir.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=True) + "\n")
         if self._mirror is not None:
-            self._mirror.log(line)
+            self._mirror.wake()
 
     def mirror(self) -> None:
-        """Starts mirroring to Weights & Biases; called by stages whose `train.report_to` says so."""
+        """Has lines mirrored to Weights & Biases; called by stages whose `train.report_to` says so."""
         if not self.is_main:
             return
         from stages.tracker import WandbMirror
 
-        started = self.dir.started_path
-        self._mirror = WandbMirror(
-            project="baton",
-            name=f"{self.recipe.name}/{self.section.name}",
-            run_id=canonical_hash([str(started.resolve()), started.stat().st_mtime_ns])[:16],
-            config=self.section.resolved,
-            folder=str(self.dir.path),
-        )
+        name = f"{self.recipe.name}/{self.section.name}"
+        self._mirror = WandbMirror(self.dir.path, "baton", name, self.dir.run_id(), self.section.resolved)
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Lines of samples.jsonl: prompt, completion, score, and whatever else the stage has to show."""

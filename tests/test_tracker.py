@@ -1,103 +1,313 @@
-"""The mirror to Weights & Biases: it gets every line under one run id, and its troubles are its own."""
+"""The mirror to Weights & Biases: it gets every line once, under one run id, and its troubles are its own.
 
+The fake package does in its own process what a real one may do, and writes down what it was told.
+"""
+
+import json
 import logging
+import os
+import signal
+import subprocess
 import sys
-import threading
 import time
-import types
+from pathlib import Path
 
 import pytest
 
-from stages.tracker import WandbMirror
+from stages import tracker
+from stages.recipe import load_recipe
+from stages.run import Run, run_section
+from stages.tracker import Lines, WandbMirror
+
+FAKE = """
+import json, os, time
+from pathlib import Path
+
+MODE = os.environ.get("FAKE_WANDB", "")
+if MODE == "absent":
+    raise ModuleNotFoundError("No module named 'wandb'")
+if MODE == "hangs at import":
+    time.sleep(60)
 
 
-class Recorder:
-    """Stands in for the wandb package."""
+class FakeRun:
+    def __init__(self, settings):
+        # The "server" is one file for each run id, beside this package.
+        self.path = Path(__file__).parent / f"server-{settings['id']}.jsonl"
+        had = self.path.read_text().splitlines() if self.path.exists() else []
+        self.resumed = bool(had) and MODE != "offline"
+        self.starting_step = len(had) if self.resumed else 0
+        self.lines = 0
 
-    def __init__(self) -> None:
-        self.settings: dict = {}
-        self.lines: list[dict] = []
-        self.finished = False
-
-    def module(self) -> types.ModuleType:
-        module = types.ModuleType("wandb")
-        module.init = self.init
-        return module
-
-    def init(self, **settings):
-        self.settings = settings
-        return self
-
-    def define_metric(self, name: str, step_metric: str) -> None:
+    def define_metric(self, name, step_metric):
         assert (name, step_metric) == ("*", "step")
 
-    def log(self, line: dict) -> None:
-        self.lines.append(line)
+    def log(self, line, step, commit):
+        assert commit
+        self.lines += 1
+        if MODE == "raises" and self.lines == 2:
+            raise RuntimeError("no route to host")
+        if MODE == "hangs" and self.lines == 2:
+            time.sleep(60)
+        if step >= self.starting_step:
+            self.starting_step = step + 1
+            with self.path.open("a") as file:
+                file.write(json.dumps({"_step": step, **line}) + "\\n")
 
-    def finish(self) -> None:
-        self.finished = True
-
-
-def mirror(tmp_path) -> WandbMirror:
-    return WandbMirror("baton", "tiny/sft", "abc123", {"learning_rate": 1.0}, str(tmp_path))
-
-
-def test_every_line_arrives_in_order_under_the_id_it_was_given(tmp_path, monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setitem(sys.modules, "wandb", recorder.module())
-    opened = mirror(tmp_path)
-    for step in range(1, 6):
-        opened.log({"step": step, "loss": 1 / step})
-    opened.close()
-    assert recorder.lines == [{"step": step, "loss": 1 / step} for step in range(1, 6)]
-    assert recorder.settings["id"] == "abc123" and recorder.settings["resume"] == "allow"
-    assert recorder.finished
+    def finish(self):
+        (self.path.parent / "finished").touch()
 
 
-def test_an_error_costs_a_warning(tmp_path, monkeypatch, caplog):
-    module = types.ModuleType("wandb")
+def init(resume, **settings):
+    assert resume == "allow"
+    if MODE == "raises at init":
+        raise RuntimeError("no API key")
+    if MODE == "hangs at init":
+        time.sleep(60)
+    return FakeRun(settings)
+"""
 
-    def init(**settings):
-        raise RuntimeError("no route to host")
 
-    module.init = init
-    monkeypatch.setitem(sys.modules, "wandb", module)
+class Scene:
+    """A stage's folder with a mirror, and the fake's server."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.folder = tmp_path / "stage"
+        self.folder.mkdir()
+        self.server = tmp_path / "package" / "wandb"
+        self.mirror = self.open()
+
+    def open(self) -> WandbMirror:
+        return WandbMirror(self.folder, "baton", "tiny/sft", "abc123", {"learning_rate": 1.0})
+
+    def log(self, *steps: int, **more: float) -> None:
+        """A line of each step; it ends with a time, which is another one whenever it is written."""
+        for step in steps:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **more, "time/step": time.perf_counter()}) + "\n")
+            self.mirror.wake()
+
+    def cut(self, lines: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        kept = path.read_text().splitlines(keepends=True)[:lines]
+        os.truncate(path, len("".join(kept)))
+
+    def arrived(self) -> list[int]:
+        """Steps that the server has, in the order they came in."""
+        path = self.server / "server-abc123.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        assert [line["_step"] for line in lines] == list(range(len(lines)))
+        return [line["step"] for line in lines]
+
+    def until(self, steps: list[int]) -> None:
+        deadline = time.monotonic() + 30
+        while self.arrived() != steps:
+            assert time.monotonic() < deadline, self.arrived()
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        """As the end of a stage, and then waits for what goes on in the background."""
+        process = self.mirror._process
+        self.mirror.close()
+        if process is not None:
+            process.wait(30)
+
+
+@pytest.fixture
+def scene(tmp_path, monkeypatch, root):
+    package = tmp_path / "package" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), str(root)]))
+    return Scene(tmp_path)
+
+
+def test_every_line_arrives_in_order_under_the_id_it_was_given(scene):
+    scene.log(1, 2, 3, 3)  # two lines of one step: training and held-out
+    scene.until([1, 2, 3, 3])
+    scene.log(4)
+    scene.end()
+    assert scene.arrived() == [1, 2, 3, 3, 4]
+    assert (scene.server / "finished").exists()
+
+
+def test_the_process_is_not_there_before_the_first_line(scene):
+    scene.mirror.close()
+    assert list(scene.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["", "offline"])
+def test_after_a_kill_no_step_comes_twice_and_none_is_missing(scene, monkeypatch, mode):
+    """The stage and its mirror are killed; the resumed stage cuts back to its state and writes the same lines again."""
+    monkeypatch.setenv("FAKE_WANDB", mode)
+    scene.log(1, 2, 3, 3)
+    scene.until([1, 2, 3, 3])
+    scene.mirror._process.send_signal(signal.SIGKILL)
+    scene.mirror._process.wait()
+    scene.log(4)  # nobody sends this one any more
+    scene.cut(2)
+    scene.mirror = scene.open()
+    scene.log(3, 3, 4, 5)
+    scene.end()
+    assert scene.arrived() == [1, 2, 3, 3, 4, 5]
+
+
+def test_a_mirror_that_still_works_when_the_lines_are_cut_off_and_written_again(scene):
+    scene.log(1, 2, 3, 3)
+    scene.until([1, 2, 3, 3])
+    scene.cut(1)
+    scene.log(2, 3, 3, 4)
+    scene.until([1, 2, 3, 3, 4])
+    scene.end()
+
+
+def test_two_mirrors_of_one_stage_take_turns(scene):
+    """The stage was killed, so the first mirror hears the end of its pipe, and the resumed stage has another."""
+    scene.log(1, 2)
+    first = scene.mirror
+    scene.mirror = scene.open()
+    scene.log(3)
+    first.close()
+    scene.end()
+    assert scene.arrived() == [1, 2, 3]
+
+
+def test_what_the_server_never_got_is_sent_again(scene):
+    """The machine went down: lines were handed over and written down as sent, and lost on the way."""
+    scene.log(1, 2, 3, 4)
+    scene.until([1, 2, 3, 4])
+    scene.end()
+    server = scene.server / "server-abc123.jsonl"
+    server.write_text("".join(server.read_text().splitlines(keepends=True)[:2]))
+    scene.mirror = scene.open()
+    scene.log(5)
+    scene.end()
+    assert scene.arrived() == [1, 2, 3, 4, 5]
+
+
+def test_what_was_sent_and_not_written_down_does_not_come_twice(scene):
+    scene.log(1, 2, 3)
+    scene.until([1, 2, 3])
+    scene.end()
+    (scene.folder / "wandb" / "sent.jsonl").write_text("[1, 0]\n[2, 0]\n")
+    scene.mirror = scene.open()
+    scene.log(4)
+    scene.end()
+    assert scene.arrived() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("absent", "wandb stopped (ModuleNotFoundError: No module named 'wandb'); metrics.jsonl has everything"),
+        ("raises at init", "wandb stopped (RuntimeError: no API key)"),
+        ("raises", "wandb stopped (RuntimeError: no route to host)"),
+    ],
+)
+def test_an_error_costs_one_warning(scene, monkeypatch, caplog, mode, said):
+    monkeypatch.setenv("FAKE_WANDB", mode)
+    scene.log(1, 2, 3)
+    scene.mirror._process.wait(30)
     with caplog.at_level(logging.WARNING):
-        opened = mirror(tmp_path)
-        opened.log({"step": 1})
-        opened.close()
-    assert "wandb stopped (RuntimeError: no route to host); metrics.jsonl has everything" in caplog.text
+        scene.log(4, 5)
+        scene.mirror.close()
+    assert caplog.text.count("wandb stopped") == 1 and said in caplog.text
 
 
-def test_a_package_that_is_absent_costs_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+def test_a_mirror_that_died_is_replaced_after_a_while(scene, monkeypatch):
+    monkeypatch.setattr(tracker, "RETRY", 0)
+    scene.log(1, 2)
+    scene.until([1, 2])
+    scene.mirror._process.kill()
+    scene.mirror._process.wait()
+    scene.log(3)
+    scene.end()
+    assert scene.arrived() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["hangs at import", "hangs at init", "hangs"])
+def test_what_hangs_is_waited_for_by_nobody_and_ends_by_itself(scene, monkeypatch, caplog, mode):
+    monkeypatch.setenv("FAKE_WANDB", mode)
+    scene.log(*range(1000))
+    process = scene.mirror._process
+    time.sleep(1)  # it hangs by now
     with caplog.at_level(logging.WARNING):
-        mirror(tmp_path).close()
-    assert "wandb stopped (ModuleNotFoundError" in caplog.text
+        scene.mirror.close()
+    assert process.poll() is None, "the stage's end waited for what hangs"
+    assert "the last lines go to wandb in the background" in caplog.text
+    process.kill()
+    process.wait()
 
 
-def test_a_connection_that_hangs_is_left_behind(tmp_path, monkeypatch, caplog):
-    released = threading.Event()
-    module = types.ModuleType("wandb")
-    module.init = lambda **settings: released.wait(60)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    with caplog.at_level(logging.WARNING):
-        opened = mirror(tmp_path)
-        for step in range(1000):
-            opened.log({"step": step})
-        begun = time.monotonic()
-        opened.close()
-        waited = time.monotonic() - begun
-    released.set()
-    assert "was left behind" in caplog.text
-    assert waited < 30, "it waited for the hanging connection"
+def test_a_mirror_has_so_long_after_its_stage_and_no_longer(scene, monkeypatch, root):
+    monkeypatch.setenv("FAKE_WANDB", "hangs at init")
+    code = "from stages import tracker; tracker.GRACE = 1; tracker.main()"
+    (scene.folder / "wandb").mkdir()
+    settings = json.dumps({"dir": str(scene.folder), "id": "abc123"}) + "\n"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, input=settings, text=True, timeout=50, capture_output=True)
+    assert done.returncode == -signal.SIGALRM
+
+
+def test_lines_are_read_once_they_are_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 1, "a": 2}\n{"st')
+    lines = Lines(path)
+    assert [key for key, _ in lines.new()] == [(1, 0), (1, 1)]
+    assert list(lines.new()) == []
+    with path.open("a") as file:
+        file.write('ep": 2}\n')
+    assert list(lines.new()) == [((2, 0), {"step": 2})]
+
+
+def test_a_stage_keeps_its_run_id_when_it_is_resumed_and_has_another_when_it_begins_anew(micro_recipe, tmp_path):
+    run_dir = load_recipe(micro_recipe).run_dir
+    recipe = load_recipe(micro_recipe, [f"pretrain.parent={run_dir / 'tokenizer'}", f"output_root={tmp_path}"])
+
+    def begin(recipe):
+        from stages.inputs import stage_inputs
+
+        run = Run(recipe, "pretrain")
+        run.begin(stage_inputs(recipe, "pretrain"))
+        run.log(1, {"loss": 1.0})
+        found = run.dir.run_id()
+        run.close()
+        return found
+
+    first = begin(recipe)
+    assert begin(recipe) == first
+    other = load_recipe(micro_recipe, [f"pretrain.parent={run_dir / 'tokenizer'}", f"output_root={tmp_path}", "seed=9"])
+    assert begin(other) != first
+
+
+@pytest.mark.slow
+def test_a_stage_is_mirrored_from_its_first_line_to_its_last(micro_recipe, tmp_path, scene):
+    run_dir = load_recipe(micro_recipe).run_dir
+    keys = [f"pretrain.parent={run_dir / 'tokenizer'}", f"output_root={tmp_path}", "pretrain.train.report_to=wandb"]
+    recipe = load_recipe(micro_recipe, [*keys, "pretrain.train.logging_steps=1"])
+    run_section(recipe, "pretrain")
+    folder = recipe.run_dir / "pretrain"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    deadline = time.monotonic() + 30
+    while not (scene.server / "finished").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    server = scene.server / f"server-{json.loads((folder / 'started.json').read_text())['run_id']}.jsonl"
+    sent = [json.loads(line) for line in server.read_text().splitlines()]
+    assert sent == [{"_step": number, **line} for number, line in enumerate(lines)] and len(lines) >= 10
 
 
 @pytest.mark.slow
 def test_the_real_package_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    opened = mirror(tmp_path)
-    opened.log({"step": 1, "loss": 2.0})
-    opened.close()
-    assert list(tmp_path.glob("wandb/offline-run-*-abc123/*.wandb"))
+    scene = Scene(tmp_path)
+    scene.log(1, loss=2.125)
+    scene.log(2, loss=1.625)
+    scene.log(3, loss=1.375)
+    scene.end()
+    said = (scene.folder / "wandb" / "mirror.log").read_text()
+    assert len(list(scene.folder.glob("wandb/offline-run-*-abc123/*.wandb"))) == 1, said
+    assert (scene.folder / "wandb" / "sent.jsonl").read_text().splitlines() == ["[1, 0]", "[2, 0]", "[3, 0]"], said
+    content = next(scene.folder.glob("wandb/offline-run-*/*.wandb")).read_bytes()
+    assert all(loss in content for loss in (b"2.125", b"1.625", b"1.375"))
