@@ -1,4 +1,4 @@
-"""What every Trainer-based stage reports while it trains: metrics.jsonl, progress, and a stop when it has diverged."""
+"""What every Trainer-based stage does around its steps: evaluate, log, save, end when asked to, skip what is broken."""
 
 import math
 import time
@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from handoff.errors import GateError
 from stages import runtime
 
 if TYPE_CHECKING:
-    from stages.run import Run
     from stages.trainer import StageTrainer
 
 # Totals that the Trainer logs once at the end; the manifest has them in other form.
@@ -19,11 +17,16 @@ _AT_THE_END = "train_runtime"
 
 
 class FlowCallback(TrainerCallback):
-    """When to evaluate, to save and to log, beyond what the Trainer decides itself."""
+    """When to evaluate, to save, to log and to end, beyond what the Trainer decides itself.
 
-    def __init__(self, trainer: "StageTrainer", eval_steps: int) -> None:
+    Raises:
+        Stopped: a signal asked for it; after the step, with the state saved.
+    """
+
+    def __init__(self, trainer: "StageTrainer") -> None:
         self._trainer = trainer
-        self._eval_steps = eval_steps
+        self._stop = 0
+        self._postponed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -32,26 +35,33 @@ class FlowCallback(TrainerCallback):
         runtime.check_trainer(self._trainer)
         if state.global_step == 0:
             self._trainer.evaluate()
+        self._trainer.run.signals.finish_steps(self._trainer.train_config.grace_seconds)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
-        if last:
-            control.should_save = False  # what follows is the publishing, which keeps the same weights
-        elif self._eval_steps and state.global_step % self._eval_steps == 0:
+        eval_steps = self._trainer.train_config.eval_steps
+        if not last and eval_steps and state.global_step % eval_steps == 0:
             control.should_evaluate = True
-        # A line at each save, so that averages since the last line do not straddle a resume.
-        control.should_log = control.should_log or control.should_save or last
+        # While steps are skipped, the weights are suspect: states of them would push out the good ones before.
+        due = control.should_save or self._postponed
+        self._postponed = due and self._trainer.faults.in_a_row > 0
+        self._stop, save = self._trainer.run.signals.asked()
+        # What follows the last step is the publishing, which keeps the same weights.
+        control.should_save = not last and ((due and not self._postponed) or bool(self._stop) or save)
+        control.should_log = control.should_log or last
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._stop:
+            run = self._trainer.run
+            saved = (run.dir.state_dir / f"step-{state.global_step}").is_dir()
+            raise run.signals.stopped(self._stop, f"step {state.global_step}", saved)
 
 
 class MetricsCallback(TrainerCallback):
-    """Lines of metrics.jsonl.
+    """Lines of metrics.jsonl."""
 
-    Raises:
-        GateError: loss or gradient norm is not finite; with the step and the usual causes.
-    """
-
-    def __init__(self, run: "Run") -> None:
-        self._run = run
+    def __init__(self, trainer: "StageTrainer") -> None:
+        self._trainer = trainer
         self._last: tuple[int, float] | None = None
 
     def on_train_begin(
@@ -69,24 +79,84 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         if _AT_THE_END in logs or "loss" not in logs:
             return
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise GateError(diverged(self._run.section.name, name, logs[name], state.global_step))
+        if not math.isfinite(logs["grad_norm"]):
+            del logs["grad_norm"]  # of a step that was skipped, which has a line of its own
         assert self._last is not None
         step, then = self._last
         now = time.perf_counter()
         self._last = (state.global_step, now)
         seconds = (now - then) / max(state.global_step - step, 1)
-        self._run.log(state.global_step, {**logs, "time/step": round(seconds, 4)})
+        skipped = self._trainer.faults.metrics()
+        self._trainer.run.log(state.global_step, {**logs, **skipped, "time/step": round(seconds, 4)})
 
 
-def diverged(section: str, name: str, value: float, step: int) -> str:
-    """What to say when `name` is not finite."""
-    return (
-        f"{section}: {name} is {value} at step {step}, training was stopped and nothing was published. Usual causes: "
-        "learning_rate too high or no warmup_steps; max_grad_norm 0; a row without a supervised token; "
-        "broken weights in the parent (its own loss on the first line of metrics.jsonl tells)"
-    )
+class AverageCallback(TrainerCallback):
+    """The sums behind the averages of the next line: without the steps that are skipped, and across a resume.
+
+    A state may be saved between two lines. What is summed up by then is saved with it, so that the next line of the
+    resumed run is that of a run which was never stopped.
+    """
+
+    def __init__(self, trainer: "StageTrainer", saved: dict[str, Any] | None) -> None:
+        """`saved`: what `sums` gave when the state was saved; None for a fresh start."""
+        self._trainer = trainer
+        self._saved = saved
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._saved is None:
+            return
+        trainer, losses = self._trainer, self._saved["losses"]
+        # Another number of processes than then: each gets the same share of the sum.
+        mine = losses[runtime.rank()] if len(losses) == runtime.world_size() else sum(losses) / len(losses)
+        trainer._tr_loss += mine
+        trainer._globalstep_last_logged -= self._saved["steps"]
+        trainer._metrics["train"].update({key: list(values) for key, values in self._saved["metrics"].items()})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._loss = self._trainer._tr_loss.clone()
+        self._counts = {key: len(values) for key, values in self._trainer._metrics["train"].items()}
+
+    def check(self, norm: float) -> None:
+        """With the norm of all gradients, right before the optimizer steps: leaves it nothing to do where they are not
+        finite. The same on every process.
+
+        Raises:
+            GateError: that was one too many in a row.
+        """
+        trainer = self._trainer
+        if math.isfinite(norm):
+            trainer.faults.in_a_row = 0
+            return
+        shares = runtime.all_gather_object(float(trainer._tr_loss - self._loss))
+        trainer._tr_loss.copy_(self._loss)
+        trainer._globalstep_last_logged += 1
+        sums = trainer._metrics["train"]
+        for key in list(sums):
+            del sums[key][self._counts.get(key, 0) :]
+            if not sums[key]:
+                del sums[key]
+        trainer.model.zero_grad()  # an optimizer leaves alone what has no gradient
+        step = trainer.state.global_step
+        trainer.faults.skip(
+            trainer.run,
+            step + 1,
+            trainer.train_config.max_skipped_steps,
+            {"loss": sum(shares) / len(shares), "grad_norm": norm},
+            {"rows": trainer.order.rows_of(step)},
+        )
+
+    def sums(self) -> dict[str, Any]:
+        """What goes into a saved state. Every process calls it."""
+        trainer = self._trainer
+        return {
+            "losses": runtime.all_gather_object(float(trainer._tr_loss)),
+            "steps": trainer.state.global_step - trainer._globalstep_last_logged,
+            "metrics": trainer._metrics["train"],  # the same on every process
+        }
 
 
 class ProgressCallback(TrainerCallback):

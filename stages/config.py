@@ -36,6 +36,10 @@ class OptimizerConfig(Strict):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_total_limit: int = Field(default=2, ge=1)
     """Saved states that are kept."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Optimizer steps in a row that may be skipped, since loss or gradient is not finite, before the stage stops."""
+    grace_seconds: float = Field(default=60.0, gt=0, le=3600)
+    """Seconds that a step, or an iteration, has to come to its end after a signal to stop; then the process ends."""
     report_to: Literal["none", "wandb"] = "none"
     """Mirror metrics.jsonl to Weights & Biases as well."""
 

@@ -14,8 +14,8 @@ from handoff.stage import StageDir
 from stages.recipe import Recipe, Section
 
 _ROOT = Path(__file__).resolve().parent.parent
-# Keys that change what is kept or shown, never what is learned.
-_WITHOUT_EFFECT = {"report_to", "save_total_limit"}
+# Keys that change what is kept or shown, and when a stage ends before it has a result; never what is learned.
+_WITHOUT_EFFECT = {"report_to", "save_total_limit", "grace_seconds", "max_skipped_steps"}
 # Keys of a section that decide whether its result is published, never what it is.
 _DEMANDS = {"gate"}
 
@@ -57,7 +57,9 @@ def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
 def code_fingerprint(stage: str) -> str:
     """Hash of the code that computes the stage's result: its package, and what all stages share."""
     files = sorted((_ROOT / "stages" / stage).rglob("*.py"))
-    files += [_ROOT / "stages" / f"{name}.py" for name in ("callbacks", "measure", "models", "optimizer", "trainer")]
+    files += [
+        _ROOT / "stages" / f"{name}.py" for name in ("callbacks", "faults", "measure", "models", "optimizer", "trainer")
+    ]
     for package in ("data", "rollout", "reward"):  # data/world is part of the data's fingerprint
         files += sorted((_ROOT / package).glob("*.py"))
     return canonical_hash({str(file.relative_to(_ROOT)): sha256_file(file) for file in files})

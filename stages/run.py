@@ -25,7 +25,9 @@ from handoff.manifest import Inputs, Manifest, ParentRecord
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
 from stages.inputs import present_soft_parents, stage_inputs
+from stages.launch import rank
 from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from data.config import SourceConfig
@@ -39,7 +41,7 @@ _PACKAGES = ("torch", "transformers", "trl", "accelerate", "tokenizers", "numpy"
 class Run:
     """One stage of one recipe, being run. Not made by stages themselves: see `run_section`."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, signals: Signals) -> None:
         from rich.console import Console
 
         from stages import runtime
@@ -52,6 +54,7 @@ class Run:
         self.is_main = runtime.is_main()
         self.console = Console(quiet=not self.is_main, highlight=False)
         self.resumable = False
+        self.signals = signals
         self._runtime = runtime
         self._started = time.time()
         self._parents: dict[str, Parent] = {}
@@ -224,21 +227,28 @@ class Run:
 
 
 def run_section(recipe: Recipe, name: str) -> None:
-    """Runs one section in this process. Raises what the stage raises."""
+    """Runs one section in this process. Raises what the stage raises, and Stopped when a signal ends it."""
     from stages import runtime
 
-    runtime.prepare()
-    _quiet_libraries()
-    section = recipe.sections[name]
-    inputs = stage_inputs(recipe, name)
-    run = Run(recipe, name)
-    try:
-        run.begin(inputs)
-        train = importlib.import_module(f"stages.{section.stage}.train").train
-        train(run)
-    finally:
-        run.close()
-        runtime.shutdown()
+    with Signals(name) as signals:
+        runtime.prepare()
+        _quiet_libraries()
+        section = recipe.sections[name]
+        inputs = stage_inputs(recipe, name)
+        run = Run(recipe, name, signals)
+        together = False
+        try:
+            run.begin(inputs)
+            train = importlib.import_module(f"stages.{section.stage}.train").train
+            train(run)
+        except Stopped as stopped:
+            together = stopped.together
+            raise
+        finally:
+            run.close()
+            if together:
+                runtime.barrier()  # a launcher ends what is left of its processes when the first one has ended
+            runtime.shutdown()
 
 
 def _quiet_libraries() -> None:
@@ -264,7 +274,8 @@ def choose_section(recipe: Recipe, stage: str) -> str:
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m stages.<stage>`. Exits with 0, 2 (a user's mistake) or 3 (a gate of the recipe)."""
+    """Entry point of `python -m stages.<stage>`. Exits with 0, 2 (a user's mistake), 3 (a gate of the recipe, a named
+    stop) or 128 + n (ended by signal n)."""
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=f"Runs the stage {stage}.")
     parser.add_argument("recipe", help="the recipe file")
     parser.add_argument("overrides", nargs="*", help="key=value, of the section or dotted from the top of the recipe")
@@ -286,5 +297,9 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     except GateError as error:
         print(str(error), file=sys.stderr)
         sys.exit(3)
-    except KeyboardInterrupt:
+    except Stopped as stopped:
+        if rank() == 0:
+            print(str(stopped), file=sys.stderr)
+        sys.exit(stopped.code)
+    except KeyboardInterrupt:  # before the stage began
         sys.exit(130)

@@ -6,6 +6,7 @@ Imports of torch are inside the functions: `prepare` sets variables that are rea
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -90,6 +91,19 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def largest(*values: float) -> list[float]:
+    """The largest of each value on any process: one small collective, where there are several."""
+    if not _group():
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    numbers = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    found: list[float] = numbers.tolist()
+    return found
 
 
 def shutdown() -> None:
@@ -307,7 +321,7 @@ def backward(accelerator: "Accelerator", model: Any, loss: "torch.Tensor", last:
     that the next call is `step`.
     """
     engine = requested()
-    loss = loss * engine.processes  # every engine divides by it
+    loss = spoilt(loss) * engine.processes  # every engine divides by it
     if engine.name == "deepspeed":
         model.set_gradient_accumulation_boundary(last)
         model.backward(loss, scale_wrt_gas=False)
@@ -320,8 +334,23 @@ def backward(accelerator: "Accelerator", model: Any, loss: "torch.Tensor", last:
         loss.backward()
 
 
+def spoilt(loss: "torch.Tensor") -> "torch.Tensor":
+    """The loss (scalar); one that is not finite gets a gradient that is not finite.
+
+    A logarithm of zero behind a clamp has none of its own, for one. The norm of the gradients is of all processes, so
+    all of them see alike that there is nothing to step on, under every engine.
+    """
+    import torch
+
+    value = loss.detach()
+    return loss * torch.where(torch.isfinite(value), torch.ones_like(value), torch.full_like(value, torch.nan))
+
+
 def step(model: Any, optimizer: Any, max_grad_norm: float) -> float:
-    """Clips (0: does not), steps, clears the gradients. Returns the norm of all gradients before clipping."""
+    """Clips (0: does not), steps, clears the gradients. Returns the norm of all gradients before clipping.
+
+    When it is not finite, weights and moments stay as they are. DeepSpeed sees to that itself, and calls the norm inf.
+    """
     import torch
     from torch.distributed.tensor import DTensor
 
@@ -329,10 +358,12 @@ def step(model: Any, optimizer: Any, max_grad_norm: float) -> float:
         assert model.gradient_clipping() == max_grad_norm, "DeepSpeed was set up with another max_grad_norm"
         model.step()
         return float(model.get_global_grad_norm())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
-    optimizer.step()
+    clipped = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+    if math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad()
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from data.sampling import shuffled
 from handoff.state import State, StateStore
 from stages import runtime
-from stages.callbacks import FlowCallback, MetricsCallback, ProgressCallback
+from stages.callbacks import AverageCallback, FlowCallback, MetricsCallback, ProgressCallback
 from stages.config import MuonTrainConfig, TrainConfig
+from stages.faults import Faults
 from stages.optimizer import muon_adamw
 
 if TYPE_CHECKING:
@@ -65,6 +67,13 @@ class StepOrder(Sampler[int]):
     def __len__(self) -> int:
         return self.steps * self._step_size
 
+    def rows_of(self, step: int) -> list[int]:
+        """The rows of an optimizer step, counted from 0 over all epochs; in the order of the training data."""
+        order = StepOrder(self._rows, self._step_size, self._seed, self._lengths)
+        order.set_epoch(step // self.steps)
+        first = step % self.steps * self._step_size
+        return sorted(list(order)[first : first + self._step_size])
+
     def __iter__(self) -> Iterator[int]:
         order = np.resize(shuffled(self._rows, self._seed, "order", self._epoch), len(self))
         if self._lengths is not None:
@@ -87,8 +96,12 @@ class StageTrainer(Trainer):
     train_config: TrainConfig
     store: StateStore
     hold_out: Callable[[], dict[str, float]]
+    faults: Faults
+    average: AverageCallback
     # TRL's trainers count the tokens seen here, and forget them when they resume.
     _total_train_tokens: int = 0
+    # TRL's trainers collect here what the next line of metrics.jsonl averages.
+    _metrics: dict[str, dict[str, list[float]]] = {"train": {}}  # noqa: RUF012
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
         return self.order
@@ -107,6 +120,16 @@ class StageTrainer(Trainer):
             self.run.log(self.state.global_step, metrics)
         return metrics
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, with a gradient that tells when it is not finite."""
+        return runtime.spoilt(super().compute_loss(*args, **kwargs))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Upstream's, which is asked for right before the optimizer steps."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.average.check(float(norm))
+        return norm
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Upstream writes into a temporary folder; what it wrote becomes a state when all of it is there."""
         step = self.state.global_step
@@ -119,16 +142,22 @@ class StageTrainer(Trainer):
                 raise
             full = True
         full = any(runtime.all_gather_object(full))
+        sums = self.average.sums()
         if runtime.is_main():
             if not full:
-                full = not self._commit(step, written)
+                full = not self._commit(step, written, sums)
             if full:
                 logger.warning("no room to save the state of step %d; the earlier one stays, training goes on", step)
             shutil.rmtree(written, ignore_errors=True)
         runtime.barrier()
 
-    def _commit(self, step: int, written: Path) -> bool:
-        extra = {"engine": runtime.engine_record().model_dump(), "tokens": self._total_train_tokens}
+    def _commit(self, step: int, written: Path, sums: dict[str, Any]) -> bool:
+        extra = {
+            "engine": runtime.engine_record().model_dump(),
+            "tokens": self._total_train_tokens,
+            "faults": asdict(self.faults),
+            "sums": sums,
+        }
         try:
             staged = self.store.staging(step)
             written.rename(staged)
@@ -207,8 +236,7 @@ def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) 
         "logging_steps": config.logging_steps,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
-        # At a logged step where that is left to us: each save adds a line of its own otherwise.
-        "save_steps": config.save_steps or math.ceil(total / 10 / config.logging_steps) * config.logging_steps,
+        "save_steps": config.save_steps or math.ceil(total / 10),
         "eval_strategy": "no",
         "seed": run.seed,
         "data_seed": run.seed,
@@ -243,7 +271,8 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
 
     Raises:
         LaunchError: the state was saved by another engine or number of processes.
-        GateError: the loss is not finite.
+        GateError: loss or gradient was not finite in too many steps in a row.
+        Stopped: a signal asked for it, and the state is saved.
     """
     config: TrainConfig = run.config.train
     trainer.run, trainer.order, trainer.train_config, trainer.hold_out = run, order, config, hold_out
@@ -252,12 +281,15 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
     run.rewind(state.step if state is not None else None)
     if config.report_to == "wandb":
         run.mirror()
+    trainer.faults = Faults(**state.extra["faults"]) if state is not None else Faults()
+    trainer.average = AverageCallback(trainer, state.extra["sums"] if state is not None else None)
     if state is not None:
         trainer._total_train_tokens = state.extra["tokens"]
         run.console.print(f"  resuming after step {state.step}")
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(FlowCallback(trainer, config.eval_steps))
-    trainer.add_callback(MetricsCallback(run))
+    trainer.add_callback(FlowCallback(trainer))
+    trainer.add_callback(MetricsCallback(trainer))
+    trainer.add_callback(trainer.average)
     with run.progress(trainer.args.max_steps, run.section.name) as advance:
         trainer.add_callback(ProgressCallback(advance))
         trainer.train(resume_from_checkpoint=None if state is None else str(state.path))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from stages.callbacks import diverged
 from stages.config import MuonTrainConfig, TrainConfig
+from stages.faults import diverged
 from stages.measure import wilson
 from stages.optimizer import MuonAdamW
 from stages.trainer import StepOrder, disk_is_full, total_steps
@@ -73,7 +73,7 @@ def test_what_counts_as_a_full_disk(error, full):
 
 
 def test_a_divergence_is_named_with_its_usual_causes():
-    text = diverged("sft", "loss", float("nan"), 12)
+    text = diverged("sft", "loss", float("nan"), 12, 4)
     assert text.startswith("sft: loss is nan at step 12") and "learning_rate too high" in text
 
 

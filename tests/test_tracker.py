@@ -17,6 +17,7 @@ import pytest
 from stages import tracker
 from stages.recipe import load_recipe
 from stages.run import Run, run_section
+from stages.signals import Signals
 from stages.tracker import Lines, WandbMirror
 
 FAKE = """
@@ -267,7 +268,7 @@ def test_a_stage_keeps_its_run_id_when_it_is_resumed_and_has_another_when_it_beg
     def begin(recipe):
         from stages.inputs import stage_inputs
 
-        run = Run(recipe, "pretrain")
+        run = Run(recipe, "pretrain", Signals("pretrain"))
         run.begin(stage_inputs(recipe, "pretrain"))
         run.log(1, {"loss": 1.0})
         found = run.dir.run_id()
