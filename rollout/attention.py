@@ -8,6 +8,8 @@ model's forward pass is left with the layers themselves: what it computes of key
 force, which knows where they belong and what a row may look at.
 
 - `Prefill`: prompts stand one behind the other in a single row, without padding. Each sees only itself.
+- `Ragged`: rows of different lengths stand one behind the other without padding, for training and scoring; with
+  gradients. It is handed through the model's arguments, since a recomputed layer must find it again.
 - `Decode`: one token a row. Keys and values are those in `Slots`, and where rows share prompts, those of the prompts,
   which are read once for all rows of a prompt. The two parts are put together by their softmax denominators (Dao et
   al. 2023, Flash-Decoding).
@@ -84,6 +86,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    ragged: "Ragged | None" = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls; its arguments are transformers'."""
@@ -92,7 +95,8 @@ def _attention(
         raise UnsupportedError(f"its attention takes {', '.join(unknown) or 'a mask of its own'}")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    return _in_force[-1].attend(module.layer_idx, query, key, value, scaling, softcap), None
+    this = _in_force[-1] if ragged is None else ragged
+    return this.attend(module.layer_idx, query, key, value, scaling, softcap), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -127,6 +131,33 @@ class Prefill:
             parts.append(out.transpose(1, 2).flatten(0, 1))
             start = stop
         return torch.cat(parts)[None]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of at most `length` tokens one behind the other, `place` (T,) as in `rollout.batch.Unpadded`.
+
+    Attention alone needs them beside one another. There they are padded on the right, where nothing that counts looks.
+    """
+
+    rows: int
+    length: int
+    place: Tensor
+    windows: Sequence[int | None]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        q, k, v = (self._beside(x) for x in (query, key, value))  # (B, heads, L, D)
+        window = self.windows[layer]
+        out = _causal(q, k, v, scaling, softcap, window if window is not None and window < self.length else None)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.place)[None]
+
+    def _beside(self, x: Tensor) -> Tensor:
+        """(1, heads, T, D) -> (B, heads, L, D)."""
+        tokens = x[0].transpose(0, 1)  # (T, heads, D)
+        padded = tokens.new_zeros(self.rows * self.length, *tokens.shape[1:]).index_copy(0, self.place, tokens)
+        return padded.unflatten(0, (self.rows, self.length)).transpose(1, 2)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, window: int | None) -> Tensor:

@@ -84,14 +84,14 @@ class Runner:
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[Runner]:
     """Puts the attention of rollouts into the model, and the model's own back."""
-    configs = _configs(model.config)
-    own = [c._attn_implementation for c in configs]
+    changed = configs(model.config)
+    own = [c._attn_implementation for c in changed]
     try:
-        for config in configs:
+        for config in changed:
             config._attn_implementation = NAME
-        yield Runner(model, _windows(model))
+        yield Runner(model, windows(model))
     finally:
-        for config, name in zip(configs, own, strict=True):
+        for config, name in zip(changed, own, strict=True):
             config._attn_implementation = name
 
 
@@ -139,13 +139,13 @@ def _check(model: PreTrainedModel, ids: list[int]) -> str | None:
     return None
 
 
-def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The configuration and those inside it, outer before inner: setting an outer one sets the inner."""
     inner = [getattr(config, name) for name in config.sub_configs]
-    return [config, *(c for part in inner if part is not None for c in _configs(part))]
+    return [config, *(c for part in inner if part is not None for c in configs(part))]
 
 
-def _windows(model: PreTrainedModel) -> list[int | None]:
+def windows(model: PreTrainedModel) -> list[int | None]:
     """Of each layer, how many tokens back it sees; None is all of them."""
     types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     others = sorted(set(types) - {"full_attention", "sliding_attention"})

@@ -1,6 +1,6 @@
 """Log-probabilities of completions under a model: one forward pass over prompt and answer.
 
-Legend: B rows, R longest completion, V vocabulary.
+Legend: B rows, R longest completion, C tokens of all completions, V vocabulary.
 """
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rollout.batch import PaddedBatch
+from rollout.ragged import enabled, inputs, spread
 
 
 def token_logprobs(
@@ -15,7 +16,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies, under softmax(logits / temperature).
 
-    logits (B, R, V), tokens (B, R) -> ((B, R), (B, R)), fp32, nats. The temperature is the one that was sampled with,
+    logits (..., V), tokens (...) -> ((...), (...)), fp32, nats. The temperature is the one that was sampled with,
     so that the scored distribution is the sampled one.
     """
     logp = torch.log_softmax(logits.float() / temperature, dim=-1)
@@ -30,8 +31,13 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (B, R), nats, of the completion tokens under the tempered distribution.
 
-    The vocabulary projection is computed for the completion's columns only.
+    The vocabulary projection is computed for the completions only; what stands behind a completion's end means nothing.
     """
+    if enabled(policy):
+        logits = policy(**inputs(policy, batch), logits_to_keep=batch.unpadded.before).logits[0]  # (C, V)
+        tokens = batch.completion_ids.flatten()[batch.unpadded.where]
+        chosen, entropy = token_logprobs(logits, tokens, temperature, entropy_gradient)
+        return spread(chosen, batch), spread(entropy, batch)
     width = batch.completion_ids.shape[1]
     logits = policy(
         input_ids=batch.input_ids,

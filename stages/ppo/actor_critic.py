@@ -1,6 +1,6 @@
 """Policy and critic as one module, so that every engine wraps, shards and clips them together.
 
-Legend: B rows, P longest prompt, R longest completion, V vocabulary, H hidden size.
+Legend: B rows, R longest completion, C tokens of all completions, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from reward.learned import backbone
 from rollout.batch import PaddedBatch
 from rollout.logprobs import completion_logprobs
+from rollout.ragged import enabled, inputs, spread
 
 
 class Critic(nn.Module):
@@ -31,11 +32,18 @@ class Critic(nn.Module):
             self.head.weight.copy_(score.weight * (weight / std))
             self.head.bias.fill_(-mean * weight / std)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """(B, P + R) -> values (B, P + R), fp32."""
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        """Values (B, R), fp32: at column t the value of prompt and completion before token t."""
+        if enabled(self.body):
+            hidden = self.body(**inputs(self.body, batch)).last_hidden_state[0, batch.unpadded.before]  # (C, H)
+            return spread(self.head(hidden).squeeze(-1).float(), batch)
+        width = batch.completion_ids.shape[1]
         hidden = self.body(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state[:, -width - 1 : -1]  # (B, R, H)
         return self.head(hidden).squeeze(-1).float()
 
 
@@ -56,15 +64,8 @@ class ActorCritic(nn.Module):
         """
         logp, entropy = completion_logprobs(self.policy, batch, temperature, entropy_gradient)
         # Copies, since FSDP hooks what a module returns and cannot do so on a view.
-        values = completion_values(self.critic, batch).clone() if self.critic is not None else None
+        values = self.critic(batch).clone() if self.critic is not None else None
         return logp.clone(), entropy, values
-
-
-def completion_values(critic: Critic, batch: PaddedBatch) -> Tensor:
-    """Values (B, R): at column t the value of prompt and completion before token t."""
-    width = batch.completion_ids.shape[1]
-    values = critic(batch.input_ids, batch.attention_mask, batch.position_ids)  # (B, P + R)
-    return values[:, -width - 1 : -1]
 
 
 def micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int, rank: int, world: int) -> list[list[int]]:

@@ -117,10 +117,10 @@ class Watch:
                 f"{where}: an answer is {metrics['objective/kl']:.1f} nats from the reference, above guards.kl_limit "
                 f"{guards.kl_limit}. Usual causes: learning_rate too high, kl_coef too low, a reward without bound."
             )
-        if metrics["val/first_ratio_deviation"] > _FIRST_RATIO_TOLERANCE:
+        deviation = metrics.get("val/first_ratio_deviation", 0.0)
+        if deviation > _FIRST_RATIO_TOLERANCE:
             raise GateError(
-                f"{where}: before any step the policy differs from the one that sampled by "
-                f"{metrics['val/first_ratio_deviation']:.3f} on average. Sampling and training disagree on precision, "
+                f"{where}: before any step the policy differs from the one that sampled by {deviation:.3f} on average. Sampling and training disagree on precision, "
                 "positions or temperature; training on such ratios would mislead."
             )
         self.constant = self.constant + 1 if (rewards.max() - rewards.min()).item() < 1e-6 else 0

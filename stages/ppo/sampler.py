@@ -23,7 +23,6 @@ from rollout.logprobs import completion_logprobs
 from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm import VLLMEngine
 from stages import runtime
-from stages.ppo.actor_critic import completion_values
 from stages.ppo.advantages import overlong_penalty, without_signal
 from stages.ppo.config import PPOTrainConfig
 
@@ -235,7 +234,7 @@ class Sampler:
             if values and actor.critic is not None:
                 with self.phases("value"):
                     for rows, padded in self._padded(mine):
-                        _fill(rows, "values", completion_values(actor.critic, padded))
+                        _fill(rows, "values", actor.critic(padded))
             if self.recomputes:
                 with self.phases("policy"):
                     for rows, padded in self._padded(mine):

@@ -5,7 +5,7 @@ save, which the rotation then spares. So going back to it restores optimizer and
 it without having seen it.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from handoff.state import State, StateStore
 from stages import runtime
+from stages.faults import Faults
 from stages.ppo.config import Config
 from stages.ppo.guards import Watch
 from stages.run import Run
@@ -36,6 +37,7 @@ class Position:
     lr_factor: float
     """Halved by every rollback."""
     watch: Watch
+    faults: Faults
 
 
 class Saves:
@@ -60,7 +62,7 @@ class Saves:
         """The newest valid state, loaded; without one the beginning. Cuts the metrics back to it."""
         run = self._run
         state = runtime.broadcast_object(self._store.latest() if run.is_main and run.resumable else None)
-        position = Position(0, 0, self._t.kl_coef, 1.0, Watch())
+        position = Position(0, 0, self._t.kl_coef, 1.0, Watch(), Faults())
         if state is not None:
             self._load(state.path)
             position = _position(state)
@@ -95,12 +97,23 @@ class Saves:
         return "back"
 
     def after_iteration(self, at: Position, looked: bool) -> None:
-        """Saves when it is time, and when the look just taken is the best so far."""
+        """Saves when it is time, when the look just taken is the best so far, and when a signal asks for it.
+
+        Raises:
+            Stopped: a signal asked for that.
+        """
+        run = self._run
         if at.iteration == self._t.iterations:
             return
         improved = looked and self._guards.keep == "best" and self._best_step(at) == at.iteration
-        if improved or at.iteration % self._every == 0:
+        # While steps are skipped, the weights are suspect: states of them would push out the good ones before.
+        due = at.iteration % self._every == 0 and not at.faults.in_a_row
+        stop, asked = run.signals.asked()
+        if improved or due or stop or asked:
             self._save(at)
+        if stop:
+            saved = (run.dir.state_dir / f"step-{at.iteration}").is_dir()
+            raise run.signals.stopped(stop, f"iteration {at.iteration}", saved)
 
     def restore_best(self, at: Position) -> int:
         """Puts the policy that is to be published into the model. Returns its iteration."""
@@ -141,6 +154,7 @@ class Saves:
                     "kl_coef": at.kl_coef,
                     "lr_factor": at.lr_factor,
                     "watch": at.watch.state(),
+                    "faults": asdict(at.faults),
                 }
                 protect = self._best_step(at) if self._guards.keep == "best" else None
                 store.commit(at.iteration, staged, self._t.save_total_limit, extra, protect)
@@ -153,5 +167,5 @@ class Saves:
 
 def _position(state: State) -> Position:
     extra = state.extra
-    watch = Watch.from_state(extra["watch"])
-    return Position(state.step, extra["cursor"], extra["kl_coef"], extra["lr_factor"], watch)
+    watch, faults = Watch.from_state(extra["watch"]), Faults(**extra["faults"])
+    return Position(state.step, extra["cursor"], extra["kl_coef"], extra["lr_factor"], watch, faults)

@@ -23,6 +23,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ from stages.ppo.saves import Saves
 from stages.ppo.setup import (
     PromptStream,
     check_batch,
+    load_policy,
     load_prompts,
     load_rewards,
     make_critic,
@@ -84,9 +86,9 @@ def train(run: Run) -> None:
     monitor = load_rewards(run, config.monitor, parent, bf16, heldout) if config.monitor else None
 
     # Models.
-    policy = models.load_causal_lm(parent, config.model_args, dropout=False, bf16=bf16)
+    policy = load_policy(run, parent, bf16)
     critic = make_critic(run, parent, bf16)
-    reference = models.load_causal_lm(parent, config.model_args, bf16=bf16).eval().requires_grad_(False).to(device)
+    reference = load_policy(run, parent, bf16).eval().requires_grad_(False).to(device)
     if t.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     actor_critic = ActorCritic(policy, critic)
@@ -107,6 +109,7 @@ def train(run: Run) -> None:
         first = sampler.answer(stream(0, guards.probe_prompts), ("probe",), probe_size(t))
         run.log(0, probe(first, t, guards))
         phases.take()
+    run.signals.finish_steps(t.grace_seconds)
     with run.progress(t.iterations, "ppo") as advance:
         advance(at.iteration)
         for iteration in range(at.iteration, t.iterations):
@@ -144,7 +147,8 @@ def train(run: Run) -> None:
             # Train.
             rate = set_learning_rates(optimizer, t, iteration, at.lr_factor)
             only_critic = iteration < t.critic_warmup_iterations
-            found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
+            zeros = partial(torch.zeros, (), dtype=torch.float64, device=device)
+            found: dict[str, Tensor] = defaultdict(zeros)
             norms: list[float] = []
             sizes = [len(r.prompt.ids) + len(r.ids) for r in batch]
             with phases("train"):
@@ -154,6 +158,7 @@ def train(run: Run) -> None:
                         # Of the whole minibatch, on all processes.
                         divisor = losses.count([counted[i] for i in rows], t.loss_normaliser, t.max_completion_length)
                         mine = micro_batches(sizes, rows.tolist(), t.per_device_train_batch_size, rank, world)
+                        sums: dict[str, Tensor] = defaultdict(zeros)
                         for position, chunk in enumerate(mine):
                             padded = pad_batch(
                                 [batch[i].prompt.ids for i in chunk],
@@ -168,24 +173,31 @@ def train(run: Run) -> None:
                             runtime.backward(accelerator, model, loss, last=position == len(mine) - 1)
                             if not epoch == number == 0:
                                 del parts["first_deviation"], parts["first_tokens"]
-                            for key, value in parts.items():
+                            for key, value in (parts | {"loss": loss.detach()}).items():
+                                sums[key] += value
+                        norm = runtime.step(model, optimizer, t.max_grad_norm)
+                        if math.isfinite(norm):
+                            at.faults.in_a_row = 0
+                            norms.append(norm)
+                            for key, value in sums.items():
                                 found[key] += value
-                        norms.append(runtime.step(model, optimizer, t.max_grad_norm))
-                sums = {key: value.item() for key, value in found.items()}  # read once: a GPU would wait each time
-            if not all(math.isfinite(value) for value in (*sums.values(), *norms)):
-                raise GateError(
-                    f"iteration {iteration}: a loss or a gradient is not finite ({sums}); the last saved state "
-                    "is intact. Lower the learning rates, or look at the rewards in samples.jsonl."
-                )
-            total = _sum_over_ranks(sums | _judged(config))
+                        else:
+                            losses_ = {"loss": _sum_over_ranks({"loss": sums["loss"].item()})["loss"], "grad_norm": norm}
+                            place = {"iteration": iteration + 1, "epoch": epoch, "minibatch": number}
+                            rows_ = {"rows": sorted(rows.tolist())}
+                            at.faults.skip(run, iteration + 1, t.max_skipped_steps, losses_, place | rows_)
+                read = {key: value.item() for key, value in found.items()}  # once: a GPU would wait each time
+            total = _sum_over_ranks(read | _judged(config))
             metrics = _metrics(batch, total, t, at.kl_coef)
             metrics |= sampling | {
                 "episode": (iteration + 1) * len(batch),
                 "objective/rlhf_reward": token_reward.sum().item() / len(batch),
                 "reward_std": reward.std().item(),
-                "grad_norm": sum(norms) / len(norms),
                 "lr": rate,
+                **at.faults.metrics(),
             }
+            if norms:
+                metrics["grad_norm"] = sum(norms) / len(norms)
             metrics |= {key: value for key, value in total.items() if key.startswith("judge/")}
             if values is not None and returns is not None:
                 metrics["val/explained_variance"] = explained_variance(values, returns, mask).item()
@@ -348,7 +360,7 @@ def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: in
 
 def _metrics(batch: Sequence[Rollout], total: dict[str, float], t: PPOTrainConfig, kl_coef: float) -> dict[str, float]:
     """What an iteration did, under TRL's names."""
-    answers, tokens = len(batch), max(total["tokens"], 1.0)
+    answers = len(batch)
     kl = sum(r.kl for r in batch) / answers
     metrics = {
         "objective/kl": kl,
@@ -356,20 +368,24 @@ def _metrics(batch: Sequence[Rollout], total: dict[str, float], t: PPOTrainConfi
         "objective/scores": sum(r.score for r in batch) / answers,
         "objective/non_score_reward": -kl_coef * kl if t.kl_in == "reward" else 0.0,
         "objective/kl_coef": kl_coef,
-        "policy/approxkl_avg": total["approxkl"] / tokens,
-        "policy/clipfrac_avg": total["clipfrac"] / tokens,
-        "policy/entropy_avg": total["entropy"] / tokens,
-        "loss/policy_avg": total["policy"] / tokens,
-        "val/ratio": total["ratio"] / tokens,
-        "val/first_ratio_deviation": total["first_deviation"] / max(total["first_tokens"], 1.0),
         "val/num_eos_tokens": sum(r.stopped for r in batch),
         "completions/mean_length": sum(len(r.ids) for r in batch) / answers,
         "completions/clipped_ratio": sum(not r.stopped for r in batch) / answers,
         "completions/repetition": sum(repetition(r.ids) for r in batch) / answers,
         **_part_means(batch, "rewards"),
     }
-    if "value" in total:
-        metrics |= {"loss/value_avg": total["value"] / tokens, "val/clipfrac_avg": total["vf_clipfrac"] / tokens}
+    means = {
+        "policy/approxkl_avg": ("approxkl", "tokens"),
+        "policy/clipfrac_avg": ("clipfrac", "tokens"),
+        "policy/entropy_avg": ("entropy", "tokens"),
+        "loss/policy_avg": ("policy", "tokens"),
+        "loss/value_avg": ("value", "tokens"),
+        "val/clipfrac_avg": ("vf_clipfrac", "tokens"),
+        "val/ratio": ("ratio", "tokens"),
+        "val/first_ratio_deviation": ("first_deviation", "first_tokens"),
+    }
+    # Some have no sum: without a critic, or where steps were skipped.
+    metrics |= {name: total[key] / max(total[n], 1.0) for name, (key, n) in means.items() if key in total}
     disagreements = [r.disagreement for r in batch if r.disagreement is not None]
     if disagreements:
         metrics["objective/disagreement"] = sum(disagreements) / len(disagreements)

@@ -1,0 +1,100 @@
+"""Rows of different lengths through a model without padding, for training and scoring.
+
+Legend: B rows, R longest completion, T tokens of all rows, C of them in completions, H hidden size, V vocabulary.
+
+Answers differ in length, and so do prompts; padded to the longest of both, a third of a batch may be padding. Without
+it, everything but attention is computed for the T tokens that there are, and the vocabulary projection for the C that
+are asked about. `enable` gives a model the attention for that (`rollout.attention.Ragged`) once it has compared both
+ways; a model that computes otherwise, or with FlashAttention, keeps its own and reads padded rows.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rollout.attention import NAME, Ragged, UnsupportedError
+from rollout.batch import PaddedBatch, pad_batch
+from rollout.forward import configs, reason_against, windows
+
+_log = logging.getLogger(__name__)
+_PROBE = ((3, 4), (2, 9))  # lengths of prompt and completion
+
+
+def enable(model: PreTrainedModel) -> None:
+    """From now on `model` (whole, not wrapped) reads rows without padding, if it can; a warning says why it cannot.
+
+    Its own attention is gone then: whatever runs the model has to hand it a pass of `rollout.attention`.
+    """
+    found = [c._attn_implementation for c in configs(model.config)]
+    if any(name not in ("sdpa", "eager") for name in found):
+        return
+    reason = _reason_against(model)
+    if reason is not None:
+        _log.warning("%s: rows are padded, because %s", type(model).__name__, reason)
+        return
+    for config in configs(model.config):
+        config._attn_implementation = NAME
+
+
+def enabled(model: PreTrainedModel) -> bool:
+    """Whether `enable` has succeeded."""
+    return bool(model.config._attn_implementation == NAME)
+
+
+def inputs(model: PreTrainedModel, batch: PaddedBatch) -> dict[str, Any]:
+    """What an enabled model is called with to read `batch`: outputs are (1, T, ...)."""
+    rows = batch.unpadded
+    return {
+        "input_ids": rows.ids,
+        "position_ids": rows.positions,
+        "use_cache": False,
+        "ragged": Ragged(len(batch.input_ids), rows.length, rows.place, windows(model)),
+    }
+
+
+def spread(values: Tensor, batch: PaddedBatch) -> Tensor:
+    """Values (C,) of completions' tokens -> (B, R), 0 where there is no token."""
+    shape = batch.completion_mask.shape
+    return values.new_zeros(shape.numel()).index_copy(0, batch.unpadded.where, values).view(shape)
+
+
+@torch.no_grad()
+def _reason_against(model: PreTrainedModel) -> str | None:
+    body = model.base_model
+    size = body.config.get_text_config(decoder=True).vocab_size
+    rows = [[[i * 5 % size for i in range(n)] for n in lengths] for lengths in _PROBE]
+    if body is not model:
+        # Once it is enabled, generation finds no attention of the model's own to compare with: it does so now.
+        reason = reason_against(model, rows[1][1])
+        if reason is not None:
+            return reason
+    batch = pad_batch([row[0] for row in rows], [row[1] for row in rows], 0, body.device)
+    was_training = body.training
+    body.eval()
+    own = [c._attn_implementation for c in configs(body.config)]
+    try:
+        with torch.autocast(body.device.type, enabled=False):
+            padded = body(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state  # (B, P + R, H)
+            for config in configs(body.config):
+                config._attn_implementation = NAME
+            got = body(**inputs(body, batch)).last_hidden_state[0]  # (T, H)
+    except UnsupportedError as error:
+        return str(error)
+    except Exception as error:  # whatever a foreign model's code raises at arguments that it does not know
+        return f"a trial of its forward pass failed: {type(error).__name__}: {error}"
+    finally:
+        for config, name in zip(configs(body.config), own, strict=True):
+            config._attn_implementation = name
+        body.train(was_training)
+    want = padded[batch.attention_mask.bool()]
+    difference = ((got - want).abs().max() / want.std()).item()
+    allowed = 1e-3 if want.dtype == torch.float32 else 0.1
+    return None if difference < allowed else f"its hidden states come out {difference:.2g} standard deviations off"
