@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from handoff.errors import HandoffError
-from handoff.files import fsync_path, fsync_tree, list_files, read_json, remove_tree, sha256_file, write_json
+from handoff.files import (
+    canonical_hash,
+    fsync_path,
+    fsync_tree,
+    list_files,
+    read_json,
+    remove_tree,
+    sha256_file,
+    write_json,
+)
 
 FORMAT_VERSION = 1
 STATE_MANIFEST = "state.json"
@@ -70,7 +79,7 @@ class StateStore:
                 name: {"sha256": sha256_file(staged / name), "bytes": (staged / name).stat().st_size} for name in names
             }
             manifest = {"format_version": FORMAT_VERSION, "step": step, "extra": dict(extra or {}), "parts": parts}
-            write_json(staged / STATE_MANIFEST, manifest)
+            write_json(staged / STATE_MANIFEST, {**manifest, "sha256": canonical_hash(manifest)})
             fsync_tree(staged)
         except OSError:
             remove_tree(staged)
@@ -148,6 +157,9 @@ class StateStore:
         manifest = read_json(manifest_path)
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise HandoffError(f"{manifest_path} is not of format version {FORMAT_VERSION}")
+        digest = manifest.pop("sha256", None)
+        if digest != canonical_hash(manifest):
+            raise HandoffError(f"{manifest_path} was altered: its content has not the hash that was saved with it")
         if manifest["step"] != step:
             raise HandoffError(f"{manifest_path} is of step {manifest['step']}, its directory of step {step}")
         for name, part in manifest["parts"].items():

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,13 @@ def break_part(path: Path, how: str) -> None:
             (path / "state.json").write_text("{")
         case "version":
             (path / "state.json").write_text('{"format_version": 7}')
-        case "step":
+        case "extra":
             manifest = (path / "state.json").read_text()
-            (path / "state.json").write_text(manifest.replace('"step": 4,', '"step": 3,', 1))
+            (path / "state.json").write_text(manifest.replace('"step": 4', '"step": 6'))
+        case "step":
+            shutil.rmtree(path)
+            save(StateStore(path.parent), 3)
+            (path.parent / "step-3").rename(path)
 
 
 BREAKS = [
@@ -105,6 +110,7 @@ BREAKS = [
     ("manifest", "state.json is missing"),
     ("json", "state.json, line 1: not JSON"),
     ("version", "state.json is not of format version 1"),
+    ("extra", "state.json was altered"),
     ("step", "state.json is of step 3, its directory of step 4"),
 ]
 

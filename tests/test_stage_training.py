@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from handoff.errors import GateError
+from handoff.files import canonical_hash
 from handoff.state import StateStore
 from stages.run import run_section
 from stages.runtime import LaunchError
@@ -129,7 +130,8 @@ def test_a_state_of_another_engine_is_refused(tmp_path, monkeypatch):
     state = recipe.run_dir / "sft" / "state" / "step-2" / "state.json"
     manifest = json.loads(state.read_text())
     manifest["extra"]["engine"]["processes"] = 2
-    state.write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    state.write_text(json.dumps({**manifest, "sha256": canonical_hash(manifest)}))
     with pytest.raises(LaunchError, match="on 2 processes, this is single on 1: launch it as before"):
         run_section(recipe, "sft")
 
