@@ -120,8 +120,9 @@ class Watch:
         deviation = metrics.get("val/first_ratio_deviation", 0.0)
         if deviation > _FIRST_RATIO_TOLERANCE:
             raise GateError(
-                f"{where}: before any step the policy differs from the one that sampled by {deviation:.3f} on average. Sampling and training disagree on precision, "
-                "positions or temperature; training on such ratios would mislead."
+                f"{where}: before any step the policy differs from the one that sampled by {deviation:.3f} on average. "
+                "Sampling and training disagree on precision, positions or temperature; training on such ratios would "
+                "mislead."
             )
         self.constant = self.constant + 1 if (rewards.max() - rewards.min()).item() < 1e-6 else 0
         if self.constant >= guards.patience:
@@ -144,7 +145,9 @@ class Watch:
                     f"(explained variance {variance:.2f}). Raise critic_learning_rate or critic_warmup_iterations, or "
                     "take an advantage without a critic."
                 )
-        entropy = metrics["policy/entropy_avg"]
+        entropy = metrics.get("policy/entropy_avg")
+        if entropy is None:  # every step of the iteration was skipped
+            return
         if self.first_entropy is None:
             self.first_entropy = entropy
         if entropy < guards.entropy_floor * self.first_entropy:

@@ -20,10 +20,8 @@ Where it departs from the papers that advantages.py and loss.py cite:
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +29,6 @@ from torch import Tensor
 
 from data.encode import EncodedPrompt
 from data.sampling import shuffled
-from handoff.errors import GateError
 from rollout.batch import pad_batch, pad_values
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
 from rollout.vllm import VLLMEngine
@@ -66,7 +63,7 @@ from stages.run import Run
 
 
 def train(run: Run) -> None:
-    """Runs the stage. Raises GateError when training has gone where no result can come from."""
+    """Runs the stage. Raises GateError when training has gone where no result can come from, Stopped after a signal."""
     config: Config = run.config
     t, guards = config.train, config.guards
     accelerator = runtime.accelerator(t)
@@ -147,8 +144,7 @@ def train(run: Run) -> None:
             # Train.
             rate = set_learning_rates(optimizer, t, iteration, at.lr_factor)
             only_critic = iteration < t.critic_warmup_iterations
-            zeros = partial(torch.zeros, (), dtype=torch.float64, device=device)
-            found: dict[str, Tensor] = defaultdict(zeros)
+            found: dict[str, Tensor] = {}
             norms: list[float] = []
             sizes = [len(r.prompt.ids) + len(r.ids) for r in batch]
             with phases("train"):
@@ -158,7 +154,7 @@ def train(run: Run) -> None:
                         # Of the whole minibatch, on all processes.
                         divisor = losses.count([counted[i] for i in rows], t.loss_normaliser, t.max_completion_length)
                         mine = micro_batches(sizes, rows.tolist(), t.per_device_train_batch_size, rank, world)
-                        sums: dict[str, Tensor] = defaultdict(zeros)
+                        sums: dict[str, Tensor] = {}
                         for position, chunk in enumerate(mine):
                             padded = pad_batch(
                                 [batch[i].prompt.ids for i in chunk],
@@ -174,18 +170,17 @@ def train(run: Run) -> None:
                             if not epoch == number == 0:
                                 del parts["first_deviation"], parts["first_tokens"]
                             for key, value in (parts | {"loss": loss.detach()}).items():
-                                sums[key] += value
+                                sums[key] = sums.get(key, 0.0) + value.double()
                         norm = runtime.step(model, optimizer, t.max_grad_norm)
-                        if math.isfinite(norm):
-                            at.faults.in_a_row = 0
-                            norms.append(norm)
-                            for key, value in sums.items():
-                                found[key] += value
-                        else:
-                            losses_ = {"loss": _sum_over_ranks({"loss": sums["loss"].item()})["loss"], "grad_norm": norm}
-                            place = {"iteration": iteration + 1, "epoch": epoch, "minibatch": number}
-                            rows_ = {"rows": sorted(rows.tolist())}
-                            at.faults.skip(run, iteration + 1, t.max_skipped_steps, losses_, place | rows_)
+                        if not math.isfinite(norm):
+                            seen = _sum_over_ranks({"loss": sums["loss"].item()}) | {"grad_norm": norm}
+                            place = {"epoch": epoch, "minibatch": number, "rows": sorted(rows.tolist())}
+                            at.faults.skip(run, iteration + 1, t.max_skipped_steps, seen, place)
+                            continue
+                        at.faults.in_a_row = 0
+                        norms.append(norm)
+                        for key, value in sums.items():
+                            found[key] = found.get(key, 0.0) + value
                 read = {key: value.item() for key, value in found.items()}  # once: a GPU would wait each time
             total = _sum_over_ranks(read | _judged(config))
             metrics = _metrics(batch, total, t, at.kl_coef)
@@ -194,10 +189,9 @@ def train(run: Run) -> None:
                 "objective/rlhf_reward": token_reward.sum().item() / len(batch),
                 "reward_std": reward.std().item(),
                 "lr": rate,
+                **({"grad_norm": sum(norms) / len(norms)} if norms else {}),
                 **at.faults.metrics(),
             }
-            if norms:
-                metrics["grad_norm"] = sum(norms) / len(norms)
             metrics |= {key: value for key, value in total.items() if key.startswith("judge/")}
             if values is not None and returns is not None:
                 metrics["val/explained_variance"] = explained_variance(values, returns, mask).item()
