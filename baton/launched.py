@@ -6,9 +6,15 @@ after the stage's message. `own_words` finds the message and the exit code of th
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 
+import psutil
+
+# torch's agent kills what has not ended 30 s after it was told to. A stage ends by its own `train.grace_seconds`.
+_PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
 _TRACEBACK = "Traceback (most recent call last):"
 _LAUNCHER = "accelerate/commands/launch.py"
 _AGENT = "torch/distributed/elastic/"
@@ -21,17 +27,34 @@ _CAUSE = re.compile(
 
 
 class LaunchedStage:
-    """A running session of processes, which all get what is sent."""
+    """A launcher and the processes of the stage that it has started."""
 
     def __init__(self, command: Sequence[str], descriptor: int) -> None:
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=descriptor, stderr=descriptor, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            start_new_session=True,
+            env=_PATIENCE | os.environ,
         )
 
     def send(self, signum: int) -> None:
-        """Passes a signal on to every process."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signum)
+        """Passes a signal on to the processes of the stage.
+
+        Not to the launcher, which would end before they have saved, or, at a second signal, without them; it hears how
+        they ended. Before it has started any it is told itself. SIGKILL is for all.
+        """
+        if self._process.poll() is not None:
+            return
+        with suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self._process.pid)
+            stage = launcher.children(recursive=signum == signal.SIGKILL)
+            if signum == signal.SIGKILL or not (stage or signum == signal.SIGUSR1):
+                stage.insert(0, launcher)
+            for process in stage:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signum)
 
     def wait(self) -> int:
         """Waits for the launcher's end and returns its exit code, negative for a signal."""

@@ -33,11 +33,11 @@ from handoff.lock import RunLock
 from handoff.stage import StageDir
 from stages.inputs import sources, stage_inputs
 from stages.recipe import Recipe, Section
+from stages.signals import ENDING
 
 LOGS = "logs"
 SHOWN = 20
 """Last lines of a stage that are shown again when it fails."""
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Running(Protocol):
@@ -148,7 +148,7 @@ class Runner:
 
     def _failed(self, name: str, code: int, took: float, tail: Sequence[str], log_path: Path, command: str) -> None:
         said = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        if self._signals:
+        if self._signals or code - 128 in ENDING:
             said.print(f"{name} was stopped; the same command goes on with it", style="yellow")
             return
         said.print(f"[bold red]{name} failed[/] with exit code {code} after {took:.0f} s; its last lines:")
@@ -159,15 +159,21 @@ class Runner:
 
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
-        """Signals to the runner go to the stage, and the runner waits for what it makes of them. The third kills."""
+        """Signals to the runner go to the stage, and the runner waits for what it makes of them. The third that asks to
+        end kills. What the runner was started to ignore (`nohup`) stays ignored."""
 
         def forward(signum: int, frame: FrameType | None) -> None:
+            if signum == signal.SIGUSR1:  # save now: nothing to save, nothing to do
+                if self._running is not None:
+                    self._running.send(signum)
+                return
             self._signals.append(signum)
             if self._running is None:
                 sys.exit(128 + signum)
             self._running.send(signal.SIGKILL if len(self._signals) > 2 else signum)
 
-        before = {signum: signal.signal(signum, forward) for signum in _FORWARDED}
+        heard = [signum for signum in ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
+        before = {signum: signal.signal(signum, forward) for signum in (*heard, signal.SIGUSR1)}
         try:
             yield
         finally:

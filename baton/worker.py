@@ -46,6 +46,7 @@ class WarmStage:
 def _run(stage: str, arguments: list[str], output: Connection) -> None:
     """In the forked process."""
     os.setsid()  # the terminal's Ctrl-C goes to the runner alone, which passes it on once
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the stage listens, there is nothing to be saved
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()

@@ -1,0 +1,187 @@
+"""Signals to a stage: it ends after its step with a state saved, and the same command ends where it would have ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.ppo.sampler import Sampler
+from stages.recipe import load_recipe
+from stages.run import Run, run_section
+from stages.signals import Signals, Stopped
+from stages.trainer import StageTrainer
+from tests.stage_chain import lines_of, result, run_stage, stage_recipe
+
+slow = pytest.mark.slow
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "state").glob("step-*"))
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, *signals: int) -> None:
+    """Sends signals to this process in the forward pass of an optimizer step, counted from 1, on its first run."""
+    original, left = StageTrainer.training_step, list(signals)
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            while left:
+                os.kill(os.getpid(), left.pop(0))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", training_step)
+
+
+# ---- the handlers alone
+
+
+def test_where_no_step_is_under_way_a_signal_ends_the_stage_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="sft: stopped by SIGTERM with no step under way") as stopped, Signals("sft"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_while_a_step_is_under_way_it_is_remembered(signum):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        pytest.skip("the tests were started with this signal ignored, and a stage leaves it so")
+    with Signals("sft") as signals:
+        signals.finish_steps(60)
+        assert signals.asked() == (0, False)
+        os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signum)  # a launcher passes on what its group has got as well
+        assert signals.asked() == (signum, False)
+
+
+def test_a_save_is_asked_for_once():
+    with Signals("sft") as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.asked() == (0, True)
+        assert signals.asked() == (0, False)
+
+
+def test_what_was_ignored_stays_ignored():
+    """`nohup` ignores SIGHUP for the sake of what it starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals("sft") as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.asked() == (0, False)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_forked_child_ends_when_it_is_told_to_and_does_not_tell_its_parent():
+    with Signals("sft") as signals:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert signals.asked() == (0, False)
+
+
+# ---- stages, in this process
+
+
+@slow
+@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "dpo"])
+def test_a_stage_stopped_between_two_lines_and_two_saves_ends_bit_for_bit_the_same(name, tmp_path, monkeypatch):
+    keys = ("train.max_steps=9", "train.logging_steps=4", "train.save_steps=3", "train.per_device_train_batch_size=4")
+    whole = run_stage(name, tmp_path / "whole", *keys)
+    recipe = stage_recipe(name, tmp_path / "stopped", *keys)
+    at_step(monkeypatch, 6, signal.SIGUSR1)  # and this save too changes nothing
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, signal.SIGTERM)
+        with pytest.raises(Stopped, match=rf"{name}: stopped by SIGTERM after step 7; its state is saved") as stopped:
+            run_section(recipe, name)
+    assert stopped.value.code == 143
+    folder = recipe.run_dir / name
+    assert states(folder) == ["step-6", "step-7"]
+    assert not (folder / "stage.json").exists()
+    assert [line["step"] for line in lines_of(folder) if "loss" in line] == [4]
+    run_section(recipe, name)
+    again = result(recipe, name)
+    assert again.lines == whole.lines
+    assert all(torch.equal(whole.weights[key], again.weights[key]) for key in whole.weights)
+
+
+@slow
+def test_a_save_on_request_goes_on(tmp_path, monkeypatch):
+    keys = ("train.max_steps=6", "train.save_steps=5", "train.save_total_limit=9", "train.logging_steps=2")
+    whole = run_stage("sft", tmp_path / "whole", *keys)
+    at_step(monkeypatch, 3, signal.SIGUSR1)
+    asked = run_stage("sft", tmp_path / "asked", *keys)
+    assert states(whole.folder) == ["step-5"]
+    assert states(asked.folder) == ["step-3", "step-5"]
+    assert asked.lines == whole.lines
+
+
+@slow
+def test_a_signal_in_the_last_step_lets_the_stage_publish(tmp_path, monkeypatch):
+    at_step(monkeypatch, 4, signal.SIGTERM)
+    run = run_stage("sft", tmp_path, "train.max_steps=4", "train.save_steps=9")
+    assert run.lines[-1]["step"] == 4
+
+
+@slow
+def test_a_stage_stopped_while_it_reads_its_data_leaves_the_directory_as_it_was(tmp_path, monkeypatch):
+    published = run_stage("sft", tmp_path, "train.max_steps=2")
+    changed = stage_recipe("sft", tmp_path, "train.max_steps=3")
+
+    def content():
+        return {p.name: p.stat().st_mtime_ns for p in published.folder.iterdir() if p.name != ".lock"}
+
+    before = content()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(10))
+        with pytest.raises(Stopped):
+            run_section(changed, "sft")
+    assert content() == before
+
+
+def ppo(micro_recipe: Path) -> tuple[Callable[[], None], Path]:
+    recipe = load_recipe(micro_recipe, ["ppo.train.iterations=6", "ppo.train.save_iterations=4"])
+    return lambda: run_section(recipe, "ppo"), recipe.run_dir / "ppo"
+
+
+@slow
+def test_ppo_stopped_in_an_iteration_ends_bit_for_bit_the_same(micro_recipe, monkeypatch):
+    run, folder = ppo(micro_recipe)
+    original, asked = Sampler.batch, [2, 4]  # iterations, counted from 0: neither is one after which it saves
+
+    def batch(self, stream, cursor, iteration):
+        if asked and iteration == asked[0]:
+            asked.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, stream, cursor, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "batch", batch)
+        for done in (3, 5):
+            with pytest.raises(Stopped, match=f"ppo: stopped by SIGTERM after iteration {done}; its state is saved"):
+                run()
+            assert f"step-{done}" in states(folder)
+        run()
+    stopped, samples = (load_file(folder / "model" / "model.safetensors"), (folder / "samples.jsonl").read_text())
+    lines = lines_of(folder)
+    subprocess.run(["rm", "-r", str(folder)], check=True)
+    run()
+    whole = load_file(folder / "model" / "model.safetensors")
+    assert lines == lines_of(folder) and samples == (folder / "samples.jsonl").read_text()
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
