@@ -9,9 +9,7 @@ places to write to. Under several processes every rank has a `Run`; only the mai
 
 import argparse
 import importlib
-import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from handoff.errors import GateError, HandoffError, UserError
+from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest, ParentRecord
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
@@ -59,6 +58,7 @@ class Run:
         self._started = time.time()
         self._parents: dict[str, Parent] = {}
         self._data: dict[str, Any] = {}
+        self._metrics, self._samples = Journal(self.dir.metrics_path), Journal(self.dir.samples_path)
         self._mirror: Any = None
         self._on_close: list[Callable[[], None]] = []
 
@@ -108,27 +108,24 @@ class Run:
 
     def rewind(self, step: int | None) -> None:
         """Cuts metrics.jsonl and samples.jsonl back to what was written up to `step` (None: empties them)."""
-        if not self.is_main:
-            return
-        for path in (self.dir.metrics_path, self.dir.samples_path):
-            if not path.exists():
-                continue
-            kept = 0  # bytes
-            if step is not None:
-                with path.open("rb") as file:
-                    # The last line may be torn by a kill; it is behind the step then.
-                    while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
-                        kept += len(line)
-            # In place: there is no instant at which a kill, or a full disk, would take the lines that stay.
-            os.truncate(path, kept)
+        if self.is_main:
+            for journal in (self._metrics, self._samples):
+                journal.cut(step)
+
+    def sync(self) -> None:
+        """Called before a state is committed: has every line that was logged on the disk.
+
+        Raises:
+            OSError: there is no room for them.
+        """
+        for journal in (self._metrics, self._samples):
+            journal.sync()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl. Keys that depend on the clock begin with `time/`."""
         if not self.is_main:
             return
-        line = {"step": step, **metrics}
-        with self.dir.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=True) + "\n")
+        self._metrics.append([{"step": step, **metrics}])
         if self._mirror is not None:
             self._mirror.wake()
 
@@ -143,11 +140,8 @@ class Run:
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Lines of samples.jsonl: prompt, completion, score, and whatever else the stage has to show."""
-        if not self.is_main:
-            return
-        with self.dir.samples_path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        if self.is_main:
+            self._samples.append([{"step": step, **row} for row in rows])
 
     def publish(
         self,
@@ -161,6 +155,13 @@ class Run:
         if self.is_main:
             from stages.runtime import engine_record
 
+            try:
+                self.sync()
+            except OSError as error:
+                raise HandoffError(
+                    f"{self.dir.path}: no room for its metrics ({error.strerror}), nothing was published; free some "
+                    "space and run the same command again"
+                ) from error
             self.dir.publish(
                 write_model,
                 files=list(files),

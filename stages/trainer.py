@@ -159,6 +159,7 @@ class StageTrainer(Trainer):
             "sums": sums,
         }
         try:
+            self.run.sync()
             staged = self.store.staging(step)
             written.rename(staged)
             self.store.commit(step, staged, self.train_config.save_total_limit, extra)

@@ -157,6 +157,7 @@ class Saves:
                     "faults": asdict(at.faults),
                 }
                 protect = self._best_step(at) if self._guards.keep == "best" else None
+                run.sync()
                 store.commit(at.iteration, staged, self._t.save_total_limit, extra, protect)
         except OSError as error:
             run.console.print(
