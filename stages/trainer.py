@@ -291,6 +291,8 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
     trainer.add_callback(FlowCallback(trainer))
     trainer.add_callback(MetricsCallback(trainer))
     trainer.add_callback(trainer.average)
+    # A second start may find on the disk what the first one computed with random numbers before this (DPO's reference).
+    transformers.set_seed(run.seed)
     with run.progress(trainer.args.max_steps, run.section.name) as advance:
         trainer.add_callback(ProgressCallback(advance))
         trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
