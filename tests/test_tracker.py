@@ -6,6 +6,7 @@ The fake package does in its own process what a real one may do, and writes down
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,59 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import faults_wandb
 from stages import tracker
 from stages.recipe import load_recipe
 from stages.run import Run, run_section
 from stages.signals import Signals
 from stages.tracker import Lines, WandbMirror
-
-FAKE = """
-import json, os, time
-from pathlib import Path
-
-MODE = os.environ.get("FAKE_WANDB", "")
-if MODE == "absent":
-    raise ModuleNotFoundError("No module named 'wandb'")
-if MODE == "hangs at import":
-    time.sleep(60)
-
-
-class FakeRun:
-    def __init__(self, settings):
-        # The "server" is one file for each run id, beside this package.
-        self.path = Path(__file__).parent / f"server-{settings['id']}.jsonl"
-        had = self.path.read_text().splitlines() if self.path.exists() else []
-        self.resumed = bool(had) and MODE != "offline"
-        self.starting_step = len(had) if self.resumed else 0
-        self.lines = 0
-
-    def define_metric(self, name, step_metric):
-        assert (name, step_metric) == ("*", "step")
-
-    def log(self, line, step, commit):
-        assert commit
-        self.lines += 1
-        if MODE == "raises" and self.lines == 2:
-            raise RuntimeError("no route to host")
-        if MODE == "hangs" and self.lines == 2:
-            time.sleep(60)
-        if step >= self.starting_step:
-            self.starting_step = step + 1
-            with self.path.open("a") as file:
-                file.write(json.dumps({"_step": step, **line}) + "\\n")
-
-    def finish(self):
-        (self.path.parent / "finished").touch()
-
-
-def init(resume, **settings):
-    assert resume == "allow"
-    if MODE == "raises at init":
-        raise RuntimeError("no API key")
-    if MODE == "hangs at init":
-        time.sleep(60)
-    return FakeRun(settings)
-"""
 
 
 class Scene:
@@ -118,7 +72,7 @@ class Scene:
 def scene(tmp_path, monkeypatch, root):
     package = tmp_path / "package" / "wandb"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(FAKE)
+    shutil.copy(faults_wandb.__file__, package / "__init__.py")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), str(root)]))
     return Scene(tmp_path)
 

@@ -1,0 +1,473 @@
+"""The faults of the campaign. Each is a function of a `Trial`: it starts a section, disturbs it, and raises `Broken`
+when what happens then is not what docs/reliability.md promises. That the section ends like its undisturbed twin is
+checked afterwards, by the campaign.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import faults_wandb
+from benchmarks.faults_setup import LIMIT, NAME, PARENTS, SECTIONS, Child, Scene
+from handoff.errors import HandoffError
+from handoff.manifest import read_manifest
+from handoff.state import StateStore
+
+TRAINED = tuple(name for name in SECTIONS if name != "tokenizer")
+_DISK = 192  # MiB of the disk that fills up
+_POLL = 0.0005  # seconds between two looks at a folder
+
+
+class Broken(Exception):
+    """A promise was not kept. The text says which."""
+
+
+def check(kept: bool, words: str) -> None:
+    """Raises Broken."""
+    if not kept:
+        raise Broken(words)
+
+
+class Trial:
+    """One section with its parents, in a folder of its own, and what is counted about it."""
+
+    def __init__(self, scene: Scene, root: Path, rng: random.Random, section: str) -> None:
+        self.scene, self.root, self.rng, self.section = scene, root, rng, section
+        self.disk = root / "runs"
+        self.sections = [section]
+        """Those that have to come out as they do undisturbed."""
+        self.same_states = True
+        self.lost_steps = 0
+        """Steps that were done, and had to be done again."""
+        self.damage = 0
+        """Bytes that were altered or taken away."""
+        self.hit: bool | None = None
+        """Where a fault aims at a moment: whether it came in that moment."""
+        self._overrides: list[str] = []
+        self._environment: dict[str, str] = {}
+
+    @property
+    def run(self) -> Path:
+        return self.disk / NAME
+
+    @property
+    def stage(self) -> Path:
+        return self.run / self.section
+
+    @property
+    def log(self) -> Path:
+        return self.root / f"{self.section}.log"
+
+    def prepare(self) -> None:
+        """All that the section comes from, as published."""
+        self.scene.copy(self.disk, self.section)
+
+    def options(self, *overrides: str, **environment: str) -> None:
+        """What every start gets from now on."""
+        self._overrides, self._environment = list(overrides), environment
+
+    def start(self, log: Path | None = None) -> Child:
+        return self.scene.child(self.disk, self.section, log or self.log, *self._overrides, **self._environment)
+
+    def finish(self) -> None:
+        """Starts it once more, and now it has to end."""
+        child = self.start()
+        code = child.wait()
+        check(code == 0, f"started again, it ended with {code}")
+
+    def refused(self, *words: str) -> None:
+        """Starts it: has to be refused as a user's mistake, in these words, and to leave everything in place."""
+        before = sorted(path.name for path in self.stage.rglob("*")) if self.stage.exists() else []
+        already = len(self.said())
+        code = self.start().wait()
+        told = self.said()[already:]
+        check(code == 2, f"a start that has to be refused ended with {code}")
+        missing = [word for word in words if word not in told]
+        check(not missing, f"the refusal does not name {missing}: {told[-500:]}")
+        after = sorted(path.name for path in self.stage.rglob("*")) if self.stage.exists() else []
+        check(set(before) <= set(after), f"the refused start removed {set(before) - set(after)}")
+
+    def said(self) -> str:
+        """Everything that the section has printed in this trial."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+    def pause(self, most: float = 1.0) -> None:
+        """A random part of the time that the section takes."""
+        time.sleep(self.rng.uniform(0, most * self.scene.seconds[self.section]))
+
+    def kill(self, child: Child) -> None:
+        """SIGKILL, counting the steps that are lost by it."""
+        if child.running:
+            child.kill()
+            self.lost_steps += max(0, self.last_step() - self.newest_state())
+        else:
+            child.wait()
+
+    def last_step(self) -> int:
+        """The last one in the metrics; 0 before the first."""
+        path = self.stage / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def newest_state(self) -> int:
+        """The step of the newest valid state; 0 without one."""
+        with suppress(HandoffError):
+            state = StateStore(self.stage / "state").latest()
+            return state.step if state else 0
+        return 0
+
+    def states(self) -> list[Path]:
+        """The saved ones, the newest first."""
+        return sorted((self.stage / "state").glob("step-*"), key=lambda path: -int(path.name.removeprefix("step-")))
+
+    def until(self, child: Child, happens: Callable[[], bool]) -> bool:
+        """Waits for it. False: the process ended before."""
+        deadline = time.monotonic() + LIMIT
+        while not happens():
+            if not child.running:
+                return False
+            if time.monotonic() > deadline:
+                child.kill()
+                raise Broken(f"it hung for {LIMIT:.0f} s")
+            time.sleep(_POLL)
+        return True
+
+    def flip_or_cut(self, path: Path) -> Callable[[], None]:
+        """Flips a bit of a file, cuts its end off or deletes it. Returns what puts it back."""
+        content = path.read_bytes()
+        how = self.rng.choice(("flip", "flip", "cut", "delete"))
+        if how == "flip":
+            at = self.rng.randrange(len(content))
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << self.rng.randrange(8)]) + content[at + 1 :])
+            self.damage += 1
+        elif how == "cut":
+            kept = self.rng.randrange(len(content))
+            path.write_bytes(content[:kept])
+            self.damage += len(content) - kept
+        else:
+            path.unlink()
+            self.damage += len(content)
+        return lambda: path.write_bytes(content) and None
+
+
+# ---- kills
+
+
+def kill(t: Trial) -> None:
+    """SIGKILL at random times, up to three times."""
+    t.prepare()
+    for _ in range(t.rng.choice((1, 1, 2, 3))):
+        child = t.start()
+        t.pause()
+        t.kill(child)
+    t.finish()
+
+
+def kill_while_saving(t: Trial) -> None:
+    """SIGKILL while a state is being written."""
+    t.prepare()
+
+    def saving() -> bool:
+        with suppress(FileNotFoundError):
+            return any(
+                any(os.scandir(folder)) for folder in os.scandir(t.stage / "state") if folder.name.startswith(".tmp-")
+            )
+        return False
+
+    child = t.start()
+    for _ in range(t.rng.randrange(3)):
+        t.until(child, saving)
+        t.until(child, lambda: not saving())
+    t.until(child, saving)
+    time.sleep(t.rng.uniform(0, 0.02))
+    t.kill(child)
+    t.hit = saving()
+    t.finish()
+
+
+def kill_while_publishing(t: Trial) -> None:
+    """SIGKILL while the result is written and moved into place; every other time over a published one."""
+    t.prepare()
+
+    def publishing() -> bool:
+        names = {path.name for path in t.stage.glob(".*")} if t.stage.exists() else set()
+        return any(".model" in name or ".stage" in name for name in names)
+
+    if t.rng.random() < 0.5:
+        t.finish()
+    child = t.start()
+    t.until(child, publishing)
+    time.sleep(t.rng.uniform(0, 0.01))
+    t.kill(child)
+    t.hit = publishing()
+    t.finish()
+
+
+def kill_the_pipeline(t: Trial) -> None:
+    """SIGKILL of `baton run` and, every other time, of all that it started."""
+    t.scene.copy(t.disk, "sft")
+    t.sections = ["sft", "reward"]
+    command = [sys.executable, "-m", "baton", "run", str(t.scene.recipe), f"output_root={t.disk}", "--to", "reward"]
+
+    def start() -> "subprocess.Popen[bytes]":
+        with (t.root / "baton.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    whole = 10 + t.scene.seconds["sft"] + t.scene.seconds["reward"]
+    runner = start()
+    time.sleep(t.rng.uniform(0, whole))
+    (os.killpg if t.rng.random() < 0.5 else os.kill)(runner.pid, signal.SIGKILL)
+    runner.wait()
+    deadline = time.monotonic() + LIMIT
+    while (code := start().wait(LIMIT)) == 2 and "in use by" in (t.root / "baton.log").read_text()[-1000:]:
+        check(time.monotonic() < deadline, "the stage of the killed runner never let go")
+    check(code == 0, f"baton run ended with {code}: {(t.root / 'baton.log').read_text()[-1000:]}")
+
+
+# ---- the disk
+
+
+def full_disk(t: Trial) -> None:
+    """The disk is full for a while. No state is lost, and the stage ends well, or asks for room and goes on then."""
+    filler = t.disk / "filler"
+    with _small_disk(t.disk):
+        t.prepare()
+        child = t.start()
+        t.pause(0.9)
+        newest = t.newest_state()
+        _fill(filler, t.rng.choice((0, 0, 4 << 10, 300 << 10, 1 << 20)))
+        if t.rng.random() < 0.5:
+            deadline = time.monotonic() + t.rng.uniform(0.1, 2)
+            t.until(child, lambda: time.monotonic() > deadline)
+            check(t.newest_state() >= newest, f"the state of step {newest} was lost")
+            filler.unlink()
+        code = child.wait()
+        t.hit = "no room" in t.said() or "disk is full" in t.said()
+        check(t.newest_state() >= newest, f"the state of step {newest} was lost")
+        check(code in (0, 2), f"on a full disk it ended with {code}")
+        check(
+            code == 0 or "full" in t.said() or "free" in t.said(), f"it does not say what it lacks: {t.said()[-500:]}"
+        )
+        filler.unlink(missing_ok=True)
+        if code:
+            t.finish()
+        shutil.copytree(t.run, t.root / "kept")
+    (t.root / "kept").rename(t.run)
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[None]:
+    """A tmpfs on the folder, for a while."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}m", "baton-faults", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this process may mount a tmpfs there."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "baton-faults", str(folder)]
+    try:
+        if subprocess.run(command, capture_output=True).returncode:
+            return False
+    except FileNotFoundError:
+        return False
+    subprocess.run(["umount", str(folder)], check=True)
+    return True
+
+
+def _fill(path: Path, left: int) -> None:
+    """A file that leaves so many bytes of its disk."""
+    room = shutil.disk_usage(path.parent).free - left
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while room > 0:
+            room -= file.write(bytes(min(room, 1 << 20)))
+
+
+# ---- damage
+
+
+def damaged_state(t: Trial) -> None:
+    """A part of the newest state, or of every one, is flipped, cut or deleted: it is skipped by name, or refused."""
+    t.prepare()
+    child = t.start()
+    wanted = t.rng.choice((1, 2, 2))
+    t.until(child, lambda: len(t.states()) >= wanted)
+    t.kill(child)
+    states = t.states()
+    broken = states if t.rng.random() < 0.4 else states[:1]
+    parts = [t.rng.choice(sorted(path for path in state.rglob("*") if path.is_file())) for state in broken]
+    restores = [t.flip_or_cut(part) for part in parts]
+    t.hit = True
+    if len(broken) == len(states):
+        t.refused(*(str(part) for part in parts))
+        for restore in restores:
+            restore()
+        t.finish()
+    else:
+        t.finish()
+        check(f"state {states[0].name} is skipped" in t.said(), "it does not say that a state was skipped")
+        check(str(parts[0]) in t.said(), f"it does not name {parts[0]}")
+
+
+def damaged_parent(t: Trial) -> None:
+    """A published file of a parent is flipped, cut or deleted: the child is refused by name, until it is put back."""
+    t.prepare()
+    if t.rng.random() < 0.5:
+        child = t.start()
+        t.pause()
+        t.kill(child)
+    parent = t.run / t.rng.choice(PARENTS[t.section])
+    manifest = read_manifest(parent / "stage.json")
+    assert manifest is not None
+    name = t.rng.choice(sorted(manifest.files))
+    restore = t.flip_or_cut(parent / name)
+    t.hit = True
+    t.refused(str(parent), name)
+    restore()
+    t.finish()
+
+
+# ---- two at once, and signals
+
+
+def second_copy(t: Trial) -> None:
+    """The same command by mistake, while the first is at work: refused with the owner's pid and host."""
+    t.prepare()
+    child = t.start()
+    lock = t.stage / ".lock"
+    t.until(child, lambda: lock.exists() and lock.stat().st_size > 0)
+    t.pause(0.6)
+    log = t.root / "second.log"
+    code = t.start(log).wait()
+    t.hit = child.running
+    if child.running:
+        told = log.read_text(encoding="utf-8")
+        check(code == 2, f"a second copy ended with {code}")
+        check(f"process {child.pid} on {socket.gethostname()}" in told, f"the owner is not named: {told[-500:]}")
+    check(child.wait() == 0, "the first copy was disturbed by the second")
+
+
+def stale_lock(t: Trial) -> None:
+    """The owner of the lock was killed, and its number is that of another, living process by now."""
+    t.prepare()
+    child = t.start()
+    lock = t.stage / ".lock"
+    t.until(child, lambda: lock.exists() and lock.stat().st_size > 0)
+    t.pause()
+    t.kill(child)
+    if lock.read_bytes():
+        t.hit = True
+        lock.write_text(json.dumps({**json.loads(lock.read_bytes()), "pid": os.getpid()}), encoding="utf-8")
+    t.finish()
+
+
+def preempted(t: Trial) -> None:
+    """SIGTERM or SIGINT: the step is finished and saved; every third time a second one does no harm."""
+    t.prepare()
+    t.same_states = False
+    signum = t.rng.choice((signal.SIGTERM, signal.SIGTERM, signal.SIGINT))
+    child = t.start()
+    t.pause()
+    child.send(signum)
+    twice = t.rng.random() < 0.3
+    if twice:
+        time.sleep(t.rng.uniform(0, 0.05))
+        child.send(signum)
+    code = child.wait()
+    check(code in (0, 128 + signum, -signum), f"after signal {signum} it ended with {code}")
+    t.hit = code != 0 and t.last_step() > 0
+    lost = max(0, t.last_step() - t.newest_state())
+    check(twice or code == 0 or lost == 0, f"stopped by a signal after step {t.last_step()}, and {lost} are lost")
+    t.lost_steps += lost if code else 0
+    t.finish()
+
+
+def save_now(t: Trial) -> None:
+    """SIGUSR1: a state is saved, and the run goes on."""
+    t.prepare()
+    t.same_states = False
+    child = t.start()
+    if t.until(child, lambda: t.last_step() > 0):
+        child.send(signal.SIGUSR1)
+        t.hit = True
+    code = child.wait()
+    check(code == 0, f"after SIGUSR1 it ended with {code}")
+
+
+# ---- the tracker
+
+
+def tracker_fails(t: Trial) -> None:
+    """wandb is absent, raises, hangs or dies, and the stage notices nothing; or it is there, and after a kill it has
+    every line once."""
+    t.prepare()
+    package = t.root / "package" / "wandb"
+    package.mkdir(parents=True)
+    shutil.copy(faults_wandb.__file__, package / "__init__.py")
+    works = t.rng.random() < 0.4
+    mode = "" if works else t.rng.choice(faults_wandb.MODES)
+    path = os.pathsep.join([str(package.parent), *sys.path])
+    t.options(f"{t.section}.train.report_to=wandb", FAKE_WANDB=mode, PYTHONPATH=path)
+    if t.rng.random() < 0.6:
+        child = t.start()
+        t.pause()
+        t.kill(child)
+    t.finish()
+    t.hit = True
+    run_id = json.loads((t.stage / "started.json").read_bytes())["run_id"]
+    server = package / f"server-{run_id}.jsonl"
+    try:
+        if works:
+            _await_all(server, [json.loads(line)["step"] for line in (t.stage / "metrics.jsonl").open("rb")])
+    finally:
+        for mark in package.glob("pid-*"):
+            with suppress(ProcessLookupError):
+                os.kill(int(mark.name.removeprefix("pid-")), signal.SIGKILL)
+
+
+def _await_all(server: Path, steps: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        lines = [json.loads(line) for line in server.open("rb")] if server.exists() else []
+        if [line["step"] for line in lines] == steps:
+            break
+        arrived = [line["step"] for line in lines]
+        check(time.monotonic() < deadline, f"steps {arrived} came to the tracker instead of {steps}")
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault: what it does, the sections that it may disturb, how many of a round's trials are its."""
+
+    disturb: Callable[[Trial], None]
+    sections: tuple[str, ...] = TRAINED
+    share: int = 1
+
+
+KINDS = {
+    "kill": Kind(kill, tuple(SECTIONS), 5),
+    "kill while saving": Kind(kill_while_saving, share=3),
+    "kill while publishing": Kind(kill_while_publishing, tuple(SECTIONS), 3),
+    "kill the pipeline": Kind(kill_the_pipeline, ("reward",)),
+    "full disk": Kind(full_disk, share=2),
+    "damaged state": Kind(damaged_state, share=2),
+    "damaged parent": Kind(damaged_parent),
+    "second copy": Kind(second_copy),
+    "stale lock": Kind(stale_lock),
+    "preempted": Kind(preempted, share=2),
+    "save now": Kind(save_now),
+    "tracker": Kind(tracker_fails, share=2),
+}

@@ -1,0 +1,307 @@
+"""What the fault campaign works with: a pipeline whose stages take two seconds, what it makes undisturbed, stages as
+processes that can be killed, and the comparison of two stages' folders bit for bit.
+
+Also used by the tests of resuming.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from handoff.files import hash_tree
+from stages.recipe import load_recipe
+
+NAME = "faults"
+RECIPE = """
+name: faults
+output_root: {root}
+seed: 7
+stages:
+  tokenizer:
+    vocab_size: 600
+    data: [{{source: world, kind: documents, size: 200}}, {{source: world, kind: chats, size: 200}}]
+  pretrain:
+    parent: tokenizer
+    model:
+      {{architecture: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4}}
+    data: [{{source: world, kind: documents, size: 200}}]
+    eval_data: [{{source: world, kind: documents, size: 20, split: validation}}]
+    block_size: 128
+    train: {{optim: muon, learning_rate: 3.0e-3, max_steps: 24, global_batch_size: 8, logging_steps: 2, save_steps: 3}}
+  sft:
+    parent: pretrain
+    data: [{{source: world, kind: chats, size: 80}}]
+    eval_data: [{{source: world, kind: chats, size: 16, split: validation}}]
+    eval_answers: 4
+    max_new_tokens: 8
+    max_length: 128
+    train: {{learning_rate: 5.0e-3, max_steps: 24, global_batch_size: 8, logging_steps: 2, save_steps: 3,
+             eval_steps: 8}}
+  reward:
+    stage: reward_model
+    parent: sft
+    data: [{{source: world, kind: preferences, size: 40}}]
+    eval_data: [{{source: world, kind: preferences, size: 16, split: validation}}]
+    max_length: 128
+    train: {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, logging_steps: 2, save_steps: 2}}
+  dpo:
+    parent: sft
+    data: [{{source: world, kind: preferences, size: 40}}]
+    eval_data: [{{source: world, kind: preferences, size: 16, split: validation}}]
+    eval_answers: 4
+    max_new_tokens: 8
+    max_length: 128
+    train: {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, logging_steps: 2, save_steps: 2}}
+  ppo:
+    parent: sft
+    guards: &guards {{max_truncated: 1, max_without_signal: 1, patience: 100, entropy_floor: 0, keep: last}}
+    reward: [{{model: reward}}, {{function: length_penalty, weight: 0.5, args: {{free: 8}}}}]
+    data: &prompts [{{source: world, kind: prompts, size: 20}}]
+    eval_data: &held [{{source: world, kind: prompts, size: 8, split: validation}}]
+    train: {{iterations: 8, rollout_batch_size: 16, max_completion_length: 16, sample_iterations: 3, save_iterations: 2,
+             learning_rate: 1.0e-3, adam_epsilon: 1.0e-4, per_device_train_batch_size: 8, kl_controller: adaptive,
+             kl_horizon: 200, sync_ref_model: true, ref_model_sync_steps: 3}}
+  grpo:
+    stage: ppo
+    advantage: group
+    parent: sft
+    guards: *guards
+    reward: [{{function: length_penalty, args: {{free: 4}}}}]
+    data: *prompts
+    eval_data: *held
+    train: {{iterations: 10, rollout_batch_size: 16, num_generations: 4, max_completion_length: 16,
+             sample_iterations: 4, save_iterations: 2, learning_rate: 1.0e-3, adam_epsilon: 1.0e-4,
+             per_device_train_batch_size: 8, kl_in: loss, dynamic_sampling_rounds: 2}}
+"""
+SECTIONS = {
+    "tokenizer": "tokenizer",
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "reward": "reward_model",
+    "dpo": "dpo",
+    "ppo": "ppo",
+    "grpo": "ppo",
+}
+"""The sections in their order, and the package of each."""
+PARENTS = {
+    "tokenizer": (),
+    "pretrain": ("tokenizer",),
+    "sft": ("pretrain",),
+    "reward": ("sft",),
+    "dpo": ("sft",),
+    "ppo": ("sft", "reward"),
+    "grpo": ("sft",),
+}
+LIMIT = 120.0
+"""Seconds after which a stage that should have ended hangs."""
+
+
+# ---- stages as processes
+
+
+class Child:
+    """One stage in a process of its own, as `python -m stages.<stage> <recipe> ...` would run it, forked from a server
+    that has the imports behind it."""
+
+    def __init__(self, stage: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] = {}) -> None:
+        """`log` gets what it prints."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["baton.preload"])
+        self.log = log
+        self._process = context.Process(target=_stage, args=(stage, list(arguments), str(log), dict(environment)))
+        self.began = time.monotonic()
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
+    def send(self, signum: int) -> None:
+        """A signal; nothing happens when it has ended."""
+        if self._process.is_alive():
+            os.kill(self.pid, signum)
+
+    def wait(self, seconds: float = LIMIT) -> int:
+        """Its exit code, negative for a signal. One that hangs is killed.
+
+        Raises:
+            TimeoutError: it did not end in so many seconds.
+        """
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+            raise TimeoutError(f"did not end within {seconds:.0f} s")
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL, and waits until it is gone."""
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    def said(self) -> str:
+        """What it has printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def _stage(stage: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """In the forked process."""
+    os.setsid()
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    import_module("stages.run").main(stage, arguments)
+
+
+# ---- the pipeline, undisturbed
+
+
+@dataclass
+class Scene:
+    """The recipe, and each section as it comes out when nothing happens."""
+
+    folder: Path
+    recipe: Path
+    seconds: dict[str, float]
+    """Of each section's process."""
+
+    @property
+    def reference(self) -> Path:
+        """The run's folder."""
+        return self.folder / "reference" / NAME
+
+    def child(self, root: Path, section: str, log: Path, *overrides: str, **environment: str) -> Child:
+        """Starts a section in a copy below `root`; what it prints is added to `log`."""
+        arguments = [str(self.recipe), "--section", section, f"output_root={root}", *overrides]
+        return Child(SECTIONS[section], arguments, log, environment)
+
+    def copy(self, root: Path, section: str) -> Path:
+        """A run's folder below `root` with all that the section comes from, as published. It can be damaged."""
+        run = root / NAME
+        run.mkdir(parents=True)
+        for name in ancestors(section):
+            shutil.copytree(self.reference / name, run / name)
+        return run
+
+
+def ancestors(section: str) -> list[str]:
+    """Everything that has to be there before the section, in its order."""
+    found = {name for parent in PARENTS[section] for name in (*ancestors(parent), parent)}
+    return [name for name in SECTIONS if name in found]
+
+
+def prepare(folder: Path, sections: Sequence[str] = tuple(SECTIONS)) -> Scene:
+    """Runs the pipeline once.
+
+    Raises:
+        RuntimeError: a section failed; with what it printed.
+    """
+    recipe = folder / "faults.yaml"
+    recipe.write_text(RECIPE.format(root=folder / "reference"), encoding="utf-8")
+    load_recipe(recipe)
+    scene = Scene(folder, recipe, {})
+    scene.reference.parent.mkdir()
+    for section in sections:
+        child = scene.child(scene.reference.parent, section, folder / "reference.log")
+        code = child.wait()
+        if code:
+            raise RuntimeError(f"{section} ended with {code}:\n{child.said()[-4000:]}")
+        scene.seconds[section] = time.monotonic() - child.began
+    return scene
+
+
+# ---- comparing
+
+
+def metrics_of(stage: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = (json.loads(line) for line in (stage / "metrics.jsonl").open("rb"))
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def differences(stage: Path, reference: Path, *, same_states: bool = True) -> list[str]:
+    """In words, everything in which two folders of one stage differ that should not: the published files, every line of
+    metrics and samples, and every tensor and value of the saved states.
+
+    `same_states`: which steps have one is the same too. Not after a preemption, which saves where it happens.
+    """
+    found = []
+    if not (stage / "stage.json").exists():
+        return ["it is not published"]
+    ours, theirs = hash_tree(stage / "model"), hash_tree(reference / "model")
+    found += [f"model/{name} differs" for name in sorted({name for name, _ in ours.items() ^ theirs.items()})]
+    mine, other = metrics_of(stage), metrics_of(reference)
+    if mine != other:
+        at = next((n for n, (a, b) in enumerate(zip(mine, other)) if a != b), min(len(mine), len(other)))
+        found.append(f"metrics.jsonl differs from line {at + 1} on ({len(mine)} lines, {len(other)} in the reference)")
+    samples = [path / "samples.jsonl" for path in (stage, reference)]
+    said, expected = (path.read_bytes() if path.exists() else b"" for path in samples)
+    if said != expected:
+        found.append("samples.jsonl differs")
+    here, there = ({path.name: path for path in (folder / "state").glob("step-*")} for folder in (stage, reference))
+    if same_states and here.keys() != there.keys():
+        found.append(f"states {sorted(here)} instead of {sorted(there)}")
+    for name in sorted(here.keys() & there.keys()):
+        found += state_differences(here[name], there[name])
+    left = [path.name for path in stage.rglob(".*") if path.name != ".lock" and path.is_file()]
+    return found + [f"{name} was left behind" for name in left]
+
+
+def state_differences(state: Path, reference: Path) -> list[str]:
+    """In words, the tensors and values in which two saved states differ, and parts that only one has."""
+    parts, expected = hash_tree(state).keys(), hash_tree(reference).keys()
+    found = [f"state {state.name}: only one has {name}" for name in sorted(parts ^ expected)]
+    for name in sorted(parts & expected):
+        ours, theirs = _content(state / name), _content(reference / name)
+        found += [f"state {state.name}, {name}: {place}" for place in _unequal(ours, theirs, "")]
+    return found
+
+
+def _content(path: Path) -> Any:
+    """What a part of a state holds; of a kind that is not known, nothing."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix in (".pt", ".pth"):
+        return torch.load(path, weights_only=False)
+    if path.suffix == ".json":
+        content = json.loads(path.read_bytes())
+        if path.name == "state.json":
+            return content["extra"]  # the rest are the parts' hashes, and a pickle's bytes are not its content
+        return content
+    return None
+
+
+def _unequal(a: Any, b: Any, place: str) -> Iterator[str]:
+    """Where two nested values differ, times apart."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            yield place
+    elif isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            yield f"{place}: keys"
+        for key in a.keys() & b.keys():
+            if not str(key).startswith("time/"):
+                yield from _unequal(a[key], b[key], f"{place}/{key}")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        for index, (x, y) in enumerate(zip(a, b)):
+            yield from _unequal(x, y, f"{place}/{index}")
+    elif type(a) is not type(b) or str(a) != str(b):  # of numpy's arrays and of NaN the text is compared
+        yield place
