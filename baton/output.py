@@ -14,6 +14,7 @@ import sys
 import termios
 import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -48,7 +49,7 @@ class PlainText:
             self._apply(part.group(), part.group(1), part.group(2))
         while len(self._lines) > _REDRAWN:
             self._write(self._lines.popleft())
-        self._log.flush()
+        self._flush()
 
     def close(self) -> None:
         """Writes what is left."""
@@ -56,12 +57,17 @@ class PlainText:
             self._write(line)
         self._lines.clear()
         self._current = ""
-        self._log.flush()
+        self._flush()
 
     def _write(self, line: str) -> None:
-        self._log.write(line + "\n")
         if line.strip():
             self.tail.append(line)
+        with suppress(OSError):  # a full disk costs lines of the log; a stage that nobody listens to would stand still
+            self._log.write(line + "\n")
+
+    def _flush(self) -> None:
+        with suppress(OSError):
+            self._log.flush()
 
     def _apply(self, part: str, argument: str | None, command: str | None) -> None:
         if part == "\n":
@@ -129,5 +135,6 @@ class Tee:
         self.release()
         self._thread.join(timeout=2.0)
         self._text.close()
-        self._log.close()
+        with suppress(OSError):
+            self._log.close()
         return list(self._text.tail)

@@ -5,6 +5,8 @@ import os
 import pty
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -87,6 +89,17 @@ def test_a_reader_that_goes_away_does_not_stop_the_stage(tmp_path, monkeypatch):
     tee = Tee(tmp_path / "x.log", "=== head")
     os.write(tee.descriptor, b"one\ntwo\n")
     assert tee.close() == ["one", "two"]
+
+
+def test_a_log_on_a_full_disk_does_not_stop_the_stage(capsys):
+    tee = Tee(Path("/dev/full"), "=== head")
+    lines = b"a line of output\n" * 20_000  # more than a pipe holds: somebody has to read it
+    writer = threading.Thread(target=lambda: os.write(tee.descriptor, lines), daemon=True)
+    writer.start()
+    writer.join(20)
+    assert not writer.is_alive(), "the stage stands still in a print"
+    assert tee.close()[-1] == "a line of output"
+    assert capsys.readouterr().out == lines.decode()
 
 
 CHILD = """
