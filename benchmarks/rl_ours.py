@@ -31,6 +31,7 @@ def main() -> None:
     name = sys.argv[2]
     runtime.prepare()
     # Imported before memory is counted, as the peer imports its own.
+    import datasets  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import stages.ppo.train  # noqa: F401

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from rollout.batch import PaddedBatch
 from rollout.ragged import enabled, inputs, spread
 
+_AT_ONCE = 2**22  # logits whose log-probabilities are computed at once where no gradient is wanted
+
 
 def token_logprobs(
     logits: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool = False
@@ -19,6 +21,13 @@ def token_logprobs(
     logits (..., V), tokens (...) -> ((...), (...)), fp32, nats. The temperature is the one that was sampled with,
     so that the scored distribution is the sampled one.
     """
+    if not torch.is_grad_enabled() and logits.numel() > _AT_ONCE:
+        # Piece by piece: the temporary values would otherwise take several times the memory of the logits.
+        rows = max(_AT_ONCE // logits.shape[-1], 1)
+        pieces = zip(logits.flatten(0, -2).split(rows), tokens.flatten().split(rows), strict=True)
+        found = [token_logprobs(piece, wanted, temperature) for piece, wanted in pieces]
+        logp, entropy = (torch.cat(parts).view(tokens.shape) for parts in zip(*found, strict=True))
+        return logp, entropy
     logp = torch.log_softmax(logits.float() / temperature, dim=-1)
     chosen = logp.gather(-1, tokens[..., None]).squeeze(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):  # mostly it is only reported

@@ -457,11 +457,25 @@ def test_whitening_has_mean_zero_and_deviation_one(batch):
     assert losses.masked_mean(torch.full((2, 3), math.nan), torch.zeros(2, 3, dtype=torch.bool)) == 0
 
 
-@pytest.mark.parametrize(("world", "size"), [(1, 4), (2, 4), (4, 2), (2, 3)])
-def test_micro_batches_cover_every_row_once_with_equal_counts(world, size):
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(("world", "size"), [(1, 4), (2, 4), (4, 2), (2, 3), (2, 1), (1, 32)])
+def test_micro_batches_cover_every_row_once_with_equal_counts(world, size, padded):
     lengths = [(7 * i) % 11 + 1 for i in range(40)]
     rows = list(range(0, 40, 1))[4:24]
-    shares = [micro_batches(lengths, rows, size, rank, world) for rank in range(world)]
+    shares = [micro_batches(lengths, rows, size, rank, world, padded=padded) for rank in range(world)]
     assert sorted(r for share in shares for chunk in share for r in chunk) == rows
     assert len({len(share) for share in shares}) == 1
-    assert all(0 < len(chunk) <= size for share in shares for chunk in share)
+    chunks = [chunk for share in shares for chunk in share]
+    assert all(0 < len(chunk) <= size for chunk in chunks)
+    if not padded:
+        tokens = [sum(lengths[row] for row in chunk) for chunk in chunks]
+        assert max(tokens) - min(tokens) <= 2 * max(lengths)
+
+
+def test_log_probabilities_in_pieces_are_those_of_the_whole(monkeypatch):
+    logits, tokens = torch.randn(3, 5, 11), torch.randint(0, 11, (3, 5))
+    with torch.no_grad():
+        whole = token_logprobs(logits, tokens, 0.7)
+        monkeypatch.setattr("rollout.logprobs._AT_ONCE", 25)
+        pieces = token_logprobs(logits, tokens, 0.7)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))

@@ -68,13 +68,23 @@ class ActorCritic(nn.Module):
         return logp.clone(), entropy, values
 
 
-def micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int, rank: int, world: int) -> list[list[int]]:
-    """Splits `rows` into micro-batches of like length and returns those of one rank, equally many on every rank.
+def micro_batches(
+    lengths: Sequence[int], rows: Sequence[int], size: int, rank: int, world: int, *, padded: bool
+) -> list[list[int]]:
+    """Splits `rows` into micro-batches of at most `size` rows; those of one rank, equally many on every rank.
 
-    Each chunk of `size` × `world` rows is dealt out in turn, so that the ranks' rows are of like length, too. The
-    number of rows has to be a multiple of `world`.
+    padded: rows of like length come together, so that little is padding. Otherwise each micro-batch, of whichever rank,
+    gets about as many tokens as any other, so that none takes much more memory or time. The number of rows has to be a
+    multiple of `world`.
     """
     assert len(rows) % world == 0
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    chunks = [ordered[start : start + size * world] for start in range(0, len(ordered), size * world)]
-    return [chunk[rank::world] for chunk in chunks]
+    if padded:
+        chunks = [ordered[start : start + size * world] for start in range(0, len(ordered), size * world)]
+        return [chunk[rank::world] for chunk in chunks]
+    hands = -(-len(rows) // (size * world)) * world
+    # Dealt to and fro: who got the shortest row of one round gets the longest of the next.
+    return [
+        [row for i, row in enumerate(ordered) if (i % hands if i // hands % 2 else hands - 1 - i % hands) == hand]
+        for hand in range(rank, hands, world)
+    ]

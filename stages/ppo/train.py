@@ -29,6 +29,7 @@ from torch import Tensor
 
 from data.encode import EncodedPrompt
 from data.sampling import shuffled
+from rollout import ragged
 from rollout.batch import pad_batch, pad_values
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
 from rollout.vllm import VLLMEngine
@@ -88,6 +89,7 @@ def train(run: Run) -> None:
     reference = load_policy(run, parent, bf16).eval().requires_grad_(False).to(device)
     if t.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
+    padded_rows = not ragged.enabled(policy)
     actor_critic = ActorCritic(policy, critic)
     model, optimizer = runtime.prepare_model(accelerator, actor_critic, make_optimizer(actor_critic, t))
     vllm = None
@@ -153,7 +155,9 @@ def train(run: Run) -> None:
                     for number, rows in enumerate(np.split(order, t.num_mini_batches)):
                         # Of the whole minibatch, on all processes.
                         divisor = losses.count([counted[i] for i in rows], t.loss_normaliser, t.max_completion_length)
-                        mine = micro_batches(sizes, rows.tolist(), t.per_device_train_batch_size, rank, world)
+                        mine = micro_batches(
+                            sizes, rows.tolist(), t.per_device_train_batch_size, rank, world, padded=padded_rows
+                        )
                         sums: dict[str, Tensor] = {}
                         for position, chunk in enumerate(mine):
                             padded = pad_batch(
