@@ -24,7 +24,6 @@ from handoff.manifest import Inputs, Manifest, ParentRecord
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
 from stages.inputs import present_soft_parents, stage_inputs
-from stages.launch import rank
 from stages.recipe import Recipe, RecipeError, load_recipe
 from stages.signals import Signals, Stopped
 
@@ -299,8 +298,6 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
         print(str(error), file=sys.stderr)
         sys.exit(3)
     except Stopped as stopped:
-        if rank() == 0:
-            print(str(stopped), file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:  # before the stage began
         sys.exit(130)

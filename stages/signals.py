@@ -30,7 +30,7 @@ _CLOSE = b"\0"  # no signal has this number
 
 
 class Stopped(BaseException):
-    """A stage ends since it was asked to. Its text is the line for the user.
+    """A stage ends since it was asked to. Its text is the line for the user, who has been told.
 
     No Exception, so that nothing that tolerates failures (of rewards, of a tracker) tolerates it.
     """
@@ -55,6 +55,7 @@ class Signals:
         self._stop = 0
         self._save = False
         self._grace: float | None = None
+        self._said = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -107,11 +108,8 @@ class Signals:
         """To be raised once the state after `done` ("step 17") is saved, or could not be."""
         state = "its state is saved, and" if saved else "the state could not be saved;"
         rest = "" if saved else " from the last one that was"
-        return Stopped(
-            signum,
-            f"{self._name}: stopped by {_called(signum)} after {done}; {state} the same command goes on{rest}",
-            True,
-        )
+        words = f"stopped by {_called(signum)} after {done}; {state} the same command goes on{rest}"
+        return Stopped(signum, self._say(words), together=True)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         """In the main thread."""
@@ -120,10 +118,8 @@ class Signals:
         elif not self._stop:  # a second one is the thread's affair
             self._stop = signum
             if self._grace is None:
-                raise Stopped(
-                    signum,
-                    f"{self._name}: stopped by {_called(signum)} with no step under way; the same command goes on",
-                )
+                words = f"stopped by {_called(signum)} with no step under way; the same command goes on"
+                raise Stopped(signum, self._say(words))
 
     def _watch(self) -> None:
         """In the thread: ends the process when it was asked to twice, or has had its time."""
@@ -148,12 +144,17 @@ class Signals:
 
     def _leave(self, signum: int, why: str) -> NoReturn:
         """Ends the process from its thread. Helpers of the stage end when it has ended, as after a SIGKILL."""
-        if runtime.is_main():
-            line = (
-                f"{self._name}: stopped by {_called(signum)}{why}; the same command goes on from the last saved state\n"
-            )
-            os.write(2, line.encode())
+        if not self._said:
+            self._say(f"stopped by {_called(signum)}{why}; the same command goes on from the last saved state")
         os._exit(128 + signum)
+
+    def _say(self, words: str) -> str:
+        """At once, and past every buffer: the launcher of several processes ends them all when the first has ended."""
+        line = f"{self._name}: {words}"
+        self._said = True
+        if runtime.is_main():
+            os.write(2, f"{line}\n".encode())
+        return line
 
 
 def _called(signum: int) -> str:

@@ -1,4 +1,4 @@
-"""Signals to a stage: it ends after its step with a state saved, and the same command ends where it would have ended."""
+"""Signals to a stage: it ends after its step with a state saved; the same command then ends where it would have."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -185,3 +186,146 @@ def test_ppo_stopped_in_an_iteration_ends_bit_for_bit_the_same(micro_recipe, mon
     whole = load_file(folder / "model" / "model.safetensors")
     assert lines == lines_of(folder) and samples == (folder / "samples.jsonl").read_text()
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+# ---- real processes
+
+SFT = (
+    "sft.train.max_steps=60",
+    "sft.train.save_steps=50",
+    "sft.train.logging_steps=4",
+    "sft.train.per_device_train_batch_size=4",
+)
+
+
+def begin(root: Path, *command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Until metrics.jsonl has a line of training of that step, or of a later one."""
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in lines_of(folder)) if (folder / "metrics.jsonl").exists() else True:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def parents_of(micro_recipe: Path, output: Path, *overrides: str) -> tuple[list[str], Path]:
+    """Arguments for the micro recipe in a folder of its own, from its published parents; and the run's folder."""
+    runs = load_recipe(micro_recipe).run_dir
+    keys = [f"sft.parent={runs / 'pretrain'}", f"ppo.parent={runs / 'sft'}", f"output_root={output}", *overrides]
+    keys += [f'ppo.reward=[{{"model": "{runs / "reward"}"}}]']
+    return [str(micro_recipe), *keys], output / "micro"
+
+
+def end_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    return load_file(folder / "model" / "model.safetensors"), lines_of(folder)
+
+
+def same(one: Path, other: Path) -> None:
+    (weights, lines), (weights_, lines_) = end_of(one), end_of(other)
+    assert lines == lines_
+    assert weights.keys() == weights_.keys()
+    assert all(torch.equal(weights[key], weights_[key]) for key in weights)
+
+
+@slow
+def test_a_requeued_job_continues_by_itself(micro_recipe, root, tmp_path):
+    """As Slurm does it: the runner and the stage both get the signal, and the job's command is run again."""
+    arguments, folder = parents_of(micro_recipe, tmp_path / "whole", *SFT)
+    run_section(load_recipe(micro_recipe, arguments[1:]), "sft")
+    command = ["-m", "baton", "run", "--to", "sft"]
+    again, stopped = parents_of(micro_recipe, tmp_path / "stopped", *SFT)
+    runner = begin(root, *command, *again)
+    wait_for_step(runner, stopped / "sft", 8)
+    stage = json.loads((stopped / "sft" / ".lock").read_text())["pid"]
+    assert stage != runner.pid
+    os.kill(stage, signal.SIGUSR1)
+    for process in (stage, runner.pid):
+        os.kill(process, signal.SIGTERM)
+    out = runner.communicate(timeout=60)[0]
+    assert runner.returncode == 143
+    assert "sft: stopped by SIGTERM after step" in out
+    assert out.endswith("sft was stopped; the same command goes on with it\n")
+    assert "Traceback" not in out
+    step = int(out.split("after step ")[1].split(";")[0])
+    assert f"step-{step}" in states(stopped / "sft") and step < 60
+    runner = begin(root, *command, *again)
+    out = runner.communicate(timeout=240)[0]
+    assert runner.returncode == 0, out
+    assert f"resuming after step {step}" in out
+    same(folder / "sft", stopped / "sft")
+
+
+HANGS = """
+import os, signal, sys, time
+from stages import run
+from stages.trainer import StageTrainer
+
+step = StageTrainer.training_step
+
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if {second}:
+            time.sleep(2.5)
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+    return step(self, *args, **kwargs)
+
+StageTrainer.training_step = training_step
+run.main("sft", sys.argv[1:])
+"""
+
+
+@slow
+@pytest.mark.parametrize(
+    ("second", "grace", "said"),
+    [(True, 600, "stopped by SIGTERM at once"), (False, 0.5, r"stopped by SIGTERM, the step did not end in 0.5 s")],
+)
+def test_a_second_signal_and_the_end_of_the_grace_period_end_it_at_once(
+    second, grace, said, micro_recipe, root, tmp_path
+):
+    keys = ("sft.train.max_steps=8", "sft.train.save_steps=2", f"sft.train.grace_seconds={grace}")
+    arguments, folder = parents_of(micro_recipe, tmp_path, *keys)
+    process = begin(root, "-c", HANGS.format(second=second), *arguments, "--section", "sft")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 143, out
+    assert out.endswith(f"sft: {said}; the same command goes on from the last saved state\n")
+    assert states(folder / "sft") == ["step-2", "step-4"]
+    run_section(load_recipe(micro_recipe, arguments[1:]), "sft")
+    _, lines = end_of(folder / "sft")
+    assert lines[-1]["step"] == 8
+
+
+@slow
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_of_two_processes_one_is_asked_and_both_end_after_the_same_step(stage, micro_recipe, root, tmp_path):
+    keys = (*SFT, "ppo.train.iterations=8", "ppo.train.save_iterations=7")
+    command = ["-m", "baton", "run", "--to", stage, "--launch", str(root / "recipes" / "launch" / "cpu2.yaml")]
+    arguments, stopped = parents_of(micro_recipe, tmp_path / "stopped", *keys)
+    runner = begin(root, *command, *arguments)
+    wait_for_step(runner, stopped / stage, {"sft": 8, "ppo": 2}[stage])
+    family = psutil.Process(runner.pid).children(recursive=True)
+    (second,) = [one for one in family if one.environ().get("RANK") == "1"]
+    second.send_signal(signal.SIGTERM)
+    out = runner.communicate(timeout=60)[0]
+    assert runner.returncode == 143, out
+    assert f"{stage}: stopped by SIGTERM after" in out
+    assert not any(one.is_running() for one in family)
+    (state,) = states(stopped / stage)
+    assert {"sft": 8, "ppo": 2}[stage] <= int(state.removeprefix("step-")) < {"sft": 60, "ppo": 8}[stage]
+    if stage == "sft":  # whose losses are summed up on each process apart
+        out = begin(root, *command, *arguments).communicate(timeout=240)[0]
+        assert "resuming after step" in out
+        whole, folder = parents_of(micro_recipe, tmp_path / "whole", *keys)
+        assert begin(root, *command, *whole).wait(timeout=240) == 0
+        same(folder / stage, stopped / stage)
