@@ -335,15 +335,16 @@ def backward(accelerator: "Accelerator", model: Any, loss: "torch.Tensor", last:
 
 
 def spoilt(loss: "torch.Tensor") -> "torch.Tensor":
-    """The loss (scalar); one that is not finite gets a gradient that is not finite.
+    """The same loss (scalar, of a graph); one that is not finite now has a gradient that is not finite either.
 
-    A logarithm of zero behind a clamp has none of its own, for one. The norm of the gradients is of all processes, so
-    all of them see alike that there is nothing to step on, under every engine.
+    By itself it may have one: behind a clamp, a logarithm of zero does. The norm of the gradients is that of all
+    processes, so all of them see alike that there is nothing to step on, under every engine.
     """
     import torch
 
-    value = loss.detach()
-    return loss * torch.where(torch.isfinite(value), torch.ones_like(value), torch.full_like(value, torch.nan))
+    factor = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
+    loss.register_hook(lambda gradient: gradient * factor)
+    return loss
 
 
 def step(model: Any, optimizer: Any, max_grad_norm: float) -> float:
