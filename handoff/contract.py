@@ -11,7 +11,7 @@ from handoff.encoding import declared_pad_id, generation_stop_ids, read_tokenize
 from handoff.errors import HandoffError
 from handoff.files import list_files, read_json, write_json
 from handoff.manifest import Kind, TokenizerRecord
-from handoff.weights import INDEX_NAME, embedding_rows, read_tensors
+from handoff.weights import INDEX_NAME, embedding_shape, read_tensors
 
 if TYPE_CHECKING:
     from handoff.parent import Parent
@@ -139,7 +139,7 @@ def _check_weights(model_dir: Path, tokenizer: TokenizerRecord) -> None:
                 "use a checkpoint of an architecture that transformers itself has"
             )
     read_tensors(model_dir)
-    rows = embedding_rows(model_dir)
+    rows, _ = embedding_shape(model_dir)
     if tokenizer.vocab_size > rows:
         raise HandoffError(
             f"{model_dir}: the tokenizer has {tokenizer.vocab_size} ids and the model only {rows} embeddings; "

@@ -82,8 +82,8 @@ def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def embedding_rows(model_dir: Path) -> int:
-    """Rows of the input embedding: how many token ids the model knows."""
+def embedding_shape(model_dir: Path) -> tuple[int, int]:
+    """(rows, width) of the input embedding: how many token ids the model knows, and numbers of a token's vector."""
     tensors = read_tensors(model_dir)
     names = [
         name
@@ -98,4 +98,5 @@ def embedding_rows(model_dir: Path) -> int:
             f"{model_dir}: no tensor is named like a token embedding (*.{{{', '.join(sorted(_EMBEDDINGS))}}}.weight)"
         )
     # Of several (a multi-token-prediction layer may repeat it) the model's own has the shortest name.
-    return tensors[min(names, key=len)].shape[0]
+    rows, width = tensors[min(names, key=len)].shape
+    return rows, width

@@ -148,10 +148,16 @@ class Ragged:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
-        q, k, v = (self._beside(x) for x in (query, key, value))  # (B, heads, L, D)
         window = self.windows[layer]
-        out = _causal(q, k, v, scaling, softcap, window if window is not None and window < self.length else None)
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.place)[None]
+        if window is not None and window >= self.length:
+            window = None
+        # In float32 on a processor, whatever the products around it are in: the gradient of bfloat16 attention takes
+        # several times as long there.
+        dtype = torch.float32 if query.device.type == "cpu" else value.dtype
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = (self._beside(x.to(dtype)) for x in (query, key, value))  # (B, heads, L, D)
+            out = _causal(q, k, v, scaling, softcap, window)
+            return out.transpose(1, 2).flatten(0, 1).index_select(0, self.place)[None].to(value.dtype)
 
     def _beside(self, x: Tensor) -> Tensor:
         """(1, heads, T, D) -> (B, heads, L, D)."""

@@ -31,7 +31,8 @@ class OptimizerConfig(Strict):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this global norm, under every engine; 0: never."""
     bf16: bool | Literal["auto"] = "auto"
-    """Autocast in bfloat16 over float32 weights; `auto`: on GPUs that have it, not on CPUs."""
+    """Autocast in bfloat16 over float32 weights; `auto`: on GPUs that have it and, in policy-gradient training of
+    models at least 256 wide, on CPUs that have it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_total_limit: int = Field(default=2, ge=1)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # A collective that waits longer than this is dead. Nothing slow (tokenising, building) happens inside one.
 TIMEOUT = timedelta(minutes=30)
+# On a processor with bfloat16, smaller products gain less from it than the conversions cost.
+_LEAST_WIDTH = 256
 
 
 # ---- the processes
@@ -155,14 +157,21 @@ def accumulation_steps(global_batch_size: int, per_device: int, processes: int) 
     return global_batch_size // at_once
 
 
-def choose_bf16(asked: bool | Literal["auto"], engine: Engine, supported: bool) -> bool:
-    """Whether to compute in bfloat16; `supported`: whether the GPU can.
+def choose_bf16(asked: bool | Literal["auto"], engine: Engine, supported: bool, width: int | None = None) -> bool:
+    """Whether to compute in bfloat16.
+
+    Args:
+        asked: in the recipe.
+        engine: that runs.
+        supported: whether the GPU, or the processor, has products of bfloat16.
+        width: of the model, where its training is known to gain from bfloat16 on a processor (`_LEAST_WIDTH`).
 
     Raises:
         LaunchError: it was asked for, and cannot be had.
     """
     if asked == "auto":
-        return engine.device == "cuda" and supported
+        gains = engine.device == "cuda" or (engine.name in ("single", "ddp") and (width or 0) >= _LEAST_WIDTH)
+        return gains and supported
     if asked and engine.device == "cuda" and not supported:
         raise LaunchError("train.bf16 is true, and this GPU has no bfloat16: write `bf16: auto` or false")
     if asked and engine.device == "cpu" and engine.name in ("deepspeed", "fsdp2"):
@@ -179,10 +188,15 @@ def choose_compile(asked: bool | Literal["auto"], engine: Engine) -> bool:
     return asked
 
 
-def _bf16(asked: bool | Literal["auto"], engine: Engine) -> bool:
+def _bf16(asked: bool | Literal["auto"], engine: Engine, width: int | None = None) -> bool:
     import torch
 
-    return choose_bf16(asked, engine, engine.device == "cuda" and torch.cuda.is_bf16_supported())
+    if engine.device == "cuda":
+        supported = torch.cuda.is_bf16_supported()
+    else:
+        found = torch.cpu.get_capabilities()
+        supported = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return choose_bf16(asked, engine, supported, width)
 
 
 def _backend(engine: Engine) -> str | None:
@@ -217,8 +231,11 @@ def training_arguments_kwargs(train: "TrainConfig") -> dict[str, Any]:
     }
 
 
-def accelerator(train: "OptimizerConfig") -> "Accelerator":
-    """The accelerator of a loop written by hand. Such a loop then uses `prepare_model`, `backward` and `step`."""
+def accelerator(train: "OptimizerConfig", width: int) -> "Accelerator":
+    """The accelerator of a loop written by hand, which then uses `prepare_model`, `backward` and `step`.
+
+    `width`: of the model, whose attention the loop computes in float32 on a processor (`choose_bf16`).
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
@@ -235,7 +252,7 @@ def accelerator(train: "OptimizerConfig") -> "Accelerator":
         )
     made = Accelerator(
         cpu=engine.device == "cpu" and engine.name in ("single", "ddp"),
-        mixed_precision="bf16" if _bf16(train.bf16, engine) else "no",
+        mixed_precision="bf16" if _bf16(train.bf16, engine, width) else "no",
         deepspeed_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(backend=_backend(engine), timeout=TIMEOUT)],
     )

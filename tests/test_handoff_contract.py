@@ -12,7 +12,7 @@ from handoff.contract import check_foreign, check_model, check_same_encoding, wr
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.parent import open_parent
-from handoff.weights import embedding_rows, read_tensors
+from handoff.weights import embedding_shape, read_tensors
 from tests.handoff_models import TEMPLATE, published, write, write_model, write_tokenizer
 
 GPT2 = ("<|endoftext|>",)
@@ -36,7 +36,7 @@ def test_reads_ids_stops_and_size(tmp_path: Path) -> None:
     record = read_tokenizer(tmp_path)
     assert (record.bos_id, record.eos_id, record.pad_id, record.stop_ids) == (0, 1, 2, [1, 5])
     assert record.vocab_size == 11
-    assert embedding_rows(tmp_path) == 11
+    assert embedding_shape(tmp_path)[0] == 11
 
 
 def test_the_same_files_give_the_same_fingerprints_in_any_key_order(tmp_path: Path) -> None:
@@ -353,13 +353,13 @@ def test_shards_are_followed_and_a_missing_one_is_named(tmp_path: Path) -> None:
 def test_the_embedding_is_found_by_its_name(tmp_path: Path, name: str) -> None:
     tensors = {name: np.ones((7, 2), np.float32), "transformer.wpe.weight": np.ones((5, 2), np.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert embedding_rows(tmp_path) == 7
+    assert embedding_shape(tmp_path)[0] == 7
 
 
 def test_weights_without_an_embedding(tmp_path: Path) -> None:
     save_file({"score.weight": np.ones((1, 2), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(HandoffError, match="no tensor is named like a token embedding"):
-        embedding_rows(tmp_path)
+        embedding_shape(tmp_path)
 
 
 # ---- two models

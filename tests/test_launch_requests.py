@@ -193,6 +193,12 @@ def test_precision() -> None:
     assert runtime.choose_bf16("auto", gpu, supported=True) is True
     assert runtime.choose_bf16("auto", gpu, supported=False) is False
     assert runtime.choose_bf16("auto", cpu, supported=False) is False
+    assert runtime.choose_bf16("auto", cpu, supported=True, width=256) is True
+    assert runtime.choose_bf16("auto", cpu, supported=True, width=128) is False
+    assert runtime.choose_bf16("auto", cpu, supported=False, width=256) is False
+    assert runtime.choose_bf16("auto", cpu, supported=True) is False
+    assert runtime.choose_bf16("auto", Engine("fsdp2", None, 2, "cpu"), supported=True, width=256) is False
+    assert runtime.choose_bf16(False, cpu, supported=True, width=256) is False
     assert runtime.choose_bf16(True, cpu, supported=False) is True
     assert runtime.choose_bf16(False, gpu, supported=True) is False
     with pytest.raises(LaunchError, match="no bfloat16"):

@@ -58,7 +58,7 @@ def program(out: Path) -> None:
 
     def make(clip: float, seed: int):
         train = OptimizerConfig(per_device_train_batch_size=MICRO, max_grad_norm=clip)
-        accelerator = runtime.accelerator(train)
+        accelerator = runtime.accelerator(train, width=16)
         torch.manual_seed(seed)
         model = Pair()
         groups = [

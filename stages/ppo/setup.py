@@ -111,7 +111,7 @@ def make_optimizer(model: ActorCritic, t: PPOTrainConfig) -> torch.optim.Optimiz
     if model.critic is not None:
         groups.append({"params": list(model.critic.parameters()), "lr": t.critic_learning_rate})
     betas = (t.adam_beta1, t.adam_beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=t.adam_epsilon, weight_decay=t.weight_decay)
+    return torch.optim.AdamW(groups, betas=betas, eps=t.adam_epsilon, weight_decay=t.weight_decay, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, t: PPOTrainConfig, iteration: int, factor: float) -> float:

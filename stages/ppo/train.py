@@ -29,6 +29,7 @@ from torch import Tensor
 
 from data.encode import EncodedPrompt
 from data.sampling import shuffled
+from handoff.weights import embedding_shape
 from rollout import ragged
 from rollout.batch import pad_batch, pad_values
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
@@ -67,7 +68,6 @@ def train(run: Run) -> None:
     """Runs the stage. Raises GateError when training has gone where no result can come from, Stopped after a signal."""
     config: Config = run.config
     t, guards = config.train, config.guards
-    accelerator = runtime.accelerator(t)
     device = runtime.device()
     world, rank = runtime.world_size(), runtime.rank()
     check_batch(run, t, world)
@@ -76,6 +76,7 @@ def train(run: Run) -> None:
 
     # Parents, prompts, rewards.
     parent = run.parent("parent")
+    accelerator = runtime.accelerator(t, embedding_shape(parent.model_dir)[1])
     encoder = models.load_encoder(parent)
     prompts = load_prompts(run, encoder, config.data, "prompts")
     heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
