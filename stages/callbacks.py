@@ -38,6 +38,9 @@ class FlowCallback(TrainerCallback):
         self._trainer.run.signals.finish_steps(self._trainer.train_config.grace_seconds)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._trainer.accelerator.optimizer_step_was_skipped:
+            # By DeepSpeed itself; the Trainer keeps the learning rate back then, and under no other engine.
+            self._trainer.lr_scheduler.step()
         last = state.global_step >= state.max_steps
         eval_steps = self._trainer.train_config.eval_steps
         if not last and eval_steps and state.global_step % eval_steps == 0:

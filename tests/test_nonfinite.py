@@ -1,8 +1,13 @@
-"""A loss or a gradient that is not finite: the step is skipped, counted and named; too many in a row stop the stage."""
+"""A loss or a gradient that is not finite: the step is skipped, counted and named; too many in a row stop the stage.
+
+The file is also a program for `accelerate launch`: SFT whose third step is broken, on the last process only.
+"""
 
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +38,8 @@ def broken(
 
     def compute_loss(self, *args, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
-            if self.accelerator.sync_gradients and self.state.global_step + 1 in steps:
+            here = runtime.rank() == runtime.world_size() - 1
+            if here and self.accelerator.sync_gradients and self.state.global_step + 1 in steps:
                 patch.setattr(runtime, "spoilt", lambda loss: spoilt(what(loss)))
             return original(self, *args, **kwargs)
 
@@ -250,6 +256,35 @@ def test_too_many_in_a_row_end_with_code_3_and_the_last_state_goes_on(tmp_path, 
     assert result(recipe, "sft").lines == run_stage("sft", tmp_path / "whole", *KEYS).lines
 
 
+@slow
+@pytest.mark.parametrize("engine", ["cpu2", "cpu2_zero3"])
+def test_what_is_broken_on_one_process_is_skipped_on_all(engine, micro_recipe, root, tmp_path):
+    """DeepSpeed steps, and skips, by itself; the course is that of one process all the same."""
+    runs = load_recipe(micro_recipe).run_dir
+    keys = ["max_steps=5", "logging_steps=1", "save_steps=9", "per_device_train_batch_size=4", "adam_epsilon=1e-3"]
+    keys = [f"sft.parent={runs / 'pretrain'}", *(f"sft.train.{key}" for key in keys)]
+    with pytest.MonkeyPatch.context() as patch:
+        broken(patch, 3)
+        alone = load_recipe(micro_recipe, [*keys, f"output_root={tmp_path / 'alone'}"])
+        run_section(alone, "sft")
+    config = str(root / "recipes" / "launch" / f"{engine}.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, __file__]
+    done = subprocess.run(
+        [*command, str(micro_recipe), *keys, f"output_root={tmp_path}"],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("skipped: loss is nan at step 3 (rows ") == 1
+    for mine, theirs in zip(lines_of(alone.run_dir / "sft"), lines_of(tmp_path / "micro" / "sft"), strict=True):
+        assert mine.get("skipped/rows") == theirs.get("skipped/rows")
+        for key in {"step", "loss", "grad_norm", "learning_rate", "skipped_steps"} & mine.keys():
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-4), key
+
+
 # ---- PPO
 
 
@@ -306,3 +341,9 @@ def test_ppo_stops_after_too_many_in_a_row_and_its_state_goes_on(micro_recipe, m
             ppo(micro_recipe, "train.max_skipped_steps=2")
     _, lines = ppo(micro_recipe, fresh=False)
     assert lines == whole
+
+
+if __name__ == "__main__":
+    runtime.prepare()
+    broken(pytest.MonkeyPatch(), 3)
+    main("sft", sys.argv[1:])
