@@ -37,6 +37,14 @@ class FlowCallback(TrainerCallback):
             self._trainer.evaluate()
         self._trainer.run.signals.finish_steps(self._trainer.train_config.grace_seconds)
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # accelerate does not find the sampler behind the loader that skips the steps of a resumed epoch, on several
+        # processes: the rest of the epoch would have the rows of the first one.
+        order = self._trainer.order
+        order.set_epoch(state.global_step // order.steps)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._trainer.accelerator.optimizer_step_was_skipped:
             # By DeepSpeed itself; the Trainer keeps the learning rate back then, and under no other engine.
