@@ -1,6 +1,7 @@
 """What the sections of a recipe have in common. Each stage's own `config.py` builds on these. No torch here."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +12,8 @@ class Strict(BaseModel):
     """Unknown keys and wrong types are errors; a value is never converted from another type in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Keys that users may expect and that are left out on purpose, with the reason and what to do instead."""
 
 
 class OptimizerConfig(Strict):

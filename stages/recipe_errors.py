@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from stages.config import Strict
 from stages.recipe_text import Document, KeyPath, did_you_mean, dotted
 
 _EXPECTED = {
@@ -157,7 +158,11 @@ class Translator:
 
     def _unknown(self, raw: Mapping[str, Any], path: KeyPath) -> str:
         key = str(path[-1])
-        siblings = sorted({name for model in _models_at(self.model, raw, path[:-1]) for name in model.model_fields})
+        models = list(_models_at(self.model, raw, path[:-1]))
+        reasons = [m.refused[key] for m in models if issubclass(m, Strict) and key in m.refused]
+        if reasons:
+            return reasons[0]
+        siblings = sorted({name for model in models for name in model.model_fields})
         here = did_you_mean(key, siblings)
         others = {stage: set(keys_of(model)) for stage, model in self.others().items() if stage != self.stage}
         names = tuple(str(part) for part in path if isinstance(part, str))

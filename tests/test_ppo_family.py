@@ -269,7 +269,11 @@ def test_a_judge_rewards_and_its_costs_are_logged(recipe_of, monkeypatch):
         (["train.kl_target=5.0"], "`kl_target` is not read unless kl_controller is adaptive"),
         (['monitor=[{"function": "world_gold"}]', "eval_data=[]"], "name them under eval_data"),
         (["train.lam=1.5"], "lam is 1.5; it lies between 0 and 1"),
-        (["train.top_p=0.9"], "top_p"),
+        (["train.top_p=0.9"], "ppo.train.top_p: training samples from the whole distribution"),
+        (
+            ['monitor=[{"model": "reward", "reencode": true}]'],
+            "reward is read with `reencode` in one entry and without it in another",
+        ),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(tmp_path, overrides, said):

@@ -154,6 +154,12 @@ class KLArguments(Strict):
 class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerConfig):
     """One iteration: sample `rollout_batch_size` answers, score them, then `num_ppo_epochs` passes over them."""
 
+    refused = dict.fromkeys(
+        ("top_p", "top_k", "min_p"),
+        "training samples from the whole distribution: answers drawn from a part of it would be scored under another "
+        "one than theirs, and the ratios would be off from the first step (docs/rl.md); use `temperature`",
+    )
+
     iterations: int = Field(default=50, ge=1)
     """Iterations of sampling and training."""
     rollout_batch_size: int = Field(default=64, ge=2)
@@ -270,6 +276,11 @@ class Config(StageConfig):
             names = [entry.name for entry in entries]
             if len(set(names)) != len(names):
                 raise ValueError(f"two rewards of the same name ({', '.join(names)}): give one a `name:` of its own")
+        encodings: dict[str, bool] = {}
+        for entry in (*self.reward, *self.monitor):
+            for ref in entry.references:
+                if encodings.setdefault(ref, entry.reencode) != entry.reencode:
+                    raise ValueError(f"{ref} is read with `reencode` in one entry and without it in another")
         t = self.train
         if self.advantage in ("group", "leave_one_out") and t.num_generations < 2:
             raise ValueError(

@@ -60,13 +60,22 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def load_rewards(
-    run: Run, entries: Sequence[RewardConfig], policy: Parent, bf16: bool, prompts: Sequence[EncodedPrompt]
+    run: Run,
+    entries: Sequence[RewardConfig],
+    policy: Parent,
+    bf16: bool,
+    prompts: Sequence[EncodedPrompt],
+    learned: dict[str, LearnedReward],
 ) -> Composition:
-    """Every entry, with its models loaded and frozen, checked against the columns of the prompts."""
+    """Every entry, with its models frozen, checked against the columns of the prompts.
+
+    `learned`: the models that are there already, by reference; those that are not are loaded into it.
+    """
     config: Config = run.config
-    learned = {}
     for entry in entries:
         for ref in entry.references:
+            if ref in learned:
+                continue
             parent = run.parent(f"reward:{ref}", frozenset({"reward_model"}))
             model = models.load_reward_model(parent, config.model_args, bf16=bf16).eval().requires_grad_(False)
             model.to(runtime.device())

@@ -30,6 +30,7 @@ from torch import Tensor
 from data.encode import EncodedPrompt
 from data.sampling import shuffled
 from handoff.weights import embedding_shape
+from reward.learned import LearnedReward
 from rollout import ragged
 from rollout.batch import pad_batch, pad_values
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
@@ -81,8 +82,9 @@ def train(run: Run) -> None:
     prompts = load_prompts(run, encoder, config.data, "prompts")
     heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
     bf16 = accelerator.mixed_precision == "bf16"
-    rewards = load_rewards(run, config.reward, parent, bf16, prompts)
-    monitor = load_rewards(run, config.monitor, parent, bf16, heldout) if config.monitor else None
+    learned: dict[str, LearnedReward] = {}
+    rewards = load_rewards(run, config.reward, parent, bf16, prompts, learned)
+    monitor = load_rewards(run, config.monitor, parent, bf16, heldout, learned) if config.monitor else None
 
     # Models.
     policy = load_policy(run, parent, bf16)
