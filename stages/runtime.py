@@ -1,18 +1,17 @@
 """The processes of a run, and training under whichever engine they form.
 
-With its first half, launch.py, the only file that knows accelerate, DeepSpeed, FSDP, ranks and devices.
+With launch.py, its first part, and portable.py, its last, the only file that knows accelerate, DeepSpeed, FSDP, ranks
+and devices.
 
 Imports of torch are inside the functions: `prepare` sets variables that are read when torch is loaded.
 """
 
-import json
 import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from handoff.manifest import EngineRecord
@@ -393,7 +392,7 @@ def gathered(accelerator: "Accelerator", model: Any) -> Iterator[Any]:
     import torch
     from torch.distributed.fsdp import FSDPModule
 
-    plain = _plain(model)
+    plain = unwrapped(model)
     with torch.no_grad():
         if isinstance(plain, FSDPModule):
             # Parts may be called only after the root knows that it is the root, which its first forward pass would do.
@@ -423,7 +422,7 @@ def gathered(accelerator: "Accelerator", model: Any) -> Iterator[Any]:
             yield plain
 
 
-def _plain(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The module inside what `prepare_model` or a Trainer wrapped around it (FSDP2 wraps nothing around it).
 
     accelerate's own way there imports DeepSpeed wherever it is installed: seconds that a single process never needs.
@@ -442,7 +441,7 @@ def _plain(model: Any) -> Any:
     return model
 
 
-# ---- weights and states
+# ---- weights
 
 
 def full_state_dict(accelerator: "Accelerator", model: Any) -> dict[str, "torch.Tensor"]:
@@ -456,7 +455,7 @@ def full_state_dict(accelerator: "Accelerator", model: Any) -> dict[str, "torch.
 
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    module = _plain(model)
+    module = unwrapped(model)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     whole: dict[int, Any] = {}
     result = {}
@@ -479,65 +478,3 @@ def _whole(parameter: Any) -> Any:
         return safe_get_full_fp32_param(parameter)
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
-
-
-def _layout() -> str:
-    """Which states can be loaded: equal for those engines that write the same files."""
-    engine = requested()
-    if engine.name == "deepspeed":
-        return f"DeepSpeed ZeRO-{engine.zero_stage} on {engine.processes} processes"
-    return "FSDP2" if engine.name == "fsdp2" else "one process or DDP"
-
-
-def save_state(accelerator: "Accelerator", model: Any, optimizer: Any, path: Path) -> None:
-    """Writes model and optimizer into the folder `path`, which every process sees. Every process calls it."""
-    import torch
-    from safetensors.torch import save_model
-
-    name = requested().name
-    if name == "deepspeed":
-        model.save_checkpoint(str(path), tag="engine")
-    elif name == "fsdp2":
-        import torch.distributed.checkpoint as checkpoint
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
-        weights, moments = get_state_dict(model, optimizer.optimizer)
-        checkpoint.save({"model": weights, "optimizer": moments}, checkpoint_id=path)
-    elif is_main():
-        save_model(_plain(model), str(path / "model.safetensors"))
-        torch.save(optimizer.state_dict(), path / "optimizer.pt")
-    if is_main():
-        (path / "layout.json").write_text(json.dumps({"layout": _layout()}), encoding="utf-8")
-    barrier()
-
-
-def load_state(accelerator: "Accelerator", model: Any, optimizer: Any, path: Path) -> None:
-    """Reads what `save_state` wrote into a prepared model and optimizer. Every process calls it.
-
-    Raises:
-        LaunchError: the state was written under an engine whose files this one does not read.
-    """
-    import torch
-    from safetensors.torch import load_model
-
-    written = json.loads((path / "layout.json").read_text(encoding="utf-8"))["layout"]
-    if written != _layout():
-        raise LaunchError(
-            f"{path} was written by {written}, and this is {_layout()}: resume with the launch file it began with, "
-            "or remove the folder to start this stage anew"
-        )
-    name = requested().name
-    if name == "deepspeed":
-        model.load_checkpoint(str(path), tag="engine")
-    elif name == "fsdp2":
-        import torch.distributed.checkpoint as checkpoint
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-        weights, moments = get_state_dict(model, optimizer.optimizer)
-        state = {"model": weights, "optimizer": moments}
-        checkpoint.load(state, checkpoint_id=path)
-        set_state_dict(model, optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    else:
-        load_model(_plain(model), str(path / "model.safetensors"))
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    barrier()

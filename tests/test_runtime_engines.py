@@ -1,9 +1,11 @@
 """One small training with two models in it, under every engine: the same numbers as one process, and what really ran.
 
-The file is also the program that is launched: `accelerate launch --config_file ... tests/test_runtime_engines.py OUT`.
+The file is also the program that is launched: `accelerate launch --config_file ... tests/test_runtime_engines.py OUT`;
+a second folder is that of an earlier run, whose state it goes on from as well.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +24,7 @@ ENGINES = {
 }
 
 
-def program(out: Path) -> None:
+def program(out: Path, other: Path | None) -> None:
     """Trains twice (with and without clipping), saves in the middle, resumes into fresh objects, writes what it saw."""
     from stages import runtime
 
@@ -31,6 +33,7 @@ def program(out: Path) -> None:
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+    from stages import portable
     from stages.config import OptimizerConfig
 
     def small() -> LlamaConfig:
@@ -68,7 +71,7 @@ def program(out: Path) -> None:
         model, optimizer = runtime.prepare_model(accelerator, model, torch.optim.AdamW(groups, eps=0.01))
         return accelerator, model, optimizer
 
-    def take(accelerator, model, optimizer, step: int, clip: float) -> dict:
+    def take(accelerator, model, optimizer, step: int, clip: float, broken: bool = False) -> dict:
         mine = list(range(runtime.rank(), ROWS, runtime.world_size()))
         count = int((lengths[step] - 1).sum())
         for group, peak in zip(optimizer.param_groups, LRS):
@@ -83,6 +86,8 @@ def program(out: Path) -> None:
             nll = nn.functional.cross_entropy(logits[:, :-1][kept], ids[:, 1:][kept], reduction="sum")
             error = (values[:, 1:][kept] - (ids[:, 1:][kept] % 3).float()).square().sum()
             loss = (nll + 0.5 * error) / count
+            if broken and runtime.rank() == runtime.world_size() - 1:
+                loss = loss + torch.inf  # its gradient would be finite
             runtime.backward(accelerator, model, loss, last=number == len(batches) - 1)
             loss_sum += loss.item()
         norm = runtime.step(model, optimizer, clip)
@@ -114,16 +119,21 @@ def program(out: Path) -> None:
             if runtime.is_main():
                 state.mkdir(parents=True)
             runtime.barrier()
-            runtime.save_state(accelerator, model, optimizer, state)
+            portable.save_state(model, optimizer, state)
     final = runtime.full_state_dict(accelerator, model)
     if runtime.is_main():
         torch.save(final, out / "final.pt")
 
     accelerator, model, optimizer = make(CLIP, seed=1)
-    runtime.load_state(accelerator, model, optimizer, state)
+    portable.load_state(model, optimizer, state)
+    seen["broken"] = take(accelerator, model, optimizer, 2, CLIP, broken=True)  # which changes nothing
     seen["resumed"] = [take(accelerator, model, optimizer, step, CLIP) for step in range(2, STEPS)]
     again = runtime.full_state_dict(accelerator, model)
     seen["resumed equal"] = all(torch.equal(final[key], again[key]) for key in final)
+
+    if other is not None:
+        portable.load_state(model, optimizer, other / "state")  # over moments that are there
+        seen["borrowed"] = [take(accelerator, model, optimizer, step, CLIP) for step in range(2, STEPS)]
 
     accelerator, model, optimizer = make(0.0, seed=0)
     seen["free"] = [take(accelerator, model, optimizer, step, 0.0) for step in range(2)]
@@ -132,10 +142,11 @@ def program(out: Path) -> None:
     runtime.shutdown()
 
 
-def launch(config: Path, out: Path, root: Path) -> dict:
+def launch(config: Path, out: Path, root: Path, *other: Path) -> dict:
     out.mkdir(parents=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), __file__, str(out)]
+    command += map(str, other)
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((out / "seen.json").read_text())
@@ -152,6 +163,7 @@ def test_one_process_is_what_the_others_are_compared_with(alone: tuple[dict, Pat
     seen, _ = alone
     assert seen["record"] == {"name": "single", "zero_stage": None, "processes": 1, "device": "cpu"}
     assert seen["resumed equal"] and seen["resumed"] == seen["clipped"][2:]
+    assert not math.isfinite(seen["broken"]["norm"])
     assert seen["clipped"][0]["norm"] > CLIP
     # Clipping changes what comes after the first step; both are tested below only because this holds.
     assert abs(seen["clipped"][1]["loss"] - seen["free"][1]["loss"]) > 1e-3
@@ -162,9 +174,10 @@ def test_one_process_is_what_the_others_are_compared_with(alone: tuple[dict, Pat
 @pytest.mark.parametrize("config", ENGINES)
 def test_engine_trains_as_one_process_does(config: str, alone: tuple[dict, Path], root: Path, tmp_path: Path) -> None:
     import torch
+    from safetensors.torch import load_file
 
     one, out_one = alone
-    seen = launch(root / "recipes" / "launch" / f"{config}.yaml", tmp_path / "run", root)
+    seen = launch(root / "recipes" / "launch" / f"{config}.yaml", tmp_path / "run", root, out_one)
     name, stage, cls = ENGINES[config]
     assert seen["record"] == {"name": name, "zero_stage": stage, "processes": 2, "device": "cpu"}
     assert (seen["class"], seen["processes"]) == (cls, 2)
@@ -179,6 +192,15 @@ def test_engine_trains_as_one_process_does(config: str, alone: tuple[dict, Path]
             assert theirs["ids"] == mine["ids"]
             assert theirs["logit"] == pytest.approx(mine["logit"], rel=1e-4)
     assert seen["resumed"] == seen["clipped"][2:] and seen["resumed equal"]
+    assert not math.isfinite(seen["broken"]["norm"])
+    for mine, theirs in zip(one["clipped"][2:], seen["borrowed"], strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+        assert theirs["norm"] == pytest.approx(mine["norm"], rel=1e-5)
+    for part in ("model.safetensors", "optimizer.safetensors"):
+        mine, theirs = (load_file(folder / "state" / part) for folder in (out_one, tmp_path / "run"))
+        assert theirs.keys() == mine.keys() and len(mine) > 40
+        for key, value in mine.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-5)
     final, reference = (torch.load(folder / "final.pt", weights_only=True) for folder in (tmp_path / "run", out_one))
     assert final.keys() == reference.keys()
     for key, value in final.items():
@@ -187,4 +209,4 @@ def test_engine_trains_as_one_process_does(config: str, alone: tuple[dict, Path]
 
 
 if __name__ == "__main__":
-    program(Path(sys.argv[1]))
+    program(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from handoff.state import State, StateStore
-from stages import runtime
+from stages import portable, runtime
 from stages.faults import Faults
 from stages.ppo.config import Config
 from stages.ppo.guards import Watch
@@ -136,7 +136,7 @@ class Saves:
         return best
 
     def _load(self, path: Path) -> None:
-        runtime.load_state(self._accelerator, self._model, self._optimizer, path)
+        portable.load_state(self._model, self._optimizer, path)
         if self._reference is not None:
             load_model(self._reference, str(path / _REFERENCE))
 
@@ -145,7 +145,7 @@ class Saves:
         run, store = self._run, self._store
         staged = runtime.broadcast_object(store.staging(at.iteration) if run.is_main else None)
         try:
-            runtime.save_state(self._accelerator, self._model, self._optimizer, staged)
+            portable.save_state(self._model, self._optimizer, staged)
             if run.is_main:
                 if self._reference is not None:
                     save_model(self._reference, str(staged / _REFERENCE))
