@@ -36,10 +36,11 @@ stages:
     parent: tokenizer
     model:
       {{architecture: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4}}
-    data: [{{source: world, kind: documents, size: 200}}]
+    data: [{{source: world, kind: documents, size: 100}}]
     eval_data: [{{source: world, kind: documents, size: 20, split: validation}}]
     block_size: 128
-    train: {{optim: muon, learning_rate: 3.0e-3, max_steps: 24, global_batch_size: 8, logging_steps: 2, save_steps: 3}}
+    train: {{optim: muon, learning_rate: 3.0e-3, max_steps: 24, global_batch_size: 8, per_device_train_batch_size: 4,
+             logging_steps: 2, save_steps: 3}}
   sft:
     parent: pretrain
     data: [{{source: world, kind: chats, size: 80}}]
@@ -47,15 +48,16 @@ stages:
     eval_answers: 4
     max_new_tokens: 8
     max_length: 128
-    train: {{learning_rate: 5.0e-3, max_steps: 24, global_batch_size: 8, logging_steps: 2, save_steps: 3,
-             eval_steps: 8}}
+    train: {{learning_rate: 5.0e-3, max_steps: 24, global_batch_size: 8, per_device_train_batch_size: 4,
+             logging_steps: 2, save_steps: 3, eval_steps: 8}}
   reward:
     stage: reward_model
     parent: sft
     data: [{{source: world, kind: preferences, size: 40}}]
     eval_data: [{{source: world, kind: preferences, size: 16, split: validation}}]
     max_length: 128
-    train: {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, logging_steps: 2, save_steps: 2}}
+    train: {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, per_device_train_batch_size: 4,
+             logging_steps: 2, save_steps: 2}}
   dpo:
     parent: sft
     data: [{{source: world, kind: preferences, size: 40}}]
@@ -63,7 +65,8 @@ stages:
     eval_answers: 4
     max_new_tokens: 8
     max_length: 128
-    train: {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, logging_steps: 2, save_steps: 2}}
+    train: {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, per_device_train_batch_size: 4,
+             logging_steps: 2, save_steps: 2}}
   ppo:
     parent: sft
     guards: &guards {{max_truncated: 1, max_without_signal: 1, patience: 100, entropy_floor: 0, keep: last}}

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from handoff.errors import GateError
 from handoff.stage import StageDir
 from reward.functions import RewardError
 from stages.recipe import Recipe, RecipeError, load_recipe
-from stages.run import Run, run_section
+from stages.run import run_section
 from tests.judge_server import graded, pieces, serve
 from tests.test_ppo_train import result, steps
 
@@ -113,37 +112,6 @@ def test_during_critic_warm_up_the_policy_stands_still(recipe_of):
     assert all(torch.equal(tensor, parent[name]) for name, tensor in weights.items())
     assert steps(lines)[-1]["lr"] == 0
     assert steps(lines)[-1]["loss/value_avg"] < steps(lines)[0]["loss/value_avg"]
-
-
-@slow
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["train.sync_ref_model=true", "train.ref_model_sync_steps=1", "train.ref_model_mixup_alpha=0.5"],
-        ["train.kl_controller=adaptive", "train.kl_horizon=100"],
-        [*GROUPS, "train.dynamic_sampling_rounds=2", 'reward=[{"function": "world_correct"}]'],
-    ],
-    ids=["moving reference", "adaptive coefficient", "dynamic sampling"],
-)
-def test_interrupted_and_started_again_it_ends_bit_for_bit_the_same(more, recipe_of, monkeypatch):
-    more = [*more, "train.iterations=6", "guards.max_without_signal=1", "guards.patience=50"]
-    recipe = recipe_of(*more)
-    weights, lines = run(recipe)
-    shutil.rmtree(recipe.run_dir / "ppo")
-    log = Run.log
-
-    def dies(self, step, metrics):
-        log(self, step, metrics)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "log", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run_section(recipe, "ppo")
-    monkeypatch.undo()
-    again, relines = run(recipe)
-    assert relines == lines
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 @slow

@@ -1,0 +1,346 @@
+"""Exact resume: a stage that was killed and started again ends like one that was not, in every tensor of the weights
+and of the saved states, and in every logged value and sample; and a state that is not whole is refused by name.
+
+Kills from outside (SIGKILL, on one process and on two) fall at or behind a given step. Where the place matters to the
+line, an exception is raised there instead, in this process.
+"""
+
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults_setup import Scene, differences, metrics_of, prepare
+from handoff.errors import HandoffError
+from handoff.stage import StageDir
+from handoff.state import StateStore
+from stages import runtime
+from stages.ppo.sampler import Sampler
+from stages.ppo.saves import Saves
+from stages.recipe import load_recipe
+from stages.run import run_section
+from stages.trainer import StageTrainer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Scene:
+    """The pipeline of the fault campaign, undisturbed: an epoch of it has 5 to 11 steps, an iteration 4."""
+    return prepare(tmp_path_factory.mktemp("resume"))
+
+
+# ---- from outside: SIGKILL
+
+
+class Group:
+    """The processes of one stage, as `accelerate launch` would start them."""
+
+    def __init__(self, scene: Scene, root: Path, section: str, processes: int, *overrides: str) -> None:
+        self.stage = root / "faults" / section
+        self.log = root / "log"
+        environment = {}
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment |= {"CUDA_VISIBLE_DEVICES": "-1,-1"}
+        self.members = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            self.members.append(scene.child(root, section, self.log, *overrides, **environment, **own))
+
+    def killed_after(self, step: int) -> bool:
+        """SIGKILL once that step is logged. False: it was too late, or it ended by itself."""
+        while all(child.running for child in self.members):
+            if last_step(self.stage) >= step:
+                for child in self.members:
+                    child.send(signal.SIGKILL)
+                return [child.wait() for child in self.members] == [-signal.SIGKILL] * len(self.members)
+            time.sleep(0.001)
+        return False
+
+    def ends(self) -> None:
+        codes = [child.wait() for child in self.members]
+        assert codes == [0] * len(codes), self.log.read_text()[-3000:]
+
+
+def last_step(stage: Path) -> int:
+    path = stage / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return int(lines[-1].split(b'"step": ')[1].split(b",")[0].split(b"}")[0]) if lines else 0
+
+
+RLOO = ["grpo.advantage=leave_one_out"]
+BASELINE = ["grpo.advantage=global_baseline"]
+ONE_AND_TWO = (1, 2)
+KILLS = {
+    # Two steps to be killed after: in the first epoch and in the second; in RL, in an iteration that follows a state
+    # and in one that does not.
+    "pretrain": ("pretrain", (4, 16), [], ONE_AND_TWO),
+    "sft": ("sft", (4, 16), [], ONE_AND_TWO),
+    "reward": ("reward", (2, 8), [], ONE_AND_TWO),
+    "dpo": ("dpo", (2, 8), [], ONE_AND_TWO),
+    "ppo": ("ppo", (3, 6), [], ONE_AND_TWO),
+    "grpo": ("grpo", (3, 6), [], ONE_AND_TWO),
+    "rloo": ("grpo", (3, 6), RLOO, (1,)),
+    "global_baseline": ("grpo", (3, 6), BASELINE, (1,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "processes"), [(case, count) for case, (*_, counts) in KILLS.items() for count in counts]
+)
+def test_killed_twice_it_ends_as_if_it_had_not_been(scene, case, processes, tmp_path):
+    section, steps, overrides, _ = KILLS[case]
+    if processes == 1 and not overrides:
+        whole = scene.reference / section
+    else:
+        scene.copy(tmp_path / "whole", section)
+        group = Group(scene, tmp_path / "whole", section, processes, *overrides)
+        group.ends()
+        whole = group.stage
+    for attempt in range(5):  # a machine that is held up may see a step when the stage has ended
+        root = tmp_path / f"killed{attempt}"
+        scene.copy(root, section)
+        if all(Group(scene, root, section, processes, *overrides).killed_after(step) for step in steps):
+            break
+    else:
+        pytest.fail("in five attempts it was never killed in time")
+    assert not (root / "faults" / section / "stage.json").exists()
+    again = Group(scene, root, section, processes, *overrides)
+    again.ends()
+    assert "resum" in again.log.read_text()
+    assert differences(again.stage, whole) == []
+
+
+def test_a_killed_tokenizer_is_trained_again(scene, tmp_path):
+    scene.copy(tmp_path, "tokenizer")
+    child = scene.child(tmp_path, "tokenizer", tmp_path / "log")
+    while child.running and not (tmp_path / "faults" / "tokenizer" / "started.json").exists():
+        time.sleep(0.001)
+    child.kill()
+    assert not (tmp_path / "faults" / "tokenizer" / "stage.json").exists()
+    again = Group(scene, tmp_path, "tokenizer", 1)
+    again.ends()
+    assert differences(again.stage, scene.reference / "tokenizer") == []
+
+
+# ---- from inside: an exception at a place
+
+
+class Death(BaseException):
+    """Nothing catches it."""
+
+
+@contextmanager
+def dies(owner: object, name: str, when: Callable[..., bool], after: bool = False) -> Iterator[None]:
+    """The method raises Death when `when(number of the call, *arguments)`; `after`: once it has done its work."""
+    method = getattr(owner, name)
+    calls = 0
+
+    def dying(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        fatal = when(calls, *args)
+        if fatal and not after:
+            raise Death
+        result = method(*args, **kwargs)
+        if fatal:
+            raise Death
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Death):
+        patch.setattr(owner, name, dying)
+        yield
+
+
+class Section:
+    """A section with overrides, run whole and run with deaths, in this process."""
+
+    def __init__(self, scene: Scene, tmp_path: Path, name: str, overrides: list[str]) -> None:
+        self.name = name
+        keys = [f"{name}.{key}" for key in overrides]
+        self.whole, self.cut = (
+            load_recipe(scene.recipe, [f"output_root={tmp_path / where}", *keys]) for where in ("whole", "cut")
+        )
+        for where in ("whole", "cut"):
+            scene.copy(tmp_path / where, name)
+
+    def check(self, *deaths: Callable[[], object]) -> list[dict]:
+        """Each death is one start; then it is started once more. Returns the metrics."""
+        run_section(self.whole, self.name)
+        for death in deaths:
+            with death():
+                run_section(self.cut, self.name)
+        folder = self.cut.run_dir / self.name
+        assert not (folder / "stage.json").exists()
+        run_section(self.cut, self.name)
+        assert differences(folder, self.whole.run_dir / self.name) == []
+        return metrics_of(folder)
+
+
+def in_step(step: int) -> Callable[[], object]:
+    return lambda: dies(StageTrainer, "training_step", lambda _, trainer, *__: trainer.state.global_step == step)
+
+
+def after_state(step: int) -> Callable[[], object]:
+    return lambda: dies(StateStore, "commit", lambda _, store, at, *__: at == step, after=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        # Dropout: the state of the random number generators has to come back too.
+        (
+            "pretrain",
+            ["model={architecture: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 128}", "train.optim=adamw"],
+        ),
+        ("sft", ["packing=true", "train.max_steps=12", "train.save_steps=2"]),
+        ("sft", ["train.logging_steps=5", "train.save_steps=4", "train.eval_steps=0"]),  # states between two lines
+    ],
+    ids=["dropout", "packing", "between two lines"],
+)
+def test_trainers_die_inside_a_step_and_after_a_save(scene, tmp_path, name, overrides):
+    section = Section(scene, tmp_path, name, overrides)
+    every = section.whole.sections[name].config.train.save_steps
+    section.check(in_step(1), in_step(every + 1), after_state(2 * every), in_step(2 * every + 1), in_step(11))
+
+
+def in_sampling(iteration: int) -> Callable[[], object]:
+    return lambda: dies(Sampler, "batch", lambda _, sampler, stream, cursor, at: at == iteration, after=True)
+
+
+def between_minibatches(call: int) -> Callable[[], object]:
+    return lambda: dies(runtime, "step", lambda number, *_: number == call)
+
+
+def before_save(iteration: int) -> Callable[[], object]:
+    return lambda: dies(Saves, "after_iteration", lambda _, saves, at, *__: at.iteration == iteration)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("ppo", []),
+        ("ppo", ["train.critic_warmup_iterations=2", "train.lam=length_adaptive", "train.critic_lam=1.0"]),
+        ("grpo", ["train.sync_ref_model=true", "train.ref_model_sync_steps=1", "train.policy_loss=dual_clip"]),
+    ],
+    ids=["moving reference and adaptive coefficient", "critic's warm-up", "groups, reference moves every time"],
+)
+def test_rl_dies_inside_an_iteration_and_at_its_edge(scene, tmp_path, name, overrides):
+    """States are of iterations 2, 4, 6. A state is also made where the best policy so far was looked at."""
+    section = Section(scene, tmp_path, name, overrides)
+    lines = section.check(
+        in_sampling(0), between_minibatches(6), before_save(2), in_sampling(3), after_state(4), between_minibatches(2)
+    )
+    if name == "ppo" and not overrides:
+        assert len({line["objective/kl_coef"] for line in lines if "episode" in line}) > 4
+
+
+def test_groups_that_were_drawn_again_are_drawn_again(scene, tmp_path):
+    """Dynamic sampling: how far the prompts have been read depends on what was answered."""
+    reward = (
+        'reward=[{"function": "world_correct"}, {"function": "length_penalty", "weight": 0.01, "args": {"free": 14}}]'
+    )
+    section = Section(scene, tmp_path, "grpo", [reward])
+    lines = section.check(in_sampling(3), between_minibatches(5), after_state(6))
+    assert any(line["sampling/rounds"] > 1 for line in lines if "episode" in line)
+
+
+def test_an_ensemble_of_rewards(scene, tmp_path):
+    """Two reward models from the reference, one of them outside of the run."""
+    outside = shutil.copytree(scene.reference / "reward", tmp_path / "outside")
+    reward = f'reward=[{{"models": ["reward", "{outside}"], "combine": "mean_minus_std"}}]'
+    section = Section(scene, tmp_path, "ppo", [reward, "critic=reward", "train.iterations=4"])
+    lines = section.check(in_sampling(1), after_state(2), between_minibatches(3))
+    assert all("objective/disagreement" in line for line in lines if "episode" in line)
+
+
+TOY = """
+def longer(prompts, completions, completion_ids, **columns):
+    return [len(ids) / 8 for ids in completion_ids]
+def shorter(prompts, completions, completion_ids, **columns):
+    return [-len(ids) / 8 for ids in completion_ids]
+"""
+
+
+def test_a_rollback_and_the_best_policy_are_remembered(scene, tmp_path, monkeypatch):
+    """The run is taken back to its best policy; it dies before that, at it, and after it."""
+    (tmp_path / "toy_resume.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keys = ['reward=[{"function": "toy_resume:longer"}]', 'monitor=[{"function": "toy_resume:shorter"}]']
+    keys += ["train={iterations: 10, rollout_batch_size: 16, max_completion_length: 16, missing_eos_penalty: 0, "]
+    keys[-1] += "sample_iterations: 1, save_iterations: 4, kl_coef: 0.0, learning_rate: 3.0e-3, lr_decay: none}"
+    keys += ["guards={max_truncated: 1, patience: 100, entropy_floor: 0, on_overoptimization: rollback}"]
+    section = Section(scene, tmp_path, "ppo", [*keys, "eval_data.0.size=32"])
+    section.check(before_save(3), after_state(4), in_sampling(6), before_save(8))
+    manifest = StageDir(section.cut.run_dir / "ppo").manifest()
+    assert manifest is not None and "over-optimisation" in manifest.extra["alarms"][0]
+    assert manifest.metrics["kept_iteration"] < 10
+
+
+# ---- states that are not whole
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_each_part_of_a_state_that_is_deleted_or_altered_is_named(scene, tmp_path, name, caplog):
+    """With an older state there, the broken one is skipped by name; without, the stage refuses by name."""
+    state = shutil.copytree(scene.reference / name / "state", tmp_path / "state")
+    store = StateStore(state)
+    newest = max(state.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    older = min(state.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    parts = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert len(parts) >= 3 and older != newest
+    hidden = tmp_path / "hidden"
+    for part in parts:
+        content = part.read_bytes()
+        for damaged in (
+            None,
+            content[:-2],
+            bytes([content[0] ^ 4]) + content[1:],
+            content[:-1] + bytes([content[-1] ^ 1]),
+        ):
+            part.unlink()
+            if damaged is not None:
+                part.write_bytes(damaged)
+            caplog.clear()
+            found = store.latest()
+            assert found is not None and found.path == older
+            assert str(part) in caplog.text and f"state {newest.name} is skipped" in caplog.text
+            older.rename(hidden)
+            with pytest.raises(HandoffError, match="no valid state is left") as refused:
+                store.latest()
+            assert str(part) in str(refused.value)
+            hidden.rename(older)
+            part.write_bytes(content)
+    found = store.latest()
+    assert found is not None and found.path == newest
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_a_stage_refuses_a_broken_state_and_goes_on_when_it_is_whole_again(scene, tmp_path, name, caplog):
+    section = Section(scene, tmp_path, name, [])
+    with after_state(4 if name == "ppo" else 6)():
+        run_section(section.cut, name)
+    states = sorted((section.cut.run_dir / name / "state").glob("step-*"))
+    assert len(states) == 2
+    before = metrics_of(section.cut.run_dir / name)
+    parts = [max(state.iterdir(), key=lambda path: path.stat().st_size) for state in states]
+    contents = [part.read_bytes() for part in parts]
+    for part in parts:
+        part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(HandoffError, match="no valid state is left to resume from") as refused:
+        run_section(section.cut, name)
+    assert all(str(part) in str(refused.value) for part in parts)
+    assert metrics_of(section.cut.run_dir / name) == before
+    parts[0].write_bytes(contents[0])
+    run_section(section.cut, name)
+    assert f"state {states[1].name} is skipped" in caplog.text
+    assert differences(section.cut.run_dir / name, scene.reference / name) == []
