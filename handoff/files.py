@@ -4,6 +4,7 @@ Everything that Baton publishes or resumes from passes through here. The order i
 fsync the file, rename, fsync the directory. A rename is atomic on POSIX; without the two fsyncs it is not durable.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -126,13 +127,29 @@ def check_writable(path: Path) -> None:
 
 def check_free_space(path: Path, need_bytes: int, what: str) -> None:
     """HandoffError when the disk of `path` has less than `need_bytes` free for `what` (words: "two saved states")."""
-    ancestor = existing_ancestor(path)
-    free = shutil.disk_usage(ancestor).free
+    free = free_bytes(path)
     if free < need_bytes:
         raise HandoffError(
-            f"{path}: {what} needs {human_bytes(need_bytes)}, and {ancestor} has {human_bytes(free)} free; "
-            "free some space or set an output_root on another disk"
+            f"{path}: {what} needs {human_bytes(need_bytes)}, and {existing_ancestor(path)} has {human_bytes(free)} "
+            "free; free some space or set an output_root on another disk"
         )
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk of `path`, which need not exist yet."""
+    return shutil.disk_usage(existing_ancestor(path)).free
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes in all files below `directory`; 0 where there is none."""
+    return sum((directory / name).stat().st_size for name in list_files(directory))
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether this is a write that failed for want of space or quota. safetensors says so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 def human_bytes(count: int) -> str:

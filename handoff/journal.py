@@ -5,13 +5,14 @@ before a stage is published, so that neither ever lacks a line of its past: what
 again by the steps that follow the state.
 """
 
-import errno
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from handoff.files import disk_is_full
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Journal:
         try:
             self._write()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not disk_is_full(error):
                 raise
             if not told:
                 _log.warning("no room to write to %s: its lines wait in memory", self.path)

@@ -8,7 +8,6 @@ A kill between any two lines of `begin` and `publish` leaves the previous publis
 stage.json, which the next `begin` resumes or sets aside. Under several processes only the main one calls these methods.
 """
 
-import errno
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from handoff.errors import HandoffError
 from handoff.files import (
     check_free_space,
     check_writable,
+    disk_is_full,
     fsync_path,
     fsync_tree,
     hash_tree,
@@ -227,16 +227,13 @@ class StageDir:
             )
             # Written before the old one goes: from here on nothing needs space on the disk.
             write_json(self.path / _NEXT, manifest.model_dump(mode="json"))
-        except OSError as error:
+        except Exception as error:  # whoever writes the model has errors of its own for a full disk
             remove_tree(writing)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not disk_is_full(error):
                 raise
             raise HandoffError(
                 f"{self.path}: the disk is full, nothing was published; free some space and run the same command again"
             ) from error
-        except HandoffError:
-            remove_tree(writing)
-            raise
         self._switch(writing if record else None)
         return manifest
 

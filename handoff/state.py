@@ -2,13 +2,13 @@
 
 A state is written into a `.tmp-step-N` directory by whoever trains, then committed here: hash every part, write
 state.json, fsync, rename, and only then rotate older ones away. "Latest" is the newest state whose parts are all
-there and unaltered.
+there and unaltered. Which parts there have to be is for the stage to say: a list that lacks one is no whole state.
 """
 
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,25 @@ class State:
     step: int
     path: Path
     extra: dict[str, Any]
+    lost: dict[str, str] = field(default_factory=dict)
+    """{part: what is wrong with it}; only in a state that `BrokenStates` offers."""
+
+
+class BrokenStates(HandoffError):
+    """There are states and none is whole. `weights`: the newest of those of which enough is left for its weights."""
+
+    def __init__(self, message: str, weights: State | None) -> None:
+        super().__init__(message)
+        self.weights = weights
 
 
 class StateStore:
-    """The states of one stage. Of several processes only the main one calls `staging`, `commit` and `clean`; the others
-    write their parts into `staging_path(step)` between two barriers of the caller's."""
+    """The states of one stage. Of several processes only the main one uses it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, parts: Collection[str] = (), weights: Collection[str] = ()) -> None:
+        """`parts`: files that every state must have; `weights`: those without which nothing can be started from."""
         self.directory = directory
+        self._parts, self._weights = parts, weights
 
     def staging_path(self, step: int) -> Path:
         """Where the parts of a state are written before `commit`."""
@@ -56,7 +67,10 @@ class StateStore:
         """An empty directory for the parts of the state of `step`."""
         path = self.staging_path(step)
         remove_tree(path)
-        path.mkdir(parents=True)
+        if not self.directory.exists():
+            self.directory.mkdir(parents=True)
+            fsync_path(self.directory.parent)
+        path.mkdir()
         return path
 
     def commit(
@@ -73,7 +87,7 @@ class StateStore:
         assert keep >= 1, "a rotation that keeps nothing would lose the state just saved"
         assert staged == self.staging_path(step), f"{staged} is not the staging directory of step {step}"
         names = list_files(staged)
-        assert names, f"{staged} is empty: nothing was saved"
+        assert names and set(self._parts) <= set(names), f"{staged} has only {names}"
         try:
             parts = {
                 name: {"sha256": sha256_file(staged / name), "bytes": (staged / name).stat().st_size} for name in names
@@ -102,7 +116,11 @@ class StateStore:
             if step <= newest and path.name.startswith("step-") and (kept < keep or step == protect):
                 kept += 1
             else:
-                remove_tree(path)
+                # Under another name first: a kill on the way leaves no state that is half there.
+                going = self.directory / f".tmp-gone-{path.name}"
+                remove_tree(going)
+                path.rename(going)
+                remove_tree(going)
 
     def _candidates(self) -> list[tuple[int, Path]]:
         """(step, directory), newest first; of one step the current directory before the replaced one."""
@@ -120,37 +138,62 @@ class StateStore:
         return bool(self._candidates())
 
     def latest(self) -> State | None:
-        """The newest valid state, None when none was ever saved.
+        """The newest whole state, None when none was ever saved. A broken one is skipped, with a line in the log that
+        names its parts.
 
-        A broken one is skipped, with a line in the log that names the part. HandoffError when there are states and
-        all are
-        broken: training from the start again would throw work away, so that has to be asked for.
+        Raises:
+            BrokenStates: there are states, and none is whole. Training from the start again would throw work away, and
+                with a new optimizer it is another training, so either has to be asked for.
         """
-        reasons = []
+        reasons, weights = [], None
         for step, path in self._candidates():
-            try:
-                return State(step, path, self._checked(step, path))
-            except HandoffError as error:
-                _log.warning("state %s is skipped: %s", path.name, error)
-                reasons.append(str(error))
+            extra, lost = self._examined(step, path)
+            if extra is not None and not lost:
+                return State(step, path, extra)
+            reason = "; ".join(lost.values())
+            _log.warning("state %s is skipped: %s", path.name, reason)
+            reasons.append(reason)
+            if weights is None and self._weights and extra is not None and not lost.keys() & set(self._weights):
+                weights = State(step, path, extra, lost)
         if reasons:
-            raise HandoffError(
+            raise BrokenStates(
                 f"no valid state is left to resume from: {'; '.join(reasons)}. "
-                f"Restore the file, or delete {self.directory} to train from the start"
+                f"Restore the file, or delete {self.directory} to train from the start",
+                weights,
             )
         return None
 
     def at(self, step: int) -> State | None:
-        """The state of that step, if it is there and valid."""
+        """The state of that step, if it is there and whole."""
         path = self.directory / f"step-{step}"
-        try:
-            return State(step, path, self._checked(step, path))
-        except HandoffError as error:
-            _log.warning("state %s cannot be used: %s", path.name, error)
-            return None
+        extra, lost = self._examined(step, path)
+        if extra is not None and not lost:
+            return State(step, path, extra)
+        _log.warning("state %s cannot be used: %s", path.name, "; ".join(lost.values()))
+        return None
 
-    def _checked(self, step: int, path: Path) -> dict[str, Any]:
-        """`extra` of a state whose every part is as it was saved; HandoffError names the first that is not."""
+    def _examined(self, step: int, path: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """`extra`, None where that cannot be trusted, and {part: what is wrong with it}."""
+        try:
+            manifest = self._manifest(step, path)
+        except HandoffError as error:
+            return None, {STATE_MANIFEST: str(error)}
+        lost = {
+            name: f"{path / name} was not saved: {STATE_MANIFEST} does not list it"
+            for name in self._parts
+            if name not in manifest["parts"]
+        }
+        for name, part in manifest["parts"].items():
+            file = path / name
+            if not file.is_file():
+                lost[name] = f"{file} is missing"
+            elif (size := file.stat().st_size) != part["bytes"]:
+                lost[name] = f"{file} has {size} bytes instead of {part['bytes']}"
+            elif sha256_file(file) != part["sha256"]:
+                lost[name] = f"{file} was altered: its hash is not the one that was saved"
+        return manifest["extra"], lost
+
+    def _manifest(self, step: int, path: Path) -> dict[str, Any]:
         manifest_path = path / STATE_MANIFEST
         if not manifest_path.is_file():
             raise HandoffError(f"{manifest_path} is missing")
@@ -162,17 +205,7 @@ class StateStore:
             raise HandoffError(f"{manifest_path} was altered: its content has not the hash that was saved with it")
         if manifest["step"] != step:
             raise HandoffError(f"{manifest_path} is of step {manifest['step']}, its directory of step {step}")
-        for name, part in manifest["parts"].items():
-            file = path / name
-            if not file.is_file():
-                raise HandoffError(f"{file} is missing")
-            size = file.stat().st_size
-            if size != part["bytes"]:
-                raise HandoffError(f"{file} has {size} bytes instead of {part['bytes']}")
-            if sha256_file(file) != part["sha256"]:
-                raise HandoffError(f"{file} was altered: its hash is not the one that was saved")
-        extra: dict[str, Any] = manifest["extra"]
-        return extra
+        return manifest
 
     def clean(self) -> None:
         """Remove what interrupted saves left behind."""

@@ -3,7 +3,7 @@
 Third part of the runtime; see runtime.py. A state that any engine saved, on any number of processes, is loaded by any
 other; by the same engine on the same number of processes to the last bit.
 
-    model.safetensors       {parameter: weights}, those that are trained; and the buffers. Frozen weights are the parent's
+    model.safetensors       {parameter: weights} of those that are trained, and buffers; frozen weights are the parent's
     optimizer.safetensors   {key/parameter: tensor}, of AdamW: exp_avg, exp_avg_sq and the count `step`; of Muon:
                             momentum_buffer
     rng.json                the generators of every process
