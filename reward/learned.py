@@ -185,4 +185,7 @@ def _check_finite(scores: torch.Tensor, rows: Sequence[int]) -> None:
     finite = torch.isfinite(scores)
     if not bool(finite.all()):
         worst = int((~finite).nonzero()[0])
-        raise RewardError(f"the reward model gave {scores[worst].item()} for row {rows[worst]}; its weights are broken")
+        raise RewardError(
+            f"the reward model gave {scores[worst].item()} for row {rows[worst]}; its weights are broken. Train it "
+            "again, or name another one under `reward`"
+        )

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,18 +29,26 @@ slow = pytest.mark.slow
 KEYS = ("train.max_steps=8", "train.logging_steps=2", "train.save_steps=9", "train.per_device_train_batch_size=4")
 
 
-def broken(
-    monkeypatch: pytest.MonkeyPatch, *steps: int, what: Callable[[torch.Tensor], torch.Tensor] = lambda x: x * torch.nan
-) -> None:
-    """The loss of the second micro-batch of these optimizer steps, counted from 1, becomes what `what` makes of it."""
+def broken(monkeypatch: pytest.MonkeyPatch, *steps: int, infinite: bool = False) -> None:
+    """In the last micro-batch of these optimizer steps, counted from 1, the model computes nothing but NaN.
+
+    `infinite`: it does not, and a constant is added to the loss that leaves its gradient finite.
+    """
     original, spoilt = StageTrainer.compute_loss, runtime.spoilt
 
     def compute_loss(self, *args, **kwargs):
-        with pytest.MonkeyPatch.context() as patch:
-            here = runtime.rank() == runtime.world_size() - 1
-            if here and self.accelerator.sync_gradients and self.state.global_step + 1 in steps:
-                patch.setattr(runtime, "spoilt", lambda loss: spoilt(what(loss)))
+        here = runtime.rank() == runtime.world_size() - 1
+        if not (here and self.accelerator.sync_gradients and self.state.global_step + 1 in steps):
             return original(self, *args, **kwargs)
+        if infinite:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(runtime, "spoilt", lambda loss: spoilt(loss + torch.inf))
+                return original(self, *args, **kwargs)
+        hook = self.model.get_input_embeddings().register_forward_hook(lambda *call: call[-1] * torch.nan)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            hook.remove()
 
     monkeypatch.setattr(StageTrainer, "compute_loss", compute_loss)
 
@@ -185,7 +192,7 @@ def test_a_loss_that_is_infinite_by_a_constant_is_skipped_as_well(tmp_path, monk
     with monkeypatch.context() as patch:
         broken(patch, 3)
         nan = run_stage("sft", tmp_path / "nan", *KEYS)
-    broken(monkeypatch, 3, what=lambda loss: loss + torch.inf)
+    broken(monkeypatch, 3, infinite=True)
     inf = run_stage("sft", tmp_path / "inf", *KEYS)
     assert all(torch.equal(nan.weights[key], inf.weights[key]) for key in nan.weights)
     assert [line["skipped/loss"] for line in inf.lines if "skipped/rows" in line] == ["inf"]

@@ -77,10 +77,13 @@ def test_results_words_and_exit_codes(recipe, root, tmp_path):
     assert "none" in broken[1]
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_the_stage_with_its_code(recipe, root, signum, code):
-    ((found, _),) = drive(root, recipe, ["long", "tokenizer", int(signum)])
+    ((found, said),) = drive(root, recipe, ["long", "tokenizer", int(signum)])
     assert found == code
+    assert ("with no step under way; the same command goes on" in said) == (code > 0)
 
 
 def test_a_stage_ends_when_its_runner_is_killed(recipe, root):
