@@ -40,6 +40,9 @@ class OptimizerConfig(Strict):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_total_limit: int = Field(default=2, ge=1)
     """Saved states that are kept."""
+    resume: Literal["exact", "weights"] = "exact"
+    """When an interrupted stage finds no whole state: `exact` refuses and names what is broken; `weights` goes on from
+    the newest intact weights, at their step, and what else was lost starts anew (optimizer, random numbers)."""
     max_skipped_steps: int = Field(default=3, ge=0)
     """Optimizer steps in a row that may be skipped, since loss or gradient is not finite, before the stage stops."""
     grace_seconds: float = Field(default=60.0, gt=0, le=3600)

@@ -14,8 +14,18 @@ from handoff.stage import StageDir
 from stages.recipe import Recipe, Section
 
 _ROOT = Path(__file__).resolve().parent.parent
-# Keys that change what is kept or shown, and when a stage ends before it has a result; never what is learned.
-_WITHOUT_EFFECT = {"report_to", "save_total_limit", "grace_seconds", "max_skipped_steps"}
+# Keys that change what is kept or shown, how a step is cut up, and how a stage ends or goes on before it has a result;
+# never what is learned, but for the last bits. So a state is good for other hardware.
+_WITHOUT_EFFECT = {
+    "report_to",
+    "save_total_limit",
+    "resume",
+    "grace_seconds",
+    "max_skipped_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "rollout_micro_batch_size",
+}
 # Keys of a section that decide whether its result is published, never what it is.
 _DEMANDS = {"gate"}
 

@@ -356,11 +356,14 @@ def _deepspeed_keys(engine: Any) -> tuple[list[str], float]:
 # ---- random numbers
 
 
-def save_rng(path: Path) -> None:
-    """Writes the generators of all processes. Every process calls it. OSError on the main one."""
-    states = runtime.all_gather_object(_generators())
-    if runtime.is_main():
-        (path / RNG).write_text(json.dumps({"processes": states}), encoding="utf-8")
+def rng_states() -> list[dict[str, Any]]:
+    """The generators of all processes, JSON. Every process calls it."""
+    return runtime.all_gather_object(_generators())
+
+
+def write_rng(path: Path, states: list[dict[str, Any]]) -> None:
+    """Writes them as a part of the state in the folder `path`."""
+    (path / RNG).write_text(json.dumps({"processes": states}), encoding="utf-8")
 
 
 def load_rng(path: Path, seed: int, step: int) -> None:

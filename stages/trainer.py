@@ -6,11 +6,9 @@
 - Upstream's model cards, telemetry, progress bars and prints are off.
 """
 
-import errno
 import logging
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,21 +19,22 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from data.sampling import shuffled
-from handoff.state import State, StateStore
-from stages import runtime
+from handoff.state import State
+from stages import portable, runtime
 from stages.callbacks import AverageCallback, FlowCallback, MetricsCallback, ProgressCallback
 from stages.config import MuonTrainConfig, TrainConfig
 from stages.faults import Faults
 from stages.optimizer import muon_adamw
+from stages.saving import SavedStates
 
 if TYPE_CHECKING:
     from stages.run import Run
 
-logger = logging.getLogger(__name__)
 # Rows are sorted by length within so many optimizer steps at a time.
 _SORTED_STEPS = 8
 # A step of rows that are all of one length would be a step of one kind of task: steps are put together from so many
@@ -94,7 +93,8 @@ class StageTrainer(Trainer):
     run: "Run"
     order: StepOrder
     train_config: TrainConfig
-    store: StateStore
+    saves: SavedStates
+    resumed: State | None
     hold_out: Callable[[], dict[str, float]]
     faults: Faults
     average: AverageCallback
@@ -131,43 +131,43 @@ class StageTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Upstream writes into a temporary folder; what it wrote becomes a state when all of it is there."""
-        step = self.state.global_step
-        written = Path(self.args.output_dir) / f"checkpoint-{step}"
-        full = False
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:  # torch and safetensors each have their own way to say that the disk is full
-            if not disk_is_full(error):
-                raise
-            full = True
-        full = any(runtime.all_gather_object(full))
-        sums = self.average.sums()
-        if runtime.is_main():
-            if not full:
-                full = not self._commit(step, written, sums)
-            if full:
-                logger.warning("no room to save the state of step %d; the earlier one stays, training goes on", step)
-            shutil.rmtree(written, ignore_errors=True)
-        runtime.barrier()
-
-    def _commit(self, step: int, written: Path, sums: dict[str, Any]) -> bool:
+        """A state of ours, which any engine can load. Upstream's parts depend on the engine, and are pickles."""
         extra = {
-            "engine": runtime.engine_record().model_dump(),
             "tokens": self._total_train_tokens,
             "faults": asdict(self.faults),
-            "sums": sums,
+            "sums": self.average.sums(),
         }
-        try:
-            self.run.sync()
-            staged = self.store.staging(step)
-            written.rename(staged)
-            self.store.commit(step, staged, self.train_config.save_total_limit, extra)
-        except OSError as error:
-            if not disk_is_full(error):
-                raise
-            return False
-        return True
+        states = portable.rng_states()
+        self.saves.save(
+            self.state.global_step,
+            self.model_wrapped,
+            self.optimizer,
+            extra,
+            lambda path: portable.write_rng(path, states),
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: `_prepare_for_training` does it, when model and optimizer are wrapped."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Upstream's, and then the state is put into what it has prepared."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        state = self.resumed
+        if state is not None:
+            moments = portable.OPTIMIZER not in state.lost
+            portable.load_state(self.model_wrapped, self.optimizer, state.path, moments)
+            move_schedule(self.lr_scheduler, state.step)
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the state has them, right before the first batch."""
+        state = self.resumed
+        if state is None:
+            return
+        if portable.RNG in state.lost:
+            portable.seed_rng(self.args.seed, state.step)
+        else:
+            portable.load_rng(state.path, self.args.seed, state.step)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the manifest says what this is."""
@@ -176,12 +176,14 @@ class StageTrainer(Trainer):
         """None: no network after the start."""
 
 
-def disk_is_full(error: BaseException) -> bool:
-    """Whether this is a write that failed for want of space or quota, whoever reports it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    return "No space left on device" in text or "PytorchStreamWriter failed writing file" in text
+def move_schedule(scheduler: LambdaLR, step: int) -> None:
+    """Puts learning rates where they are after `step` steps: they follow from that alone, so nothing of it is saved."""
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    scheduler._last_lr = [
+        base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:
@@ -271,15 +273,16 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
         hold_out: held-out metrics of the model as it stands; called before the first step and every `eval_steps`.
 
     Raises:
-        LaunchError: the state was saved by another engine or number of processes.
+        HandoffError: there are saved states and none is whole, or there is no room for those to come.
         GateError: loss or gradient was not finite in too many steps in a row.
         Stopped: a signal asked for it, and the state is saved.
     """
     config: TrainConfig = run.config.train
     trainer.run, trainer.order, trainer.train_config, trainer.hold_out = run, order, config, hold_out
-    trainer.store = StateStore(run.dir.state_dir)
-    state = latest_state(run, trainer.store)
-    run.rewind(state.step if state is not None else None)
+    trainer.saves = SavedStates(run, config, more=[portable.RNG])
+    state = trainer.resumed = trainer.saves.newest()
+    weights = portable.weight_bytes(trainer.model)
+    trainer.saves.check_room(config.save_total_limit + 1, portable.state_bytes(trainer.model), weights)
     if config.report_to == "wandb":
         run.mirror()
     trainer.faults = Faults(**state.extra["faults"]) if state is not None else Faults()
@@ -295,21 +298,17 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
     transformers.set_seed(run.seed)
     with run.progress(trainer.args.max_steps, run.section.name) as advance:
         trainer.add_callback(ProgressCallback(advance))
-        trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
+        trainer.train(resume_from_checkpoint=None if state is None else _place(trainer, state.step))
 
 
-def latest_state(run: "Run", store: StateStore) -> State | None:
-    """The state to resume from; None for a fresh start. Raises LaunchError when another engine saved it."""
-    state = None
-    if run.is_main:
-        store.clean()
-        state = store.latest() if run.resumable else None
-    state = runtime.broadcast_object(state)
-    if state is not None:
-        saved, now = state.extra["engine"], runtime.engine_record().model_dump()
-        if any(saved[key] != now[key] for key in ("name", "zero_stage", "processes")):
-            raise runtime.LaunchError(
-                f"{state.path} was saved by {saved['name']} on {saved['processes']} processes, this is {now['name']} "
-                f"on {now['processes']}: launch it as before, or delete {store.directory} to train from the start"
-            )
-    return state
+def _place(trainer: StageTrainer, step: int) -> str:
+    """A folder that tells upstream that `step` steps are done. From there it counts batches as this run cuts them, so
+    that the rows of each step are the same for any number of processes."""
+    folder = Path(trainer.args.output_dir)
+    if runtime.is_main():
+        place = TrainerState(global_step=step, train_batch_size=trainer.args.per_device_train_batch_size)
+        place.compute_steps(trainer.args, trainer.args.max_steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        place.save_to_json(str(folder / "trainer_state.json"))
+    runtime.barrier()
+    return str(folder)

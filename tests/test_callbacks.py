@@ -1,17 +1,14 @@
 """What the Trainer-based stages share besides models: the order of rows, the number of steps, what counts as full."""
 
-import errno
-
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from stages.config import MuonTrainConfig, TrainConfig
 from stages.faults import diverged
 from stages.measure import wilson
 from stages.optimizer import MuonAdamW
-from stages.trainer import StepOrder, disk_is_full, total_steps
+from stages.trainer import StepOrder, total_steps
 
 
 def order(*args, epoch=0, **kwargs):
@@ -55,21 +52,6 @@ def test_rows_of_like_length_are_beside_one_another_and_steps_are_mixed():
 )
 def test_the_number_of_steps(fields, rows, steps):
     assert total_steps(TrainConfig(**fields), rows) == steps
-
-
-@pytest.mark.parametrize(
-    ("error", "full"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), True),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
-        (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), True),
-        (OSError(errno.EACCES, "Permission denied"), False),
-        (RuntimeError("CUDA out of memory"), False),
-    ],
-)
-def test_what_counts_as_a_full_disk(error, full):
-    assert disk_is_full(error) is full
 
 
 def test_a_divergence_is_named_with_its_usual_causes():

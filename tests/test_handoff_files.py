@@ -1,16 +1,19 @@
 """Durable writes, hashes and disk space (handoff/files.py), and the tokenizer's ids as transformers sees them."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import (
     canonical_hash,
     check_free_space,
+    disk_is_full,
     fsync_tree,
     hash_tree,
     human_bytes,
@@ -103,3 +106,17 @@ def test_ids_are_those_that_transformers_reads(tmp_path: Path) -> None:
     loaded(["ab", "a"], padding=True, truncation=True, max_length=2)
     loaded.save_pretrained(tmp_path / "again")
     assert read_tokenizer(tmp_path / "again") == record
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("CUDA out of memory"), False),
+    ],
+)
+def test_what_counts_as_a_full_disk(error, full):
+    assert disk_is_full(error) is full

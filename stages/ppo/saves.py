@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from handoff.state import State, StateStore
+from handoff.state import State
 from stages import portable, runtime
 from stages.faults import Faults
 from stages.ppo.config import Config
 from stages.ppo.guards import Watch
 from stages.run import Run
+from stages.saving import SavedStates
 
 _REFERENCE = "reference.safetensors"
 
@@ -46,31 +46,35 @@ class Saves:
     def __init__(
         self,
         run: Run,
-        accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         reference: PreTrainedModel,
     ) -> None:
-        self._run, self._accelerator, self._model, self._optimizer = run, accelerator, model, optimizer
+        self._run, self._model, self._optimizer = run, model, optimizer
         config: Config = run.config
         self._t, self._guards, self._monitored = config.train, config.guards, bool(config.monitor)
         self._reference = reference if config.train.sync_ref_model else None  # it moves, and has to be saved
         self._every = self._t.save_iterations or max(1, self._t.iterations // 10)
-        self._store = StateStore(run.dir.state_dir)
+        moving = [_REFERENCE] if self._reference is not None else []
+        self._states = SavedStates(run, self._t, more=moving, needed=moving)
 
     def resume(self) -> Position:
-        """The newest valid state, loaded; without one the beginning. Cuts the metrics back to it."""
-        run = self._run
-        state = runtime.broadcast_object(self._store.latest() if run.is_main and run.resumable else None)
-        position = Position(0, 0, self._t.kl_coef, 1.0, Watch(), Faults())
-        if state is not None:
-            self._load(state.path)
-            position = _position(state)
-            run.console.print(f"  resumes at iteration {state.step} of {self._t.iterations}", markup=False)
-        elif run.is_main:
-            self._store.clean()
-        run.rewind(state.step if state is not None else None)
-        return position
+        """The newest valid state, loaded; without one the beginning. Cuts the metrics back to it.
+
+        Raises:
+            HandoffError: there are saved states and none is whole, or there is no room for those to come.
+        """
+        state = self._states.newest()
+        policy = portable.weight_bytes(runtime.unwrapped(self._model).policy)
+        size = portable.state_bytes(self._model) + (policy if self._reference is not None else 0)
+        # One being written, and the best one, which stays whatever its age.
+        at_once = self._t.save_total_limit + 1 + (self._guards.keep == "best")
+        self._states.check_room(at_once, size, policy)
+        if state is None:
+            return Position(0, 0, self._t.kl_coef, 1.0, Watch(), Faults())
+        self._load(state)
+        self._run.console.print(f"  resumes at iteration {state.step} of {self._t.iterations}", markup=False)
+        return _position(state)
 
     def judge(self, at: Position) -> Literal["go on", "back", "stop"]:
         """After a look, whether the run goes on; `back`: it has been taken back to its best policy for that."""
@@ -89,7 +93,7 @@ class Saves:
             or at.watch.rollbacks == self._guards.max_rollbacks
         ):
             return "stop"
-        self._load(best.path)
+        self._load(best)
         at.watch.rollbacks += 1
         at.lr_factor /= 2
         at.kl_coef *= 2
@@ -122,7 +126,7 @@ class Saves:
         best = self._best_state(at)
         if best is None:
             return at.iteration
-        self._load(best.path)
+        self._load(best)
         self._run.console.print(f"  keeps the policy of iteration {best.step} of {at.iteration}", markup=False)
         return best.step
 
@@ -130,40 +134,28 @@ class Saves:
         return at.watch.best(self._t.kl_coef, self._monitored)
 
     def _best_state(self, at: Position) -> State | None:
-        step = self._best_step(at)
-        found = self._store.at(step) if self._run.is_main and step is not None else None
-        best: State | None = runtime.broadcast_object(found)
-        return best
+        return self._states.at(self._best_step(at))
 
-    def _load(self, path: Path) -> None:
-        portable.load_state(self._model, self._optimizer, path)
+    def _load(self, state: State) -> None:
+        portable.load_state(self._model, self._optimizer, state.path, moments=portable.OPTIMIZER not in state.lost)
         if self._reference is not None:
-            load_model(self._reference, str(path / _REFERENCE))
+            load_model(self._reference, str(state.path / _REFERENCE))
 
-    def _save(self, at: Position) -> None:
+    def _save(self, at: Position) -> bool:
         """Every rank calls it; a full disk costs the save, not the run."""
-        run, store = self._run, self._store
-        staged = runtime.broadcast_object(store.staging(at.iteration) if run.is_main else None)
-        try:
-            portable.save_state(self._model, self._optimizer, staged)
-            if run.is_main:
-                if self._reference is not None:
-                    save_model(self._reference, str(staged / _REFERENCE))
-                extra = {
-                    "cursor": at.cursor,
-                    "kl_coef": at.kl_coef,
-                    "lr_factor": at.lr_factor,
-                    "watch": at.watch.state(),
-                    "faults": asdict(at.faults),
-                }
-                protect = self._best_step(at) if self._guards.keep == "best" else None
-                run.sync()
-                store.commit(at.iteration, staged, self._t.save_total_limit, extra, protect)
-        except OSError as error:
-            run.console.print(
-                f"  could not save iteration {at.iteration}: {error}; the state before it is kept", markup=False
-            )
-        runtime.barrier()
+        extra = {
+            "cursor": at.cursor,
+            "kl_coef": at.kl_coef,
+            "lr_factor": at.lr_factor,
+            "watch": at.watch.state(),
+            "faults": asdict(at.faults),
+        }
+        protect = self._best_step(at) if self._guards.keep == "best" else None
+        return self._states.save(at.iteration, self._model, self._optimizer, extra, self._write_reference, protect)
+
+    def _write_reference(self, path: Path) -> None:
+        if self._reference is not None:
+            save_model(self._reference, str(path / _REFERENCE))
 
 
 def _position(state: State) -> Position:

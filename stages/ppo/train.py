@@ -104,7 +104,7 @@ def train(run: Run) -> None:
     phases = sampler.phases
 
     # Resume at the border of an iteration: the next one depends on nothing but the state and its own number.
-    saves = Saves(run, accelerator, model, optimizer, reference)
+    saves = Saves(run, model, optimizer, reference)
     at = saves.resume()
     watch = at.watch
     if at.iteration == 0 and guards.probe_prompts:

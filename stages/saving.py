@@ -1,0 +1,181 @@
+"""The saved states of a run that trains: found at its start, written on its way, whatever the disk does.
+
+What Trainer-based stages and the policy-gradient loop have in common. Each method is called by every process.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from handoff.files import check_free_space, disk_is_full, free_bytes, human_bytes, remove_tree, tree_bytes
+from handoff.manifest import EngineRecord
+from handoff.state import BrokenStates, State, StateStore
+from stages import portable, runtime
+from stages.config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from stages.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class SavedStates:
+    """The states of one run."""
+
+    def __init__(
+        self, run: "Run", config: OptimizerConfig, more: Collection[str] = (), needed: Collection[str] = ()
+    ) -> None:
+        """
+        Args:
+            run: of the stage.
+            config: its `train:`.
+            more: names of parts beside model and optimizer.
+            needed: those of them without which the weights are no start.
+        """
+        self._run, self._config = run, config
+        weights = (portable.MODEL, *needed)
+        self._store = StateStore(run.dir.state_dir, (portable.MODEL, portable.OPTIMIZER, *more), weights)
+        self._bytes = 0
+
+    def newest(self) -> State | None:
+        """The state to go on from, None for a fresh start. Metrics and samples are cut back to it.
+
+        Where the recipe says `resume: weights` and no state is whole, it is one whose `lost` is not empty.
+
+        Raises:
+            HandoffError: no state is whole.
+        """
+        run = self._run
+        state: State | None = None
+        if run.is_main:
+            self._store.clean()
+            state = self._found() if run.resumable else None
+        state = runtime.broadcast_object(state)
+        run.rewind(state.step if state is not None else None)
+        if state is None:
+            return None
+        saved, now = EngineRecord(**state.extra["engine"]), runtime.engine_record()
+        if _words(saved) != _words(now):
+            run.console.print(
+                f"  saved by {_words(saved)}, goes on with {_words(now)}: the same rows and the same batch at every "
+                "step; random numbers for dropout are drawn anew where the number of processes is another",
+                markup=False,
+                soft_wrap=True,
+            )
+        if state.lost:
+            run.log(state.step, {"resumed_without": sorted(state.lost)})
+        return state
+
+    def _found(self) -> State | None:
+        try:
+            return self._store.latest()
+        except BrokenStates as error:
+            if error.weights is None:
+                raise
+            step = error.weights.step
+            if self._config.resume == "exact":
+                raise BrokenStates(
+                    f"{error}; or set train.resume=weights to go on after step {step} with its weights and what else "
+                    "is whole, a lost optimizer starting anew: that is not the same training any more",
+                    error.weights,
+                ) from error
+            lost = "; ".join(error.weights.lost.values())
+            logger.warning(
+                "train.resume is weights, and no whole state is left: going on after step %d without what was lost "
+                "(%s). The result is not that of an undisturbed run",
+                step,
+                lost,
+            )
+            return error.weights
+
+    def at(self, step: int | None) -> State | None:
+        """The state of that step, if it is there and whole."""
+        found = self._store.at(step) if self._run.is_main and step is not None else None
+        state: State | None = runtime.broadcast_object(found)
+        return state
+
+    def check_room(self, states: int, state_bytes: int, model_bytes: int) -> None:
+        """Before training: there is room for `states` states at a time, of about `state_bytes` each, and for the model
+        of `model_bytes` that is published. States that are there already have theirs.
+
+        Raises:
+            HandoffError: there is not.
+        """
+        self._bytes = state_bytes
+        if not self._run.is_main:
+            return
+        there = tree_bytes(self._store.directory)
+        need = max(0, states * state_bytes - there) + model_bytes
+        what = (
+            f"{self._run.section.name}: {states} saved states of {human_bytes(state_bytes)} (train.save_total_limit "
+            f"{self._config.save_total_limit}, and one being written) and a model of {human_bytes(model_bytes)}"
+        )
+        check_free_space(self._store.directory, need, what)
+
+    def save(
+        self,
+        step: int,
+        model: Any,
+        optimizer: Any,
+        extra: Mapping[str, Any],
+        more: Callable[[Path], None] | None = None,
+        protect: int | None = None,
+    ) -> bool:
+        """Saves the state of `step`. False where there is no room for it: then the earlier ones are as they were.
+
+        Args:
+            step: the name of the state.
+            model, optimizer: as the engine has wrapped them.
+            extra: what else the next step depends on, JSON.
+            more: writes the other parts into the folder; called on the main process alone.
+            protect: an earlier step whose state is kept whatever its age.
+        """
+        staged = runtime.broadcast_object(self._staged(step) if self._run.is_main else None)
+        if staged is None:
+            return False
+        done = True
+        try:
+            portable.save_state(model, optimizer, staged)
+            if self._run.is_main:
+                if more is not None:
+                    more(staged)
+                self._run.sync()
+                extra = {**extra, "engine": runtime.engine_record().model_dump()}
+                path = self._store.commit(step, staged, self._config.save_total_limit, extra, protect)
+                self._bytes = tree_bytes(path)
+        except Exception as error:  # on the main process alone
+            if not disk_is_full(error):
+                raise
+            remove_tree(staged)
+            self._say_full(step, str(error))
+            done = False
+        return bool(runtime.broadcast_object(done))
+
+    def _staged(self, step: int) -> Path | None:
+        """The folder to write into; None, and a line in the log, when there is no room."""
+        free = free_bytes(self._store.directory)
+        if free < self._bytes:
+            self._say_full(step, f"it takes {human_bytes(self._bytes)}, {human_bytes(free)} are free")
+            return None
+        try:
+            return self._store.staging(step)
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            self._say_full(step, str(error))
+            return None
+
+    def _say_full(self, step: int, why: str) -> None:
+        logger.warning(
+            "no room to save the state of step %d (%s): what was saved before stays, training goes on, the next save "
+            "tries again. Free some space on the disk of %s",
+            step,
+            why,
+            self._store.directory,
+        )
+
+
+def _words(engine: EngineRecord) -> str:
+    zero = f" ZeRO-{engine.zero_stage}" if engine.zero_stage else ""
+    return f"{engine.name}{zero} on {engine.processes} process{'es' if engine.processes > 1 else ''}"
