@@ -252,6 +252,7 @@ def kill_the_pipeline(t: Trial) -> None:
 
 def full_disk(t: Trial) -> None:
     """The disk is full for a while. No state is lost, and the stage ends well, or asks for room and goes on then."""
+    t.same_states = False
     filler = t.disk / "filler"
     with _small_disk(t.disk):
         t.prepare()

@@ -91,7 +91,7 @@ def test_a_round_has_every_kind_in_an_order_of_its_seed():
 
 def test_a_trial_that_breaks_a_promise_fails_the_campaign(monkeypatch, capsys):
     tally = faults.Campaign(1, 7, failures=1, failed=[{"trial": 3, "fault": "kill", "section": "sft"}])
-    tally.failed[0] |= {"why": "sft: samples.jsonl differs", "said": "", "again": "--seed 7 --only 3"}
+    tally.failed[0] |= {"why": "sft: samples.jsonl differs", "again": "--seed 7 --only 3"}
     monkeypatch.setattr(faults, "campaign", lambda trials, seed, folder: tally)
     assert faults.main([3], 7, None) == 1
     said = capsys.readouterr().out
