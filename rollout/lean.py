@@ -32,24 +32,27 @@ _COMMON = {
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether a decode step of `model` can be computed here."""
+    """Whether a decode step of `model`, whose weights are all here, can be computed here."""
     if model.device.type != "cpu":
         return False
     for family in FAMILIES:
         module = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
         parts = {f"{module}.{family}{part}" for part in _OWN} | _COMMON
-        if all(_name(part) in parts and not _altered(part) for part in model.modules()):
-            return _name(model) == f"{module}.{family}ForCausalLM"
+        if all(_is_one_of(part, parts) for part in model.modules()):
+            return _is_one_of(model, {f"{module}.{family}ForCausalLM"})
     return False
 
 
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _is_one_of(module: nn.Module, names: set[str]) -> bool:
+    """Whether a module is what it is called, with that class's own forward pass and nobody who alters it.
 
-
-def _altered(module: nn.Module) -> bool:
-    """Whether something listens to a module or has replaced its forward pass."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    An engine that shards may have put a class of its own in front and hooks that gather the weights, which are here.
+    """
+    kind = next((c for c in type(module).__mro__ if f"{c.__module__}.{c.__qualname__}" in names), None)
+    if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
+        return False
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return all(hook.__module__.startswith("torch.distributed.") for hook in hooks)
 
 
 class Lean:
