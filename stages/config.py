@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.config import SourceConfig
 
+_LEAST_BF16_RATE = 1e-4
+
 
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors; a value is never converted from another type in silence."""
@@ -103,10 +105,34 @@ class MuonTrainConfig(TrainConfig):
 
 
 class ModelArguments(Strict):
-    """How a stage loads its parent's weights."""
+    """How a stage loads weights."""
 
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel; `auto`: sdpa, or flash_attention_2 where the GPU and the package allow it."""
+
+
+class TrainedModelArguments(ModelArguments):
+    """How a stage loads the weights that it trains."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights that are trained; what is frozen and what is published is float32. `bfloat16` halves
+    their memory, needs a learning rate of 1e-4 or more, and is not for DeepSpeed or FSDP, which train float32."""
+
+    def check_rates(self, rates: Mapping[str, float]) -> None:
+        """Raises ValueError, naming the key, when one of AdamW's learning rates would not move weights of this
+        precision.
+
+        AdamW's step is about as large as the learning rate. A bfloat16 number has eight bits: it stays the same when
+        less than a 512th of it is added. At 1e-4 weights of up to 0.03 move, most of a language model's.
+        """
+        for key, rate in rates.items():
+            if self.dtype == "bfloat16" and rate < _LEAST_BF16_RATE:
+                raise ValueError(
+                    f"{key} {rate:g} is too small for model_args.dtype bfloat16 (at least {_LEAST_BF16_RATE:g}): a "
+                    "step of AdamW is about as large as the learning rate, below the weights' precision, and most "
+                    "of them would never move. Take model_args.dtype float32; autocast (train.bf16) brings bfloat16's "
+                    "speed there too"
+                )
 
 
 class StageConfig(Strict):
@@ -131,5 +157,12 @@ class TrainedStageConfig(StageConfig):
     """A row longer than `max_length`: dropped and counted; an error that names it; or its beginning is cut."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """The stage refuses to start when more than this share of its rows was dropped, for whatever reason."""
-    model_args: ModelArguments = Field(default_factory=ModelArguments)
+    model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """The training."""
+
+    @model_validator(mode="after")
+    def _weights_move(self) -> Self:
+        self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
+        return self

@@ -4,13 +4,16 @@ Legend: B rows, T tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from data.encode import Encoder
+from handoff.parent import Parent
+from handoff.weights import weight_files
 from rollout.engine import generate
 from rollout.sampling import SamplingSpec
 from stages import runtime
@@ -129,3 +132,36 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def measure_change(
+    run: "Run", step: int, parent: Parent, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    """Share of the parent's weights that training has changed, logged as `weights/changed`.
+
+    The parent is read a tensor at a time. A new head, and what else it has not under the same name, does not count.
+    Without tied embeddings, those of tokens that no row has stay as they are.
+
+    Args:
+        run: of the stage.
+        step: of the line.
+        parent: what training started from.
+        weights: what it made, whole, float32 (`runtime.full_state_dict`); empty on processes that do not write.
+        dtype: what was trained. The parent was rounded to it, which is no change.
+
+    Returns:
+        What was logged; empty where there is nothing to compare.
+    """
+    changed = total = 0
+    for path in weight_files(parent.model_dir) if weights else []:
+        with safe_open(path, "pt") as file:
+            for name in set(file.keys()) & weights.keys():
+                before, now = file.get_tensor(name).to(dtype).float(), weights[name]
+                if before.shape == now.shape:
+                    changed += int((before != now).sum())
+                    total += now.numel()
+    if not total:
+        return {}
+    found = {"weights/changed": changed / total}
+    run.log(step, found)
+    return found

@@ -1,8 +1,9 @@
 """A model for a role, and a model on disk.
 
-Roles: a causal language model (policy, reference), a model with one output (reward model). Weights are float32
-always: AdamW cannot move bfloat16 weights at the learning rates of alignment, since the step is below their
-precision; where bfloat16 is wanted, autocast brings it (`train.bf16`).
+Roles: a causal language model (policy, reference), a model with one output (reward model). Weights are float32, unless
+a recipe chooses otherwise for those that it trains: AdamW cannot move bfloat16 weights at the learning rates of
+alignment, since the step is below their precision; where bfloat16 is wanted, autocast brings it (`train.bf16`). How
+many weights a training has moved is measured (`measure.measure_change`).
 
 What is saved is what anyone can load: safetensors, the parent's tokenizer and chat template byte for byte, and a
 generation_config.json with the stop ids.
@@ -35,7 +36,8 @@ from transformers.models.auto.modeling_auto import (
 from data.encode import Encoder
 from handoff.errors import HandoffError
 from handoff.parent import Parent
-from stages.config import ModelArguments
+from stages.config import ModelArguments, TrainedModelArguments
+from stages.launch import LaunchError, requested
 from stages.recipe import RecipeError
 
 TOKENIZER_FILES = (
@@ -88,6 +90,23 @@ def attention(arguments: ModelArguments, bf16: bool) -> str:
     return choose_attention(arguments.attn_implementation, cuda=cuda, bf16=bf16, packages=packages)
 
 
+def trained_dtype(arguments: TrainedModelArguments) -> torch.dtype:
+    """The precision of the weights that are trained.
+
+    Raises:
+        LaunchError: bfloat16 under an engine that trains float32 weights of its own all the same.
+    """
+    if arguments.dtype == "float32":
+        return torch.float32
+    engine = requested().name
+    if engine in ("deepspeed", "fsdp2"):
+        raise LaunchError(
+            f"model_args.dtype: bfloat16 has no effect under {engine}, which trains float32 weights; leave it out, and "
+            "set train.bf16 for bfloat16's speed"
+        )
+    return torch.bfloat16
+
+
 @contextmanager
 def whole_weights() -> Iterator[None]:
     """Inside, weights are loaded whole, by this process alone.
@@ -112,11 +131,17 @@ def load_encoder(parent: Parent) -> Encoder:
 
 
 def load_causal_lm(
-    parent: Parent, arguments: ModelArguments, *, dropout: bool = True, bf16: bool = True
+    parent: Parent,
+    arguments: ModelArguments,
+    *,
+    dtype: torch.dtype = torch.float32,
+    dropout: bool = True,
+    bf16: bool = True,
 ) -> PreTrainedModel:
-    """A causal language model, float32.
+    """A causal language model.
 
     Args:
+        dtype: of the weights, whatever the parent's are.
         dropout: False sets every dropout to zero, whatever the configuration says.
         bf16: the forward pass will run under bfloat16 autocast where there is a GPU for it.
 
@@ -125,16 +150,22 @@ def load_causal_lm(
     """
     with whole_weights():
         model = AutoModelForCausalLM.from_pretrained(
-            parent.model_dir, dtype=torch.float32, attn_implementation=attention(arguments, bf16), use_safetensors=True
+            parent.model_dir, dtype=dtype, attn_implementation=attention(arguments, bf16), use_safetensors=True
         )
     check_vocabulary(model, parent)
     return model if dropout else without_dropout(model)
 
 
 def load_reward_model(
-    parent: Parent, arguments: ModelArguments, *, dropout: bool = True, bf16: bool = True, seed: int = 0
+    parent: Parent,
+    arguments: ModelArguments,
+    *,
+    dtype: torch.dtype = torch.float32,
+    dropout: bool = True,
+    bf16: bool = True,
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """A model with a head of one output, float32.
+    """A model with a head of one output.
 
     From a reward model it comes with its head; from a causal language model the head is new, drawn from
     N(0, 1 / (H + 1)) (H hidden size) with `seed` by a generator of its own, so that nothing else decides what it is.
@@ -149,7 +180,7 @@ def load_reward_model(
         model = AutoModelForSequenceClassification.from_pretrained(
             parent.model_dir,
             num_labels=1,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=attention(arguments, bf16),
             use_safetensors=True,
         )
@@ -235,12 +266,12 @@ def model_config(keys: dict[str, Any], encoder: Encoder, context: int) -> Pretra
     return config
 
 
-def build(config: PretrainedConfig, arguments: ModelArguments, bf16: bool) -> PreTrainedModel:
-    """A causal language model with random weights, float32, drawn from torch's global generator."""
+def build(
+    config: PretrainedConfig, arguments: ModelArguments, bf16: bool, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A causal language model with random weights, drawn from torch's global generator."""
     with whole_weights():
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention(arguments, bf16)
-        )
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(arguments, bf16))
 
 
 # ---- to disk

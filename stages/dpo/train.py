@@ -24,7 +24,7 @@ from data.records import Preference
 from stages import models, runtime
 from stages.dpo.config import Config
 from stages.dpo.loss import alarms, pair_metrics
-from stages.measure import greedy_answers, measure_rows
+from stages.measure import greedy_answers, measure_change, measure_rows
 from stages.run import Run
 from stages.trainer import StageTrainer, StepOrder, arguments, fit
 
@@ -75,7 +75,8 @@ def train(run: Run) -> None:
         precompute_ref_log_probs=True,
         precompute_ref_batch_size=config.train.per_device_eval_batch_size,
     )
-    model = models.load_causal_lm(parent, config.model_args, dropout=False, bf16=args.bf16)
+    dtype = models.trained_dtype(config.model_args)
+    model = models.load_causal_lm(parent, config.model_args, dtype=dtype, dropout=False, bf16=args.bf16)
     run.console.print(f"  the reference reads {len(rows) + len(heldout)} pairs")
     trainer = Trainer(
         model=model,
@@ -105,6 +106,7 @@ def train(run: Run) -> None:
     for warning in alarms(measured[0], measured[-1]) if len(measured) > 1 else []:
         run.console.print(f"  warning: {warning}", style="yellow")
     weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
+    metrics |= measure_change(run, trainer.state.global_step, parent, weights, dtype)
     run.publish("causal_lm", lambda path: models.save_model(model, encoder, path, weights), metrics)
 
 

@@ -22,7 +22,7 @@ class Critic(nn.Module):
         """`model`: whose body is taken over; the head starts at zero."""
         super().__init__()
         self.body = backbone(model)
-        self.head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+        self.head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=model.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

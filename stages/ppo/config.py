@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 from data.config import SourceConfig
 from reward.config import RewardConfig
 from rollout.config import VLLMConfig
-from stages.config import ModelArguments, OptimizerConfig, StageConfig, Strict
+from stages.config import OptimizerConfig, StageConfig, Strict, TrainedModelArguments
 
 
 def _refuse_unread(config: BaseModel, keys: Iterable[str], condition: str) -> None:
@@ -263,7 +263,7 @@ class Config(StageConfig):
     """The stage refuses to start when more than this share of the prompts was dropped."""
     vllm: VLLMConfig | None = None
     """Sample with vLLM; without it, the policy samples in its own process."""
-    model_args: ModelArguments = Field(default_factory=ModelArguments)
+    model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
     train: PPOTrainConfig = Field(default_factory=PPOTrainConfig)
     """The loop."""
@@ -296,6 +296,10 @@ class Config(StageConfig):
             _refuse_unread(t, ["scale_rewards"], "advantage is group")
         if self.advantage in ("group", "leave_one_out"):
             _refuse_unread(t, ["gamma"], "advantage is gae or global_baseline")
+        rates = {"train.learning_rate": t.learning_rate}
+        if self.advantage == "gae":
+            rates["train.critic_learning_rate"] = t.critic_learning_rate
+        self.model_args.check_rates(rates)
         return self
 
     @property

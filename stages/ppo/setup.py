@@ -85,28 +85,28 @@ def load_rewards(
     return composition
 
 
-def load_policy(run: Run, parent: Parent, bf16: bool) -> PreTrainedModel:
+def load_policy(run: Run, parent: Parent, dtype: torch.dtype, bf16: bool) -> PreTrainedModel:
     """The parent's model, without dropout, reading rows without their padding where it can."""
     config: Config = run.config
-    model = models.load_causal_lm(parent, config.model_args, dropout=False, bf16=bf16)
+    model = models.load_causal_lm(parent, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
     ragged.enable(model)
     return model
 
 
-def make_critic(run: Run, policy: Parent, bf16: bool) -> Critic | None:
+def make_critic(run: Run, policy: Parent, dtype: torch.dtype, bf16: bool) -> Critic | None:
     """From the reward model, with its head in the units of the normalised reward; else from the policy's body."""
     config: Config = run.config
     if config.advantage != "gae":
         return None
     ref = config.critic_parent
     if ref is None:
-        critic = Critic(models.load_causal_lm(policy, config.model_args, dropout=False, bf16=bf16))
+        critic = Critic(models.load_causal_lm(policy, config.model_args, dtype=dtype, dropout=False, bf16=bf16))
         ragged.enable(critic.body)
         return critic
     role = "critic" if config.critic is not None else f"reward:{ref}"
     parent = run.parent(role, frozenset({"reward_model"}))
     check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
-    model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=bf16)
+    model = models.load_reward_model(parent, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
     critic = Critic(model)
     weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
     ragged.enable(critic.body)

@@ -36,6 +36,7 @@ from rollout.batch import pad_batch, pad_values
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
 from rollout.vllm import VLLMEngine
 from stages import models, runtime
+from stages.measure import measure_change
 from stages.ppo import loss as losses
 from stages.ppo.actor_critic import ActorCritic, micro_batches
 from stages.ppo.advantages import (
@@ -87,9 +88,10 @@ def train(run: Run) -> None:
     monitor = load_rewards(run, config.monitor, parent, bf16, heldout, learned) if config.monitor else None
 
     # Models.
-    policy = load_policy(run, parent, bf16)
-    critic = make_critic(run, parent, bf16)
-    reference = load_policy(run, parent, bf16).eval().requires_grad_(False).to(device)
+    dtype = models.trained_dtype(config.model_args)
+    policy = load_policy(run, parent, dtype, bf16)
+    critic = make_critic(run, parent, dtype, bf16)
+    reference = load_policy(run, parent, torch.float32, bf16).eval().requires_grad_(False).to(device)
     if t.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     padded_rows = not ragged.enabled(policy)
@@ -232,6 +234,7 @@ def train(run: Run) -> None:
     weights_ = runtime.full_state_dict(accelerator, model)
     policy_weights = {k.removeprefix("policy."): v for k, v in weights_.items() if k.startswith("policy.")}
     kept = {key: metrics[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")}
+    kept |= measure_change(run, at.iteration, parent, policy_weights, dtype)
     run.publish(
         "causal_lm",
         lambda path: models.save_model(policy, encoder, path, policy_weights),

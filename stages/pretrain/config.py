@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from data.config import SourceConfig
-from stages.config import ModelArguments, MuonTrainConfig, StageConfig
+from stages.config import MuonTrainConfig, StageConfig, TrainedModelArguments
 
 
 class Config(StageConfig):
@@ -30,7 +30,7 @@ class Config(StageConfig):
     nothing about each other."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """The stage refuses to start when more than this share of the documents was dropped."""
-    model_args: ModelArguments = Field(default_factory=ModelArguments)
+    model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
     train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
     """The training."""
@@ -41,6 +41,7 @@ class Config(StageConfig):
             raise ValueError("model: needs `architecture`, e.g. llama")
         if self.embedding_std is not None and self.model is None:
             raise ValueError("embedding_std is for random weights; without `model` the stage goes on from a checkpoint")
+        self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
         return self
 
 

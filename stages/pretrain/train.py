@@ -60,13 +60,14 @@ def train(run: Run) -> None:
 
     # Model and trainer.
     args = arguments(TrainingArguments, run, len(blocks))
+    dtype = models.trained_dtype(config.model_args)
     if shape is not None:
         torch.manual_seed(run.seed)
-        model = models.build(shape, config.model_args, args.bf16)
+        model = models.build(shape, config.model_args, args.bf16, dtype)
         if config.embedding_std is not None:
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.embedding_std)
     else:
-        model = models.load_causal_lm(parent, config.model_args, bf16=args.bf16)
+        model = models.load_causal_lm(parent, config.model_args, dtype=dtype, bf16=args.bf16)
     parameters = sum(p.numel() for p in model.parameters())
     run.console.print(f"  {parameters / 1e6:.2f} M parameters, {blocks.size:,} tokens in rows of {config.block_size}")
     collate = Collator(encoder.eos_id if config.isolate_documents else None)

@@ -26,7 +26,7 @@ from handoff.files import write_json
 from handoff.parent import Parent
 from reward.learned import score, statistics
 from stages import models, runtime
-from stages.measure import measure_rows
+from stages.measure import measure_change, measure_rows
 from stages.reward_model.card import Row, agreement, make_card, pair_metrics, spoilt_answers
 from stages.reward_model.config import Config
 from stages.reward_model.schema import Card, Ensemble
@@ -73,7 +73,10 @@ def train(run: Run) -> None:
         run.seed = config.seed
     coefficient = config.center_rewards_coefficient or None
     args = arguments(RewardConfig, run, len(rows), max_length=None, center_rewards_coefficient=coefficient)
-    model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=args.bf16, seed=run.seed)
+    dtype = models.trained_dtype(config.model_args)
+    model = models.load_reward_model(
+        parent, config.model_args, dtype=dtype, dropout=False, bf16=args.bf16, seed=run.seed
+    )
     trainer = Trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=encoder.tokenizer)
     lengths = [max(map(len, row.values())) for row in rows] if config.group_by_length else None
     order = StepOrder(len(rows), config.train.global_batch_size, run.seed, lengths)
@@ -116,6 +119,7 @@ def train(run: Run) -> None:
         if card.gate:
             raise GateError(refusal(run, card))
     weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
+    metrics |= measure_change(run, trainer.state.global_step, parent, weights, dtype)
 
     def write(path: Path) -> None:
         models.save_model(model, encoder, path, weights)
@@ -216,6 +220,7 @@ def check_scores(
     with trainer.compute_loss_context_manager():
         after = score(model, answers, encoder.pad_id).double().numpy()
     scale = max(1.0, float(np.abs(before).max()))
-    tolerance = 0.02 if trainer.args.bf16 else _TOLERANCE
+    rounded = trainer.args.bf16 or trainer.model.dtype == torch.bfloat16
+    tolerance = 0.02 if rounded else _TOLERANCE
     worst = float(np.abs(after - before).max()) / scale
     assert worst <= tolerance, f"scores of the saved reward model differ by {worst:.2g} from those before saving"

@@ -20,7 +20,7 @@ from data.errors import RowRefused
 from data.packing import pack_rows
 from data.records import Chat
 from stages import models, runtime
-from stages.measure import greedy_answers, measure_rows, token_losses
+from stages.measure import greedy_answers, measure_change, measure_rows, token_losses
 from stages.run import Run
 from stages.sft.config import Config
 from stages.trainer import StageTrainer, StepOrder, arguments, fit
@@ -56,7 +56,8 @@ def train(run: Run) -> None:
 
     # Model and trainer.
     args = arguments(SFTConfig, run, len(rows), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    model = models.load_causal_lm(parent, config.model_args, bf16=args.bf16)
+    dtype = models.trained_dtype(config.model_args)
+    model = models.load_causal_lm(parent, config.model_args, dtype=dtype, bf16=args.bf16)
     collate = Collator(encoder.pad_id)
     trainer = Trainer(
         model=model,
@@ -81,6 +82,7 @@ def train(run: Run) -> None:
     # What it has become.
     metrics = trainer.evaluate()
     weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
+    metrics |= measure_change(run, trainer.state.global_step, parent, weights, dtype)
     run.publish("causal_lm", lambda path: models.save_model(model, encoder, path, weights), metrics)
 
 
