@@ -12,13 +12,14 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reward.functions import RewardError
 from reward.sandbox import folder, seccomp
-from reward.sandbox.confine import Limits
+from reward.sandbox.confine import LAYERS, Limits
 from reward.sandbox.pool import Job, Sandbox
 from reward.sandbox.values import BadMessage, decode, encode
 
@@ -243,6 +244,20 @@ def test_a_server_that_dies_is_replaced():
         server.wait()
         assert sandbox.run(job).all_passed
         assert sandbox._server._process.pid != server.pid
+
+
+@pytest.mark.parametrize("layers", [LAYERS, ()])
+def test_jobs_are_not_ended_by_what_asks_their_trainer_to_end(layers):
+    """Slurm tells every process of a job. The trainer finishes its step, and the scores of that step count."""
+    job = Job(["import time\ntime.sleep(1)\ndef f(): return 1"], "assert f() == 1")
+    with Sandbox(workers=2, layers=layers) as sandbox, ThreadPoolExecutor(1) as thread:
+        server = psutil.Process(sandbox._server._process.pid)
+        running = thread.submit(sandbox.map, [job, job])
+        _until(lambda: len(server.children(recursive=True)) >= 6)  # three for each job
+        for process in [server, *server.children(recursive=True)]:
+            process.send_signal(signal.SIGTERM)
+        assert all(outcome.all_passed for outcome in running.result())
+        assert sandbox._server._process.pid == server.pid
 
 
 def test_what_is_required_and_cannot_be_had_is_an_error():

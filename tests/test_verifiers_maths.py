@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 
 import pytest
@@ -203,6 +204,18 @@ def test_a_process_that_dies_or_stops_is_started_again(monkeypatch):
     assert comparer.compare([("1/2", "0.5")], 5.0)[0].late
     comparer.close()
     assert comparer._process is None
+
+
+def test_a_process_that_is_told_to_end_with_its_trainer_answers_on():
+    """The trainer finishes its step first: Slurm tells both, a terminal too."""
+    comparer = Comparer()
+    comparer.compare([("1", "1")], 5.0)
+    process = comparer._process
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process.send_signal(signum)
+    assert comparer.compare([("1/2", "0.5")], 5.0)[0].equal
+    assert comparer._process is process
+    comparer.close()
 
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch, tmp_path):

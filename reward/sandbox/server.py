@@ -284,6 +284,9 @@ def _failure(work: Callable[[], Any]) -> str:
 def main() -> None:
     """`sys.argv`: the descriptor of the socket, the layers to try (with commas), an empty folder."""
     _, descriptor, requested, base = sys.argv
+    # Where every process of a job is told to end (Slurm), the trainer still finishes its step, and needs its scores.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     for name in _PRELOADED.split():
         importlib.import_module(name)
     if sys.platform == "linux":

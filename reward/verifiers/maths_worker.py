@@ -72,7 +72,8 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to handle; it closes our input when it ends
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # the trainer's to handle; it closes our input when it ends
     signal.signal(signal.SIGVTALRM, _time_up)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
