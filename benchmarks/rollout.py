@@ -39,12 +39,15 @@ class Ending:
         self._prompt, self._table = prompt, torch.tensor(lengths)
 
     def force(self, logits: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        """Overwrites logits (..., V) behind tokens `ids` (...) at `positions` (...)."""
+        """Overwrites logits (..., V) behind tokens `ids` (...) at `positions` (...).
+
+        By values far above the model's own, but not so far that the others' probabilities leave float32's normal range.
+        """
         one = len(self._table) == 1
         wanted = self._table.expand(ids.shape) if one else self._table[(ids - FIRST).clamp(min=0)]
         if not one:
-            logits.scatter_(-1, ids[..., None], 5e3)
-        logits[..., STOP] = torch.where(positions - self._prompt + 2 >= wanted, 1e4, -1e4)
+            logits.scatter_(-1, ids[..., None], 20.0)
+        logits[..., STOP] = torch.where(positions - self._prompt + 2 >= wanted, 40.0, -40.0)
 
     @contextmanager
     def ours(self) -> Iterator[None]:
