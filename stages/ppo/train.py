@@ -51,7 +51,8 @@ from stages.ppo.advantages import (
 )
 from stages.ppo.config import Config, PPOTrainConfig
 from stages.ppo.guards import Watch, probe, probe_size, repetition
-from stages.ppo.sampler import Rollout, Sampler, rewards_of
+from stages.ppo.metrics import iteration_metrics, judged, part_means
+from stages.ppo.sampler import Sampler, rewards_of
 from stages.ppo.saves import Saves
 from stages.ppo.setup import (
     PromptStream,
@@ -191,8 +192,8 @@ def train(run: Run) -> None:
                         for key, value in sums.items():
                             found[key] = found.get(key, 0.0) + value
                 read = {key: value.item() for key, value in found.items()}  # once: a GPU would wait each time
-            total = _sum_over_ranks(read | _judged(config))
-            metrics = _metrics(batch, total, t, at.kl_coef)
+            total = _sum_over_ranks(read | judged(config))
+            metrics = iteration_metrics(batch, total, t, at.kl_coef)
             metrics |= sampling | {
                 "episode": (iteration + 1) * len(batch),
                 "objective/rlhf_reward": token_reward.sum().item() / len(batch),
@@ -352,7 +353,7 @@ def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: in
         "eval/repetition": sum(repetition(r.ids) for r in batch) / len(batch),
         ("eval/monitor" if config.monitor else "eval/length_controlled_scores"): look.monitor,
     }
-    run.log(step, metrics | _part_means(batch, "eval/rewards"))
+    run.log(step, metrics | part_means(batch, "eval/rewards"))
     run.samples(
         step,
         [
@@ -362,63 +363,6 @@ def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: in
     )
 
 
-def _metrics(batch: Sequence[Rollout], total: dict[str, float], t: PPOTrainConfig, kl_coef: float) -> dict[str, float]:
-    """What an iteration did, under TRL's names."""
-    answers = len(batch)
-    kl = sum(r.kl for r in batch) / answers
-    metrics = {
-        "objective/kl": kl,
-        "objective/entropy": -sum(sum(r.old_logp) for r in batch) / answers,
-        "objective/scores": sum(r.score for r in batch) / answers,
-        "objective/non_score_reward": -kl_coef * kl if t.kl_in == "reward" else 0.0,
-        "objective/kl_coef": kl_coef,
-        "val/num_eos_tokens": sum(r.stopped for r in batch),
-        "completions/mean_length": sum(len(r.ids) for r in batch) / answers,
-        "completions/clipped_ratio": sum(not r.stopped for r in batch) / answers,
-        "completions/repetition": sum(repetition(r.ids) for r in batch) / answers,
-        **_part_means(batch, "rewards"),
-    }
-    means = {
-        "policy/approxkl_avg": ("approxkl", "tokens"),
-        "policy/clipfrac_avg": ("clipfrac", "tokens"),
-        "policy/entropy_avg": ("entropy", "tokens"),
-        "loss/policy_avg": ("policy", "tokens"),
-        "loss/value_avg": ("value", "tokens"),
-        "val/clipfrac_avg": ("vf_clipfrac", "tokens"),
-        "val/ratio": ("ratio", "tokens"),
-        "val/first_ratio_deviation": ("first_deviation", "first_tokens"),
-    }
-    # Some have no sum: without a critic, or where steps were skipped.
-    metrics |= {name: total[key] / max(total[n], 1.0) for name, (key, n) in means.items() if key in total}
-    disagreements = [r.disagreement for r in batch if r.disagreement is not None]
-    if disagreements:
-        metrics["objective/disagreement"] = sum(disagreements) / len(disagreements)
-    return metrics
-
-
-def _part_means(batch: Sequence[Rollout], prefix: str) -> dict[str, float]:
-    """Mean of each reward over the answers on which it had an opinion, and on how many it had none."""
-    means = {}
-    for name in batch[0].parts:
-        values = [r.parts[name] for r in batch if r.parts[name] is not None]
-        if values:
-            means[f"{prefix}/{name}"] = sum(values) / len(values)
-        if len(values) < len(batch):
-            means[f"{prefix}_none/{name}"] = len(batch) - len(values)
-    return means
-
-
 def _sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
     shares = runtime.all_gather_object(sums)
     return {key: sum(share.get(key, 0.0) for share in shares) for key in dict.fromkeys(k for s in shares for k in s)}
-
-
-def _judged(config: Config) -> dict[str, float]:
-    """What this process asked of judges since the last call: questions, tokens, cost, refusals."""
-    if not any(entry.function == "judge" for entry in (*config.reward, *config.monitor)):
-        return {}
-    from reward.judge import judge_statistics, reset_judge_statistics
-
-    found = {f"judge/{model}/{key}": n for (_, model), sums in judge_statistics().items() for key, n in sums.items()}
-    reset_judge_statistics()
-    return found
