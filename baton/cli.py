@@ -11,8 +11,8 @@ from handoff.errors import GateError, UserError
 app = typer.Typer(
     name="baton",
     help="Brings a language model up in stages: tokenizer, pretraining, instruction tuning, reward model, PPO or DPO, "
-    "evaluation.\n\nExit codes: 0 done; 1 a stage broke, or `verify` found differences; 2 a mistake in a recipe, "
-    "in data or in the command; 3 a result below what the recipe demands; 128+n ended by signal n.",
+    "evaluation.\n\nExit codes: 0 done; 1 a stage broke, or `verify` or `replay` found a difference; 2 a mistake in a "
+    "recipe, in data or in the command; 3 a result below what the recipe demands; 128+n ended by signal n.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -88,6 +88,28 @@ def verify(target: RunArgument) -> None:
         parents = ", ".join(f"{parent.name} {parent.fingerprint[:8]}" for parent in stage.parents.values())
         print(f"  {stage.stage:<12} {stage.fingerprint[:8]}{'  from ' + parents if parents else ''}")
     print(f"{run_dir}: every file is as it was published, and every stage was made from the parents that are here")
+
+
+@app.command()
+def replay(
+    target: RunArgument,
+    stage: Annotated[str, typer.Option(help="The section whose step it is.", show_default=False)],
+    step: Annotated[int, typer.Option(min=1, help="The step, or the iteration.", show_default=False)],
+) -> None:
+    """Take one training step again, from the nearest saved state before it, and compare it with metrics.jsonl.
+
+    The run is left as it is. Exit code 1 when loss or gradient norm differs.
+    """
+    from baton.replay import replay_step
+    from stages.signals import Stopped
+
+    try:
+        found = replay_step(run_dir_of(target), stage, step)
+    except Stopped as stopped:
+        sys.exit(stopped.code)
+    print(found.told())
+    if not found.agrees:
+        sys.exit(1)
 
 
 @app.command()

@@ -64,7 +64,13 @@ class StageDir:
 
     # ---- beginning
 
-    def begin(self, inputs: Inputs, resume: bool = True, need_bytes: int = MINIMUM_FREE) -> bool:
+    def begin(
+        self,
+        inputs: Inputs,
+        resume: bool = True,
+        need_bytes: int = MINIMUM_FREE,
+        origin: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Takes the directory for a run with `inputs`. True: an earlier start had the same ones, its content is kept.
 
         Otherwise what is there is set aside to `<run>/.previous/<stage>` (one generation) and the directory starts
@@ -74,6 +80,7 @@ class StageDir:
             inputs: everything the result depends on.
             resume: False: start anew even when the inputs are the same.
             need_bytes: free space that the stage will need at least.
+            origin: where the recipe came from; `origin` reads it again.
 
         Raises:
             HandoffError: not writable, too little space, or in use by another process.
@@ -96,6 +103,7 @@ class StageDir:
                 "inputs": inputs.model_dump(mode="json"),
                 "begun": datetime.now(UTC).isoformat(timespec="seconds"),
                 "run_id": uuid4().hex[:16],
+                "origin": dict(origin or {}),
             },
         )
         self._fresh = True
@@ -108,6 +116,10 @@ class StageDir:
         with suppress(ValueError, KeyError, TypeError):
             return Inputs.model_validate(read_json(self.started_path)["inputs"])
         return None
+
+    def origin(self) -> dict[str, Any]:
+        """What this course was begun with as `origin`; empty where it was begun without."""
+        return dict(read_json(self.started_path).get("origin", {}))
 
     def run_id(self) -> str:
         """Name of this course for trackers: drawn when it was begun, kept when it is resumed."""

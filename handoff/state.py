@@ -163,6 +163,19 @@ class StateStore:
             )
         return None
 
+    def steps(self) -> list[int]:
+        """The steps of which there are states, whole or not, ascending."""
+        return sorted({step for step, _ in self._candidates()})
+
+    def before(self, step: int) -> State | None:
+        """The newest whole state of an earlier step."""
+        for earlier, path in self._candidates():
+            if earlier < step:
+                extra, lost = self._examined(earlier, path)
+                if extra is not None and not lost:
+                    return State(earlier, path, extra)
+        return None
+
     def at(self, step: int) -> State | None:
         """The state of that step, if it is there and whole."""
         path = self.directory / f"step-{step}"

@@ -65,7 +65,8 @@ class Run:
         """Takes the stage's directory. Afterwards `resumable` says whether an earlier start had the same inputs."""
         self._inputs = inputs
         if self.is_main:
-            self.resumable = self.dir.begin(inputs)
+            origin = {"recipe": str(self.recipe.path.absolute()), "overrides": list(self.recipe.overrides)}
+            self.resumable = self.dir.begin(inputs, origin=origin)
         self.resumable = self._runtime.broadcast_object(self.resumable)
 
     # ---- what comes in
@@ -226,8 +227,11 @@ class Run:
             self.dir.close()
 
 
-def run_section(recipe: Recipe, name: str) -> None:
-    """Runs one section in this process. Raises what the stage raises, and Stopped when a signal ends it."""
+def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals], Run] = Run) -> None:
+    """Runs one section in this process. Raises what the stage raises, and Stopped when a signal ends it.
+
+    `make`: another kind of run than one that goes on to its end (`baton replay`).
+    """
     from stages import runtime
 
     with Signals(name) as signals:
@@ -235,7 +239,7 @@ def run_section(recipe: Recipe, name: str) -> None:
         _quiet_libraries()
         section = recipe.sections[name]
         inputs = stage_inputs(recipe, name)
-        run = Run(recipe, name, signals)
+        run = make(recipe, name, signals)
         together = False
         try:
             run.begin(inputs)

@@ -1,0 +1,234 @@
+"""`baton replay`: takes one training step of a run again, and compares it with the line that the run has logged.
+
+The stage's own code runs, from the newest whole state before the step, in a copy of the stage's directory beside the
+run: states are hard links there, lines are copies, the other stages are links to the run's. It ends as soon as the
+line has come, so that nothing is published. The run is not written to.
+
+A stage with a Trainer logs averages over `train.logging_steps`: the step is in the first line at or after it, whose
+sums the state has kept if it was saved between two lines.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from handoff.errors import UserError
+from handoff.files import check_writable, write_json
+from handoff.manifest import EngineRecord, Inputs
+from handoff.parent import HASH_CACHE
+from handoff.stage import StageDir
+from handoff.state import State, StateStore
+from stages.inputs import stage_inputs
+from stages.recipe import Recipe, load_recipe
+from stages.run import Run, run_section
+from stages.signals import Signals
+
+COMPARED = {
+    "trainer": ("loss", "grad_norm"),
+    "ppo": ("objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"),
+}
+"""Keys of a line that have to agree; the first one tells a line of training from others."""
+
+# Between engines or numbers of processes sums are in another order.
+_TOLERANCE = 1e-4
+_MOST = 12
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step that was taken again."""
+
+    section: str
+    step: int
+    line: int
+    """Step of the line that it is in."""
+    state: int
+    """Step of the state that it was taken from."""
+    logged: dict[str, float]
+    again: dict[str, float]
+    """Empty where the stage ended before the line."""
+    elsewhere: bool
+    """The state was saved by another engine, or on another number of processes or kind of device, than took it now."""
+    changes: list[str]
+    """What the stage depends on and is another than it was."""
+
+    @property
+    def agrees(self) -> bool:
+        """To the last bit; where the engine is another, to 1e-4."""
+        if self.elsewhere and self.again.keys() == self.logged.keys():
+            return all(
+                math.isclose(value, self.again[key], rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+                for key, value in self.logged.items()
+            )
+        return self.again == self.logged
+
+    def told(self) -> str:
+        """For the terminal."""
+        lines = [f"  {self.section}, step {self.step}: taken again from the state of step {self.state}"]
+        if self.line != self.step:
+            lines.append(f"  it is in the line of step {self.line}, which is an average")
+        lines += [f"  note: {change}" for change in self.changes]
+        lines += [
+            f"    {key:<16} logged {value!r:<24} again {self.again.get(key, 'nothing')!r}"
+            for key, value in self.logged.items()
+        ]
+        where = "to 1e-4, on another engine than the run's" if self.elsewhere else "to the last bit"
+        lines.append(f"  equal {where}" if self.agrees else f"  not equal {where}")
+        return "\n".join(lines)
+
+
+class _LineCame(Exception):
+    """Ends the replay."""
+
+    def __init__(self, metrics: dict[str, Any]) -> None:
+        super().__init__()
+        self.metrics = metrics
+
+
+class _Replay(Run):
+    """A run that ends when it logs the line that is waited for."""
+
+    def __init__(self, line: int, key: str, recipe: Recipe, name: str, signals: Signals) -> None:
+        super().__init__(recipe, name, signals)
+        self._line, self._key = line, key
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """As in a run, up to that line."""
+        super().log(step, metrics)
+        if step >= self._line and self._key in metrics:
+            raise _LineCame(metrics)
+
+    def mirror(self) -> None:
+        """None: trackers have had these lines."""
+
+
+def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
+    """Takes step `step` (from 1 on) of section `name` again, on one process.
+
+    Raises:
+        UserError: no such section or line, no whole state before the step, a stage without steps, or a recipe whose
+            section, parents or data are not those of the run any more.
+        GateError: the stage stops by itself before the line.
+        Stopped: a signal.
+    """
+    original = StageDir(run_dir / name)
+    if not original.started_path.is_file():
+        begun = sorted(path.parent.name for path in run_dir.glob("*/started.json"))
+        raise UserError(f"{original.path}: no such stage; {run_dir} has {', '.join(begun) or 'none'}")
+    origin = original.origin()
+    if not origin:
+        raise UserError(f"{original.started_path} does not say from which recipe the stage was begun; run it again")
+    recipe = load_recipe(Path(origin["recipe"]), origin["overrides"], section=name)
+    section = recipe.section(name)
+    if "train" not in section.resolved:
+        raise UserError(f"{original.path}: the stage {section.stage} has no steps to take again")
+    keys = COMPARED["ppo" if section.stage == "ppo" else "trainer"]
+    line, state = _choose(original, keys[0], step)
+    logged = {key: line[key] for key in keys if key in line}
+    check_writable(run_dir.absolute().parent)
+    with tempfile.TemporaryDirectory(prefix=".replay-", dir=run_dir.absolute().parent) as folder:
+        copied = replace(recipe, output_root=Path(folder))
+        _copy(run_dir.absolute(), copied.run_dir, name, state)
+        inputs = stage_inputs(copied, name)
+        changes = _changes(original, inputs)
+        write_json(StageDir(copied.run_dir / name).started_path, {"inputs": inputs.model_dump(mode="json")})
+        again: dict[str, Any] = {}
+        try:
+            run_section(copied, name, partial(_Replay, line["step"], keys[0]))
+        except _LineCame as came:
+            again = json.loads(json.dumps(came.metrics))
+    return Replayed(
+        section=name,
+        step=step,
+        line=line["step"],
+        state=state.step,
+        logged=logged,
+        again={key: again[key] for key in keys if key in again},
+        elsewhere=_elsewhere(state),
+        changes=changes,
+    )
+
+
+def _choose(original: StageDir, key: str, step: int) -> tuple[dict[str, Any], State]:
+    """The line that the step is in, and the state to start from. Raises UserError."""
+    lines: list[dict[str, Any]] = []
+    if original.metrics_path.is_file():
+        with original.metrics_path.open("rb") as file:
+            # The last line may be torn by a kill.
+            lines = [json.loads(line) for line in file if line.endswith(b"\n")]
+    lines = [line for line in lines if key in line]
+    store = StateStore(original.state_dir)
+    there = f"steps with a line: {_listed([line['step'] for line in lines])}; states: {_listed(store.steps())}"
+    line = next((line for line in lines if line["step"] >= step), None)
+    if line is None:
+        raise UserError(f"{original.path}: metrics.jsonl has no line of step {step} or after it ({there})")
+    state = store.before(step)
+    if state is None:
+        raise UserError(
+            f"{original.path}: no whole state is left from before step {step} ({there}); a step can be taken again "
+            "from a state of an earlier one, and train.save_total_limit says how many are kept"
+        )
+    return line, state
+
+
+def _listed(steps: Sequence[int]) -> str:
+    shown = [str(step) for step in steps]
+    if len(shown) > _MOST:
+        shown = [*shown[: _MOST // 2], "...", *shown[-_MOST // 2 :]]
+    return ", ".join(shown) or "none"
+
+
+def _changes(original: StageDir, now: Inputs) -> list[str]:
+    """What is another than it was, where that may be; raises UserError where the step would be of another training."""
+    begun = original.started_inputs()
+    if begun is None:
+        raise UserError(f"{original.started_path} cannot be read; restore it, or run the stage again")
+    if now.continues(begun):
+        return []
+    if now.model_copy(update={"code": begun.code}).continues(begun):
+        return [f"the code of stages/{now.recipe['stage']} is not that of the run any more"]
+    raise UserError(
+        f"{original.path}: its step cannot be taken again, since this has changed: {'; '.join(now.differences(begun))}"
+    )
+
+
+def _copy(run_dir: Path, copied: Path, name: str, state: State) -> None:
+    """The stage up to `state`, without what it has published, among links to the other stages."""
+    copied.mkdir()
+    for other in run_dir.iterdir():
+        if other.name != name and (other / "started.json").is_file():
+            (copied / other.name).symlink_to(other)
+    if (run_dir / HASH_CACHE).is_file():
+        shutil.copyfile(run_dir / HASH_CACHE, copied / HASH_CACHE)
+    stage, ours = StageDir(run_dir / name), StageDir(copied / name)
+    ours.state_dir.mkdir(parents=True)
+    for path in (stage.metrics_path, stage.samples_path):
+        if path.is_file():
+            shutil.copyfile(path, ours.path / path.name)
+    # All states up to this one: reinforcement learning may go back to its best policy.
+    earlier = {f"step-{step}" for step in StateStore(stage.state_dir).steps() if step <= state.step}
+    for path in stage.state_dir.iterdir():
+        if path.name in earlier or path == state.path:
+            shutil.copytree(path, ours.state_dir / path.name, copy_function=_link)
+        elif not path.name.startswith((".", "step-")):  # what the stage keeps there beside states
+            shutil.copytree(path, ours.state_dir / path.name)
+
+
+def _link(source: str, target: str) -> None:
+    """States are never written to once they are whole."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _elsewhere(state: State) -> bool:
+    from stages.runtime import engine_record
+
+    return EngineRecord(**state.extra["engine"]) != engine_record()
