@@ -32,6 +32,8 @@ class ParentRecord(_Record):
     fingerprint: str
     name: str
     """Section name, directory name, or hub id."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """{path relative to the parent's directory: SHA-256} of what it consisted of then."""
 
 
 class TokenizerRecord(_Record):
@@ -172,8 +174,18 @@ class Manifest(_Record):
         return canonical_hash([self.kind, self.files, tokenizer, self.extra])
 
 
+def sealed(manifest: Manifest) -> dict[str, Any]:
+    """What is written to stage.json: the manifest and a hash of it."""
+    content = manifest.model_dump(mode="json")
+    return {**content, "sha256": canonical_hash(content)}
+
+
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest at `path` (a stage.json), None when there is none. HandoffError when it cannot be read."""
+    """The manifest at `path` (a stage.json), None when there is none.
+
+    Raises:
+        HandoffError: it cannot be read, or was altered after it was written.
+    """
     if not path.exists():
         return None
     content = read_json(path)
@@ -183,9 +195,16 @@ def read_manifest(path: Path) -> Manifest | None:
             f"{path}: format_version is {version}, this Baton reads {FORMAT_VERSION}; "
             "use the Baton that wrote it, or run the stage again"
         )
+    digest = content.pop("sha256", None)
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise HandoffError(f"{path}: {where}: {first['msg']}; the file is damaged, run the stage again") from error
+    if digest != canonical_hash(content):
+        raise HandoffError(
+            f"{path} was altered: its content has not the hash that was written with it; restore it, or run "
+            "the stage again"
+        )
+    return manifest

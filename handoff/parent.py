@@ -13,7 +13,7 @@ from pathlib import Path
 from handoff.contract import check_foreign
 from handoff.errors import HandoffError
 from handoff.files import HashCache, canonical_hash, changed_files, list_files
-from handoff.manifest import Kind, Manifest, TokenizerRecord, read_manifest
+from handoff.manifest import Kind, Manifest, ParentRecord, TokenizerRecord, read_manifest
 
 READ_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 """Files of a foreign checkpoint that count, in its top directory."""
@@ -44,6 +44,12 @@ class Parent:
     fingerprint: str
     kind: Kind
     tokenizer: TokenizerRecord
+    files: dict[str, str]
+    """{path relative to `path`: SHA-256} of what it consists of."""
+
+    def record(self) -> ParentRecord:
+        """For the manifest of a stage that starts from it."""
+        return ParentRecord(path=str(self.path), fingerprint=self.fingerprint, name=self.name, files=self.files)
 
 
 def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True) -> Parent:
@@ -91,12 +97,16 @@ def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[
     return changes + [(name, "was added") for name in sorted(present - manifest.files.keys())]
 
 
-def foreign_fingerprint(directory: Path, kind: Kind, tokenizer: TokenizerRecord, sha256: Callable[[Path], str]) -> str:
-    """Identity of a checkpoint made elsewhere: the bytes of the files that are read, and how its tokenizer is
-    understood."""
+def foreign_identity(
+    directory: Path, kind: Kind, tokenizer: TokenizerRecord, sha256: Callable[[Path], str]
+) -> tuple[str, dict[str, str]]:
+    """(fingerprint, {file: SHA-256}) of a checkpoint made elsewhere.
+
+    What it is follows from the bytes of the files that are read, and from how its tokenizer is understood.
+    """
     paths = {path for pattern in READ_PATTERNS for path in directory.glob(pattern)}
     files = {path.name: sha256(path) for path in sorted(paths)}
-    return canonical_hash([kind, files, tokenizer.model_dump(mode="json")])
+    return canonical_hash([kind, files, tokenizer.model_dump(mode="json")]), files
 
 
 def keep_hashes(run_dir: Path) -> None:
@@ -125,12 +135,13 @@ def _open_published(directory: Path, manifest: Manifest) -> Parent:
         fingerprint=manifest.fingerprint,
         kind=manifest.kind,
         tokenizer=manifest.tokenizer,
+        files=manifest.files,
     )
 
 
 def _open_foreign(directory: Path, name: str, run_dir: Path) -> Parent:
     kind, tokenizer = check_foreign(directory)
-    fingerprint = foreign_fingerprint(directory, kind, tokenizer, _hashes(run_dir.absolute()).sha256)
+    fingerprint, files = foreign_identity(directory, kind, tokenizer, _hashes(run_dir.absolute()).sha256)
     return Parent(
         path=directory,
         model_dir=directory,
@@ -139,6 +150,7 @@ def _open_foreign(directory: Path, name: str, run_dir: Path) -> Parent:
         fingerprint=fingerprint,
         kind=kind,
         tokenizer=tokenizer,
+        files=files,
     )
 
 

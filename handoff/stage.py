@@ -31,7 +31,17 @@ from handoff.files import (
     write_json,
 )
 from handoff.lock import LOCK_NAME, RunLock
-from handoff.manifest import EngineRecord, Inputs, Kind, Manifest, Metric, ParentRecord, TokenizerRecord, read_manifest
+from handoff.manifest import (
+    EngineRecord,
+    Inputs,
+    Kind,
+    Manifest,
+    Metric,
+    ParentRecord,
+    TokenizerRecord,
+    read_manifest,
+    sealed,
+)
 from handoff.parent import keep_hashes
 from handoff.state import StateStore
 
@@ -238,7 +248,7 @@ class StageDir:
                 files=hashes,
             )
             # Written before the old one goes: from here on nothing needs space on the disk.
-            write_json(self.path / _NEXT, manifest.model_dump(mode="json"))
+            write_json(self.path / _NEXT, sealed(manifest))
         except Exception as error:  # whoever writes the model has errors of its own for a full disk
             remove_tree(writing)
             if not disk_is_full(error):

@@ -185,6 +185,14 @@ class StateStore:
         _log.warning("state %s cannot be used: %s", path.name, "; ".join(lost.values()))
         return None
 
+    def damages(self) -> list[tuple[str, str]]:
+        """(part, relative to the directory; what happened to it) of all that is not as it was saved, in any state."""
+        found = []
+        for step, path in self._candidates():
+            for name, what in self._examined(step, path)[1].items():
+                found.append((f"{path.name}/{name}", what.removeprefix(f"{path / name} ")))
+        return found
+
     def _examined(self, step: int, path: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """`extra`, None where that cannot be trusted, and {part: what is wrong with it}."""
         try:

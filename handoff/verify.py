@@ -1,7 +1,7 @@
 """Whether a run is still what it published: every file of its whole lineage hashed again, every edge compared.
 
 The lineage may lead out of the run, to a stage of another run or to a checkpoint made elsewhere; those are followed
-too.
+too. Saved states are hashed as well, those of unfinished stages included: they are what a run goes on from.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from handoff.contract import check_foreign
 from handoff.errors import HandoffError
 from handoff.files import sha256_file
 from handoff.manifest import Manifest, ParentRecord, read_manifest
-from handoff.parent import changes_since_publishing, foreign_fingerprint
+from handoff.parent import changes_since_publishing, foreign_identity
+from handoff.state import StateStore
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,15 @@ def lineage(run_dir: Path) -> list[Ancestry]:
 def verify_run(run_dir: Path) -> list[Problem]:
     """Everything that differs from what the stages of `run_dir` and their ancestors published; empty when nothing does.
 
-    Unfinished stages have published nothing and are passed over. HandoffError when there is no such run.
+    Of an unfinished stage there are only states to look at. HandoffError when there is no such run.
     """
     problems: list[Problem] = []
     waiting = [(folder, folder.name) for folder in _stage_dirs(run_dir)]
     seen = {folder.resolve() for folder, _ in waiting}
     while waiting:
         directory, label = waiting.pop(0)
+        states = StateStore(directory / "state").damages()
+        problems += [Problem(label, f"state/{part}", what) for part, what in states]
         try:
             manifest = read_manifest(directory / "stage.json")
         except HandoffError as error:
@@ -99,11 +102,13 @@ def _fault(path: Path, record: ParentRecord) -> str | None:
             manifest: Manifest | None = read_manifest(path / "stage.json")
             if manifest is None:
                 return f"{path} is unfinished: it was begun again after this stage"
-            present = manifest.fingerprint
+            present, files = manifest.fingerprint, manifest.files
         else:
-            present = foreign_fingerprint(path, *check_foreign(path), sha256_file)
+            present, files = foreign_identity(path, *check_foreign(path), sha256_file)
     except HandoffError as error:
         return str(error)
     if present == record.fingerprint:
         return None
-    return f"it is another one now (fingerprint {record.fingerprint[:12]} then, {present[:12]} now)"
+    names = sorted({name for name, _ in record.files.items() ^ files.items()})
+    told = ", ".join(names[:3]) + (" …" if len(names) > 3 else "") if names else "what belongs to it, not its files"
+    return f"it is another one now: {told} (fingerprint {record.fingerprint[:12]} then, {present[:12]} now)"

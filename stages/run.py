@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from handoff.errors import GateError, HandoffError, UserError
 from handoff.journal import Journal
-from handoff.manifest import Inputs, Manifest, ParentRecord
+from handoff.manifest import Inputs, Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
 from stages.inputs import present_soft_parents, stage_inputs
@@ -168,10 +168,7 @@ class Run:
                 name=self.section.name,
                 stage=self.section.stage,
                 kind=kind,
-                parents={
-                    role: ParentRecord(path=str(p.path), fingerprint=p.fingerprint, name=p.name)
-                    for role, p in self._parents.items()
-                },
+                parents={role: parent.record() for role, parent in self._parents.items()},
                 inputs=self._inputs,
                 recipe=self.section.resolved,
                 data=self._data,

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from handoff.files import hash_tree, write_json
-from handoff.manifest import EngineRecord, Inputs, Manifest, ParentRecord, TokenizerRecord
+from handoff.manifest import EngineRecord, Inputs, Manifest, ParentRecord, TokenizerRecord, sealed
 from stages.reward_model.schema import CalibrationBin, Card, Ensemble, Histogram, LengthBucket, Probe, Share
 
 HOSTILE = (
@@ -62,7 +62,7 @@ def make_run(root: Path, names: Sequence[str] = tuple(CHAIN), results: dict[str,
                      "objective/scores": 1.61, "eval_rewards/accuracies": 0.77},
             files=hash_tree(folder),
         )  # fmt: skip
-        write_json(folder / "stage.json", manifest.model_dump(mode="json"))
+        write_json(folder / "stage.json", sealed(manifest))
         prints[name] = manifest.fingerprint
         write_lines(folder / "metrics.jsonl", make_metrics(stage))
         if stage in ("sft", "ppo"):

@@ -1,6 +1,7 @@
 """Chat: what is sent to the model, what is shown, when an answer ends, and which model is taken."""
 
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from baton.chat import Sampling, Speaker, Terminal, converse, default_model, ope
 from data.errors import DataError
 from data.records import Message
 from handoff.errors import HandoffError, UserError
+from handoff.manifest import sealed
 from stages.recipe import load_recipe
 from tests.handoff_models import published
 
@@ -151,7 +153,7 @@ def test_the_newest_aligned_model_is_taken(tmp_path):
         manifest = published(tmp_path / name).manifest()
         changed = {"stage": stage, "name": name, "created": f"2026-01-0{created}T00:00:00+00:00"}
         manifest = manifest.model_copy(update=changed)
-        (tmp_path / name / "stage.json").write_text(manifest.model_dump_json())
+        (tmp_path / name / "stage.json").write_text(json.dumps(sealed(manifest)))
     assert default_model(tmp_path) == "c"
     shutil.rmtree(tmp_path / "c")
     shutil.rmtree(tmp_path / "b")

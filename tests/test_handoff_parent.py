@@ -12,6 +12,7 @@ from handoff.files import HashCache, sha256_file
 from handoff.manifest import ParentRecord
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
+from handoff.state import StateStore
 from handoff.verify import Problem, lineage, verify_run
 from tests.handoff_models import inputs, published, write_model
 
@@ -19,7 +20,7 @@ CAUSAL = {"causal_lm"}
 
 
 def record(parent: Parent) -> dict[str, ParentRecord]:
-    return {"parent": ParentRecord(path=str(parent.path), fingerprint=parent.fingerprint, name=parent.name)}
+    return {"parent": parent.record()}
 
 
 def flip_last_byte(path: Path) -> None:
@@ -201,7 +202,7 @@ def test_a_retrained_parent_shows_in_its_child_alone(tmp_path: Path) -> None:
     published(tmp_path / "base", lambda p: write_model(p, value=9.0))
     problems = verify_run(tmp_path)
     assert [(p.stage, p.file) for p in problems] == [("sft", "")]
-    assert "it is another one now" in problems[0].message
+    assert "it is another one now: model/model.safetensors (fingerprint" in problems[0].message
 
 
 def test_a_parent_that_was_begun_again_or_removed(tmp_path: Path) -> None:
@@ -224,7 +225,9 @@ def test_lineage_is_followed_into_another_run_and_a_foreign_model(tmp_path: Path
     published(second / "ppo", parents=record(open_parent(str(first / "sft"), second, CAUSAL)))
     assert verify_run(second) == []
     flip_last_byte(foreign / "model.safetensors")
-    assert [p.stage for p in verify_run(second)] == [str(first / "sft")]
+    problems = verify_run(second)
+    assert [p.stage for p in problems] == [str(first / "sft")]
+    assert "parent llama: it is another one now: model.safetensors (" in problems[0].message
     flip_last_byte(first / "sft" / "model" / "model.safetensors")
     assert [(p.stage, p.file) for p in verify_run(second)] == [
         (str(first / "sft"), "model/model.safetensors"),
@@ -236,6 +239,41 @@ def test_a_damaged_manifest_is_a_problem_and_not_the_end(tmp_path: Path) -> None
     chain(tmp_path)
     (tmp_path / "ppo" / "stage.json").write_text("{")
     assert [(p.stage, p.file) for p in verify_run(tmp_path)] == [("ppo", "stage.json")]
+
+
+def test_a_manifest_that_was_edited_is_a_problem(tmp_path: Path) -> None:
+    chain(tmp_path)
+    path = tmp_path / "sft" / "stage.json"
+    path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
+    problems = verify_run(tmp_path)
+    assert [(p.stage, p.file) for p in problems] == [("ppo", ""), ("sft", "stage.json")]
+    assert all(f"{path} was altered: its content has not the hash" in p.message for p in problems)
+
+
+def test_states_are_hashed_too_of_unfinished_stages_as_well(tmp_path: Path) -> None:
+    chain(tmp_path)
+    unfinished = StageDir(tmp_path / "dpo")
+    unfinished.begin(inputs())
+    for stage in ("sft", "dpo"):
+        store = StateStore(tmp_path / stage / "state")
+        for step in (2, 4):
+            staged = store.staging(step)
+            (staged / "weights").write_text("of a step")
+            (staged / "moments").write_text("of a step")
+            store.commit(step, staged, keep=2)
+    assert verify_run(tmp_path) == []
+    flip_last_byte(tmp_path / "sft" / "state" / "step-2" / "weights")
+    (tmp_path / "dpo" / "state" / "step-4" / "moments").unlink()
+    (tmp_path / "dpo" / "state" / "step-4" / "weights").write_text("")
+    found = [(p.stage, p.file, p.message) for p in verify_run(tmp_path)]
+    assert [entry[:2] for entry in found] == [
+        ("dpo", "state/step-4/moments"),
+        ("dpo", "state/step-4/weights"),
+        ("sft", "state/step-2/weights"),
+    ]
+    assert found[0][2] == "is missing" and found[1][2].startswith("has 0 bytes instead of 9")
+    assert found[2][2].startswith("was altered")
+    unfinished.close()
 
 
 def test_no_such_run(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from baton.report import build
 from baton.report.text import compact, duration, number
 from handoff.errors import UserError
-from handoff.files import write_json
+from handoff.files import canonical_hash, write_json
 from stages.reward_model.schema import Probe
 from tests.report_run import FAMILIES, make_card, make_results, make_run, make_share, write_lines
 
@@ -172,9 +172,10 @@ def edit_manifest(run: Path, section: str, **changes: Any) -> None:
     """Changes fields of a published manifest; those that are mappings are merged."""
     path = run / section / "stage.json"
     content = json.loads(path.read_text())
+    del content["sha256"]
     for key, value in changes.items():
         content[key] = {**content[key], **value} if isinstance(value, dict) else value
-    write_json(path, content)
+    write_json(path, {**content, "sha256": canonical_hash(content)})
 
 
 def test_warnings_about_lineage_data_and_versions(tmp_path: Path) -> None:
