@@ -71,7 +71,8 @@ def status(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def verify(target: RunArgument) -> None:
-    """Hash every published file of a run again and check that each stage's parents are the ones it was made from.
+    """Hash every published file and saved state of a run and its lineage again, and check that each stage's parents are
+    the ones it was made from.
 
     Exit code 1 when something differs.
     """
