@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 import handoff.stage
 from handoff.errors import HandoffError
@@ -125,7 +126,7 @@ def test_publishing_again_replaces_the_model_as_a_whole(tmp_path: Path) -> None:
     assert verify_run(tmp_path) == []
 
 
-@pytest.mark.parametrize("where", ["write_model", "fsync", "manifest"])
+@pytest.mark.parametrize("where", ["write_model", "safetensors", "fsync", "manifest"])
 def test_a_full_disk_leaves_the_published_state_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -136,12 +137,15 @@ def test_a_full_disk_leaves_the_published_state_alone(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def full_for_safetensors(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
     if where == "fsync":
         monkeypatch.setattr(handoff.stage, "fsync_tree", full)
     if where == "manifest":
         monkeypatch.setattr(handoff.stage, "write_json", full)
     with pytest.raises(HandoffError, match="disk is full, nothing was published"):
-        publish(stage, full if where == "write_model" else write_model)
+        publish(stage, {"write_model": full, "safetensors": full_for_safetensors}.get(where, write_model))
     stage.close()
     assert stage.manifest() == before
     assert names(stage.path) == [".lock", "model", "stage.json", "started.json"]

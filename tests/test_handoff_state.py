@@ -11,7 +11,7 @@ import pytest
 
 import handoff.state
 from handoff.errors import HandoffError
-from handoff.state import StateStore
+from handoff.state import BrokenStates, StateStore
 
 
 def save(store: StateStore, step: int, keep: int = 2, content: str = "weights") -> Path:
@@ -137,6 +137,32 @@ def test_when_every_state_is_broken_resuming_is_refused(tmp_path: Path, how: str
         store.latest()
     assert reason in str(raised.value)
     assert f"delete {tmp_path}" in str(raised.value)
+
+
+def test_a_state_saved_without_a_part_that_the_stage_needs_is_refused_by_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(StateStore(tmp_path), 4)
+    with pytest.raises(HandoffError, match=r"optimizer\.safetensors was not saved: state\.json does not list it"):
+        StateStore(tmp_path, ["model.safetensors", "optimizer.safetensors"]).latest()
+    assert "state step-4 is skipped" in caplog.text
+    with pytest.raises(AssertionError, match="has only"):
+        save(StateStore(tmp_path, ["optimizer.safetensors"]), 5)
+
+
+@pytest.mark.parametrize(("how", "usable"), [("flip", False), ("nested", True), ("manifest", False)])
+def test_what_is_left_of_broken_states_is_offered_only_when_its_weights_are_whole(
+    tmp_path: Path, how: str, usable: bool
+) -> None:
+    store = StateStore(tmp_path, weights=["model.safetensors"])
+    for step in (2, 4):
+        break_part(save(store, step), how)
+    with pytest.raises(BrokenStates) as raised:
+        store.latest()
+    found = raised.value.weights
+    assert (found is not None) is usable
+    if found is not None:
+        assert (found.step, found.extra, list(found.lost)) == (4, {"step": 4}, ["rank0/rng.json"])
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -106,6 +106,19 @@ def program(out: Path, other: Path | None) -> None:
         merged = {k: v for part in runtime.all_gather_object(answers) for k, v in part.items()}
         return [merged[0], merged[1]]
 
+    def save_on_a_full_disk(model, optimizer) -> int | None:
+        """The error's number. Nobody is left waiting for the process that cannot write."""
+        full = out / "full"
+        if runtime.is_main():
+            full.mkdir()
+            for part in (portable.MODEL, portable.OPTIMIZER):
+                (full / part).symlink_to("/dev/full")
+        try:
+            portable.save_state(model, optimizer, full)
+        except OSError as error:
+            return error.errno
+        return None
+
     seen: dict = {"engine": vars(runtime.requested()), "record": runtime.engine_record().model_dump()}
     accelerator, model, optimizer = make(CLIP, seed=0)
     seen["class"], seen["processes"] = type(model).__name__, accelerator.num_processes
@@ -120,6 +133,7 @@ def program(out: Path, other: Path | None) -> None:
                 state.mkdir(parents=True)
             runtime.barrier()
             portable.save_state(model, optimizer, state)
+            seen["refused"] = runtime.all_gather_object(save_on_a_full_disk(model, optimizer))
     final = runtime.full_state_dict(accelerator, model)
     if runtime.is_main():
         torch.save(final, out / "final.pt")
