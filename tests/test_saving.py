@@ -1,0 +1,230 @@
+"""What a stage makes of broken states and of a full disk (stages/saving.py), real where a tmpfs can be mounted."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from handoff.errors import HandoffError
+from handoff.state import StateStore
+from stages import portable
+from stages.config import OptimizerConfig
+from stages.recipe import load_recipe
+from stages.run import Run, run_section
+from stages.saving import SavedStates
+from tests.stage_chain import lines_of, result, stage_recipe
+
+pytestmark = pytest.mark.slow
+
+KEYS = ("train.save_steps=2", "train.max_steps=7")
+
+
+class Interrupted(BaseException):
+    """Nothing catches it."""
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """The stage ends when that state has been saved."""
+    commit = StateStore.commit
+
+    def dying(self, at, *args):
+        path = commit(self, at, *args)
+        if at == step:
+            raise Interrupted
+        return path
+
+    patch.setattr(StateStore, "commit", dying)
+
+
+def interrupted(recipe, name, step):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, step)
+        run_section(recipe, name)
+    return recipe.run_dir / name
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+# ---- resume: weights
+
+
+def test_starting_from_weights_alone_has_to_be_asked_for(tmp_path, caplog):
+    whole = stage_recipe("sft", tmp_path / "whole", *KEYS)
+    run_section(whole, "sft")
+    reference = result(whole, "sft")
+
+    folder = interrupted(stage_recipe("sft", tmp_path / "cut", *KEYS), "sft", 4)
+    for state in (folder / "state").glob("step-*"):
+        flip(state / portable.OPTIMIZER)
+    (folder / "state" / "step-4" / portable.RNG).unlink()
+    with pytest.raises(HandoffError, match=r"optimizer.*altered.*train\.resume=weights to go on after step 4"):
+        run_section(stage_recipe("sft", tmp_path / "cut", *KEYS), "sft")
+
+    asked = stage_recipe("sft", tmp_path / "cut", *KEYS, "train.resume=weights")
+    run_section(asked, "sft")
+    assert "going on after step 4 without what was lost" in caplog.text
+    lines = lines_of(folder)
+    assert {"step": 4, "resumed_without": [portable.OPTIMIZER, portable.RNG]} in lines
+    ours = {line["step"]: line for line in lines if "loss" in line}
+    theirs = {line["step"]: line for line in reference.lines if "loss" in line}
+    assert sorted(ours) == [1, 2, 3, 4, 5, 6, 7]
+    for step in (1, 2, 3, 4, 5):  # the loss of step 5 is of the weights that were saved
+        assert ours[step] == theirs[step]
+    assert ours[7]["learning_rate"] == theirs[7]["learning_rate"] and ours[7]["loss"] != theirs[7]["loss"]
+
+
+def test_without_weights_there_is_nothing_to_ask_for(tmp_path):
+    recipe = stage_recipe("sft", tmp_path, *KEYS, "train.resume=weights")
+    folder = interrupted(recipe, "sft", 2)
+    flip(folder / "state" / "step-2" / portable.MODEL)
+    with pytest.raises(HandoffError, match=r"no valid state is left to resume from: .*model\.safetensors was altered"):
+        run_section(recipe, "sft")
+
+
+def test_a_whole_older_state_is_better_than_newer_weights(tmp_path):
+    recipe = stage_recipe("sft", tmp_path, *KEYS, "train.resume=weights")
+    folder = interrupted(recipe, "sft", 4)
+    flip(folder / "state" / "step-4" / portable.OPTIMIZER)
+    run_section(recipe, "sft")
+    assert not any("resumed_without" in line for line in lines_of(folder))
+
+
+def test_rl_goes_on_from_its_weights(micro_recipe, tmp_path, caplog):
+    published = micro_recipe.parent / "runs" / "micro"
+    keys = [f"output_root={tmp_path}", "ppo.train.sync_ref_model=true", "ppo.train.ref_model_sync_steps=1"]
+    for parent in ("tokenizer", "pretrain", "sft", "reward"):
+        shutil.copytree(published / parent, tmp_path / "micro" / parent)
+    folder = interrupted(load_recipe(micro_recipe, keys), "ppo", 2)
+    flip(folder / "state" / "step-2" / portable.OPTIMIZER)
+    asked = load_recipe(micro_recipe, [*keys, "ppo.train.resume=weights"])
+    run_section(asked, "ppo")
+    assert "going on after step 2" in caplog.text and (folder / "stage.json").exists()
+
+    shutil.rmtree(folder)
+    interrupted(load_recipe(micro_recipe, keys), "ppo", 2)
+    flip(folder / "state" / "step-2" / "reference.safetensors")  # it has moved: without it there is no going on
+    with pytest.raises(HandoffError, match="no valid state is left") as refused:
+        run_section(asked, "ppo")
+    assert "reference.safetensors was altered" in str(refused.value)
+
+
+# ---- room
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A disk of 80 MiB: a stage that begins wants 64 of them free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=80m", "test", folder]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path, leave: int = 0) -> None:
+    """Leaves about so many bytes."""
+    with (folder / "filler").open("wb", buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - leave))
+
+
+def test_too_small_a_disk_is_an_error_before_training(disk):
+    recipe = stage_recipe("sft", disk, *KEYS, "train.save_total_limit=300")
+    with pytest.raises(HandoffError, match=r"disk.*sft: 301 saved states of .* needs .* MiB, and .* MiB free") as told:
+        run_section(recipe, "sft")
+    assert "train.save_total_limit 300" in str(told.value)
+    assert not list((recipe.run_dir / "sft").rglob("*.safetensors"))
+
+
+def test_the_room_of_states_that_are_there_counts(tmp_path, monkeypatch):
+    """A run whose states filled the disk goes on."""
+    run = SimpleNamespace(dir=SimpleNamespace(state_dir=tmp_path), section=SimpleNamespace(name="sft"), is_main=True)
+    states = SavedStates(cast(Run, run), OptimizerConfig(save_total_limit=2))
+    monkeypatch.setattr("handoff.files.free_bytes", lambda path: 150)
+    for there in (0, 149):
+        (tmp_path / "step-1").write_bytes(b"x" * there)
+        with pytest.raises(HandoffError, match=r"needs 300 bytes|needs 151 bytes"):
+            states.check_room(3, 90, 30)
+    (tmp_path / "step-1").write_bytes(b"x" * 150)
+    states.check_room(3, 90, 30)
+
+
+@pytest.mark.parametrize("where", ["before a save", "in a save"])
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_a_disk_that_is_full_for_a_while_costs_states_and_nothing_else(
+    name, where, micro_recipe, disk, tmp_path, monkeypatch, caplog
+):
+    """The second of three saves finds no room; the first one stays until the third."""
+    if name == "sft":
+        recipe = stage_recipe("sft", disk, *KEYS, "train.save_total_limit=1")
+        other = stage_recipe("sft", tmp_path / "other", *KEYS, "train.save_total_limit=1")
+    else:
+        published = micro_recipe.parent / "runs" / "micro"
+        keys = ["ppo.train.iterations=7", "ppo.train.save_total_limit=1", "ppo.guards.keep=last"]
+        recipe, other = (
+            load_recipe(micro_recipe, [f"output_root={root}", *keys, f"ppo.parent={published / 'sft'}",
+                                       f'ppo.reward=[{{"model": "{published / "reward"}"}}]'])
+            for root in (disk, tmp_path / "other")
+        )  # fmt: skip
+    log, staging = Run.log, StateStore.staging
+
+    def logged(self, step, metrics):
+        if step == 3 and where == "before a save":
+            fill(disk)
+        if step == 5:
+            (disk / "filler").unlink(missing_ok=True)
+        log(self, step, metrics)
+
+    def staged(self, step):
+        path = staging(self, step)
+        if step == 4 and where == "in a save":
+            fill(disk, leave=20 << 10)
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", logged)
+        patch.setattr(StateStore, "staging", staged)
+        run_section(recipe, name)
+    assert "no room to save the state of step 4" in caplog.text and "step 6 (" not in caplog.text
+    folder = recipe.run_dir / name
+    assert [path.name for path in (folder / "state").glob("*step-*")] == ["step-6"]
+    run_section(other, name)
+    assert lines_of(folder) == lines_of(other.run_dir / name)
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, other.run_dir / name))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_full_disk_at_the_end_loses_nothing(disk, tmp_path, monkeypatch):
+    recipe = stage_recipe("sft", disk, *KEYS)
+    log = Run.log
+
+    def logged(self, step, metrics):
+        log(self, step, metrics)
+        if step == 7:
+            fill(disk, leave=30 << 10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", logged)
+        with pytest.raises(HandoffError, match="the disk is full, nothing was published; free some space and run"):
+            run_section(recipe, "sft")
+    folder = recipe.run_dir / "sft"
+    assert not (folder / "stage.json").exists() and not (folder / ".model-writing").exists()
+    (disk / "filler").unlink()
+    run_section(recipe, "sft")
+    other = stage_recipe("sft", tmp_path / "other", *KEYS)
+    run_section(other, "sft")
+    ours, theirs = result(recipe, "sft"), result(other, "sft")
+    assert ours.lines == theirs.lines
+    assert all(torch.equal(ours.weights[key], theirs.weights[key]) for key in theirs.weights)
