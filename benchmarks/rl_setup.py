@@ -27,8 +27,9 @@ SIZES = {
     "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8},
     "25M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 7, "num_attention_heads": 8},
     "60M": {"hidden_size": 768, "intermediate_size": 2064, "num_hidden_layers": 8, "num_attention_heads": 12},
+    "100M": {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 8, "num_attention_heads": 16},
 }
-"""Llamas with tied embeddings; with a vocabulary of 4096 they have 5.8, 24 and 60 million parameters."""
+"""Llamas with tied embeddings; with a vocabulary of 4096 they have 5.8, 24, 60 and 101 million parameters."""
 _OUTSIDE = 4
 """Tokens of a rendered one-turn prompt beside the question: bos, user, end, assistant."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import rl, scaling
+from benchmarks import checkpoint_cost, rl, scaling
 from benchmarks.rl_setup import VOCABULARY, make, recipe, score
 from benchmarks.table import Row, in_turns, report
 from benchmarks.turns import Worker, WorkerError
@@ -133,3 +133,24 @@ def test_operations_are_counted_by_hand():
 
 def test_phases_leave_out_their_frame():
     assert scaling.phases({"time/train": 1.0, "time/iteration": 3.0, "wall": 3.1}) == {"train": 1.0}
+
+
+def test_a_step_is_timed_without_what_was_saved_in_it():
+    clock = checkpoint_cost.Clock(steps=[0.0, 5.0, 6.0, 7.5, 8.5], spent={"save": [(6.2, 6.7), (9.0, 9.3)]})
+    assert clock.step() == pytest.approx(1.0)  # the first span warms up; of 6.0 to 7.5 half a second was a save
+    assert clock.seconds("save") == pytest.approx(0.4) and clock.total("save") == pytest.approx(0.8)
+
+
+def test_how_often_the_tiny_recipe_saves(root):
+    recipe = load_recipe(root / "recipes" / "tiny.yaml")
+    found = {name: checkpoint_cost.interval(recipe, name) for name in checkpoint_cost.SECTIONS}
+    assert (found["pretrain"], found["sft"], found["reward"]) == (120, 65, 25)
+    assert found["ppo"] == pytest.approx(1 / (1 / 3 + 1 / 10))  # every third iteration, and each look may be the best
+
+
+@pytest.mark.slow
+def test_what_a_state_costs_is_measured_on_one_that_was_saved_and_resumed(tmp_path, capsys):
+    saving, resuming = checkpoint_cost.growth(tmp_path, "5M")
+    assert saving["row"] == "checkpoint_save_5M" and resuming["row"] == "checkpoint_resume_5M"
+    assert all(row["unit"] == "MB/s" and row["ours"] > 0 and row["peer"] > 0 for row in (saving, resuming))
+    assert "hash" in capsys.readouterr().out
