@@ -72,13 +72,14 @@ class Replayed:
         """For the terminal."""
         lines = [f"  {self.section}, step {self.step}: taken again from the state of step {self.state}"]
         if self.line != self.step:
-            lines.append(f"  it is in the line of step {self.line}, which is an average")
+            lines.append(f"  it is in the line of step {self.line}, whose loss is an average")
         lines += [f"  note: {change}" for change in self.changes]
         lines += [
             f"    {key:<16} logged {value!r:<24} again {self.again.get(key, 'nothing')!r}"
             for key, value in self.logged.items()
         ]
-        where = "to 1e-4, on another engine than the run's" if self.elsewhere else "to the last bit"
+        exact = not self.elsewhere or self.again == self.logged
+        where = "to the last bit" if exact else "to 1e-4, on another engine than the run's"
         lines.append(f"  equal {where}" if self.agrees else f"  not equal {where}")
         return "\n".join(lines)
 
