@@ -56,6 +56,7 @@ def test_every_architecture_trains_is_published_and_is_gone_on_from(architecture
     assert on.of("eval_loss")[0] == pytest.approx(losses[-1], rel=1e-5)
     assert on.of("eval_loss")[-1] < losses[-1]
     assert on.manifest.tokenizer == first.manifest.tokenizer
+    assert "weights/changed" not in first.manifest.metrics and on.manifest.metrics["weights/changed"] > 0.5
 
 
 @pytest.mark.slow

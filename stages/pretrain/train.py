@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 from data.encode import encode_documents
 from data.records import Text
 from stages import models, runtime
-from stages.measure import measure_rows, token_losses
+from stages.measure import measure_change, measure_rows, token_losses
 from stages.pretrain.config import Config
 from stages.recipe import RecipeError
 from stages.run import Run
@@ -95,6 +95,8 @@ def train(run: Run) -> None:
         "train_tokens": trainer.state.global_step * config.train.global_batch_size * config.block_size,
     }
     weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
+    if shape is None:
+        metrics |= measure_change(run, trainer.state.global_step, parent, weights, dtype)
     run.publish("causal_lm", lambda path: models.save_model(model, encoder, path, weights), metrics)
 
 
