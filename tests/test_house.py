@@ -145,6 +145,21 @@ def test_the_lock_file_has_exact_versions_and_no_addresses(root):
     assert [name for name in set(names) if names.count(name) > 1] == []
 
 
+def test_the_tests_that_keep_the_promises_exist(root):
+    """docs/reliability.md names a test for each line of its tables."""
+    text = (root / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    assert len(named) > 30
+    there = {
+        name: {node.name for node in ast.walk(ast.parse((root / name).read_text(encoding="utf-8")))
+               if isinstance(node, ast.FunctionDef)}
+        for name in {name for name, _ in named}
+    }  # fmt: skip
+    assert [f"{name}::{test}" for name, test in named if test not in there[name]] == []
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| promise", "| ---"))]
+    assert [row for row in rows if "::test_" not in row] == []
+
+
 def test_the_tree_in_the_readme_is_the_one_that_is_here(root):
     text = (root / "README.md").read_text(encoding="utf-8")
     block = re.search(r"^## The tree\n+```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -120,6 +120,14 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(scene, case, processes, tmp_
     assert differences(again.stage, whole) == []
 
 
+@pytest.mark.parametrize("section", ["sft", "ppo"])
+def test_two_runs_are_equal(scene, section, tmp_path):
+    scene.copy(tmp_path, section)
+    group = Group(scene, tmp_path, section, 1)
+    group.ends()
+    assert differences(group.stage, scene.reference / section) == []
+
+
 def test_a_killed_tokenizer_is_trained_again(scene, tmp_path):
     scene.copy(tmp_path, "tokenizer")
     child = scene.child(tmp_path, "tokenizer", tmp_path / "log")
