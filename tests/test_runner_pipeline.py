@@ -352,16 +352,16 @@ def test_a_signal_is_passed_on_once_and_its_effect_waited_for(scene, registry, r
     assert "root was stopped" in err
 
 
-def test_a_launched_stage_hears_signals_with_all_its_processes():
+def test_the_processes_of_a_launched_stage_hear_signals_and_its_launcher_tells_how_they_ended():
     read, write = os.pipe()
     child = "import subprocess as s, sys; print('up', flush=True); "
-    child += "s.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    child += "sys.exit(128 - s.run([sys.executable, '-c', 'import time; time.sleep(60)']).returncode)"
     stage = LaunchedStage([sys.executable, "-c", child], write)
     os.close(write)
     with os.fdopen(read) as output:
         assert output.readline() == "up\n"
         stage.send(signal.SIGTERM)
-        assert stage.wait() == -signal.SIGTERM
+        assert stage.wait() == 128 + signal.SIGTERM  # of what the launcher started; it tells how that ended
         assert output.read() == ""  # returns only when nobody holds the other end any more
 
 
