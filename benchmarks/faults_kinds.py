@@ -99,8 +99,8 @@ class Trial:
         check(not missing, f"the refused start removed {missing}")
 
     def _kept(self) -> set[str]:
-        """What the stage's folder holds, apart from what an interrupted save leaves."""
-        return {name for name in list_files(self.stage) if "/.tmp-" not in name}
+        """What the stage's folder holds, apart from what an interrupted save or publishing leaves."""
+        return {name for name in list_files(self.stage) if not any(part[0] == "." for part in name.split("/"))}
 
     def said(self) -> str:
         """Everything that the section has printed in this trial."""
