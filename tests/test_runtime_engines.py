@@ -62,6 +62,9 @@ def program(out: Path, other: Path | None) -> None:
     def make(clip: float, seed: int):
         train = OptimizerConfig(per_device_train_batch_size=MICRO, max_grad_norm=clip)
         accelerator = runtime.accelerator(train, width=16)
+        if runtime.requested().zero_stage == 3:  # parameters as small as these would be left whole
+            config = accelerator.state.deepspeed_plugin.deepspeed_config
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         torch.manual_seed(seed)
         model = Pair()
         groups = [
@@ -122,6 +125,8 @@ def program(out: Path, other: Path | None) -> None:
     seen: dict = {"engine": vars(runtime.requested()), "record": runtime.engine_record().model_dump()}
     accelerator, model, optimizer = make(CLIP, seed=0)
     seen["class"], seen["processes"] = type(model).__name__, accelerator.num_processes
+    if runtime.requested().zero_stage == 3:
+        assert model.optimizer.persistent_parameters == []
     seen["generated"] = [generate(accelerator, model)]  # before any forward pass of the whole
     state = out / "state"
     seen["clipped"] = []
