@@ -58,7 +58,7 @@ def test_the_references_log_probabilities_are_sums_over_the_answers_tokens(tmp_p
 
 @pytest.mark.slow
 def test_the_reference_is_computed_once_and_found_again(tmp_path, monkeypatch):
-    """A second start reads what the first wrote; another reference, or other pairs, are computed anew."""
+    """A second start reads what the first wrote; what was altered since is computed anew, so is another reference."""
     calls = []
     compute = Trainer.compute_ref_log_probs
     monkeypatch.setattr(Trainer, "compute_ref_log_probs", lambda self, *a: calls.append(1) or compute(self, *a))
@@ -80,8 +80,16 @@ def test_the_reference_is_computed_once_and_found_again(tmp_path, monkeypatch):
     run = run_stage("dpo", tmp_path, *keys)
     assert len(calls) == once
     assert run.of("loss")[0] == pytest.approx(math.log(2), abs=1e-6)
-    run_stage("dpo", tmp_path, *keys, f"parent={runs() / 'tiny' / 'pretrain'}")
+
+    (run.folder / "stage.json").unlink()
+    (cache,) = (run.folder / "state" / "pairs" / "train").glob("cache-*.arrow")
+    content = bytearray(cache.read_bytes())
+    content[len(content) // 2] ^= 16
+    cache.write_bytes(content)
+    assert run_stage("dpo", tmp_path, *keys).lines == run.lines
     assert len(calls) == 2 * once
+    run_stage("dpo", tmp_path, *keys, f"parent={runs() / 'tiny' / 'pretrain'}")
+    assert len(calls) == 3 * once
 
 
 def logps(**arrays):

@@ -6,10 +6,12 @@
 Legend: B pairs, T tokens.
 
 The reference's log-probabilities are computed once, before training, and kept beside the pairs in `state/pairs` under a
-hash of the pairs and of the reference's weights; no second model stays in memory. A resumed training reads them again.
+hash of the pairs and of the reference's weights; no second model stays in memory. A resumed training reads them again,
+once their bytes are found to be those that were written; else they are computed again.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from trl import DPOConfig, DPOTrainer
 from data.encode import encode_preferences
 from data.errors import RowRefused
 from data.records import Preference
+from handoff.files import changed_files, hash_tree, read_json, remove_tree, write_json
 from stages import models, runtime
 from stages.dpo.config import Config
 from stages.dpo.loss import alarms, pair_metrics
@@ -29,6 +32,7 @@ from stages.run import Run
 from stages.trainer import StageTrainer, StepOrder, arguments, fit
 
 Row = dict[str, Any]
+_HASHES = "hashes.json"
 
 
 class Trainer(StageTrainer, DPOTrainer):
@@ -77,6 +81,7 @@ def train(run: Run) -> None:
     )
     dtype = models.trained_dtype(config.model_args)
     model = models.load_causal_lm(parent, config.model_args, dtype=dtype, dropout=False, bf16=args.bf16)
+    drop_altered(run.dir.state_dir / "pairs")
     run.console.print(f"  the reference reads {len(rows) + len(heldout)} pairs")
     trainer = Trainer(
         model=model,
@@ -85,6 +90,7 @@ def train(run: Run) -> None:
         eval_dataset=on_disk(heldout, run.dir.state_dir / "pairs" / "eval") if heldout else None,
         processing_class=encoder.tokenizer,
     )
+    list_hashes(run.dir.state_dir / "pairs")
     lengths = [pair_length(row) for row in trainer.train_dataset] if config.group_by_length else None
     order = StepOrder(len(rows), config.train.global_batch_size, run.seed, lengths)
 
@@ -123,6 +129,24 @@ def on_disk(rows: Sequence[Row], folder: Path) -> Dataset:
         written.rename(folder)
     runtime.barrier()
     return datasets.load_from_disk(str(folder))
+
+
+def drop_altered(pairs: Path) -> None:
+    """Removes the folder when a kill left it unfinished, or a byte of it is not as it was written."""
+    if runtime.is_main() and pairs.exists():
+        with suppress(OSError, ValueError):
+            if not changed_files(pairs, read_json(pairs / _HASHES)):
+                return
+        remove_tree(pairs)
+    # Nobody opens it before: `on_disk` waits for the main process.
+
+
+def list_hashes(pairs: Path) -> None:
+    """Notes the bytes of the folder, for `drop_altered`."""
+    if runtime.is_main():
+        hashes = hash_tree(pairs)
+        hashes.pop(_HASHES, None)
+        write_json(pairs / _HASHES, hashes)
 
 
 def pair_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
