@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import faults_wandb
-from benchmarks.faults_setup import LIMIT, NAME, PARENTS, SECTIONS, Child, Scene
+from benchmarks.faults_setup import LIMIT, NAME, PARENTS, SECTIONS, Child, Scene, metrics_of
 from handoff.errors import HandoffError
 from handoff.files import list_files
 from handoff.manifest import read_manifest
@@ -111,10 +111,12 @@ class Trial:
         time.sleep(self.rng.uniform(0, most * self.scene.seconds[self.section]))
 
     def somewhere(self, child: Child) -> None:
-        """Waits until a random moment of the section; in three of four cases after its first line of metrics."""
+        """Waits until a random moment of the section; in three of four cases one of its training."""
         if self.rng.random() < 0.75:
-            self.until(child, lambda: self.last_step() > 0)
-            self.pause(0.3)
+            steps = [line["step"] for line in metrics_of(self.scene.reference / self.section)]
+            step = self.rng.choice(steps[:-1] or steps)
+            self.until(child, lambda: self.last_step() >= step)
+            time.sleep(self.rng.uniform(0, 0.05))
         else:
             self.pause()
 
