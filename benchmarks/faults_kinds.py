@@ -366,7 +366,7 @@ def second_copy(t: Trial) -> None:
     child = t.start()
     lock = t.stage / ".lock"
     t.until(child, lambda: lock.exists() and lock.stat().st_size > 0)
-    t.pause(0.6)
+    t.pause(0.15)
     log = t.root / "second.log"
     code = t.start(log).wait()
     t.hit = child.running
