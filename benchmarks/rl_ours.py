@@ -37,8 +37,7 @@ def main() -> None:
     import stages.ppo.train  # noqa: F401
 
     SteppedRun.turns = Turns()
-    frame.Run = SteppedRun
-    frame.run_section(recipe, name)
+    frame.run_section(recipe, name, make=SteppedRun)
 
 
 if __name__ == "__main__":

@@ -288,10 +288,3 @@ def test_what_came_up_is_compared_with_what_was_asked(environment, gpus) -> None
     environment({**TWO, **REHEARSAL})
     with pytest.raises(LaunchError, match="asks for ddp"):
         runtime.check_model(nn.Linear(2, 2), _Accelerator(2))
-
-
-def test_state_of_another_engine_is_refused(environment, gpus, tmp_path: Path) -> None:
-    (tmp_path / "layout.json").write_text('{"layout": "DeepSpeed ZeRO-3 on 2 processes"}')
-    environment({"ACCELERATE_USE_CPU": "true"})
-    with pytest.raises(LaunchError, match="written by DeepSpeed ZeRO-3 on 2 processes, and this is one process or DDP"):
-        runtime.load_state(None, None, None, tmp_path)

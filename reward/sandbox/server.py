@@ -163,7 +163,7 @@ class _Supervisor:
         os.close(lives)
         why = self._wait(alive, verdict, started)
         used = self._end([tests, program])
-        if why == "ended" and any(spent >= self._limits.cpu_seconds - 0.05 for spent, _ in used.values()):
+        if why == "ended" and any(spent >= self._limits.cpu_seconds - 0.1 for spent, _ in used.values()):
             why = "cpu"
         spent, memory = used[program]
         report = {"end": why, "seconds": time.monotonic() - started, "cpu_seconds": spent, "memory_mb": memory}
