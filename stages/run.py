@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from handoff.errors import GateError, HandoffError, UserError
+from handoff.files import disk_is_full
 from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest
 from handoff.parent import Parent, open_parent
@@ -228,6 +229,9 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals]
     """Runs one section in this process. Raises what the stage raises, and Stopped when a signal ends it.
 
     `make`: another kind of run than one that goes on to its end (`baton replay`).
+
+    Raises, beside what the stage raises:
+        HandoffError: a file that the stage cannot do without found no room. What can wait has waited.
     """
     from stages import runtime
 
@@ -242,6 +246,15 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals]
             run.begin(inputs)
             train = importlib.import_module(f"stages.{section.stage}.train").train
             train(run)
+        except UserError:
+            raise
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            raise HandoffError(
+                f"{run.dir.path}: the disk is full ({error}), nothing was published; free some space and run the same "
+                "command again, it goes on from the last saved state"
+            ) from error
         except Stopped as stopped:
             together = stopped.together
             raise

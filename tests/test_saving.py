@@ -1,5 +1,6 @@
 """What a stage makes of broken states and of a full disk (stages/saving.py), real where a tmpfs can be mounted."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -228,3 +229,22 @@ def test_a_full_disk_at_the_end_loses_nothing(disk, tmp_path, monkeypatch):
     ours, theirs = result(recipe, "sft"), result(other, "sft")
     assert ours.lines == theirs.lines
     assert all(torch.equal(ours.weights[key], theirs.weights[key]) for key in theirs.weights)
+
+
+def test_a_file_without_which_there_is_no_result_finds_no_room(tmp_path, monkeypatch):
+    """The reward model's card is written after training: a user's mistake, and the same command goes on."""
+    recipe = stage_recipe("reward", tmp_path, *KEYS)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.reward_model.train.write_json", full)
+        with pytest.raises(
+            HandoffError, match=r"reward: the disk is full .*card.json.* free some space and run the same"
+        ):
+            run_section(recipe, "reward")
+    folder = recipe.run_dir / "reward"
+    assert not (folder / "stage.json").exists() and (folder / "state" / "step-6").is_dir()
+    run_section(recipe, "reward")
+    assert (folder / "stage.json").exists()
