@@ -130,12 +130,18 @@ def _check(model: PreTrainedModel, ids: list[int]) -> str | None:
         return str(error)
     except Exception as error:  # whatever a foreign model's code raises when its attention or cache is not its own
         return f"a trial of its forward pass failed: {type(error).__name__}: {error}"
-    got = torch.stack([first[0], second[0], first[1], second[1]]).float()
-    want = torch.stack(expected).float()
+    return deviation(torch.stack([first[0], second[0], first[1], second[1]]), torch.stack(expected), "its logits come")
+
+
+def deviation(got: Tensor, want: Tensor, what: str) -> str | None:
+    """What to say when `got` is not what the model's own attention gives; None where it is, as far as rounding lets it.
+
+    Of broken weights, whose numbers are not finite, nothing can be said.
+    """
+    got, want, allowed = got.float(), want.float(), 1e-3 if want.dtype == torch.float32 else 0.1
     difference = ((got - want).abs().max() / want.std()).item()
-    allowed = 1e-3 if expected[0].dtype == torch.float32 else 0.1
     if not difference < allowed and want.isfinite().all():
-        return f"its logits come out {difference:.2g} standard deviations off"
+        return f"{what} out {difference:.2g} standard deviations off"
     return None
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rollout.attention import NAME, Ragged, UnsupportedError
 from rollout.batch import PaddedBatch, pad_batch
-from rollout.forward import configs, reason_against, windows
+from rollout.forward import attached, configs, deviation, reason_against, windows
 
 _log = logging.getLogger(__name__)
 _PROBE = ((3, 4), (2, 9))  # lengths of prompt and completion
@@ -74,7 +74,6 @@ def _reason_against(model: PreTrainedModel) -> str | None:
     batch = pad_batch([row[0] for row in rows], [row[1] for row in rows], 0, body.device)
     was_training = body.training
     body.eval()
-    own = [c._attn_implementation for c in configs(body.config)]
     try:
         with torch.autocast(body.device.type, enabled=False):
             padded = body(
@@ -83,18 +82,12 @@ def _reason_against(model: PreTrainedModel) -> str | None:
                 position_ids=batch.position_ids,
                 use_cache=False,
             ).last_hidden_state  # (B, P + R, H)
-            for config in configs(body.config):
-                config._attn_implementation = NAME
-            got = body(**inputs(body, batch)).last_hidden_state[0]  # (T, H)
+            with attached(body):
+                got = body(**inputs(body, batch)).last_hidden_state[0]  # (T, H)
     except UnsupportedError as error:
         return str(error)
     except Exception as error:  # whatever a foreign model's code raises at arguments that it does not know
         return f"a trial of its forward pass failed: {type(error).__name__}: {error}"
     finally:
-        for config, name in zip(configs(body.config), own, strict=True):
-            config._attn_implementation = name
         body.train(was_training)
-    want = padded[batch.attention_mask.bool()]
-    difference = ((got - want).abs().max() / want.std()).item()
-    allowed = 1e-3 if want.dtype == torch.float32 else 0.1
-    return None if difference < allowed else f"its hidden states come out {difference:.2g} standard deviations off"
+    return deviation(got, padded[batch.attention_mask.bool()], "its hidden states come")
