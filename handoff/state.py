@@ -33,14 +33,13 @@ _NAME = re.compile(r"(?:step|\.replaced-step)-(\d+)")
 
 @dataclass(frozen=True)
 class State:
-    """A valid saved state: the optimizer step it was saved after, its directory, and what `commit` was given as
-    extra."""
+    """A saved state: the optimizer step it was saved after, its directory, and what `commit` was given as extra."""
 
     step: int
     path: Path
     extra: dict[str, Any]
     lost: dict[str, str] = field(default_factory=dict)
-    """{part: what is wrong with it}; only in a state that `BrokenStates` offers."""
+    """{part: what is wrong with it}; empty but in a state that `BrokenStates` offers."""
 
 
 class BrokenStates(HandoffError):
@@ -147,14 +146,14 @@ class StateStore:
         """
         reasons, weights = [], None
         for step, path in self._candidates():
-            extra, lost = self._examined(step, path)
-            if extra is not None and not lost:
-                return State(step, path, extra)
-            reason = "; ".join(lost.values())
+            state = self._examined(step, path)
+            if not state.lost:
+                return state
+            reason = "; ".join(state.lost.values())
             _log.warning("state %s is skipped: %s", path.name, reason)
             reasons.append(reason)
-            if weights is None and self._weights and extra is not None and not lost.keys() & set(self._weights):
-                weights = State(step, path, extra, lost)
+            if weights is None and self._weights and not state.lost.keys() & {STATE_MANIFEST, *self._weights}:
+                weights = state
         if reasons:
             raise BrokenStates(
                 f"no valid state is left to resume from: {'; '.join(reasons)}. "
@@ -169,36 +168,32 @@ class StateStore:
 
     def before(self, step: int) -> State | None:
         """The newest whole state of an earlier step."""
-        for earlier, path in self._candidates():
-            if earlier < step:
-                extra, lost = self._examined(earlier, path)
-                if extra is not None and not lost:
-                    return State(earlier, path, extra)
-        return None
+        older = (self._examined(earlier, path) for earlier, path in self._candidates() if earlier < step)
+        return next((state for state in older if not state.lost), None)
 
     def at(self, step: int) -> State | None:
         """The state of that step, if it is there and whole."""
         path = self.directory / f"step-{step}"
-        extra, lost = self._examined(step, path)
-        if extra is not None and not lost:
-            return State(step, path, extra)
-        _log.warning("state %s cannot be used: %s", path.name, "; ".join(lost.values()))
+        state = self._examined(step, path)
+        if not state.lost:
+            return state
+        _log.warning("state %s cannot be used: %s", path.name, "; ".join(state.lost.values()))
         return None
 
     def damages(self) -> list[tuple[str, str]]:
         """(part, relative to the directory; what happened to it) of all that is not as it was saved, in any state."""
         found = []
         for step, path in self._candidates():
-            for name, what in self._examined(step, path)[1].items():
+            for name, what in self._examined(step, path).lost.items():
                 found.append((f"{path.name}/{name}", what.removeprefix(f"{path / name} ")))
         return found
 
-    def _examined(self, step: int, path: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """`extra`, None where that cannot be trusted, and {part: what is wrong with it}."""
+    def _examined(self, step: int, path: Path) -> State:
+        """The state and all that it has lost. Where that is its own list, nothing else of it can be trusted."""
         try:
             manifest = self._manifest(step, path)
         except HandoffError as error:
-            return None, {STATE_MANIFEST: str(error)}
+            return State(step, path, {}, {STATE_MANIFEST: str(error)})
         lost = {
             name: f"{path / name} was not saved: {STATE_MANIFEST} does not list it"
             for name in self._parts
@@ -212,7 +207,7 @@ class StateStore:
                 lost[name] = f"{file} has {size} bytes instead of {part['bytes']}"
             elif sha256_file(file) != part["sha256"]:
                 lost[name] = f"{file} was altered: its hash is not the one that was saved"
-        return manifest["extra"], lost
+        return State(step, path, manifest["extra"], lost)
 
     def _manifest(self, step: int, path: Path) -> dict[str, Any]:
         manifest_path = path / STATE_MANIFEST
