@@ -156,13 +156,7 @@ class Run:
         if self.is_main:
             from stages.runtime import engine_record
 
-            try:
-                self.sync()
-            except OSError as error:
-                raise HandoffError(
-                    f"{self.dir.path}: no room for its metrics ({error.strerror}), nothing was published; free some "
-                    "space and run the same command again"
-                ) from error
+            self.sync()
             self.dir.publish(
                 write_model,
                 files=list(files),
@@ -226,12 +220,13 @@ class Run:
 
 
 def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals], Run] = Run) -> None:
-    """Runs one section in this process. Raises what the stage raises, and Stopped when a signal ends it.
+    """Runs one section in this process.
 
     `make`: another kind of run than one that goes on to its end (`baton replay`).
 
     Raises, beside what the stage raises:
         HandoffError: a file that the stage cannot do without found no room. What can wait has waited.
+        Stopped: a signal ended it.
     """
     from stages import runtime
 
