@@ -188,6 +188,15 @@ def kill(t: Trial) -> None:
     t.finish()
 
 
+def _kill_during(t: Trial, child: Child, moment: Callable[[], bool]) -> None:
+    """SIGKILL in a moment that is short, or right after it; `hit` says which."""
+    t.until(child, moment)
+    time.sleep(t.rng.uniform(0, 0.01))
+    t.kill(child)
+    t.hit = moment()
+    t.finish()
+
+
 def kill_while_saving(t: Trial) -> None:
     """SIGKILL while a state is being written."""
     t.prepare()
@@ -203,11 +212,7 @@ def kill_while_saving(t: Trial) -> None:
     for _ in range(t.rng.randrange(3)):
         t.until(child, saving)
         t.until(child, lambda: not saving())
-    t.until(child, saving)
-    time.sleep(t.rng.uniform(0, 0.01))
-    t.kill(child)
-    t.hit = saving()
-    t.finish()
+    _kill_during(t, child, saving)
 
 
 def kill_while_publishing(t: Trial) -> None:
@@ -220,12 +225,7 @@ def kill_while_publishing(t: Trial) -> None:
 
     if t.rng.random() < 0.5:
         t.finish()
-    child = t.start()
-    t.until(child, publishing)
-    time.sleep(t.rng.uniform(0, 0.01))
-    t.kill(child)
-    t.hit = publishing()
-    t.finish()
+    _kill_during(t, t.start(), publishing)
 
 
 def kill_the_pipeline(t: Trial) -> None:

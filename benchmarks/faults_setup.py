@@ -53,20 +53,19 @@ stages:
   reward:
     stage: reward_model
     parent: sft
-    data: [{{source: world, kind: preferences, size: 40}}]
-    eval_data: [{{source: world, kind: preferences, size: 16, split: validation}}]
+    data: &pairs [{{source: world, kind: preferences, size: 40}}]
+    eval_data: &held_pairs [{{source: world, kind: preferences, size: 16, split: validation}}]
     max_length: 128
-    train: {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, per_device_train_batch_size: 4,
+    train: &short {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, per_device_train_batch_size: 4,
              logging_steps: 2, save_steps: 2}}
   dpo:
     parent: sft
-    data: [{{source: world, kind: preferences, size: 40}}]
-    eval_data: [{{source: world, kind: preferences, size: 16, split: validation}}]
+    data: *pairs
+    eval_data: *held_pairs
     eval_answers: 4
     max_new_tokens: 8
     max_length: 128
-    train: {{learning_rate: 1.0e-3, max_steps: 12, global_batch_size: 8, per_device_train_batch_size: 4,
-             logging_steps: 2, save_steps: 2}}
+    train: *short
   ppo:
     parent: sft
     guards: &guards {{max_truncated: 1, max_without_signal: 1, patience: 100, entropy_floor: 0, keep: last}}
