@@ -113,10 +113,8 @@ class Saves:
         # While steps are skipped, the weights are suspect: states of them would push out the good ones before.
         due = at.iteration % self._every == 0 and not at.faults.in_a_row
         stop, asked = run.signals.asked()
-        if improved or due or stop or asked:
-            self._save(at)
+        saved = (improved or due or stop or asked) and self._save(at)
         if stop:
-            saved = (run.dir.state_dir / f"step-{at.iteration}").is_dir()
             raise run.signals.stopped(stop, f"iteration {at.iteration}", saved)
 
     def restore_best(self, at: Position) -> int:
@@ -142,7 +140,7 @@ class Saves:
             load_model(self._reference, str(state.path / _REFERENCE))
 
     def _save(self, at: Position) -> bool:
-        """Every rank calls it; a full disk costs the save, not the run."""
+        """Every rank calls it. False: the disk is full, which costs the save, not the run."""
         extra = {
             "cursor": at.cursor,
             "kl_coef": at.kl_coef,
