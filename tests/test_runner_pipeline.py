@@ -354,8 +354,8 @@ def test_a_signal_is_passed_on_once_and_its_effect_waited_for(scene, registry, r
 
 def test_the_processes_of_a_launched_stage_hear_signals_and_its_launcher_tells_how_they_ended():
     read, write = os.pipe()
-    child = "import subprocess as s, sys; print('up', flush=True); "
-    child += "sys.exit(128 - s.run([sys.executable, '-c', 'import time; time.sleep(60)']).returncode)"
+    grandchild = "import time; print('up', flush=True); time.sleep(60)"  # it is there once it has said so
+    child = f"import subprocess as s, sys; sys.exit(128 - s.run([sys.executable, '-c', {grandchild!r}]).returncode)"
     stage = LaunchedStage([sys.executable, "-c", child], write)
     os.close(write)
     with os.fdopen(read) as output:
