@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, Cache
 
+from rollout import short
 from rollout.slots import Slots
 
 NAME = "baton_rollout"
@@ -151,9 +152,9 @@ class Ragged:
         window = self.windows[layer]
         if window is not None and window >= self.length:
             window = None
-        # In float32 on a processor, whatever the products around it are in: the gradient of bfloat16 attention takes
-        # several times as long there.
-        dtype = torch.float32 if query.device.type == "cpu" else value.dtype
+        dtype = value.dtype
+        if query.device.type == "cpu" and (softcap is not None or not short.pays(self.length, dtype, query.device)):
+            dtype = torch.float32  # the gradient of other attention takes several times as long in bfloat16 there
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = (self._beside(x.to(dtype)) for x in (query, key, value))  # (B, heads, L, D)
             out = _causal(q, k, v, scaling, softcap, window)
@@ -168,20 +169,22 @@ class Ragged:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, window: int | None) -> Tensor:
     """Every token sees itself and what is before it, `window` tokens at most: (B, Hq, T, D) -> (B, Hq, T, D)."""
-    length = q.shape[2]
+    length, repeats = q.shape[2], q.shape[1] // k.shape[1]
+    written_out = softcap is not None or short.pays(length, q.dtype, q.device)
     mask = None
-    if window is not None or softcap is not None:
+    if window is not None or written_out:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()
         if window is not None:
             mask.triu_(1 - window)
-    repeats = q.shape[1] // k.shape[1]
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
-        )
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = _capped(q @ k.transpose(2, 3) * scaling, softcap).masked_fill(~mask, -torch.inf)
-    return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+    if softcap is not None:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        scores = _capped(q @ k.transpose(2, 3) * scaling, softcap).masked_fill(~mask, -torch.inf)
+        return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+    if written_out:
+        return short.attention(q, k, v, mask, scaling)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
+    )
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:

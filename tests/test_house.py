@@ -156,7 +156,7 @@ def test_the_tests_that_keep_the_promises_exist(root):
         for name in {name for name, _ in named}
     }  # fmt: skip
     assert [f"{name}::{test}" for name, test in named if test not in there[name]] == []
-    promises = text.partition("## What it costs")[0]  # behind it the tables are of figures
+    promises = text.partition("## The fault campaign")[0]  # behind it the tables are of figures
     rows = [
         line for line in promises.splitlines() if line.startswith("| ") and not line.startswith(("| promise", "| ---"))
     ]
