@@ -152,10 +152,13 @@ class Ragged:
         window = self.windows[layer]
         if window is not None and window >= self.length:
             window = None
-        dtype = value.dtype
-        if query.device.type == "cpu" and (softcap is not None or not short.pays(self.length, dtype, query.device)):
-            dtype = torch.float32  # the gradient of other attention takes several times as long in bfloat16 there
-        with torch.autocast(query.device.type, enabled=False):
+        dtype, device = value.dtype, query.device
+        with torch.autocast(device.type, enabled=False):
+            if softcap is None and short.pays(self.length, dtype, device):
+                q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
+                return short.attention(q, k, v, self.place, _visible(self.length, window, device), scaling)[None]
+            if device.type == "cpu":
+                dtype = torch.float32  # in bfloat16 the gradient of what follows takes several times as long there
             q, k, v = (self._beside(x.to(dtype)) for x in (query, key, value))  # (B, heads, L, D)
             out = _causal(q, k, v, scaling, softcap, window)
             return out.transpose(1, 2).flatten(0, 1).index_select(0, self.place)[None].to(value.dtype)
@@ -169,22 +172,23 @@ class Ragged:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, window: int | None) -> Tensor:
     """Every token sees itself and what is before it, `window` tokens at most: (B, Hq, T, D) -> (B, Hq, T, D)."""
-    length, repeats = q.shape[2], q.shape[1] // k.shape[1]
-    written_out = softcap is not None or short.pays(length, q.dtype, q.device)
     mask = None
-    if window is not None or written_out:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()
-        if window is not None:
-            mask.triu_(1 - window)
-    if softcap is not None:
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        scores = _capped(q @ k.transpose(2, 3) * scaling, softcap).masked_fill(~mask, -torch.inf)
-        return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
-    if written_out:
-        return short.attention(q, k, v, mask, scaling)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
-    )
+    if window is not None or softcap is not None:
+        mask = _visible(q.shape[2], window, q.device)
+    repeats = q.shape[1] // k.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
+        )
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = _capped(q @ k.transpose(2, 3) * scaling, softcap).masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, T) bool: whether the token of a line sees that of a column."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    return mask if window is None else mask.triu_(1 - window)
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:

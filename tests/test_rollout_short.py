@@ -18,32 +18,39 @@ DTYPES = [
 ]
 
 
-def inputs(length, heads, kv_heads, dtype, size=16):
-    """As a model hands them over, transposed; gradients of leaves in `dtype`."""
-    g = torch.Generator().manual_seed(length)
-    made = (torch.randn(3, length, n, size, generator=g).to(dtype) for n in (heads, kv_heads, kv_heads))
-    return [x.transpose(1, 2).requires_grad_() for x in made]
+def inputs(count, heads, kv_heads, dtype, size=16):
+    g = torch.Generator().manual_seed(count)
+    made = (torch.randn(count, n, size, generator=g).to(dtype) for n in (heads, kv_heads, kv_heads))
+    return [x.requires_grad_() for x in made]
 
 
-def causal(length, window=None):
-    mask = torch.ones(length, length, dtype=torch.bool).tril_()
-    return mask if window is None else mask.triu_(1 - window)
-
-
-def by_torch(leaves, mask, scaling):
-    """The same in float64."""
-    q, k, v = (x.detach().double().requires_grad_() for x in leaves)
-    return (q, k, v), F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+def by_torch(leaves, lengths, window, scaling):
+    """The same in float64, row by row."""
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    out = []
+    for row in zip(*(x.split(lengths) for x in doubles), strict=True):
+        length = len(row[0])
+        mask = torch.ones(length, length, dtype=torch.bool).tril_()
+        if window is not None:
+            mask.triu_(1 - window)
+        q, k, v = (x.transpose(0, 1)[None] for x in row)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+        out.append(found[0].transpose(0, 1))
+    return doubles, torch.cat(out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
-@pytest.mark.parametrize("length", [1, 13, 64])
-def test_values_and_gradients_are_those_of_exact_attention(length, heads, kv_heads, window, dtype):
-    leaves, mask, scaling = inputs(length, heads, kv_heads, dtype), causal(length, window), 0.3
-    exact_leaves, exact = by_torch(leaves, mask, scaling)
-    found = short.attention(*leaves, mask, scaling)
+@pytest.mark.parametrize("lengths", [[1], [13, 1, 9], [64, 64]])
+def test_values_and_gradients_are_those_of_exact_attention(lengths, heads, kv_heads, window, dtype):
+    leaves, longest = inputs(sum(lengths), heads, kv_heads, dtype), max(lengths)
+    exact_leaves, exact = by_torch(leaves, lengths, window, 0.3)
+    mask = torch.ones(longest, longest, dtype=torch.bool).tril_()
+    if window is not None:
+        mask.triu_(1 - window)
+    place = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
+    found = short.attention(*leaves, place, mask, 0.3)
     assert found.shape == exact.shape and found.dtype == dtype
     weights = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view(found.shape)
     pairs = zip(
