@@ -1,10 +1,12 @@
-"""What GRPO on verifiable rewards adds to instruction tuning, on held-out prompts of the embedded world, over seeds.
+"""What GRPO on verifiable rewards adds to instruction tuning on few demonstrations, on held-out prompts, over seeds.
 
     python -m benchmarks.verifiable [--json FILE]
 
-For each seed the tiny recipe is run to its section `grpo`. Then both models answer the same test prompts, once greedily
-and four times as training samples them (temperature 1). A row is the mean accuracy over the instruction families, each
-weighing the same; `ours` is GRPO, `peer` the tuned model that it started from. The family that fell most is printed.
+For each seed the tiny recipe is run to its sections `grpo` and `sft`. Then the models answer the same test prompts of
+the embedded world, once greedily and four times as training samples them (temperature 1). A row is the mean accuracy
+over the instruction families, each weighing the same; `ours` is GRPO, `peer` the model that it started from
+(`cold_start`), and in the rows `..._sft` the one that was tuned on six times as many demonstrations. The family that
+fell most is printed.
 """
 
 import subprocess
@@ -50,19 +52,24 @@ def main(path: Path | None) -> None:
     for seed in SEEDS:
         name = "tiny" if seed == SEEDS[0] else f"tiny-seed{seed}"
         baton = Path(sys.executable).parent / "baton"
-        subprocess.run([baton, "run", RECIPE, f"name={name}", f"seed={seed}", "--to", "grpo"], check=True)
+        subprocess.run(
+            [baton, "run", RECIPE, f"name={name}", f"seed={seed}", "--to", "grpo", "--to", "sft"], check=True
+        )
         for label, temperature, samples in (("greedy", 0.0, 1), ("sampled", 1.0, SAMPLES)):
-            before, after = (
+            before, tuned, after = (
                 accuracies(Path("runs") / name / section / "model", prompts, temperature, samples)
-                for section in ("sft", "grpo")
+                for section in ("cold_start", "sft", "grpo")
             )
             worst = min(before, key=lambda family: after[family] - before[family])
             print(
                 f"seed {seed}, {label}: most lost in {worst}, {before[worst]:.3f} → {after[worst]:.3f}; "
-                + ", ".join(f"{family} {after[family] - before[family]:+.2f}" for family in before)
+                + ", ".join(f"{family} {before[family]:.2f} → {after[family]:.2f}" for family in before)
             )
-            ours, peer = (sum(found.values()) / len(found) for found in (after, before))
-            rows.append(Row(row=f"seed{seed}_{label}", ours=ours, peer=peer, unit="accuracy", ratio=ours / peer))
+            ours, *peers = (sum(found.values()) / len(found) for found in (after, before, tuned))
+            rows += [
+                Row(row=f"seed{seed}_{label}{ending}", ours=ours, peer=peer, unit="accuracy", ratio=ours / peer)
+                for ending, peer in zip(("", "_sft"), peers, strict=True)
+            ]
     report(rows, path)
 
 
