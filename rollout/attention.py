@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, Cache
 
-from rollout import short
 from rollout.slots import Slots
 
 NAME = "baton_rollout"
@@ -152,13 +151,10 @@ class Ragged:
         window = self.windows[layer]
         if window is not None and window >= self.length:
             window = None
-        dtype, device = value.dtype, query.device
-        with torch.autocast(device.type, enabled=False):
-            if softcap is None and short.pays(self.length, dtype, device):
-                q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
-                return short.attention(q, k, v, self.place, _visible(self.length, window, device), scaling)[None]
-            if device.type == "cpu":
-                dtype = torch.float32  # in bfloat16 the gradient of what follows takes several times as long there
+        # In float32 on a processor, whatever the products around it are in: the gradient of bfloat16 attention takes
+        # several times as long there.
+        dtype = torch.float32 if query.device.type == "cpu" else value.dtype
+        with torch.autocast(query.device.type, enabled=False):
             q, k, v = (self._beside(x.to(dtype)) for x in (query, key, value))  # (B, heads, L, D)
             out = _causal(q, k, v, scaling, softcap, window)
             return out.transpose(1, 2).flatten(0, 1).index_select(0, self.place)[None].to(value.dtype)
@@ -172,9 +168,12 @@ class Ragged:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, window: int | None) -> Tensor:
     """Every token sees itself and what is before it, `window` tokens at most: (B, Hq, T, D) -> (B, Hq, T, D)."""
+    length = q.shape[2]
     mask = None
     if window is not None or softcap is not None:
-        mask = _visible(q.shape[2], window, q.device)
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()
+        if window is not None:
+            mask.triu_(1 - window)
     repeats = q.shape[1] // k.shape[1]
     if softcap is None:
         return F.scaled_dot_product_attention(
@@ -183,12 +182,6 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | No
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = _capped(q @ k.transpose(2, 3) * scaling, softcap).masked_fill(~mask, -torch.inf)
     return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
-
-
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(T, T) bool: whether the token of a line sees that of a column."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return mask if window is None else mask.triu_(1 - window)
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from rollout import thrifty
 from rollout.attention import Decode
-from rollout.thrifty import FAMILIES
 
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _OWN = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _COMMON = {
     "torch.nn.modules.container.ModuleList",
@@ -50,9 +49,7 @@ def _is_one_of(module: nn.Module, names: set[str]) -> bool:
     An engine that shards may have put a class of its own in front and hooks that gather the weights, which are here.
     """
     kind = next((c for c in type(module).__mro__ if f"{c.__module__}.{c.__qualname__}" in names), None)
-    if kind is None or type(module).forward is not kind.forward:
-        return False
-    if "forward" in vars(module) and not thrifty.enabled(module):
+    if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
         return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return all(hook.__module__.startswith("torch.distributed.") for hook in hooks)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rollout import thrifty
 from rollout.attention import NAME, Ragged, UnsupportedError
 from rollout.batch import PaddedBatch, pad_batch
 from rollout.forward import attached, configs, deviation, reason_against, windows
@@ -34,7 +33,6 @@ def enable(model: PreTrainedModel) -> None:
         return
     reason = _reason_against(model)
     if reason is not None:
-        thrifty.disable(model)
         _log.warning("%s: rows are padded, because %s", type(model).__name__, reason)
         return
     for config in configs(model.config):
@@ -84,8 +82,6 @@ def _reason_against(model: PreTrainedModel) -> str | None:
                 position_ids=batch.position_ids,
                 use_cache=False,
             ).last_hidden_state  # (B, P + R, H)
-            if body.device.type == "cpu":
-                thrifty.enable(body)
             with attached(body):
                 got = body(**inputs(body, batch)).last_hidden_state[0]  # (T, H)
     except UnsupportedError as error:
