@@ -241,7 +241,9 @@ def kill_the_pipeline(t: Trial) -> None:
     whole = 10 + t.scene.seconds["sft"] + t.scene.seconds["reward"]
     runner = start()
     time.sleep(t.rng.uniform(0, whole))
-    (os.killpg if t.rng.random() < 0.5 else os.kill)(runner.pid, signal.SIGKILL)
+    everything = t.rng.random() < 0.5
+    (os.killpg if everything else os.kill)(runner.pid, signal.SIGKILL)
+    t.same_states = everything  # a stage whose runner is gone is told to end (baton/worker.py)
     runner.wait()
     deadline = time.monotonic() + LIMIT
     while (code := start().wait(LIMIT)) == 2 and "in use by" in (t.root / "baton.log").read_text()[-1000:]:
