@@ -138,8 +138,10 @@ def quietly(recipe: Recipe, section: str) -> None:
 def shares(path: Path, names: Sequence[str]) -> list[Row]:
     """A row for each section; its parents get a few steps of training, which is all that speed depends on."""
     whole = load_recipe(ROOT / "recipes" / "tiny.yaml")
+    tokenizer, *needed = whole.order(names)
+    parents = {ref for name in needed for ref in whole.needs(name)}
     keys = [f"output_root={path}"]
-    for name in SECTIONS:
+    for name in needed:
         reinforcement = isinstance(whole.sections[name].config.train, PPOTrainConfig)
         if reinforcement:
             keys += [f"{name}.train.iterations={_ITERATIONS}", f"{name}.train.save_iterations=1"]
@@ -150,16 +152,13 @@ def shares(path: Path, names: Sequence[str]) -> list[Row]:
     short = load_recipe(whole.path, keys)
     print(f"{'section':<12}{'step':>9}{'save':>9}{'resume':>9}{'state':>10}{'every':>7}{'share':>9}")
     rows = []
-    quietly(short, "tokenizer")
-    for name in SECTIONS:
-        needed = {"pretrain", "sft"} | ({"reward"} if "ppo" in names else set())
-        if name not in names and name not in needed:
-            continue
+    quietly(short, tokenizer)
+    for name in needed:
         reinforcement = isinstance(whole.sections[name].config.train, PPOTrainConfig)
         last = _ITERATIONS - 1 if reinforcement else _STEPS - 1
         first = interrupted(short, name, last)
         again = interrupted(short, name, last)
-        if name in needed:
+        if name in parents:
             quietly(short, name)
         if name not in names:
             continue
@@ -222,8 +221,8 @@ def growth(folder: Path, size: str) -> list[Row]:
     size_mb = tree_bytes(state) / 1e6
     saved, resumed = first.seconds("save"), again.total("find") + again.total("load")
     plain_saved, plain_loaded = plainly(state, folder / "plain.pt")
-    saves = len(first.spent["save"])
-    parts = "  ".join(f"{what} {first.total(what) / saves / saved:.0%}" for what in ("write", "hash", "fsync"))
+    whole = first.total("save")
+    parts = "  ".join(f"{what} {first.total(what) / whole:.0%}" for what in ("write", "hash", "fsync"))
     print(
         f"{size:<12}{size_mb:>7.0f} MB{saved:>9.2f}s{resumed:>9.2f}s"
         f"{plain_saved:>12.2f}s{plain_loaded:>9.2f}s  {parts}",
