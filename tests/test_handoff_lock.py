@@ -20,9 +20,10 @@ import os, sys, time
 from pathlib import Path
 from handoff.lock import RunLock
 lock = RunLock(Path(sys.argv[1]), "baton run tiny.yaml").acquire()
-if sys.argv[2] == "fork" and (child := os.fork()) == 0:
-    time.sleep(60)
-print(child if sys.argv[2] == "fork" else 0, flush=True)
+if sys.argv[2] == "plain":
+    print(0, flush=True)
+elif os.fork() == 0:
+    print(os.getpid(), flush=True)  # said by the child itself: its copy of the lock is closed by now
 time.sleep(60)
 """
 
