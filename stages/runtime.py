@@ -6,8 +6,10 @@ and devices.
 Imports of torch are inside the functions: `prepare` sets variables that are read when torch is loaded.
 """
 
+import ctypes
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -441,7 +443,19 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-# ---- weights
+# ---- weights and memory
+
+
+def release_memory() -> None:
+    """Gives pages that only freed tensors stood on back to the system.
+
+    glibc keeps them. When one phase has filled memory with tensors of its own sizes, the next puts its own behind them,
+    and the most that is ever resident is the sum of both. On a GPU torch's own allocator sees to it.
+    """
+    if requested().device == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function
+        if trim is not None:
+            trim(0)
 
 
 def full_state_dict(accelerator: "Accelerator", model: Any) -> dict[str, "torch.Tensor"]:

@@ -192,6 +192,7 @@ def train(run: Run) -> None:
                         for key, value in sums.items():
                             found[key] = found.get(key, 0.0) + value
                 read = {key: value.item() for key, value in found.items()}  # once: a GPU would wait each time
+                runtime.release_memory()  # sampling has tensors of other sizes
             total = _sum_over_ranks(read | judged(config))
             metrics = iteration_metrics(batch, total, t, at.kl_coef)
             metrics |= sampling | {
