@@ -323,5 +323,5 @@ class _Engine:
                 c = entering[~o]
                 alike.setdefault((id(c.source), c.length), []).append((place, c))
         for (_, length), found in alike.items():
-            index = torch.cat([torch.arange(c.start, c.start + length, device=self._device) for _, c in found])
-            slots.fill([place for place, _ in found], length, found[0][1].source, index)
+            starts = [c.start for _, c in found]
+            slots.fill([place for place, _ in found], length, found[0][1].source, starts)

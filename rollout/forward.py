@@ -119,8 +119,8 @@ def _check(model: PreTrainedModel, ids: list[int]) -> str | None:
                 slots.exchange([], [len(p) for p in prompts])
                 start = 0
                 for row, prompt in enumerate(prompts):
-                    index = torch.arange(start, start := start + len(prompt), device=model.device)
-                    slots.fill([row], len(prompt), source, index)
+                    slots.fill([row], len(prompt), source, [start])
+                    start += len(prompt)
                 slots.settle()
                 slots.advance()
                 positions = torch.tensor([len(p) for p in prompts], device=model.device)

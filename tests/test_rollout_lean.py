@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 
 from rollout import forward
 from rollout.engine import generate
-from rollout.lean import Lean, fits
+from rollout.lean import _POSITIONS, Lean, fits
 from rollout.sampling import SamplingSpec
 
 SIZES = {
@@ -47,9 +47,9 @@ def model_of(config):
     return model
 
 
-def answers(model):
-    keys = [("lean", i) for i in range(len(PROMPTS))]
-    return generate(model, PROMPTS, SPEC, keys, seed=1, batch_size=3)
+def answers(model, prompts=PROMPTS):
+    keys = [("lean", i) for i in range(len(prompts))]
+    return generate(model, prompts, SPEC, keys, seed=1, batch_size=3)
 
 
 @pytest.fixture
@@ -63,16 +63,25 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_gives_what_the_model_gives(name, calls, monkeypatch):
-    model = model_of(FAMILIES[name])
-    found = answers(model)
+    compare(model_of(FAMILIES[name]), PROMPTS, calls, monkeypatch)
+
+
+def compare(model, prompts, calls, monkeypatch):
+    found = answers(model, prompts)
     assert calls
     calls.clear()
     monkeypatch.setattr(forward, "fits", lambda model: False)
-    expected = answers(model)
+    expected = answers(model, prompts)
     assert not calls
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.ids == theirs.ids
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2e-5)
+
+
+def test_positions_beyond_those_whose_rotations_are_there(calls, monkeypatch):
+    model = model_of(LlamaConfig(**SIZES | {"max_position_embeddings": 512}))
+    prompts = [[3 + i % 90 for i in range(length)] for length in (_POSITIONS - 10, 2 * _POSITIONS - 21, 5)]
+    compare(model, prompts, calls, monkeypatch)
 
 
 def test_under_autocast_it_is_as_near_as_bfloat16_is(calls):
@@ -97,9 +106,12 @@ def test_weights_are_those_of_the_moment():
     assert [c.ids for c in answers(model)] != [c.ids for c in before]
 
 
-@pytest.mark.parametrize("what", ["lora", "hook", "another family", "a replaced forward pass"])
+@pytest.mark.parametrize("what", ["lora", "hook", "another family", "a replaced forward pass", "positions by length"])
 def test_other_models_answer_through_their_own_forward_pass(what, calls):
     model = model_of(GemmaConfig(**SIZES) if what == "another family" else FAMILIES["llama"])
+    if what == "positions by length":
+        by_length = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+        model = model_of(LlamaConfig(**SIZES, rope_parameters=by_length))
     if what == "lora":
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).base_model.model
     if what == "hook":
