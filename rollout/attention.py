@@ -18,6 +18,7 @@ force, which knows where they belong and what a row may look at.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from transformers import AttentionInterface, Cache
 from rollout.slots import Slots
 
 NAME = "baton_rollout"
+_RUN_TOKENS = 32  # from this mean on, a run of rows of one length is worth a call of attention by itself
 # What models hand to their attention beside the tensors, without a bearing on the result here: masks, windows and
 # positions are the pass's. Anything else that is not None may mean something (sinks, biases): then this is not the
 # attention for the model.
@@ -110,65 +112,77 @@ class Prefill:
     windows: Sequence[int | None]
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._runs: list[tuple[int, int]] = []  # how many prompts of one length follow each other, and the length
-        for length in self.lengths:
-            count = self._runs.pop()[0] if self._runs and self._runs[-1][1] == length else 0
-            self._runs.append((count + 1, length))
-
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
         self.layers[layer] = key[0], value[0]
-        window = self.windows[layer]
-        parts, start = [], 0
-        for count, length in self._runs:
-            stop = start + count * length
-            q, k, v = (
-                x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)
-            )  # (count, heads, length, D)
-            out = _causal(q, k, v, scaling, softcap, window if window is not None and window < length else None)
-            parts.append(out.transpose(1, 2).flatten(0, 1))
-            start = stop
-        return torch.cat(parts)[None]
+        return _in_runs(query, key, value, _runs(self.lengths), scaling, softcap, self.windows[layer])
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of at most `length` tokens one behind the other, `place` (T,) as in `rollout.batch.Unpadded`.
+    """Rows of these lengths one behind the other, `place` (T,) as in `rollout.batch.Unpadded`.
 
-    Attention alone needs them beside one another. There they are padded on the right, where nothing that counts looks.
+    Attention alone needs them beside one another. There they are padded on the right, where nothing that counts looks;
+    on a processor they are taken one by one instead, unless that is very many short ones.
     """
 
-    rows: int
-    length: int
+    lengths: Sequence[int]
     place: Tensor
     windows: Sequence[int | None]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
-        window = self.windows[layer]
-        if window is not None and window >= self.length:
-            window = None
+        window, runs = self.windows[layer], _runs(self.lengths)
         # In float32 on a processor, whatever the products around it are in: the gradient of bfloat16 attention takes
         # several times as long there.
-        dtype = torch.float32 if query.device.type == "cpu" else value.dtype
+        on_cpu = query.device.type == "cpu"
+        dtype = torch.float32 if on_cpu else value.dtype
         with torch.autocast(query.device.type, enabled=False):
-            q, k, v = (self._beside(x.to(dtype)) for x in (query, key, value))  # (B, heads, L, D)
+            query, key, given = query.to(dtype), key.to(dtype), value.to(dtype)
+            if on_cpu and sum(self.lengths) >= _RUN_TOKENS * len(runs):
+                return _in_runs(query, key, given, runs, scaling, softcap, window).to(value.dtype)
+            length = max(self.lengths)
+            q, k, v = (self._beside(x, length) for x in (query, key, given))  # (B, heads, L, D)
             out = _causal(q, k, v, scaling, softcap, window)
             return out.transpose(1, 2).flatten(0, 1).index_select(0, self.place)[None].to(value.dtype)
 
-    def _beside(self, x: Tensor) -> Tensor:
+    def _beside(self, x: Tensor, length: int) -> Tensor:
         """(1, heads, T, D) -> (B, heads, L, D)."""
-        tokens = x[0].transpose(0, 1)  # (T, heads, D)
-        padded = tokens.new_zeros(self.rows * self.length, *tokens.shape[1:]).index_copy(0, self.place, tokens)
-        return padded.unflatten(0, (self.rows, self.length)).transpose(1, 2)
+        tokens, rows = x[0].transpose(0, 1), len(self.lengths)  # (T, heads, D)
+        padded = tokens.new_zeros(rows * length, *tokens.shape[1:]).index_copy(0, self.place, tokens)
+        return padded.unflatten(0, (rows, length)).transpose(1, 2)
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """How many rows of one length follow each other, and the length."""
+    return [(len(list(same)), length) for length, same in groupby(lengths)]
+
+
+def _in_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Sequence[tuple[int, int]],
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Rows one behind the other, each of which sees itself alone: (1, heads, T, D) -> (1, T, Hq, D)."""
+    sizes = [count * length for count, length in runs]
+    parts = []
+    for (count, length), *run in zip(runs, *(x[0].split(sizes, 1) for x in (query, key, value)), strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in run)  # (count, heads, length, D)
+        parts.append(_causal(q, k, v, scaling, softcap, window).transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[None]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, window: int | None) -> Tensor:
     """Every token sees itself and what is before it, `window` tokens at most: (B, Hq, T, D) -> (B, Hq, T, D)."""
     length = q.shape[2]
+    if window is not None and window >= length:
+        window = None
     mask = None
     if window is not None or softcap is not None:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()

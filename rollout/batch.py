@@ -18,15 +18,15 @@ import torch
 class Unpadded:
     """The rows of a batch one behind the other.
 
-    ids, positions: (1, T). place (T,): where each token stands among (B · L) tokens padded on the right, of which
-    `length` is L. before (C,): which of the T tokens stands before each token of a completion. where (C,): where that
-    token of a completion stands among (B · R).
+    ids, positions: (1, T). lengths: of each row. place (T,): where each token stands among (B · L) tokens padded on the
+    right. before (C,): which of the T tokens stands before each token of a completion. where (C,): where that token of
+    a completion stands among (B · R).
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
+    lengths: list[int]
     place: torch.Tensor
-    length: int
     before: torch.Tensor
     where: torch.Tensor
 
@@ -66,19 +66,19 @@ def _unpadded(
 ) -> Unpadded:
     """Of padded rows (B, P + R), on the CPU, whose prompts have P = `left` columns."""
     here = mask.bool()
-    length = int(positions[here].max()) + 1
+    lengths = mask.sum(-1).tolist()
     row = torch.arange(len(ids))[:, None]
     number = mask.flatten().cumsum(0).view(mask.shape) - 1  # of each token among the T
     answered = here[:, left:]
     parts = (
         ids[here][None],
         positions[here][None],
-        (row * length + positions)[here],
+        (row * max(lengths) + positions)[here],
         (number[:, left:] - 1)[answered],
         answered.flatten().nonzero().squeeze(1),
     )
     ids, positions, place, before, where = (part.to(device) for part in parts)
-    return Unpadded(ids, positions, place, length, before, where)
+    return Unpadded(ids, positions, lengths, place, before, where)
 
 
 def pad_values(rows: Sequence[Sequence[float]], width: int, device: torch.device) -> torch.Tensor:

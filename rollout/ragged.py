@@ -51,7 +51,7 @@ def inputs(model: PreTrainedModel, batch: PaddedBatch) -> dict[str, Any]:
         "input_ids": rows.ids,
         "position_ids": rows.positions,
         "use_cache": False,
-        "ragged": Ragged(len(batch.input_ids), rows.length, rows.place, windows(model)),
+        "ragged": Ragged(rows.lengths, rows.place, windows(model)),
     }
 
 

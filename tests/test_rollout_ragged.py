@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rollout import ragged
+from rollout import attention, ragged
 from rollout.batch import pad_batch
 from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
@@ -32,13 +32,45 @@ FAMILIES = {
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
 }
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [3], [20, 21]]
-COMPLETIONS = [[30, 31, 32, 33, 34, 35, 36], [40], [41, 42, 43], [50, 51, 52, 53]]
+COMPLETIONS = [[30, 31, 32, 33, 34, 35, 36], [40, 39], [41, 42, 43], [50, 51, 52, 53]]
 BATCH = pad_batch(PROMPTS, COMPLETIONS, 0, torch.device("cpu"))
+assert BATCH.unpadded.lengths == [10, 10, 4, 6]
+
+
+@pytest.fixture(autouse=True, params=["rows one by one", "rows beside one another"])
+def attended(request, monkeypatch):
+    """How attention is computed; counts the calls of the fused one for a pass of one layer."""
+    monkeypatch.setattr(attention, "_RUN_TOKENS", 1 if request.param == "rows one by one" else 1000)
+    return {"rows one by one": 3, "rows beside one another": 1}[request.param]
+
+
+def test_rows_of_one_length_are_attended_to_together(attended, monkeypatch):
+    calls = []
+    causal = attention._causal
+    monkeypatch.setattr(attention, "_causal", lambda *args: calls.append(args[0].shape) or causal(*args))
+    q = torch.zeros(1, 4, 30, 8)
+    this = attention.Ragged(BATCH.unpadded.lengths, BATCH.unpadded.place, [None])
+    assert this.attend(0, q, q, q, 1.0, None).shape == (1, 30, 4, 8)
+    assert len(calls) == attended
+    assert calls[0] == ((2, 4, 10, 8) if attended == 3 else (4, 4, 10, 8))
+
+
+def test_many_short_rows_are_put_beside_one_another(monkeypatch):
+    monkeypatch.undo()
+    calls = []
+    causal = attention._causal
+    monkeypatch.setattr(attention, "_causal", lambda *args: calls.append(1) or causal(*args))
+    for lengths, expected in (([70, 20, 40], 3), ([9, 10, 11, 12], 1), ([9] * 40, 1)):
+        place = torch.cat([torch.arange(n) + row * max(lengths) for row, n in enumerate(lengths)])
+        q = torch.zeros(1, 4, sum(lengths), 8)
+        attention.Ragged(lengths, place, [None]).attend(0, q, q, q, 1.0, None)
+        assert len(calls) == expected
+        calls.clear()
 
 
 def model_of(config, kind=AutoModelForCausalLM, **more):
     torch.manual_seed(0)
-    model = kind.from_config(config, **more)
+    model = kind.from_config(copy.deepcopy(config), **more)  # enabling a model changes its own
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
