@@ -273,7 +273,7 @@ class _Engine:
         origin = self._slots.exchange(ended, [0 if self._sharing else c.length for _, c in entering])
         self._rows = [self._rows[o] if o >= 0 else entering[~o][0] for o in origin]
         if not self._sharing:
-            self._fill(self._slots, origin, [c for _, c in entering])
+            _fill(self._slots, origin, [c for _, c in entering])
         self._slots.settle()
         self._decode = Decode(self._slots, self._share(entering) if self._sharing else None)
         last = [self._completions[row.answer].ids for row in self._rows]
@@ -301,7 +301,7 @@ class _Engine:
         origin = self._shared.exchange(leaving, [c.length for c in new.values()])
         names = list(new)
         self._placed = [self._placed[o] if o >= 0 else names[~o] for o in origin]
-        self._fill(self._shared, origin, list(new.values()))
+        _fill(self._shared, origin, list(new.values()))
         self._shared.settle()
         place = {prompt: i for i, prompt in enumerate(self._placed)}
         members: list[list[int]] = [[] for _ in self._placed]
@@ -315,13 +315,10 @@ class _Engine:
         padded = [i for rows in members for i in rows + [0] * (most - len(rows))]
         return Shared(self._shared, torch.tensor(padded, device=self._device), torch.tensor(back, device=self._device))
 
-    def _fill(self, slots: Slots, origin: Sequence[int], entering: Sequence[_Computed]) -> None:
-        """Copies keys and values of prompts into the places that are new, those of one length together."""
-        alike: dict[tuple[int, int], list[tuple[int, _Computed]]] = {}
-        for place, o in enumerate(origin):
-            if o < 0:
-                c = entering[~o]
-                alike.setdefault((id(c.source), c.length), []).append((place, c))
-        for (_, length), found in alike.items():
-            starts = [c.start for _, c in found]
-            slots.fill([place for place, _ in found], length, found[0][1].source, starts)
+
+def _fill(slots: Slots, origin: Sequence[int], entering: Sequence[_Computed]) -> None:
+    """Copies keys and values of prompts into the places that are new."""
+    for place, o in enumerate(origin):
+        if o < 0:
+            c = entering[~o]
+            slots.fill(place, c.source, c.start, c.length)

@@ -119,7 +119,7 @@ def _check(model: PreTrainedModel, ids: list[int]) -> str | None:
                 slots.exchange([], [len(p) for p in prompts])
                 start = 0
                 for row, prompt in enumerate(prompts):
-                    slots.fill([row], len(prompt), source, [start])
+                    slots.fill(row, source, start, len(prompt))
                     start += len(prompt)
                 slots.settle()
                 slots.advance()

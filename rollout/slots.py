@@ -106,23 +106,14 @@ class Slots:
             origin.pop()
         return origin
 
-    def fill(
-        self, rows: Sequence[int], length: int, source: Sequence[tuple[Tensor, Tensor]], starts: Sequence[int]
-    ) -> None:
-        """Copies what was computed elsewhere into rows of this length.
+    def fill(self, row: int, source: Sequence[tuple[Tensor, Tensor]], start: int, length: int) -> None:
+        """Copies what was computed elsewhere into a row of this length.
 
-        source: of each layer keys and values (H, tokens, D); starts: of each row, the first of its tokens there.
+        source: of each layer keys and values (H, tokens, D), of which the row's begin at `start`.
         """
-        columns = slice(self.end - length, self.end)
-        where = torch.tensor(rows, device=self._device)
-        index = torch.cat([torch.arange(start, start + length, device=self._device) for start in starts])
         for view, pair in zip(self.views, source, strict=True):
             for target, tokens in zip((view.keys, view.values), pair, strict=True):
-                if len(rows) == 1:  # mostly; and then without a copy in between
-                    target[rows[0], :, columns].copy_(tokens[:, starts[0] : starts[0] + length])
-                    continue
-                chosen = tokens.index_select(1, index).unflatten(1, (len(rows), length)).transpose(0, 1)
-                target[where, :, columns] = chosen.to(target.dtype)
+                target[row, :, self.end - length : self.end].copy_(tokens[:, start : start + length])
 
     def settle(self) -> None:
         """Makes views and bias for the rows that are there, after some came or left."""

@@ -39,7 +39,7 @@ assert BATCH.unpadded.lengths == [10, 10, 4, 6]
 
 @pytest.fixture(autouse=True, params=["rows one by one", "rows beside one another"])
 def attended(request, monkeypatch):
-    """How attention is computed; counts the calls of the fused one for a pass of one layer."""
+    """How attention is computed; how many calls of the fused one that is for BATCH in one layer."""
     monkeypatch.setattr(attention, "_RUN_TOKENS", 1 if request.param == "rows one by one" else 1000)
     return {"rows one by one": 3, "rows beside one another": 1}[request.param]
 

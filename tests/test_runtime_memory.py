@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# 400 MiB in two sizes; every second tensor goes, so that what is left stands at the end of the heap.
+# 400 tensors of 1 MiB; every second one goes, so that the others stand behind each gap.
 LEAVE_GAPS = """
 import sys
 import torch
@@ -18,7 +18,7 @@ def resident():
 runtime.prepare()
 if "another C library" in sys.argv:
     runtime.ctypes.CDLL = lambda name: object()
-torch.ones(2**22).sum()  # a freed block of 16 MiB: from now on tensors of that size come from the heap
+torch.ones(2**22).sum()  # a freed block of 16 MiB: from now on smaller ones come from the heap
 tensors = [torch.ones(2**18) for _ in range(400)]
 before = resident()
 del tensors[::2]
