@@ -49,9 +49,9 @@ class Speaker:
     def __init__(self, parent: Parent, sampling: Sampling) -> None:
         import torch
 
-        from stages import runtime
-        from stages.config import ModelArguments
-        from stages.models import load_causal_lm, load_encoder
+        from training import runtime
+        from training.config import ModelArguments
+        from training.models import load_causal_lm, load_encoder
 
         self.name = parent.name
         self.encoder: Encoder = load_encoder(parent)

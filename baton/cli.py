@@ -54,7 +54,7 @@ def run(
     kept in <run>/.previous.
     """
     from baton.runner import run_pipeline
-    from stages.recipe import load_recipe
+    from training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     sys.exit(run_pipeline(loaded, to or (), force or (), launch, dry_run=dry_run))
@@ -64,7 +64,7 @@ def run(
 def status(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Show where each stage stands: up to date, stale and why, unfinished, or new."""
     from baton.status import print_overview
-    from stages.recipe import load_recipe
+    from training.recipe import load_recipe
 
     print_overview(load_recipe(recipe, overrides or ()))
 
@@ -102,7 +102,7 @@ def replay(
     The run is left as it is. Exit code 1 when loss or gradient norm differs.
     """
     from baton.replay import replay_step
-    from stages.signals import Stopped
+    from training.signals import Stopped
 
     try:
         found = replay_step(run_dir_of(target), stage, step)
@@ -121,7 +121,7 @@ def config(
 ) -> None:
     """Print the recipe with every value that will be used, and where each one came from."""
     from baton.show import show_recipe
-    from stages.recipe import load_recipe
+    from training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     print(show_recipe(loaded, None if section is None else loaded.section(section)), end="")
@@ -169,7 +169,7 @@ def run_dir_of(target: Path) -> Path:
         return target
     if not target.exists() and target.suffix not in (".yaml", ".yml"):
         raise UserError(f"{target}: no such run; `baton run <recipe>` makes one")
-    from stages.recipe import load_recipe
+    from training.recipe import load_recipe
 
     run_dir = load_recipe(target).run_dir
     if not run_dir.is_dir():

@@ -24,10 +24,10 @@ from handoff.manifest import EngineRecord, Inputs
 from handoff.parent import HASH_CACHE
 from handoff.stage import StageDir
 from handoff.state import State, StateStore
-from stages.inputs import stage_inputs
-from stages.recipe import Recipe, load_recipe
-from stages.run import Run, run_section
-from stages.signals import Signals
+from training.inputs import stage_inputs
+from training.recipe import Recipe, load_recipe
+from training.run import Run, run_section
+from training.signals import Signals
 
 COMPARED = {
     "trainer": ("loss", "grad_norm"),
@@ -230,6 +230,6 @@ def _link(source: str, target: str) -> None:
 
 
 def _elsewhere(state: State) -> bool:
-    from stages.runtime import engine_record
+    from training.runtime import engine_record
 
     return EngineRecord(**state.extra["engine"]) != engine_record()

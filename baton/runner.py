@@ -31,9 +31,9 @@ from handoff.errors import UserError
 from handoff.files import check_writable
 from handoff.lock import RunLock
 from handoff.stage import StageDir
-from stages.inputs import sources, stage_inputs
-from stages.recipe import Recipe, Section
-from stages.signals import ENDING
+from training.inputs import sources, stage_inputs
+from training.recipe import Recipe, Section
+from training.signals import ENDING
 
 LOGS = "logs"
 SHOWN = 20

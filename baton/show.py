@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from stages.recipe import Recipe, Section
+from training.recipe import Recipe, Section
 
 _WIDTH = 60
 

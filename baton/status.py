@@ -13,8 +13,8 @@ from enum import Enum
 from handoff.errors import UserError
 from handoff.manifest import Inputs, Manifest
 from handoff.stage import StageDir
-from stages.inputs import stage_inputs
-from stages.recipe import Recipe
+from training.inputs import stage_inputs
+from training.recipe import Recipe
 
 
 class State(Enum):

@@ -55,7 +55,7 @@ def _run(stage: str, arguments: list[str], output: Connection) -> None:
         stream.reconfigure(line_buffering=True)  # the server's were made for another descriptor
     threading.Thread(target=_end_with_runner, daemon=True).start()
     try:
-        import_module("stages.run").main(stage, arguments)
+        import_module("training.run").main(stage, arguments)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

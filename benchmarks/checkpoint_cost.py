@@ -32,13 +32,13 @@ from benchmarks.rl_setup import SIZES, make, recipe
 from benchmarks.table import Row, report
 from handoff import state as handoff_state
 from handoff.files import tree_bytes
-from stages import portable
-from stages.callbacks import FlowCallback
 from stages.ppo.config import PPOTrainConfig
 from stages.ppo.saves import Saves
-from stages.recipe import Recipe, load_recipe
-from stages.run import run_section
-from stages.saving import SavedStates
+from training import portable
+from training.callbacks import FlowCallback
+from training.recipe import Recipe, load_recipe
+from training.run import run_section
+from training.saving import SavedStates
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 0.03

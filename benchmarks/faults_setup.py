@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from handoff.files import hash_tree
-from stages.recipe import load_recipe
+from training.recipe import load_recipe
 
 NAME = "faults"
 RECIPE = """
@@ -170,7 +170,7 @@ def _stage(stage: str, arguments: list[str], log: str, environment: dict[str, st
     os.dup2(descriptor, 2)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    import_module("stages.run").main(stage, arguments)
+    import_module("training.run").main(stage, arguments)
 
 
 # ---- the pipeline, undisturbed

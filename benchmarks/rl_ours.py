@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.turns import Turns
-from stages import run as frame
-from stages import runtime
-from stages.recipe import load_recipe
+from training import run as frame
+from training import runtime
+from training.recipe import load_recipe
 
 
 class SteppedRun(frame.Run):

@@ -1,1 +1,1 @@
-"""One package for each stage of the upbringing, and what they share: recipe, runtime, models, callbacks."""
+"""One package for each stage of a model's upbringing, and nothing else. What stages share is in `training/`."""

@@ -61,8 +61,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def micro_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe on the embedded world with a model of 0.2 M parameters, its stages up to the reward model published."""
-    from stages.recipe import load_recipe
-    from stages.run import run_section
+    from training.recipe import load_recipe
+    from training.run import run_section
 
     root = tmp_path_factory.mktemp("micro")
     path = root / "micro.yaml"

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from data.sampling import uniform
 from handoff.manifest import Manifest
 from handoff.stage import StageDir
-from stages.recipe import Recipe, load_recipe
-from stages.run import run_section
+from training.recipe import Recipe, load_recipe
+from training.run import run_section
 
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn")
 THINGS = ("apple", "ball", "cat", "dog", "egg", "fish")

@@ -18,12 +18,12 @@ import pytest
 import yaml
 
 import baton.cli
-import stages.run
+import training.run
 from handoff import files
 from handoff.lock import RunLock
-from stages.recipe import load_recipe
 from tests.bad_data import CHAT, DATA, PAIR
 from tests.handoff_models import SPECIAL, write_model
+from training.recipe import load_recipe
 
 RECIPE = """\
 name: bad
@@ -63,7 +63,7 @@ def refused(monkeypatch, capsys) -> Command:
                 monkeypatch.setattr(sys, "argv", ["baton", *words])
                 baton.cli.main()
             else:
-                stages.run.main(program.removeprefix("stages."), words)
+                training.run.main(program.removeprefix("stages."), words)
         message = capsys.readouterr().err
         assert exited.value.code == 2, message
         assert "Traceback" not in message

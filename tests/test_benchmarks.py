@@ -15,7 +15,7 @@ from benchmarks.table import Row, in_turns, report
 from benchmarks.turns import Worker, WorkerError
 from data.encode import Encoder
 from handoff.parent import open_parent
-from stages.recipe import load_recipe
+from training.recipe import load_recipe
 
 FAKE = """
     import sys

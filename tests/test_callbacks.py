@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from stages.config import MuonTrainConfig, TrainConfig
-from stages.faults import diverged
-from stages.measure import wilson
-from stages.optimizer import MuonAdamW
-from stages.trainer import StepOrder, total_steps
+from training.config import MuonTrainConfig, TrainConfig
+from training.faults import diverged
+from training.measure import wilson
+from training.optimizer import MuonAdamW
+from training.trainer import StepOrder, total_steps
 
 
 def order(*args, epoch=0, **kwargs):

@@ -16,8 +16,8 @@ from data.errors import DataError
 from data.records import Message
 from handoff.errors import HandoffError, UserError
 from handoff.manifest import sealed
-from stages.recipe import load_recipe
 from tests.handoff_models import published
+from training.recipe import load_recipe
 
 pytestmark = pytest.mark.slow  # the first of them trains the small models
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from stages.recipe import load_recipe
+from training.recipe import load_recipe
 
 RECIPE = """\
 # A test.

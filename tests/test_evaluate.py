@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data.sampling import uniform
-from stages import models
 from stages.evaluate.config import Config
 from stages.evaluate.statistics import mean, proportion
 from stages.evaluate.train import _bits_per_byte
-from stages.recipe import load_recipe
-from stages.run import run_section
+from training import models
+from training.recipe import load_recipe
+from training.run import run_section
 
 
 @pytest.mark.parametrize(

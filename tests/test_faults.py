@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import faults
 from benchmarks.faults_kinds import KINDS
 from benchmarks.faults_setup import SECTIONS, differences
-from stages.recipe import load_recipe
+from training.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 TRIALS, SEED = 20, 0

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-OURS = frozenset({"baton", "stages", "rollout", "reward", "data", "handoff", "benchmarks"})
+OURS = frozenset({"baton", "stages", "training", "rollout", "reward", "data", "handoff", "benchmarks"})
 MAY_IMPORT = {
     "handoff": frozenset(),
     "data": frozenset({"handoff"}),
     "rollout": frozenset({"data", "handoff"}),
     "reward": frozenset({"data", "handoff", "rollout"}),
-    "stages": frozenset({"data", "handoff", "rollout", "reward"}),
+    "training": frozenset({"data", "handoff", "rollout", "reward"}),
+    "stages": frozenset({"data", "handoff", "rollout", "reward", "training"}),
     "baton": OURS - {"baton", "benchmarks"},
 }
-SHARED_WITHOUT_TORCH = ("stages.recipe", "stages.config", "stages.inputs", "stages.run", "stages.registry")
+SHARED_WITHOUT_TORCH = ("training.recipe", "training.config", "training.inputs", "training.run", "training.registry")
 FORBIDDEN = {
     "a path of a developer's machine": r"(?<![\w.}])/(?:work|root|home/\w+)/",
     "the address of a registry": r"files\.python" + r"hosted\.org|download\.py" + r"torch\.org|py" + r"pi\.org",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages import launch, runtime
-from stages.config import TrainConfig
-from stages.launch import Engine, LaunchError, prepare, requested
+from training import launch, runtime
+from training.config import TrainConfig
+from training.launch import Engine, LaunchError, prepare, requested
 
 ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": "no",

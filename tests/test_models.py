@@ -1,4 +1,4 @@
-"""stages/models.py: what is loaded for a role, what is built from a recipe, what is written."""
+"""training/models.py: what is loaded for a role, what is built from a recipe, what is written."""
 
 import json
 
@@ -11,10 +11,10 @@ from data.encode import Encoder
 from handoff.contract import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.parent import open_parent
-from stages import models
-from stages.config import ModelArguments
-from stages.recipe import RecipeError
 from tests.stage_chain import chain, foreign_checkpoint, runs
+from training import models
+from training.config import ModelArguments
+from training.recipe import RecipeError
 
 ARGUMENTS = ModelArguments()
 

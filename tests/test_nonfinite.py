@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from data.sampling import shuffled
 from handoff.errors import GateError
 from handoff.state import StateStore
-from stages import runtime
-from stages.faults import Faults
-from stages.recipe import load_recipe
-from stages.run import main, run_section
-from stages.signals import Stopped
-from stages.trainer import StageTrainer, StepOrder
 from tests.stage_chain import lines_of, result, run_stage, stage_recipe
+from training import runtime
+from training.faults import Faults
+from training.recipe import load_recipe
+from training.run import main, run_section
+from training.signals import Stopped
+from training.trainer import StageTrainer, StepOrder
 
 slow = pytest.mark.slow
 KEYS = ("train.max_steps=8", "train.logging_steps=2", "train.save_steps=9", "train.per_device_train_batch_size=4")

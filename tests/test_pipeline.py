@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.faults_setup import differences
-from stages import models
-from stages.recipe import load_recipe
+from training import models
+from training.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""The files of a state (stages/portable.py): whole tensors under parameter names, written piece by piece. Engines are
+"""The files of a state (training/portable.py): whole tensors under parameter names, written piece by piece. Engines are
 in test_runtime_engines.py, numbers of processes in test_world_size.py."""
 
 import errno
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from stages import portable
-from stages.config import MuonTrainConfig
-from stages.optimizer import MuonAdamW
+from training import portable
+from training.config import MuonTrainConfig
+from training.optimizer import MuonAdamW
 
 
 class Odd(nn.Module):

@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from handoff.stage import StageDir
-from stages.recipe import load_recipe
-from stages.run import run_section
+from training.recipe import load_recipe
+from training.run import run_section
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from handoff.errors import GateError
 from handoff.stage import StageDir
 from reward.functions import RewardError
-from stages.recipe import Recipe, RecipeError, load_recipe
-from stages.run import run_section
 from tests.judge_server import graded, pieces, serve
 from tests.test_ppo_train import result, steps
+from training.recipe import Recipe, RecipeError, load_recipe
+from training.run import run_section
 
 GROUPS = ["advantage=group", "train.num_generations=4", "train.num_ppo_epochs=1", "train.num_mini_batches=2"]
 VARIANTS = {

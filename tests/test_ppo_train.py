@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from handoff.errors import GateError
 from stages.ppo.actor_critic import ActorCritic
-from stages.recipe import RecipeError, load_recipe
-from stages.run import run_section
 from tests import stage_chain
+from training.recipe import RecipeError, load_recipe
+from training.run import run_section
 
 pytestmark = pytest.mark.slow
 

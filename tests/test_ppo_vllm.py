@@ -6,9 +6,9 @@ import pytest
 
 from handoff.errors import GateError
 from rollout.errors import RolloutError
-from stages.recipe import load_recipe
 from tests.fake_vllm import FakeVLLM, free_port
 from tests.test_ppo_train import result, run_section, steps
+from training.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 DIFFERENCE = "sampling/sampling_logp_difference/mean"

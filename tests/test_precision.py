@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.config import TrainedModelArguments
-from stages.launch import LaunchError
-from stages.measure import measure_change
-from stages.models import trained_dtype
-from stages.recipe import RecipeError, load_recipe
-from stages.run import run_section
 from tests import stage_chain
+from training.config import TrainedModelArguments
+from training.launch import LaunchError
+from training.measure import measure_change
+from training.models import trained_dtype
+from training.recipe import RecipeError, load_recipe
+from training.run import run_section
 
 BF16 = "model_args.dtype=bfloat16"
 
@@ -35,7 +35,7 @@ def test_the_critics_rate_counts_where_there_is_a_critic(micro_recipe):
 
 
 def test_an_engine_that_trains_float32_refuses_it(monkeypatch):
-    monkeypatch.setattr("stages.models.requested", lambda: SimpleNamespace(name="deepspeed"))
+    monkeypatch.setattr("training.models.requested", lambda: SimpleNamespace(name="deepspeed"))
     assert trained_dtype(TrainedModelArguments()) is torch.float32
     with pytest.raises(LaunchError, match="no effect under deepspeed"):
         trained_dtype(TrainedModelArguments(dtype="bfloat16"))

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from stages.ppo.sampler import Sampler
-from stages.recipe import load_recipe
-from stages.run import Run, run_section
-from stages.signals import Signals, Stopped
-from stages.trainer import StageTrainer
 from tests.stage_chain import lines_of, result, run_stage, stage_recipe
+from training.recipe import load_recipe
+from training.run import Run, run_section
+from training.signals import Signals, Stopped
+from training.trainer import StageTrainer
 
 slow = pytest.mark.slow
 
@@ -267,8 +267,8 @@ def test_a_requeued_job_continues_by_itself(micro_recipe, root, tmp_path):
 
 HANGS = """
 import os, signal, sys, time
-from stages import run
-from stages.trainer import StageTrainer
+from training import run
+from training.trainer import StageTrainer
 
 step = StageTrainer.training_step
 

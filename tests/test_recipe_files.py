@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.recipe import load_recipe
+from training.recipe import load_recipe
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from handoff.errors import UserError
-from stages.recipe import Recipe, RecipeError, load_recipe
-from stages.registry import Registry
+from training.recipe import Recipe, RecipeError, load_recipe
+from training.registry import Registry
 
 BAKE = """
 from typing import Annotated, Any, Literal
 from pydantic import Field
-from stages.config import StageConfig, Strict
+from training.config import StageConfig, Strict
 
 
 class Oven(Strict):
@@ -45,7 +45,7 @@ def parents(config):
 """
 TASTE = """
 from pydantic import Field, model_validator
-from stages.config import StageConfig
+from training.config import StageConfig
 
 
 class Config(StageConfig):
@@ -412,7 +412,9 @@ def test_a_mistake_is_a_user_error():
 
 def test_loading_needs_no_torch(root):
     code = (
-        "import sys, stages.recipe, stages.registry as r; r.Registry().config_classes(); print('torch' in sys.modules)"
+        "import sys, training.recipe, training.registry as r\n"
+        "r.Registry().config_classes()\n"
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from stages.recipe import RecipeError, TopLevel, load_recipe
-from stages.recipe_errors import models_in
-from stages.registry import Registry
+from training.recipe import RecipeError, TopLevel, load_recipe
+from training.recipe_errors import models_in
+from training.registry import Registry
 
 STAGES = Registry().names
 
@@ -121,7 +121,7 @@ def attributes(files: list[Path]) -> set[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_is_read_by_code(root, stage):
-    files = [*(root / "stages" / stage).rglob("*.py"), *(root / "stages").glob("*.py")]
+    files = [*(root / "stages" / stage).rglob("*.py"), *(root / "training").glob("*.py")]
     for package in ("data", "reward", "rollout"):
         files += (root / package).rglob("*.py")
     read = attributes(files)

@@ -10,9 +10,9 @@ import yaml
 from baton.cli import main
 from baton.replay import Replayed, replay_step
 from handoff.errors import UserError
-from stages.recipe import load_recipe
-from stages.run import run_section
 from tests import stage_chain
+from training.recipe import load_recipe
+from training.run import run_section
 
 pytestmark = pytest.mark.slow
 

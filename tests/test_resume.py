@@ -19,12 +19,12 @@ from benchmarks.faults_setup import Scene, differences, metrics_of, prepare
 from handoff.errors import HandoffError
 from handoff.stage import StageDir
 from handoff.state import StateStore
-from stages import runtime
 from stages.ppo.sampler import Sampler
 from stages.ppo.saves import Saves
-from stages.recipe import load_recipe
-from stages.run import run_section
-from stages.trainer import StageTrainer
+from training import runtime
+from training.recipe import load_recipe
+from training.run import run_section
+from training.trainer import StageTrainer
 
 pytestmark = pytest.mark.slow
 

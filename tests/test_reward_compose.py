@@ -10,7 +10,7 @@ from data.records import Message
 from reward.compose import Answers, Composition
 from reward.config import RewardConfig
 from reward.functions import RewardError
-from stages.recipe import RecipeError, load_recipe
+from training.recipe import RecipeError, load_recipe
 
 
 def answers() -> Answers:

@@ -20,12 +20,12 @@ from handoff.errors import HandoffError, UserError
 from handoff.lock import RunLock
 from handoff.manifest import EngineRecord
 from handoff.stage import StageDir
-from stages.inputs import stage_inputs
-from stages.recipe import Recipe, Section, load_recipe
-from stages.registry import Registry
+from training.inputs import stage_inputs
+from training.recipe import Recipe, Section, load_recipe
+from training.registry import Registry
 
 CONFIG = """
-from stages.config import StageConfig
+from training.config import StageConfig
 
 
 class Config(StageConfig):
@@ -327,8 +327,8 @@ from pathlib import Path
 from rich.console import Console
 from baton.launched import LaunchedStage
 from baton.runner import Runner, Start
-from stages.recipe import load_recipe
-from stages.registry import Registry
+from training.recipe import load_recipe
+from training.registry import Registry
 
 sys.path.insert(0, sys.argv[1])
 recipe = load_recipe(sys.argv[2], registry=Registry("runner_stages"))
@@ -383,7 +383,7 @@ Root Cause (first observed failure):
 """
 SIMPLE = """\
 Traceback (most recent call last):
-  File "x/stages/run.py", line 3, in main
+  File "x/training/run.py", line 3, in main
 KeyError: 3
 Traceback (most recent call last):
   File "x/bin/accelerate", line 10, in <module>
@@ -398,5 +398,5 @@ def test_what_the_launcher_says_does_not_hide_what_the_stage_said():
     assert own_words(SIMPLE.splitlines(), 1) == (SIMPLE.splitlines()[:3], 3)
     killed = SIMPLE.replace("returned non-zero exit status 3", "died with <Signals.SIGKILL: 9>")
     assert own_words(killed.splitlines(), 1)[1] == -9
-    own = SIMPLE.replace("accelerate/commands/launch.py", "stages/run.py").splitlines()
+    own = SIMPLE.replace("accelerate/commands/launch.py", "training/run.py").splitlines()
     assert own_words(own, 1) == (own, 1)

@@ -26,15 +26,15 @@ ENGINES = {
 
 def program(out: Path, other: Path | None) -> None:
     """Trains twice (with and without clipping), saves in the middle, resumes into fresh objects, writes what it saw."""
-    from stages import runtime
+    from training import runtime
 
     runtime.prepare()
     import torch
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-    from stages import portable
-    from stages.config import OptimizerConfig
+    from training import portable
+    from training.config import OptimizerConfig
 
     def small() -> LlamaConfig:
         return LlamaConfig(

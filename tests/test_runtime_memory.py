@@ -1,4 +1,4 @@
-"""Memory that only freed tensors stood on (stages/runtime.py)."""
+"""Memory that only freed tensors stood on (training/runtime.py)."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 LEAVE_GAPS = """
 import sys
 import torch
-from stages import runtime
+from training import runtime
 
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024

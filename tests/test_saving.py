@@ -1,4 +1,4 @@
-"""What a stage makes of broken states and of a full disk (stages/saving.py), real where a tmpfs can be mounted."""
+"""What a stage makes of broken states and of a full disk (training/saving.py), real where a tmpfs can be mounted."""
 
 import errno
 import os
@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from handoff.errors import HandoffError
 from handoff.state import StateStore
-from stages import portable
-from stages.config import OptimizerConfig
-from stages.recipe import load_recipe
-from stages.run import Run, run_section
-from stages.saving import SavedStates
 from tests.stage_chain import lines_of, result, stage_recipe
+from training import portable
+from training.config import OptimizerConfig
+from training.recipe import load_recipe
+from training.run import Run, run_section
+from training.saving import SavedStates
 
 pytestmark = pytest.mark.slow
 

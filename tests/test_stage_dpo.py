@@ -11,12 +11,12 @@ from data.accounting import Accounting
 from data.encode import encode_preferences
 from data.records import Message, Origin, Preference
 from handoff.parent import open_parent
-from stages import models
-from stages.config import ModelArguments
 from stages.dpo.loss import alarms, pair_metrics
 from stages.dpo.train import Trainer, on_disk
-from stages.recipe import RecipeError, load_recipe
 from tests.stage_chain import chain, run_stage, runs
+from training import models
+from training.config import ModelArguments
+from training.recipe import RecipeError, load_recipe
 
 
 def parent():

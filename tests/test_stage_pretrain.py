@@ -8,13 +8,13 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import Encoder
-from stages import models, runtime
-from stages.config import ModelArguments
-from stages.measure import token_losses
 from stages.pretrain.train import Collator, scoring_windows
-from stages.recipe import RecipeError, load_recipe
-from stages.run import run_section
 from tests.stage_chain import chain, run_stage, runs, stage_recipe
+from training import models, runtime
+from training.config import ModelArguments
+from training.measure import token_losses
+from training.recipe import RecipeError, load_recipe
+from training.run import run_section
 
 SMALL = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2"
 ARCHITECTURES = {

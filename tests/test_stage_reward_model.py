@@ -15,13 +15,13 @@ from handoff.files import read_json
 from handoff.parent import open_parent
 from handoff.stage import StageDir
 from reward.learned import score
-from stages import models
-from stages.config import ModelArguments
-from stages.recipe import RecipeError
 from stages.reward_model.schema import Card
 from stages.reward_model.train import Collator, Trainer, row_scores
-from stages.run import main, run_section
 from tests.stage_chain import THINGS, chain, run_stage, runs, stage_recipe
+from training import models
+from training.config import ModelArguments
+from training.recipe import RecipeError
+from training.run import main, run_section
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from data.packing import pack_rows
 from data.records import Message
 from handoff.errors import HandoffError
 from handoff.parent import open_parent
-from stages import models
-from stages.config import ModelArguments
-from stages.measure import token_losses
-from stages.recipe import RecipeError, load_recipe
-from stages.run import run_section
 from stages.sft.train import Collator
 from tests.stage_chain import chain, foreign_checkpoint, run_stage, runs, stage_recipe
+from training import models
+from training.config import ModelArguments
+from training.measure import token_losses
+from training.recipe import RecipeError, load_recipe
+from training.run import run_section
 
 
 @pytest.fixture(scope="module")

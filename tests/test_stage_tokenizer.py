@@ -12,10 +12,10 @@ from data.records import Chat, Message, Prompt, Text
 from data.template import CHAT_TEMPLATE, SPECIAL_TOKENS
 from handoff.contract import read_tokenizer
 from handoff.stage import StageDir
-from stages.recipe import load_recipe
-from stages.run import run_section
 from stages.tokenizer.train import wanted
 from tests.stage_chain import chain, runs
+from training.recipe import load_recipe
+from training.run import run_section
 
 
 @pytest.fixture(scope="module")

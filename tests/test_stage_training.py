@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from handoff.errors import GateError
 from handoff.state import StateStore
-from stages import portable
-from stages.run import run_section
-from stages.trainer import fit
 from tests.stage_chain import lines_of, run_stage, stage_recipe
+from training import portable
+from training.run import run_section
+from training.trainer import fit
 
 pytestmark = pytest.mark.slow
 STAGES = ("pretrain", "sft", "reward", "dpo")

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults_wandb
-from stages import tracker
-from stages.recipe import load_recipe
-from stages.run import Run, run_section
-from stages.signals import Signals
-from stages.tracker import Lines, WandbMirror
+from training import tracker
+from training.recipe import load_recipe
+from training.run import Run, run_section
+from training.signals import Signals
+from training.tracker import Lines, WandbMirror
 
 
 class Scene:
@@ -196,7 +196,7 @@ def test_what_hangs_is_waited_for_by_nobody_and_ends_by_itself(scene, monkeypatc
 
 def test_a_mirror_has_so_long_after_its_stage_and_no_longer(scene, monkeypatch, root):
     monkeypatch.setenv("FAKE_WANDB", "hangs at init")
-    code = "from stages import tracker; tracker.GRACE = 1; tracker.main()"
+    code = "from training import tracker; tracker.GRACE = 1; tracker.main()"
     (scene.folder / "wandb").mkdir()
     settings = json.dumps({"dir": str(scene.folder), "id": "abc123"}) + "\n"
     command = [sys.executable, "-c", code]
@@ -220,7 +220,7 @@ def test_a_stage_keeps_its_run_id_when_it_is_resumed_and_has_another_when_it_beg
     recipe = load_recipe(micro_recipe, [f"pretrain.parent={run_dir / 'tokenizer'}", f"output_root={tmp_path}"])
 
     def begin(recipe):
-        from stages.inputs import stage_inputs
+        from training.inputs import stage_inputs
 
         run = Run(recipe, "pretrain", Signals("pretrain"))
         run.begin(stage_inputs(recipe, "pretrain"))

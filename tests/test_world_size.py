@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from handoff.stage import StageDir
-from stages.recipe import load_recipe
-from stages.run import run_section
+from training.recipe import load_recipe
+from training.run import run_section
 
 pytestmark = pytest.mark.slow
 

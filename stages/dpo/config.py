@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.config import TrainConfig, TrainedStageConfig
+from training.config import TrainConfig, TrainedStageConfig
 
 
 class Config(TrainedStageConfig):

@@ -24,12 +24,12 @@ from data.encode import encode_preferences
 from data.errors import RowRefused
 from data.records import Preference
 from handoff.files import changed_files, hash_tree, read_json, remove_tree, write_json
-from stages import models, runtime
 from stages.dpo.config import Config
 from stages.dpo.loss import alarms, pair_metrics
-from stages.measure import greedy_answers, measure_change, measure_rows
-from stages.run import Run
-from stages.trainer import StageTrainer, StepOrder, arguments, fit
+from training import models, runtime
+from training.measure import greedy_answers, measure_change, measure_rows
+from training.run import Run
+from training.trainer import StageTrainer, StepOrder, arguments, fit
 
 Row = dict[str, Any]
 _HASHES = "hashes.json"

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from data.config import SourceConfig
-from stages.config import ModelArguments, StageConfig
+from training.config import ModelArguments, StageConfig
 
 
 class Config(StageConfig):

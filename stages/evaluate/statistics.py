@@ -6,7 +6,7 @@ from typing import TypedDict
 import numpy as np
 
 from data.sampling import uniform
-from stages.measure import wilson
+from training.measure import wilson
 
 _RESAMPLES = 2000
 

@@ -26,10 +26,10 @@ from rollout.batch import pad_batch
 from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
 from rollout.sampling import Completion, SamplingSpec
-from stages import models, runtime
 from stages.evaluate.config import Config
 from stages.evaluate.statistics import Estimate, mean, proportion
-from stages.run import Run
+from training import models, runtime
+from training.run import Run
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 from data.config import SourceConfig
 from reward.config import RewardConfig
 from rollout.config import VLLMConfig
-from stages.config import OptimizerConfig, StageConfig, Strict, TrainedModelArguments
+from training.config import OptimizerConfig, StageConfig, Strict, TrainedModelArguments
 
 
 def _refuse_unread(config: BaseModel, keys: Iterable[str], condition: str) -> None:

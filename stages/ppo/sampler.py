@@ -22,9 +22,9 @@ from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
 from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm import VLLMEngine
-from stages import runtime
 from stages.ppo.advantages import overlong_penalty, without_signal
 from stages.ppo.config import PPOTrainConfig
+from training import runtime
 
 
 @dataclass

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from handoff.state import State
-from stages import portable, runtime
-from stages.faults import Faults
 from stages.ppo.config import Config
 from stages.ppo.guards import Watch
-from stages.run import Run
-from stages.saving import SavedStates
+from training import portable, runtime
+from training.faults import Faults
+from training.run import Run
+from training.saving import SavedStates
 
 _REFERENCE = "reference.safetensors"
 

@@ -17,11 +17,11 @@ from reward.compose import Composition
 from reward.config import RewardConfig
 from reward.learned import LearnedReward, statistics
 from rollout import ragged
-from stages import models, runtime
 from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
-from stages.recipe import RecipeError
-from stages.run import Run
+from training import models, runtime
+from training.recipe import RecipeError
+from training.run import Run
 
 
 def check_batch(run: Run, t: PPOTrainConfig, world: int) -> None:

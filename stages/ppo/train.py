@@ -35,8 +35,6 @@ from rollout import ragged
 from rollout.batch import pad_batch, pad_values
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
 from rollout.vllm import VLLMEngine
-from stages import models, runtime
-from stages.measure import measure_change
 from stages.ppo import loss as losses
 from stages.ppo.actor_critic import ActorCritic, micro_batches
 from stages.ppo.advantages import (
@@ -64,7 +62,9 @@ from stages.ppo.setup import (
     make_optimizer,
     set_learning_rates,
 )
-from stages.run import Run
+from training import models, runtime
+from training.measure import measure_change
+from training.run import Run
 
 
 def train(run: Run) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from data.config import SourceConfig
-from stages.config import MuonTrainConfig, StageConfig, TrainedModelArguments
+from training.config import MuonTrainConfig, StageConfig, TrainedModelArguments
 
 
 class Config(StageConfig):

@@ -17,12 +17,12 @@ from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import encode_documents
 from data.records import Text
-from stages import models, runtime
-from stages.measure import measure_change, measure_rows, token_losses
 from stages.pretrain.config import Config
-from stages.recipe import RecipeError
-from stages.run import Run
-from stages.trainer import StageTrainer, StepOrder, arguments, fit
+from training import models, runtime
+from training.measure import measure_change, measure_rows, token_losses
+from training.recipe import RecipeError
+from training.run import Run
+from training.trainer import StageTrainer, StepOrder, arguments, fit
 
 
 def train(run: Run) -> None:

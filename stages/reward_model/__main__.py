@@ -1,6 +1,6 @@
 """accelerate launch -m stages.reward_model recipes/<name>.yaml [--section NAME] [key=value ...]"""
 
-from stages.run import main
+from training.run import main
 
 if __name__ == "__main__":
     main("reward_model")

@@ -2,7 +2,7 @@
 
 Legend: N pairs, each with a chosen (better) and a rejected answer.
 
-1. Accuracy, and the share of every other statement, with Wilson's interval (`stages.measure.wilson`).
+1. Accuracy, and the share of every other statement, with Wilson's interval (`training.measure.wilson`).
 2. Length. A reward model may have learned that long answers are good, and a policy then learns to write long ones:
    Singhal et al. 2023 (arXiv:2310.03716) find much of what RLHF gains to be that. So accuracy stands beside what
    length alone gets right, and is split by which of the two answers is the longer one.
@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from data.sampling import shuffled
-from stages.measure import wilson
 from stages.reward_model.config import Gate
 from stages.reward_model.schema import CalibrationBin, Card, Ensemble, Histogram, LengthBucket, Probe, Share
+from training.measure import wilson
 
 Row = dict[str, list[int]]
 

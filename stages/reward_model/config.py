@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from stages.config import Strict, TrainConfig, TrainedStageConfig
+from training.config import Strict, TrainConfig, TrainedStageConfig
 
 
 class Gate(Strict):

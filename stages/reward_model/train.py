@@ -25,13 +25,13 @@ from handoff.errors import GateError
 from handoff.files import write_json
 from handoff.parent import Parent
 from reward.learned import score, statistics
-from stages import models, runtime
-from stages.measure import measure_change, measure_rows
 from stages.reward_model.card import Row, agreement, make_card, pair_metrics, spoilt_answers
 from stages.reward_model.config import Config
 from stages.reward_model.schema import Card, Ensemble
-from stages.run import Run
-from stages.trainer import StageTrainer, StepOrder, arguments, fit
+from training import models, runtime
+from training.measure import measure_change, measure_rows
+from training.run import Run
+from training.trainer import StageTrainer, StepOrder, arguments, fit
 
 CARD = "card.json"
 _RELOADED = 32

@@ -1,6 +1,6 @@
 """accelerate launch -m stages.sft recipes/<name>.yaml [--section NAME] [key=value ...]"""
 
-from stages.run import main
+from training.run import main
 
 if __name__ == "__main__":
     main("sft")

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from stages.config import MuonTrainConfig, TrainedStageConfig
+from training.config import MuonTrainConfig, TrainedStageConfig
 
 
 class Config(TrainedStageConfig):

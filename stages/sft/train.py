@@ -19,11 +19,11 @@ from data.encode import encode_chats
 from data.errors import RowRefused
 from data.packing import pack_rows
 from data.records import Chat
-from stages import models, runtime
-from stages.measure import greedy_answers, measure_change, measure_rows, token_losses
-from stages.run import Run
 from stages.sft.config import Config
-from stages.trainer import StageTrainer, StepOrder, arguments, fit
+from training import models, runtime
+from training.measure import greedy_answers, measure_change, measure_rows, token_losses
+from training.run import Run
+from training.trainer import StageTrainer, StepOrder, arguments, fit
 
 
 class Trainer(StageTrainer, SFTTrainer):

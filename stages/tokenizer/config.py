@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from data.config import SourceConfig
-from stages.config import StageConfig
+from training.config import StageConfig
 
 
 class Config(StageConfig):

@@ -16,9 +16,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from data.config import SourceConfig, WorldSource
 from data.records import Chat, Prompt, Record, Text
 from data.template import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, STOP_TOKENS
-from stages import runtime
-from stages.run import Run
 from stages.tokenizer.config import Config
+from training import runtime
+from training.run import Run
 
 _BATCH = 1000
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from handoff.errors import GateError
 
 if TYPE_CHECKING:
-    from stages.run import Run
+    from training.run import Run
 
 _SHOWN = 16  # rows on the console; metrics.jsonl has all
 

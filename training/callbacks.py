@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages import runtime
+from training import runtime
 
 if TYPE_CHECKING:
-    from stages.trainer import StageTrainer
+    from training.trainer import StageTrainer
 
 # Totals that the Trainer logs once at the end; the manifest has them in other form.
 _AT_THE_END = "train_runtime"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.sampling import uniform
-from stages import runtime
+from training import runtime
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@
       reward: {stage: reward_model, parent: sft, ...}
 
 What a section may hold is the `Config` of its stage package, `stages/<stage>/config.py`; what it comes after, the
-function `parents` there says (see `stages/registry.py`). A parent is a section, a checkpoint directory, or a model id
+function `parents` there says (see `training/registry.py`). A parent is a section, a checkpoint directory, or a model id
 of the hub, `organisation/name`.
 
 Overrides, `section.key.key=value`, have the same rules as the file; the value is YAML, a number names an entry of a
@@ -27,9 +27,9 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from handoff.errors import UserError
-from stages.config import StageConfig, Strict
-from stages.recipe_errors import Translator
-from stages.recipe_text import (
+from training.config import StageConfig, Strict
+from training.recipe_errors import Translator
+from training.recipe_text import (
     COMMAND_LINE,
     Document,
     KeyPath,
@@ -38,7 +38,7 @@ from stages.recipe_text import (
     did_you_mean,
     read_document,
 )
-from stages.registry import Registry
+from training.registry import Registry
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

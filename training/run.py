@@ -24,9 +24,9 @@ from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
-from stages.inputs import present_soft_parents, stage_inputs
-from stages.recipe import Recipe, RecipeError, load_recipe
-from stages.signals import Signals, Stopped
+from training.inputs import present_soft_parents, stage_inputs
+from training.recipe import Recipe, RecipeError, load_recipe
+from training.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from data.config import SourceConfig
@@ -43,7 +43,7 @@ class Run:
     def __init__(self, recipe: Recipe, name: str, signals: Signals) -> None:
         from rich.console import Console
 
-        from stages import runtime
+        from training import runtime
 
         self.recipe = recipe
         self.section = recipe.sections[name]
@@ -134,7 +134,7 @@ class Run:
         """Has lines mirrored to Weights & Biases; called by stages whose `train.report_to` says so."""
         if not self.is_main:
             return
-        from stages.tracker import WandbMirror
+        from training.tracker import WandbMirror
 
         name = f"{self.recipe.name}/{self.section.name}"
         self._mirror = WandbMirror(self.dir.path, "baton", name, self.dir.run_id(), self.section.resolved)
@@ -154,7 +154,7 @@ class Run:
     ) -> None:
         """Publishes the stage. Every rank calls it; `write_model` runs on the main one, the others wait."""
         if self.is_main:
-            from stages.runtime import engine_record
+            from training.runtime import engine_record
 
             self.sync()
             self.dir.publish(
@@ -228,7 +228,7 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals]
         HandoffError: a file that the stage cannot do without found no room. What can wait has waited.
         Stopped: a signal ended it.
     """
-    from stages import runtime
+    from training import runtime
 
     with Signals(name) as signals:
         runtime.prepare()

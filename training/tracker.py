@@ -74,7 +74,7 @@ class WandbMirror:
         self._log.parent.mkdir(exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stages.tracker"],
+                [sys.executable, "-m", "training.tracker"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

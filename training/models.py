@@ -36,9 +36,9 @@ from transformers.models.auto.modeling_auto import (
 from data.encode import Encoder
 from handoff.errors import HandoffError
 from handoff.parent import Parent
-from stages.config import ModelArguments, TrainedModelArguments
-from stages.launch import LaunchError, requested
-from stages.recipe import RecipeError
+from training.config import ModelArguments, TrainedModelArguments
+from training.launch import LaunchError, requested
+from training.recipe import RecipeError
 
 TOKENIZER_FILES = (
     "tokenizer.json",

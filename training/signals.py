@@ -17,7 +17,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from stages import runtime
+from training import runtime
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a stage to end."""

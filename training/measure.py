@@ -16,11 +16,11 @@ from handoff.parent import Parent
 from handoff.weights import weight_files
 from rollout.engine import generate
 from rollout.sampling import SamplingSpec
-from stages import runtime
+from training import runtime
 
 if TYPE_CHECKING:
-    from stages.run import Run
-    from stages.trainer import StageTrainer
+    from training.run import Run
+    from training.trainer import StageTrainer
 
 _SHOWN = 8
 

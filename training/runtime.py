@@ -17,14 +17,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from handoff.manifest import EngineRecord
-from stages.launch import Engine, LaunchError, rank, requested, world_size
-from stages.launch import prepare as prepare  # the first call of every program that trains
+from training.launch import Engine, LaunchError, rank, requested, world_size
+from training.launch import prepare as prepare  # the first call of every program that trains
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from stages.config import OptimizerConfig, TrainConfig
+    from training.config import OptimizerConfig, TrainConfig
 
 # A collective that waits longer than this is dead. Nothing slow (tokenising, building) happens inside one.
 TIMEOUT = timedelta(minutes=30)

@@ -25,15 +25,15 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from data.sampling import shuffled
 from handoff.state import State
-from stages import portable, runtime
-from stages.callbacks import AverageCallback, FlowCallback, MetricsCallback, ProgressCallback
-from stages.config import MuonTrainConfig, TrainConfig
-from stages.faults import Faults
-from stages.optimizer import muon_adamw
-from stages.saving import SavedStates
+from training import portable, runtime
+from training.callbacks import AverageCallback, FlowCallback, MetricsCallback, ProgressCallback
+from training.config import MuonTrainConfig, TrainConfig
+from training.faults import Faults
+from training.optimizer import muon_adamw
+from training.saving import SavedStates
 
 if TYPE_CHECKING:
-    from stages.run import Run
+    from training.run import Run
 
 # Rows are sorted by length within so many optimizer steps at a time.
 _SORTED_STEPS = 8

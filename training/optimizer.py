@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.config import MuonTrainConfig
+from training.config import MuonTrainConfig
 
 
 def hidden_matrices(model: PreTrainedModel) -> list[str]:

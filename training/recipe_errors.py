@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from stages.config import Strict
-from stages.recipe_text import Document, KeyPath, did_you_mean, dotted
+from training.config import Strict
+from training.recipe_text import Document, KeyPath, did_you_mean, dotted
 
 _EXPECTED = {
     "bool_type": "true or false",

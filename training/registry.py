@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stages.config import StageConfig
+from training.config import StageConfig
 
 
 class Registry:

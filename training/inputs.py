@@ -1,5 +1,7 @@
 """What a stage's result depends on, computed without torch: the runner compares it with what a published stage had."""
 
+import ast
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from handoff.files import canonical_hash, sha256_file
 from handoff.manifest import Inputs
 from handoff.parent import open_parent
 from handoff.stage import StageDir
-from stages.recipe import Recipe, Section
+from training.recipe import Recipe, Section
 
 _ROOT = Path(__file__).resolve().parent.parent
+_NAMED = re.compile(r"[a-z_]+(\.[a-z_]+)+:\w+")
 # Keys that change what is kept or shown, how a step is cut up, and how a stage ends or goes on before it has a result;
 # never what is learned, but for the last bits. So a state is good for other hardware.
 _WITHOUT_EFFECT = {
@@ -65,14 +68,46 @@ def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
 
 @cache
 def code_fingerprint(stage: str) -> str:
-    """Hash of the code that computes the stage's result: its package, and what all stages share."""
-    files = sorted((_ROOT / "stages" / stage).rglob("*.py"))
-    files += [
-        _ROOT / "stages" / f"{name}.py" for name in ("callbacks", "faults", "measure", "models", "optimizer", "trainer")
-    ]
-    for package in ("data", "rollout", "reward"):  # data/world is part of the data's fingerprint
-        files += sorted((_ROOT / package).glob("*.py"))
-    return canonical_hash({str(file.relative_to(_ROOT)): sha256_file(file) for file in files})
+    """Hash of the code that computes the result: all files of ours that the stage imports, directly or not."""
+    return canonical_hash({str(file.relative_to(_ROOT)): sha256_file(file) for file in code_files(stage)})
+
+
+def code_files(stage: str) -> list[Path]:
+    """The closure of the stage's imports among the repository's own files, sorted.
+
+    Imports inside functions count, and so does text of the form `module:name`, by which reward functions are named.
+    A package inside a package counts as a whole: the sandbox starts some of its files as programs.
+    """
+    waiting = sorted((_ROOT / "stages" / stage).rglob("*.py"))
+    found = set(waiting)
+    while waiting:
+        new = set(_imported(waiting.pop())) - found
+        found |= new
+        waiting += new
+    return sorted(found)
+
+
+@cache
+def _imported(file: Path) -> list[Path]:
+    """Files of ours that a file imports: modules, and the packages that they are in."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            # `from package import module` and `from module import name` look alike.
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _NAMED.fullmatch(node.value):
+            names.add(node.value.partition(":")[0])
+    files: list[Path] = []
+    for name in names:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            path = _ROOT.joinpath(*parts[:length])
+            files += [place for place in (path.with_suffix(".py"), path / "__init__.py") if place.is_file()]
+            if length == 2 and (path / "__init__.py").is_file():
+                files += sorted(path.rglob("*.py"))
+    return files
 
 
 def _parent_fingerprint(recipe: Recipe, ref: str) -> str:

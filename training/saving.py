@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from handoff.files import check_free_space, disk_is_full, free_bytes, human_bytes, remove_tree, tree_bytes
 from handoff.manifest import EngineRecord
 from handoff.state import BrokenStates, State, StateStore
-from stages import portable, runtime
-from stages.config import OptimizerConfig
+from training import portable, runtime
+from training.config import OptimizerConfig
 
 if TYPE_CHECKING:
-    from stages.run import Run
+    from training.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,46 @@
+"""The code that a stage's result depends on: the closure of its imports, so that no file is forgotten in a list."""
+
+import subprocess
+import sys
+
+import pytest
+
+from training.inputs import code_files
+from training.registry import Registry
+
+OURS = ("stages", "training", "rollout", "reward", "data", "handoff")
+
+
+@pytest.mark.parametrize("stage", Registry().names)
+def test_the_closure_holds_every_module_that_a_stage_loads(root, stage):
+    """Python itself says what is loaded when the stage's training module is imported."""
+    code = (
+        f"import sys, stages.{stage}.train\n"
+        f"print(*(m.__file__ for n, m in sorted(sys.modules.items()) if n.split('.')[0] in {OURS!r}), sep='\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert len(loaded) > 20
+    assert loaded <= {str(path) for path in code_files(stage)}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "reward/verifiers/maths.py",  # named as text, `reward.verifiers.maths:math_equal`
+        "reward/sandbox/server.py",
+        "reward/judge_text.py",
+        "data/world/grading.py",  # imported inside a function
+        "handoff/contract.py",
+        "training/launch.py",
+        "rollout/attention.py",
+    ],
+)
+def test_the_closure_of_reinforcement_learning_reaches_what_it_runs(root, file):
+    assert root / file in code_files("ppo")
+
+
+def test_a_stage_does_not_depend_on_another_stage_or_on_the_command(root):
+    folders = {path.relative_to(root).parts[:2] for path in code_files("sft")}
+    assert {parts for parts in folders if parts[0] == "stages"} == {("stages", "__init__.py"), ("stages", "sft")}
+    assert not any(parts[0] in ("baton", "benchmarks") for parts in folders)

@@ -1,0 +1,1 @@
+"""What the stages share: the frame of a run, recipes, models, the engines that train them, saved states, trackers."""
