@@ -31,6 +31,7 @@ def program(out: Path, other: Path | None) -> None:
     engine = engines.start()
     import torch
     from torch import nn
+    from torch.distributed.tensor import DTensor
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     from training.config import OptimizerConfig
@@ -124,6 +125,38 @@ def program(out: Path, other: Path | None) -> None:
     def whole_weights(model) -> dict:
         return {entry.name: entry.whole().detach().float().clone() for entry in engine.weights(model)}
 
+    def read_frozen(state: Path) -> dict:
+        """A model that is only read: cut up outside of `whole`, whole inside, moved towards the policy, saved, loaded."""
+        torch.manual_seed(3)
+        plain = LlamaForCausalLM(small())
+        ids = tokens[0, :2, :4]
+        with torch.no_grad():
+            expected = plain(input_ids=ids).logits
+        frozen = engine.freeze(LlamaForCausalLM(small()))
+        kept = sum(p._local_tensor.numel() if isinstance(p, DTensor) else p.ds_tensor.numel() if "ds_shape" in vars(p)
+                   else p.numel() for p in frozen.parameters())  # fmt: skip
+        torch.manual_seed(3)
+        other = LlamaForCausalLM(small())
+        values = dict(other.named_parameters())
+        with torch.no_grad():
+            engine.load_frozen(frozen, lambda name: values[name].detach())
+        with engine.whole(frozen) as whole:
+            logits = [whole(input_ids=ids).logits for _ in range(1 + engine.data_rank)][-1]  # nobody waits
+            shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+        engine.mix(frozen, model, "policy", 0.25)
+        files.write_tensors(engine, state / "frozen.safetensors", engine.weights(frozen))
+        files.load_frozen(engine, frozen, state / "frozen.safetensors")
+        mixed = whole_weights(frozen)
+        policy = {k.removeprefix("policy."): v for k, v in whole_weights(model).items() if k.startswith("policy.")}
+        wanted = {name: values[name].detach().lerp(policy[name], 0.25) for name in values}
+        return {
+            "kept": kept / sum(p.numel() for p in plain.parameters()),
+            "same": torch.allclose(logits, expected, atol=1e-6),
+            "shapes": all(shapes[name] == tuple(p.shape) for name, p in plain.named_parameters()),
+            "mixed": all(torch.allclose(mixed[name], wanted[name], atol=1e-6) for name in wanted),
+            "training": frozen.training or any(p.requires_grad for p in frozen.parameters()),
+        }
+
     seen: dict = {"engine": vars(engine.request), "record": engine.record().model_dump()}
     model, optimizer = make(CLIP, seed=0)
     seen["class"], seen["processes"] = type(model).__name__, engine._accelerator.num_processes
@@ -141,6 +174,7 @@ def program(out: Path, other: Path | None) -> None:
             engine.barrier()
             files.save_state(engine, model, optimizer, state)
             seen["refused"] = engine.of_all(save_on_a_full_disk(model, optimizer))
+    seen["frozen"] = engine.of_all(read_frozen(state))
     final = whole_weights(model)
     if engine.is_main:
         torch.save(final, out / "final.pt")
@@ -212,6 +246,10 @@ def test_engine_trains_as_one_process_does(config: str, alone: tuple[dict, Path]
         for mine, theirs in zip(one["generated"][before_or_after], seen["generated"][before_or_after], strict=True):
             assert theirs["ids"] == mine["ids"]
             assert theirs["logit"] == pytest.approx(mine["logit"], rel=1e-4)
+    for found in seen["frozen"]:
+        splits = config in ("cpu2_zero3", "cpu2_fsdp2")
+        assert found["kept"] < 0.55 if splits else found["kept"] == 1.0
+        assert found["same"] and found["shapes"] and found["mixed"] and not found["training"]
     assert seen["resumed"] == seen["clipped"][2:] and seen["resumed equal"]
     assert not math.isfinite(seen["broken"]["norm"])
     for mine, theirs in zip(one["clipped"][2:], seen["borrowed"], strict=True):

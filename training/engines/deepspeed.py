@@ -94,14 +94,11 @@ class DeepSpeed(Splitting):
         import deepspeed
         import torch
 
-        with torch.no_grad():
-            if plain is model:  # frozen: no hooks of the engine
-                with deepspeed.zero.GatheredParameters(list(model.parameters())):
-                    yield plain
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(list(plain.parameters())):
+            if plain is model:  # frozen: DeepSpeed's engine has put no hooks on it
+                yield plain
             else:
-                from trl.models import unwrap_model_for_generation
-
-                with unwrap_model_for_generation(model, self._accelerator):
+                with upstream.without_zero_hooks(model):
                     yield plain
 
     # ---- models that are not trained

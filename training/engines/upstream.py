@@ -92,6 +92,22 @@ def without_zero_loading() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = set_up
 
 
+@contextmanager
+def without_zero_hooks(model: Any) -> Iterator[None]:
+    """Inside, forward passes of a gathered ZeRO-3 module neither fetch nor release parameters.
+
+    TRL's public `unwrap_model_for_generation` asks the wrapped module for what only a transformers model has; ours may
+    hold two models.
+    """
+    from trl.models.utils import add_hooks, remove_hooks
+
+    remove_hooks(model)
+    try:
+        yield
+    finally:
+        add_hooks(model)
+
+
 # ---- FSDP2
 
 
