@@ -58,7 +58,7 @@ class Speaker:
         self.encoder: Encoder = load_encoder(parent)
         self.device = runtime.device()
         model = load_causal_lm(parent, ModelArguments(), dropout=False, bf16=False)
-        self.model: PreTrainedModel = model.to(self.device).eval()
+        self.model: PreTrainedModel = model.to(self.device).eval()  # type: ignore[arg-type]  # transformers hides the signature
         self.stop_ids = set(parent.tokenizer.stop_ids)
         self.context = _context(self.model.config)
         self.sampling = sampling

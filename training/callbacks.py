@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from training import runtime
+from training import launch, runtime
 from training.config import TrainConfig
 from training.faults import Faults
 from training.run import Run
@@ -120,9 +120,9 @@ class MetricsCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
+        logs = kwargs["logs"]
         if _AT_THE_END in logs or "loss" not in logs:
             return
         if not math.isfinite(logs["grad_norm"]):
@@ -155,7 +155,7 @@ class AverageCallback(TrainerCallback):
             return
         trainer, losses = self._trainer, self._saved["losses"]
         # Another number of processes than then: each gets the same share of the sum.
-        mine = losses[runtime.rank()] if len(losses) == runtime.world_size() else sum(losses) / len(losses)
+        mine = losses[launch.rank()] if len(losses) == launch.world_size() else sum(losses) / len(losses)
         trainer._tr_loss += mine
         trainer._globalstep_last_logged -= self._saved["steps"]
         trainer._metrics["train"].update({key: list(values) for key, values in self._saved["metrics"].items()})

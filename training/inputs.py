@@ -118,7 +118,7 @@ def _parent_fingerprint(recipe: Recipe, ref: str) -> str:
                 f"{recipe.run_dir / ref}: not published yet; make it with `baton run {recipe.path} --to {ref}`"
             )
         return manifest.fingerprint
-    kinds = {"tokenizer", *MODEL_KINDS}
+    kinds: set[str] = {"tokenizer", *MODEL_KINDS}
     return open_parent(ref, recipe.run_dir, kinds, verify=False).fingerprint
 
 
