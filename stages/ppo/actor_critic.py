@@ -84,7 +84,7 @@ def micro_batches(
         chunks = [ordered[start : start + size * world] for start in range(0, len(ordered), size * world)]
         return [chunk[rank::world] for chunk in chunks]
     hands = -(-len(rows) // (size * world)) * world
-    # Dealt to and fro: who got the shortest row of one round gets the longest of the next.
+    # The order turns round after each pass, so that the process with the shortest row gets the longest of the next.
     return [
         [row for i, row in enumerate(ordered) if (i % hands if i // hands % 2 else hands - 1 - i % hands) == hand]
         for hand in range(rank, hands, world)
