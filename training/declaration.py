@@ -106,7 +106,8 @@ class Declaration:
     publishes: Kind = "causal_lm"
     """Kind of what it publishes."""
     distributed: bool = True
-    """Whether a launch file starts it on several processes, and whether it imports torch at all."""
+    """Whether a launch file starts it on several processes. False: it runs on one, whatever the launch file says, and
+    the imports of a training are not loaded ahead for it."""
     compared: tuple[str, ...] = ()
     """Metrics of a step that `baton replay` compares; a line that has the first one is a line of training. Empty: the
     stage has no steps."""
