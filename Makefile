@@ -55,10 +55,11 @@ test: setup  ## all tests
 	$(BIN)/python -m pytest
 test-fast: setup  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
-lint: setup  ## format, lint and types
+lint: setup  ## format, lint, types and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 bench: setup  ## the benchmarks
 	$(BIN)/python -m benchmarks
 clean:  ## remove runs/ and caches, keep .venv

@@ -16,12 +16,14 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from baton.runs import run_dir_of
 from data.errors import DataError
 from data.records import Message
 from handoff.errors import UserError
 from handoff.manifest import Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
+from training.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from data.encode import Encoder
 
 COMMANDS = "/reset begins anew, /system TEXT sets the system message, /quit ends"
-_ALIGNED = ("ppo", "dpo")
 _HIDDEN = "�"  # bytes of a character whose rest has not been sampled yet
 
 
@@ -148,8 +149,6 @@ def open_models(target: Path, names: Sequence[str]) -> list[Parent]:
         if names:
             raise UserError(f"{target} is one model; --model and --compare need a recipe or the folder of a run")
         return [open_parent(str(target.resolve()), Path("runs"), {"causal_lm"})]
-    from baton.cli import run_dir_of
-
     run_dir = run_dir_of(target)
     return [open_parent(name, run_dir, {"causal_lm"}) for name in names or [default_model(run_dir)]]
 
@@ -160,14 +159,18 @@ def _is_model(folder: Path) -> bool:
 
 def default_model(run_dir: Path) -> str:
     """The section whose model is the newest of the most aligned kind. Raises UserError when there is none."""
-    found: list[tuple[int, str, str]] = []
+    registry = Registry()
+    found: list[tuple[bool, str, str]] = []
     for folder in run_dir.iterdir():
         manifest: Manifest | None = StageDir(folder).manifest()
-        if manifest is not None and manifest.kind == "causal_lm" and manifest.stage in (*_ALIGNED, "sft"):
-            found.append((int(manifest.stage in _ALIGNED), manifest.created, manifest.name))
+        if manifest is not None and manifest.kind == "causal_lm":
+            answers = registry.declaration(manifest.stage).answers
+            if answers != "no":
+                found.append((answers == "aligned", manifest.created, manifest.name))
     if not found:
+        tuning = " or ".join(stage for stage, known in registry.declarations().items() if known.answers == "tuned")
         raise UserError(
-            f"{run_dir}: no model has been taught to answer yet; make one with `baton run <recipe> --to sft`"
+            f"{run_dir}: no model has been taught to answer yet; make one with `baton run <recipe> --to {tuning}`"
         )
     return max(found)[2]
 

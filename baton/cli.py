@@ -76,6 +76,7 @@ def verify(target: RunArgument) -> None:
 
     Exit code 1 when something differs.
     """
+    from baton.runs import run_dir_of
     from handoff.verify import lineage, verify_run
 
     run_dir = run_dir_of(target)
@@ -102,6 +103,7 @@ def replay(
     The run is left as it is. Exit code 1 when loss or gradient norm differs.
     """
     from baton.replay import replay_step
+    from baton.runs import run_dir_of
     from training.signals import Stopped
 
     try:
@@ -119,7 +121,8 @@ def config(
     overrides: Overrides = None,
     section: Annotated[str | None, typer.Option(help="Only this section.", show_default=False)] = None,
 ) -> None:
-    """Print the recipe with every value that will be used, and where each one came from."""
+    """Print the recipe with every value that will be used and where each one came from, and the models that each
+    section will have in memory."""
     from baton.show import show_recipe
     from training.recipe import load_recipe
 
@@ -136,6 +139,7 @@ def report(
 ) -> None:
     """Write one HTML page about a run."""
     from baton.report import build
+    from baton.runs import run_dir_of
 
     print(build(run_dir_of(target), output))
 
@@ -161,20 +165,6 @@ def chat(
     from baton.chat import talk
 
     talk(target, model, compare, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-
-
-def run_dir_of(target: Path) -> Path:
-    """The folder of a run, given itself or its recipe. Raises UserError when there is no such run."""
-    if target.is_dir():
-        return target
-    if not target.exists() and target.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{target}: no such run; `baton run <recipe>` makes one")
-    from training.recipe import load_recipe
-
-    run_dir = load_recipe(target).run_dir
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: nothing has been run yet; make it with `baton run {target}`")
-    return run_dir
 
 
 def main() -> NoReturn:

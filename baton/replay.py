@@ -27,14 +27,9 @@ from handoff.state import State, StateStore
 from training.engines.protocol import Engine
 from training.inputs import stage_inputs
 from training.recipe import Recipe, load_recipe
+from training.registry import Registry
 from training.run import Run, run_section
 from training.signals import Signals
-
-COMPARED = {
-    "trainer": ("loss", "grad_norm"),
-    "ppo": ("objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"),
-}
-"""Keys of a line that have to agree; the first one tells a line of training from others."""
 
 # Between engines or numbers of processes sums are in another order.
 _TOLERANCE = 1e-4
@@ -128,9 +123,9 @@ def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
         raise UserError(f"{original.started_path} does not say from which recipe the stage was begun; run it again")
     recipe = load_recipe(Path(origin["recipe"]), origin["overrides"], section=name)
     section = recipe.section(name)
-    if "train" not in section.resolved:
+    keys = Registry().declaration(section.stage).compared
+    if not keys:
         raise UserError(f"{original.path}: the stage {section.stage} has no steps to take again")
-    keys = COMPARED["ppo" if section.stage == "ppo" else "trainer"]
     line, state = _choose(original, keys[0], step)
     logged = {key: line[key] for key in keys if key in line}
     check_writable(run_dir.absolute().parent)

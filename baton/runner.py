@@ -33,6 +33,7 @@ from handoff.lock import RunLock
 from handoff.stage import StageDir
 from training.inputs import sources, stage_inputs
 from training.recipe import Recipe, Section
+from training.registry import Registry
 from training.signals import ENDING
 
 LOGS = "logs"
@@ -59,10 +60,10 @@ class Start:
 
 
 def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: bool) -> Start:
-    """How a section is started. The tokenizer is trained by one process, whatever the launch file says."""
+    """How a section is started. A stage that is not distributed runs on one process, whatever the launch file says."""
     arguments = [str(recipe.path), *recipe.overrides, "--section", section.name]
     module = f"stages.{section.stage}"
-    if launch is None or section.stage == "tokenizer":
+    if launch is None or not Registry().declaration(section.stage).distributed:
         from baton.worker import WarmStage
 
         return Start(
@@ -196,8 +197,8 @@ def run_pipeline(
     if dry_run:
         _print_plan(recipe, names, force, console)
         return 0
-    stages = {recipe.sections[name].stage for name in names}
-    preload = launch is None and stages != {"tokenizer"}
+    registry = Registry()
+    preload = launch is None and any(registry.declaration(recipe.sections[name].stage).distributed for name in names)
     return Runner(recipe, lambda r, s: start_of(r, s, launch, preload=preload), console).run(names, force)
 
 

@@ -1,4 +1,7 @@
-"""`baton config`: a recipe with every value that will be used, as YAML, each with its source beside it."""
+"""`baton config`: a recipe with every value that will be used, as YAML, each with its source beside it.
+
+Comments name the models that each section will have in memory, and where their weights come from.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 import yaml
 
 from training.recipe import Recipe, Section
+from training.registry import Registry
 
 _WIDTH = 60
 
@@ -13,14 +17,20 @@ _WIDTH = 60
 def show_recipe(recipe: Recipe, section: Section | None = None) -> str:
     """The whole recipe, or one section of it without its name (keys start at the margin)."""
     if section is not None:
-        lines = list(_lines(section.resolved, section.provenance, "", 0))
+        lines = [*_models(section, 0), *_lines(section.resolved, section.provenance, "", 0)]
     else:
         top = {key: value for key, value in recipe.resolved().items() if key != "stages"}
         lines = [*_lines(top, recipe.provenance, "", 0), "stages:"]
         for one in recipe.sections.values():
-            lines.append(f"  {one.name}:")
+            lines += [f"  {one.name}:", *_models(one, 4)]
             lines += _lines(one.resolved, one.provenance, "", 4)
     return "\n".join(lines) + "\n"
+
+
+def _models(section: Section, indent: int) -> list[str]:
+    """A comment for each model that the section holds."""
+    held = Registry().models(section.stage, section.config)
+    return [f"{' ' * indent}# holds {model}" for model in held]
 
 
 def _lines(value: Any, sources: Mapping[str, str], path: str, indent: int) -> Iterator[str]:

@@ -31,7 +31,7 @@ import torch
 from benchmarks.rl_setup import SIZES, make, recipe
 from benchmarks.table import Row, report
 from handoff import state as handoff_state
-from handoff.files import tree_bytes
+from handoff.files import fsync_tree, sha256_file, tree_bytes
 from stages.ppo.config import PPOTrainConfig
 from stages.ppo.saves import Saves
 from training.callbacks import FlowCallback
@@ -107,8 +107,8 @@ def watched(clock: Clock, last: int) -> Iterator[None]:
         patch.object(SavedStates, "newest", timed("find", SavedStates.newest)),
         patch.object(files, "save_state", timed("write", files.save_state)),
         patch.object(files, "load_state", timed("load", files.load_state)),
-        patch.object(handoff_state, "sha256_file", timed("hash", handoff_state.sha256_file)),
-        patch.object(handoff_state, "fsync_tree", timed("fsync", handoff_state.fsync_tree)),
+        patch.object(handoff_state, "sha256_file", timed("hash", sha256_file)),
+        patch.object(handoff_state, "fsync_tree", timed("fsync", fsync_tree)),
         patch.object(FlowCallback, "on_step_end", marks(FlowCallback.on_step_end, lambda a, s, *_: s.global_step)),
         patch.object(Saves, "after_iteration", marks(Saves.after_iteration, lambda at, *_: at.iteration)),
     ):
@@ -185,7 +185,7 @@ def interval(recipe: Recipe, name: str) -> float:
         return 1 / (1 / every + 1 / config.train.sample_iterations)
     rows = sum(source.size for source in config.data)
     steps = config.train.max_steps if config.train.max_steps > 0 else rows / config.train.global_batch_size
-    return config.train.save_steps or steps / 10
+    return float(config.train.save_steps or steps / 10)
 
 
 def newest(states: Path) -> Path:

@@ -172,7 +172,11 @@ class Trial:
         else:
             path.unlink()
             self.damage += len(content)
-        return lambda: path.write_bytes(content) and None
+
+        def put_back() -> None:
+            path.write_bytes(content)
+
+        return put_back
 
 
 # ---- kills

@@ -33,8 +33,8 @@ class Stepped(TrainerCallback):
 
         self._logged: dict[str, Any] = {}
 
-    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
-        self._logged = logs
+    def on_log(self, *_: Any, **kwargs: Any) -> None:
+        self._logged = kwargs["logs"]
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._turns.done(self._logged)
@@ -79,7 +79,7 @@ def grpo(settings: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings["policy"])
     policy = AutoModelForCausalLM.from_pretrained(settings["policy"])
 
-    def score(completions: list[Any], **_: Any) -> list[float]:
+    def score(completions: list[Any], **_: Any) -> list[float | None]:
         firsts = [c[0]["content"].partition(" ")[0].removeprefix("w") for c in completions]
         return [int(first or 0) / policy.config.vocab_size for first in firsts]
 

@@ -23,7 +23,7 @@ from handoff.manifest import EngineRecord, Inputs
 from handoff.stage import StageDir
 
 VOCABULARY = 4096
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8},
     "25M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 7, "num_attention_heads": 8},
     "60M": {"hidden_size": 768, "intermediate_size": 2064, "num_hidden_layers": 8, "num_attention_heads": 12},
@@ -65,6 +65,7 @@ def make(root: Path, size: str, prompt_tokens: tuple[int, int], prompts: int, ha
     )
     transformers_logging.disable_progress_bar()
     stops = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
+    assert isinstance(stops, list)
     torch.manual_seed(0)
     policy = LlamaForCausalLM(config)
     _set_stops(policy, stops, tokenizer.eos_token_id, hazard)
@@ -117,6 +118,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 @torch.no_grad()
 def _set_stops(model: LlamaForCausalLM, stops: Sequence[int], eos: int, hazard: float) -> None:
     embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
     embedding[:, 0] = 1.0
     embedding[list(stops), 0] = -1.0
     for layer in model.model.layers:

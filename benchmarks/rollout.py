@@ -86,8 +86,9 @@ class Ending:
             handle.remove()
 
 
-def row(name: str, model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -> Row:
-    """One row of the table. Tokens per second, stop tokens included."""
+def row(name: str, model: Any, prompts: list[list[int]], lengths: list[int]) -> Row:
+    """One row of the table: tokens per second, stop tokens included. `model`: with transformers' `generate`, whose own
+    types no model class fulfils."""
     longest, wanted = max(lengths), lengths if len(lengths) > 1 else lengths * len(prompts)
     spec = SamplingSpec(longest, (STOP,), PAD, temperature=0.0)
     keys = [(i,) for i in range(len(prompts))]

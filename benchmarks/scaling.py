@@ -84,7 +84,8 @@ def training_operations(case: Case) -> float:
     width = PROMPT + case.response
     body = layers * (4 * hidden**2 + 3 * hidden * inner + 2 * width * hidden)
     tokens = case.answers * width
-    return 6.0 * (2 * tokens * body + case.answers * case.response * hidden * VOCABULARY)
+    operations: float = 6.0 * (2 * tokens * body + case.answers * case.response * hidden * VOCABULARY)
+    return operations
 
 
 def limit(dtype: torch.dtype, threads: int, size: int = 2048) -> float:

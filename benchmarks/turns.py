@@ -67,7 +67,7 @@ class Worker:
         Raises:
             WorkerError: it ended before its first answer.
         """
-        self._log = log
+        self._log, self._command = log, list(command)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
@@ -106,7 +106,7 @@ class Worker:
         if not line:
             code = self._process.wait()
             printed = self._log.read_text(encoding="utf-8")[-2000:]
-            raise WorkerError(f"{' '.join(map(str, self._process.args))} ended with {code}:\n{printed}")
+            raise WorkerError(f"{' '.join(self._command)} ended with {code}:\n{printed}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -5,16 +5,13 @@ Checked before anything is published (`check_model`), on a checkpoint made elsew
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from handoff.encoding import declared_pad_id, generation_stop_ids, read_tokenizer, token_text
 from handoff.errors import HandoffError
 from handoff.files import list_files, read_json, write_json
 from handoff.manifest import Kind, TokenizerRecord
 from handoff.weights import INDEX_NAME, embedding_shape, read_tensors
-
-if TYPE_CHECKING:
-    from handoff.parent import Parent
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"}
 """Endings of files that run code when they are loaded, or that we do not read."""
@@ -102,7 +99,23 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
     return kind, tokenizer
 
 
-def check_same_encoding(a: "Parent", b: "Parent", why: str) -> None:
+class Encoded(Protocol):
+    """What `check_same_encoding` has to know about a model; `handoff.parent.Parent` is one."""
+
+    @property
+    def name(self) -> str:
+        """As messages name it."""
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+
+    @property
+    def tokenizer(self) -> TokenizerRecord:
+        """How it reads text."""
+
+
+def check_same_encoding(a: Encoded, b: Encoded, why: str) -> None:
     """HandoffError when `a` and `b` would read the same ids differently; `why` says what needs it, or the way out."""
     first, second = a.tokenizer, b.tokenizer
     if first.fingerprint != second.fingerprint:

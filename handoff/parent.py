@@ -20,7 +20,6 @@ READ_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 HASH_CACHE = ".hashes.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_MAKE_TARGETS = ("tokenizer", "pretrain", "sft", "reward", "ppo", "dpo")
 _WORDS = {
     "tokenizer": "a tokenizer",
     "causal_lm": "a language model",
@@ -198,6 +197,4 @@ def _download(ref: str) -> Path:
 
 
 def _how_to_make(directory: Path) -> str:
-    section = directory.name
-    command = f"`baton run <recipe> --to {section}`"
-    return f"make it with `make {section}` or {command}" if section in _MAKE_TARGETS else f"make it with {command}"
+    return f"make it with `baton run <recipe> --to {directory.name}`"

@@ -22,7 +22,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, Cache
 
@@ -80,7 +80,7 @@ def in_force(this: Pass) -> Iterator[None]:
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -152,7 +152,8 @@ class Ragged:
         """(1, heads, T, D) -> (B, heads, L, D)."""
         tokens, rows = x[0].transpose(0, 1), len(self.lengths)  # (T, heads, D)
         padded = tokens.new_zeros(rows * length, *tokens.shape[1:]).index_copy(0, self.place, tokens)
-        return padded.unflatten(0, (rows, length)).transpose(1, 2)
+        beside: Tensor = padded.unflatten(0, (rows, length))
+        return beside.transpose(1, 2)
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -193,6 +194,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | No
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
         )
+    assert mask is not None
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = _capped(q @ k.transpose(2, 3) * scaling, softcap).masked_fill(~mask, -torch.inf)
     return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v

@@ -201,7 +201,10 @@ class _Engine:
         """Draws a token for each row; returns the tokens (B,), and which rows have thereby ended. logits (B, V)."""
         uniforms = None
         if self._noise is not None:
-            numbers = [row.noise[len(self._completions[row.answer].ids)] for row in rows]
+            numbers = []
+            for row in rows:
+                assert row.noise is not None
+                numbers.append(row.noise[len(self._completions[row.answer].ids)])
             uniforms = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         tokens, logprobs = draw(logits, self._spec, uniforms)
         self._logprobs.append(([row.answer for row in rows], logprobs))
@@ -240,7 +243,8 @@ class _Engine:
 
     def _prefill(self) -> None:
         """Computes the next waiting prompts, and the first token of all their answers."""
-        chosen, tokens = [], 0
+        chosen: list[int] = []
+        tokens = 0
         while self._waiting and (not chosen or tokens + len(self._prompts[self._waiting[0]]) <= self._prefill_tokens):
             chosen.append(self._waiting.popleft())
             tokens += len(self._prompts[chosen[-1]])
@@ -270,6 +274,7 @@ class _Engine:
             if not entering:  # every answer was one token long
                 return
             self._allocate(entering[0][1].source)
+        assert self._slots is not None
         origin = self._slots.exchange(ended, [0 if self._sharing else c.length for _, c in entering])
         self._rows = [self._rows[o] if o >= 0 else entering[~o][0] for o in origin]
         if not self._sharing:

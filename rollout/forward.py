@@ -76,9 +76,10 @@ class Runner:
         return min((w for w in self._windows if w is not None), default=None)
 
     def _forward(self, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
-        return self._model(
+        logits: Tensor = self._model(
             input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=keep
         ).logits
+        return logits
 
 
 @contextmanager

@@ -13,6 +13,7 @@ derived answers through its own forward pass. `rollout.forward` compares the two
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def _is_one_of(module: nn.Module, names: set[str]) -> bool:
 
     An engine that shards may have put a class of its own in front and hooks that gather the weights, which are here.
     """
-    kind = next((c for c in type(module).__mro__ if f"{c.__module__}.{c.__qualname__}" in names), None)
+    kind: Any = next((c for c in type(module).__mro__ if f"{c.__module__}.{c.__qualname__}" in names), None)
     if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
         return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -62,7 +63,8 @@ class Lean:
     """The decode step of one model with the weights that it has now."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._body, config = model.model, model.config
+        self._body: Any = model.model
+        config = model.config
         dtype = model.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
@@ -94,7 +96,7 @@ class Lean:
 
 
 class _Layer:
-    def __init__(self, layer: nn.Module, queries: int, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, queries: int, dtype: torch.dtype) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._size, self._queries, self._scaling = attention.head_dim, queries, attention.scaling
         keys = attention.k_proj.out_features // self._size
@@ -137,22 +139,23 @@ class _Product:
     `norm` (in,): the weights of the norm that the input comes from, which has left them out.
     """
 
-    def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype, norm: Tensor | None = None) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype, norm: Tensor | None = None) -> None:
         self._dtype = dtype
         weight = torch.cat([linear.weight for linear in linears])  # (sum of out, in)
         if norm is not None:
             weight = weight.float() * norm
         weight = weight.to(dtype)
-        biases = [linear.bias for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears]
         self._bias = None if biases[0] is None else torch.cat(biases).to(dtype)
         self._arranged = _arranges(dtype)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._arranged else weight
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._arranged else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._arranged:
-            return torch.ops.mkldnn._linear_pointwise.default(
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
                 x.to(self._dtype), self._weight, self._bias, "none", [], ""
             )
+            return out
         return F.linear(x.to(self._dtype), self._weight, self._bias)
 
 

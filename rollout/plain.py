@@ -8,6 +8,7 @@ Prompts of one length share a batch, so that there is no padding: a model whose 
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -71,7 +72,9 @@ def _decode(
             return
         if len(alive) < len(completions):
             index = torch.tensor(alive, device=ids.device)
-            cache.reorder_cache(index)  # the one selection of rows that every kind of cache knows
+            cache.reorder_cache(
+                cast(torch.LongTensor, index)
+            )  # the one selection of rows that every kind of cache knows
             completions = [completions[row] for row in alive]
             tokens, uniforms = tokens[index], None if uniforms is None else uniforms[index]
         ids = tokens[:, None]

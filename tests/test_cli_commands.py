@@ -83,6 +83,14 @@ def test_config_prints_every_value_with_its_source(baton, recipe):
     assert yaml.safe_load(done.stdout) == resolved
 
 
+def test_config_names_the_models_of_each_section(baton, recipe):
+    lines = [line.strip() for line in baton("config", recipe).stdout.splitlines()]
+    assert lines[lines.index("pretrain:") + 1] == "# holds policy from tokenizer (trained, random weights, llama)"
+    assert lines[lines.index("dpo:") + 1] == "# holds policy from pretrain (trained)"
+    assert not lines[lines.index("tokenizer:") + 1].startswith("#")
+    assert baton("config", recipe, "--section", "dpo").stdout.startswith("# holds policy from pretrain (trained)\n")
+
+
 def test_config_of_one_section(baton, recipe):
     done = baton("config", recipe, "--section", "dpo")
     assert yaml.safe_load(done.stdout)["parent"] == "pretrain"

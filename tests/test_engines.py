@@ -126,7 +126,7 @@ def program(out: Path, other: Path | None) -> None:
         return {entry.name: entry.whole().detach().float().clone() for entry in engine.weights(model)}
 
     def read_frozen(state: Path) -> dict:
-        """A model that is only read: cut up outside of `whole`, whole inside, moved towards the policy, saved, loaded."""
+        """A model that is only read: cut up outside of `whole`, whole inside, mixed with the policy, saved, loaded."""
         torch.manual_seed(3)
         plain = LlamaForCausalLM(small())
         ids = tokens[0, :2, :4]

@@ -88,18 +88,11 @@ def test_hashes_of_a_foreign_parent_are_kept_by_the_stage_that_leaves_something(
     assert open_parent(str(tmp_path / "llama"), run, CAUSAL) == first
 
 
-@pytest.mark.parametrize(
-    ("section", "command"),
-    [
-        ("sft", "`make sft` or `baton run <recipe> --to sft`"),
-        ("sft_long", "make it with `baton run <recipe> --to sft_long`"),
-    ],
-)
-def test_a_missing_section_names_the_command_that_makes_it(tmp_path: Path, section: str, command: str) -> None:
+def test_a_missing_section_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(HandoffError) as raised:
-        open_parent(section, tmp_path, CAUSAL)
-    assert f"{tmp_path / section} does not exist" in str(raised.value)
-    assert command in str(raised.value)
+        open_parent("sft_long", tmp_path, CAUSAL)
+    assert f"{tmp_path / 'sft_long'} does not exist" in str(raised.value)
+    assert "make it with `baton run <recipe> --to sft_long`" in str(raised.value)
 
 
 @pytest.mark.parametrize("ref", ["./models/llama", "/models/llama", "models/llama/7b"])

@@ -5,10 +5,13 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from handoff.manifest import Kind
 
 OURS = frozenset({"baton", "stages", "training", "rollout", "reward", "data", "handoff", "benchmarks"})
 MAY_IMPORT = {
@@ -20,7 +23,14 @@ MAY_IMPORT = {
     "stages": frozenset({"data", "handoff", "rollout", "reward", "training"}),
     "baton": OURS - {"baton", "benchmarks"},
 }
-SHARED_WITHOUT_TORCH = ("training.recipe", "training.config", "training.inputs", "training.run", "training.registry")
+SHARED_WITHOUT_TORCH = (
+    "training.recipe",
+    "training.config",
+    "training.declaration",
+    "training.inputs",
+    "training.run",
+    "training.registry",
+)
 FORBIDDEN = {
     "a path of a developer's machine": r"(?<![\w.}])/(?:work|root|home/\w+)/",
     "the address of a registry": r"files\.python" + r"hosted\.org|download\.py" + r"torch\.org|py" + r"pi\.org",
@@ -45,6 +55,59 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
             for alias in node.names:
                 yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def components(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The cycles of a graph: its strongly connected components of more than one node, and nodes with an edge to
+    themselves (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            place = stack.index(node)
+            component = sorted(stack[place:])
+            del stack[place:]
+            if len(component) > 1 or node in graph[node]:
+                found.append(component)
+
+    for node in sorted(graph):
+        if node not in index:
+            visit(node)
+    return found
+
+
+def import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Module -> the modules among `files` that it imports, anywhere in it: in functions and for type checkers too."""
+    graph = {}
+    for module, path in files.items():
+        names = {name for _, name in imports(path)}
+        # `from a import b` names the module a.b where there is one, else something in the module a.
+        graph[module] = {name if name in files else name.rpartition(".")[0] for name in names} & files.keys()
+    return graph
+
+
+def modules_of(root: Path, packages: Iterable[str]) -> dict[str, Path]:
+    """Dotted name -> file of every module."""
+    paths = [path for package in packages for path in (root / package).rglob("*.py")]
+    named = {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths}
+    return {name.removesuffix(".__init__"): path for name, path in named.items()}
+
+
+def literals(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, value) of every string literal of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
 
 
 def stage_packages(root: Path) -> list[str]:
@@ -74,6 +137,37 @@ def test_a_stage_imports_no_other_stage(root):
         for line, name in imports(path)
         if name.startswith("stages.") and (other := name.split(".")[1]) in stages and other != stage
     ]
+    assert wrong == []
+
+
+def test_no_modules_import_each_other(root):
+    files = modules_of(root, OURS)
+    assert len(files) > 150
+    assert components(import_graph(files)) == []
+
+
+def test_the_test_above_sees_imports_in_functions_and_for_type_checkers(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "__init__.py").write_text("")
+    (tmp_path / "a" / "one.py").write_text("from a import two\n")
+    (tmp_path / "a" / "two.py").write_text("def f():\n    from a.three import x\n")
+    (tmp_path / "a" / "three.py").write_text("if TYPE_CHECKING:\n    import a.one\n")
+    (tmp_path / "a" / "four.py").write_text("import a.one\n")
+    assert components(import_graph(modules_of(tmp_path, ["a"]))) == [["a.one", "a.three", "a.two"]]
+
+
+def test_no_code_outside_stages_names_a_stage(root):
+    """What belongs to one stage is declared by it. `tokenizer` and `reward_model` are kinds of what is published, too:
+    these stand in handoff/, which defines the kinds, and in lines that say `kind`."""
+    stages, kinds = set(stage_packages(root)), set(get_args(Kind))
+    wrong = []
+    for package in sorted(MAY_IMPORT.keys() - {"stages"}):
+        for path in sorted((root / package).rglob("*.py")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            for line, value in literals(path):
+                kind = value in kinds and (package == "handoff" or "kind" in lines[line - 1])
+                if value in stages and not kind:
+                    wrong.append(f"{path.relative_to(root)}:{line}: {value}")
     assert wrong == []
 
 

@@ -266,8 +266,35 @@ def test_several_policies_and_a_parent_from_outside(tmp_path: Path) -> None:
     edit_manifest(run, "grpo", name="grpo", parents=outside, created="2026-11-24T10:15:59+00:00")
     page = page_of(run)
     assert "grpo from sft-of-others and reward" in page.text and "from outside" in page.text
-    assert {"policy-1", "policy-2", "policy-1-heading", "policy-2-heading"} <= set(page.ids)
+    assert {"section-1", "section-2", "section-1-heading", "section-2-heading"} <= set(page.ids)
     assert [i for i, n in Counter(page.ids).items() if n > 1] == []
+
+
+def test_a_stage_of_an_unknown_package_has_charts_of_its_metrics(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ("tokenizer", "pretrain", "sft"))
+    edit_manifest(run, "sft", stage="distil", recipe={"stage": "distil"})
+    lines = [
+        {"step": s, "loss": 3 - s / 10, "teacher/kl": 1.5 / s, "time/step": 0.1, "epoch": s / 9} for s in (1, 2, 3)
+    ]
+    write_lines(run / "sft" / "metrics.jsonl", [*lines, {"step": 3, "eval_loss": 2.9, "rows": 7}])
+    text = page_of(run).text
+    assert "sft distil" in text, "the caption of an unknown stage is its package's name"
+    assert "sft · loss" in text and "sft · teacher/kl" in text
+    assert "train 2.90 → 2.70" in text and "held out 2.90" in text
+    for no_curve in ("sft · time/step", "sft · epoch", "sft · rows"):
+        assert no_curve not in text
+    assert "the last is sft: 2.70 training loss." in text
+
+
+def test_an_unfinished_stage_is_known_by_the_record_of_its_start(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ("tokenizer", "pretrain", "sft", "reward", "ppo"))
+    inputs = {"recipe": {"stage": "ppo"}, "parents": {}, "data": {}, "code": "c", "seed": 42}
+    (run / "ppo").rename(run / "grpo")
+    (run / "grpo" / "stage.json").unlink()
+    write_json(run / "grpo" / "started.json", {"inputs": inputs})
+    page = page_of(run)
+    assert "grpo policy gradient, not finished" in page.text and "section-1" in page.ids
+    assert "grpo was started and is not finished" in page.text and "make ppo" not in page.text
 
 
 @pytest.mark.parametrize(

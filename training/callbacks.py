@@ -3,15 +3,51 @@
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from training.trainer import StageTrainer
+from training.config import TrainConfig
+from training.faults import Faults
+from training.run import Run
 
 # Totals that the Trainer logs once at the end; the manifest has them in other form.
 _AT_THE_END = "train_runtime"
+
+
+class Order(Protocol):
+    """Which rows make up each optimizer step."""
+
+    steps: int
+    """Optimizer steps of an epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose rows come next, from 0 on."""
+
+    def rows_of(self, step: int) -> list[int]:
+        """The rows of an optimizer step, counted from 0 over all epochs."""
+
+
+class CalledBack(Protocol):
+    """What the callbacks need of a trainer; `training.trainer.StageTrainer` is one. Upstream's attributes are Any."""
+
+    run: Run
+    train_config: TrainConfig
+    faults: Faults
+    accelerator: Any
+    lr_scheduler: Any
+    model: Any
+    state: TrainerState
+    _tr_loss: Any
+    _globalstep_last_logged: int
+    _metrics: dict[str, dict[str, list[float]]]
+
+    @property
+    def order(self) -> Order:
+        """The rows of each step."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures and logs the held-out metrics."""
 
 
 class FlowCallback(TrainerCallback):
@@ -21,7 +57,7 @@ class FlowCallback(TrainerCallback):
         Stopped: a signal asked for it; after the step, with the state saved.
     """
 
-    def __init__(self, trainer: "StageTrainer") -> None:
+    def __init__(self, trainer: CalledBack) -> None:
         self._trainer = trainer
         self._stop = 0
         self._postponed = False
@@ -69,7 +105,7 @@ class FlowCallback(TrainerCallback):
 class MetricsCallback(TrainerCallback):
     """Lines of metrics.jsonl."""
 
-    def __init__(self, trainer: "StageTrainer") -> None:
+    def __init__(self, trainer: CalledBack) -> None:
         self._trainer = trainer
         self._last: tuple[int, float] | None = None
 
@@ -83,9 +119,9 @@ class MetricsCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
+        logs = kwargs["logs"]
         if _AT_THE_END in logs or "loss" not in logs:
             return
         if not math.isfinite(logs["grad_norm"]):
@@ -106,7 +142,7 @@ class AverageCallback(TrainerCallback):
     resumed run is that of a run which was never stopped.
     """
 
-    def __init__(self, trainer: "StageTrainer", saved: dict[str, Any] | None) -> None:
+    def __init__(self, trainer: CalledBack, saved: dict[str, Any] | None) -> None:
         """`saved`: what `sums` gave when the state was saved; None for a fresh start."""
         self._trainer = trainer
         self._saved = saved

@@ -10,7 +10,7 @@ from data.config import FileSource, HubSource, SourceConfig, WorldSource
 from data.fingerprint import fingerprints
 from handoff.errors import HandoffError
 from handoff.files import canonical_hash, sha256_file
-from handoff.manifest import Inputs
+from handoff.manifest import MODEL_KINDS, Inputs
 from handoff.parent import open_parent
 from handoff.stage import StageDir
 from training.recipe import Recipe, Section
@@ -118,7 +118,8 @@ def _parent_fingerprint(recipe: Recipe, ref: str) -> str:
                 f"{recipe.run_dir / ref}: not published yet; make it with `baton run {recipe.path} --to {ref}`"
             )
         return manifest.fingerprint
-    return open_parent(ref, recipe.run_dir, {"tokenizer", "causal_lm", "reward_model"}, verify=False).fingerprint
+    kinds: set[str] = {"tokenizer", *MODEL_KINDS}
+    return open_parent(ref, recipe.run_dir, kinds, verify=False).fingerprint
 
 
 def _without(value: dict[str, Any]) -> dict[str, Any]:

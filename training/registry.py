@@ -2,9 +2,11 @@
 
 A stage's `config.py` has
 
+- `DECLARATION`: what the runner, replay, the report and chat have to know about it (`training/declaration.py`);
 - `class Config(StageConfig)`: what a section of a recipe may hold;
 - `parents(config) -> {role: reference}`: what the section needs, e.g. `{"parent": config.parent}`;
-- optionally `soft_parents(config) -> [reference]`: what it comes after if that is run as well, but does not need.
+- optionally `soft_parents(config) -> [reference]`: what it comes after if that is run as well, but does not need;
+- optionally `models(config) -> [HeldModel]`: the models that the section has in memory while it runs.
 
 No torch here, and none in any `config.py`.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import StageConfig
+from training.declaration import Declaration, HeldModel
 
 
 class Registry:
@@ -50,6 +53,22 @@ class Registry:
         """What a section only comes after. Few stages have such parents, so `soft_parents` is optional in config.py."""
         module = self._module(stage)
         return list(module.soft_parents(config)) if "soft_parents" in vars(module) else []
+
+    def declaration(self, stage: str) -> Declaration:
+        """What a stage declares. A stage of another installation is unknown here: only its name is known."""
+        if stage not in self.names:
+            return Declaration(stage)
+        result: Declaration = self._module(stage).DECLARATION
+        return result
+
+    def declarations(self) -> dict[str, Declaration]:
+        """Those of all stages, by stage."""
+        return {stage: self.declaration(stage) for stage in self.names}
+
+    def models(self, stage: str, config: StageConfig) -> list[HeldModel]:
+        """The models that a section has in memory; a stage without models has no such function in its config.py."""
+        module = self._module(stage)
+        return list(module.models(config)) if "models" in vars(module) else []
 
     def _module(self, stage: str) -> Any:
         return importlib.import_module(f"{self.package}.{stage}.config")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
 from handoff.journal import Journal
-from handoff.manifest import Inputs, Manifest
+from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
 from training import engines
@@ -82,7 +82,7 @@ class Run:
     def present_parents(self) -> dict[str, Parent]:
         """The published ones among the sections that this one looks at (evaluation), opened, in the recipe's order."""
         names = present_soft_parents(self.recipe, self.section)
-        kinds = {"causal_lm", "reward_model"}
+        kinds = set[str](MODEL_KINDS)
         opened = self.engine.on_main(lambda: {name: open_parent(name, self.recipe.run_dir, kinds) for name in names})
         self._parents |= opened
         return opened
@@ -146,7 +146,7 @@ class Run:
 
     def publish(
         self,
-        kind: str,
+        kind: Kind,
         write_model: "Callable[[Path | None], Written | None] | None",
         metrics: dict[str, Any],
         extra: dict[str, Any] | None = None,

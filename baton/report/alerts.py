@@ -35,7 +35,7 @@ def warnings(run: RunData) -> list[str]:
     for stage in run.published:
         assert stage.manifest is not None
         found += [f"{stage.name}, {alarm}" for alarm in stage.manifest.extra.get("alarms", [])]
-        if stage.kind == "reward_model" and stage.card is None:
+        if stage.manifest.kind == "reward_model" and stage.card is None:
             found.append(f"{stage.name} has no report card: give it held-out pairs under eval_data, and run it again")
     found += _version_changes(run)
     for results in facts.all_results(run):
@@ -60,7 +60,7 @@ def _evaluation_warnings(run: RunData, results: Results) -> list[str]:
     found = []
     for model, metrics in results.metrics.items():
         stage = run.stage(model)
-        tuned = stage is not None and stage.kind != "pretrain"
+        tuned = stage is not None and stage.declared.answers != "no"
         if tuned and "stop_rate" in metrics and metrics["stop_rate"].value < _STOPS_WORTH_A_WARNING:
             share = percent(1 - metrics["stop_rate"].value)
             found.append(f"{model} does not stop by itself in {share} of its answers")

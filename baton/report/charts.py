@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from markupsafe import Markup, escape
 from matplotlib import rc_context
@@ -36,7 +36,7 @@ _TOKENS = [
 ]
 _STAND_IN = {token: f"#0101{index:02x}" for index, token in enumerate(_TOKENS)}
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # measured with; the page's own font replaces it
     "font.size": 11,

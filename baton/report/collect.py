@@ -14,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from handoff.errors import HandoffError, UserError
 from handoff.files import read_json
-from handoff.manifest import Manifest
+from handoff.manifest import MODEL_KINDS, Manifest
 from handoff.stage import StageDir
 from handoff.weights import read_tensors
 from stages.reward_model.schema import Card
+from training.declaration import Declaration
+from training.registry import Registry
 
 
 class Estimate(BaseModel):
@@ -69,11 +71,18 @@ class Stage:
     """Elements of all tensors in model/."""
     card: Card | None = None
     """A reward model's report card; also of one that its gate held back."""
+    begun_as: str | None = None
+    """The stage's package as the record of its start says it."""
 
     @property
-    def kind(self) -> str:
-        """The stage's package; for an unpublished one, whose manifest would say it, its own name."""
-        return self.manifest.stage if self.manifest else self.name
+    def package(self) -> str:
+        """The stage's package; where no file says it, the stage's own name."""
+        return self.manifest.stage if self.manifest else self.begun_as or self.name
+
+    @property
+    def declared(self) -> Declaration:
+        """What the stage's package says about itself."""
+        return Registry().declaration(self.package)
 
     @property
     def parents(self) -> dict[str, str]:
@@ -145,7 +154,7 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
         problems.append(str(error))
         manifest = None
     parameters = None
-    if manifest and manifest.kind in ("causal_lm", "reward_model"):
+    if manifest and manifest.kind in MODEL_KINDS:
         try:  # headers only; tied tensors are stored, and counted, once
             parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(directory.model_dir).values())
         except (HandoffError, OSError) as error:
@@ -158,7 +167,13 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
         results=_read_results(manifest, directory.path / "results.json", problems),
         parameters=parameters,
         card=_read_card(directory.path / "card.json", problems),
+        begun_as=_package_begun(directory),
     )
+
+
+def _package_begun(directory: StageDir) -> str | None:
+    inputs = directory.started_inputs()
+    return None if inputs is None else inputs.recipe.get("stage")
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Which charts a run has: from the names of the metrics that its stages logged to drawings.
+"""Which curves a run has: from the charts that its stages declare, and the metrics that they logged, to drawings.
 
-Trainer-like stages log `loss`, `eval_loss` and, by stage, accuracies and margins; the policy-gradient stage logs TRL's
-names (`objective/kl`, ...). A metric that was not logged makes no chart.
+A stage that declares no charts, such as one of a package that this installation does not have, gets one chart for each
+metric. A metric that was not logged makes no chart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,94 +10,12 @@ from dataclasses import dataclass
 from baton.report.charts import SERIES_COLORS, Chart, Series, line_chart, path_chart
 from baton.report.collect import Stage
 from baton.report.text import duration
+from training import declaration
+from training.declaration import Line, held_out
 
-# (title, [(metric, label, colour)], note); a chart is drawn when at least one of its metrics was logged. A line without
-# a colour has the stage's; the others are dashed.
-_TRAINING = [
-    ("loss", [("loss", "train", ""), ("eval_loss", "held out", "ink")], ""),
-    ("bits per byte", [("eval_bits_per_byte", "held out", "ink")], "on held-out documents"),
-    (
-        "token accuracy",
-        [("mean_token_accuracy", "train", ""), ("eval_mean_token_accuracy", "held out", "ink")],
-        "supervised tokens predicted right",
-    ),
-    ("stop rate", [("eval_stop_rate", "held out", "ink")], "greedy answers that end at a stop token"),
-    (
-        "pair accuracy",
-        [
-            ("accuracy", "train", ""),
-            ("rewards/accuracies", "train", ""),
-            ("eval_accuracy", "held out", "ink"),
-            ("eval_rewards/accuracies", "held out", "ink"),
-            ("eval_length_accuracy", "length alone", "muted"),
-        ],
-        "pairs with the chosen answer ranked first",
-    ),
-    (
-        "margin",
-        [
-            ("margin", "train", ""),
-            ("rewards/margins", "train", ""),
-            ("eval_margin", "held out", "ink"),
-            ("eval_rewards/margins", "held out", "ink"),
-        ],
-        "chosen answer's reward less the rejected one's",
-    ),
-    (
-        "drift of chosen answers",
-        [("eval_chosen_logratio_per_token", "held out", "ink")],
-        "nats per token; far below 0 is collapse",
-    ),
-]
-_POLICY = [
-    (
-        "Score",
-        [("objective/scores", "sampled", ""), ("eval/scores", "held out", "ink")],
-        "of an answer, all rewards summed",
-    ),
-    (
-        "Monitor",
-        [("eval/monitor", "held out", "ink"), ("eval/length_controlled_scores", "score at constant length", "ink")],
-        "not trained on; falling while the score rises is over-optimisation",
-    ),
-    ("KL from the parent", [("objective/kl", "sampled", ""), ("eval/kl", "held out", "ink")], "nats per answer"),
-    (
-        "Answer length",
-        [("completions/mean_length", "sampled", ""), ("eval/mean_length", "held out", "ink")],
-        "tokens",
-    ),
-    ("Entropy", [("objective/entropy", "entropy", "")], "nats per answer; a fall to zero is collapse"),
-    (
-        "Repetition",
-        [("completions/repetition", "sampled", ""), ("eval/repetition", "held out", "ink")],
-        "share of an answer's 4-grams said before",
-    ),
-    (
-        "Prompts without signal",
-        [("frac_reward_zero_std", "share", "")],
-        "all answers had the same reward",
-    ),
-    ("Disagreement", [("objective/disagreement", "deviation", "")], "of the ensemble's members on an answer"),
-    ("Answers cut off", [("completions/clipped_ratio", "share", "")], "share that did not stop by itself"),
-    ("Score less KL penalty", [("objective/rlhf_reward", "reward", "")], "what the policy is really paid"),
-    ("Critic's loss", [("loss/value_avg", "value loss", "")], "squared error of the foreseen return"),
-    (
-        "Critic's foresight",
-        [("val/explained_variance", "explained variance", "")],
-        "share of the returns' variance it explains",
-    ),
-    (
-        "Clipped share",
-        [("policy/clipfrac_avg", "policy", ""), ("val/clipfrac_avg", "critic", "ink")],
-        "of tokens whose update hit the clip range",
-    ),
-    (
-        "KL of one update",
-        [("policy/approxkl_avg", "KL", "")],
-        "policy that wrote the answers to updated one",
-    ),
-]
-_PHASES = ("generate", "score", "value", "policy", "reference", "exchange", "advantage", "train", "sync", "save")
+_HELD_OUT = ("eval_", "eval/")
+# Counts that grow with the steps, and what the clock says: no curves of a training.
+_NO_CURVES = ("step", "epoch", "episode", "num_tokens", "time/")
 
 
 @dataclass(frozen=True)
@@ -111,101 +29,105 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The curves of one policy-gradient stage."""
+class StageCurves:
+    """The section of one stage that declares a section of its own."""
 
     stage: Stage
+    lede: str
     path: Chart | None
     charts: list[Chart]
     phases: list[Phase]
 
 
 def training_charts(stages: Sequence[Stage], colors: Mapping[str, str]) -> list[Chart]:
-    """The curves of every stage that optimises a loss over data: first all losses, then the rest."""
+    """The curves of the stages that have no section of their own: first all charts of the first title, and so on."""
+    drawn: dict[str, list[Chart]] = {}
+    for index, stage in enumerate(stages):
+        if stage.declared.section is not None:
+            continue
+        for wanted in stage.declared.charts or _charts_of_metrics(stage):
+            key = f"t{index}-{wanted.title.replace(' ', '-').replace('/', '-')}"
+            chart = _chart(key, f"{stage.name} · {wanted.title}", stage, wanted, colors[stage.name])
+            if chart is not None:
+                drawn.setdefault(wanted.title, []).append(chart)
+    return [chart for charts in drawn.values() for chart in charts]
+
+
+def _charts_of_metrics(stage: Stage) -> list[declaration.Chart]:
+    """A chart for each metric that the stage logged at two steps or more, beside the same one of held-out data."""
+    logged = {key for row in stage.metrics for key in row if not key.startswith(_NO_CURVES)}
+    curves = {key for key in logged if len(stage.series(key)[0]) > 1}
+    names = {key.removeprefix("eval_").removeprefix("eval/") for key in curves}
     charts = []
-    for title, wanted, note in _TRAINING:
-        for index, stage in enumerate(stages):
-            if is_policy(stage):
-                continue
-            key = f"t{index}-{title.replace(' ', '-')}"
-            chart = _chart(key, f"{stage.name} · {title}", stage, wanted, colors[stage.name], note)
-            if chart:
-                charts.append(chart)
+    for name in sorted(names):
+        held = [held_out(key) for prefix in _HELD_OUT if (key := prefix + name) in logged]
+        charts.append(declaration.Chart(name, (Line(name, "train"), *held)))
     return charts
 
 
-def policies(stages: Sequence[Stage], colors: Mapping[str, str]) -> list[Policy]:
-    """The curves of every policy-gradient stage (PPO, GRPO, ...)."""
+def sections(stages: Sequence[Stage], colors: Mapping[str, str]) -> list[StageCurves]:
+    """The curves of every stage that has a section of its own, and has logged something for it."""
     found = []
     for index, stage in enumerate(stages):
-        if not is_policy(stage):
+        section = stage.declared.section
+        if section is None:
             continue
         drawn = [
-            _chart(f"p{index}-{number}", title, stage, wanted, colors[stage.name], note, x_label="iteration")
-            for number, (title, wanted, note) in enumerate(_POLICY)
+            _chart(f"p{index}-{number}", wanted.title, stage, wanted, colors[stage.name], section.x_label)
+            for number, wanted in enumerate(stage.declared.charts)
         ]
-        drawn.append(_parts(f"p{index}-parts", stage))
-        found.append(Policy(stage, _path(f"p{index}-path", stage), [c for c in drawn if c], _phases(stage)))
+        drawn.append(_parts(f"p{index}-parts", stage, section))
+        charts = [chart for chart in drawn if chart is not None]
+        lede = section.lede.replace("{parent}", stage.parents.get("parent", "its parent"))
+        if charts:
+            path = _path(f"p{index}-path", stage, section)
+            found.append(StageCurves(stage, lede, path, charts, _phases(stage, section)))
     return found
 
 
-def is_policy(stage: Stage) -> bool:
-    """Whether the stage learns from its own answers."""
-    return stage.has("objective/kl") or stage.has("objective/scores")
-
-
 def _chart(
-    key: str,
-    title: str,
-    stage: Stage,
-    wanted: Sequence[tuple[str, str, str]],
-    color: str,
-    note: str,
-    x_label: str = "step",
+    key: str, title: str, stage: Stage, wanted: declaration.Chart, color: str, x_label: str = "step"
 ) -> Chart | None:
     lines = []
-    for metric, label, own_color in wanted:
-        steps, values = stage.series(metric)
+    for line in wanted.lines:
+        steps, values = stage.series(line.metric)
         if steps:
-            lines.append(Series(label, own_color or color, steps, values, dashed=bool(own_color)))
-    return line_chart(key, title, lines, x_label=x_label, note=note) if lines else None
+            lines.append(Series(line.label, line.color or color, steps, values, dashed=bool(line.color)))
+    return line_chart(key, title, lines, x_label=x_label, note=wanted.note) if lines else None
 
 
-def _parts(key: str, stage: Stage) -> Chart | None:
-    """The rewards that make up the score, where there are several."""
-    names = sorted({name for row in stage.metrics for name in row if name.startswith("rewards/") and stage.has(name)})
+def _parts(key: str, stage: Stage, section: declaration.Section) -> Chart | None:
+    parts = section.parts
+    if parts is None:
+        return None
+    names = sorted({name for row in stage.metrics for name in row if name.startswith(parts.prefix) and stage.has(name)})
     if len(names) < 2:
         return None
     lines = [
-        Series(name.removeprefix("rewards/"), f"s{index % SERIES_COLORS}", *stage.series(name))
+        Series(name.removeprefix(parts.prefix), f"s{index % SERIES_COLORS}", *stage.series(name))
         for index, name in enumerate(names)
     ]
-    return line_chart(key, "Rewards by source", lines, x_label="iteration", note="before their weights")
+    return line_chart(key, parts.title, lines, x_label=section.x_label, note=parts.note)
 
 
-def _path(key: str, stage: Stage) -> Chart | None:
-    kls = dict(zip(*stage.series("objective/kl")))
-    scores = dict(zip(*stage.series("objective/scores")))
-    points = [(step, kls[step], scores[step]) for step in sorted(kls.keys() & scores.keys())]
+def _path(key: str, stage: Stage, section: declaration.Section) -> Chart | None:
+    path = section.path
+    if path is None:
+        return None
+    xs, ys = dict(zip(*stage.series(path.x))), dict(zip(*stage.series(path.y)))
+    points = [(step, xs[step], ys[step]) for step in sorted(xs.keys() & ys.keys())]
     if len(points) < 2:
         return None
-    return path_chart(
-        key,
-        "Reward against KL",
-        points,
-        x_label="KL from the parent, nats",
-        y_label="score",
-        note="up and left is better: more for less change",
-    )
+    return path_chart(key, path.title, points, x_label=path.x_label, y_label=path.y_label, note=path.note)
 
 
-def _phases(stage: Stage) -> list[Phase]:
-    sums = {name: sum(stage.series(f"time/{name}")[1]) for name in _PHASES}
+def _phases(stage: Stage, section: declaration.Section) -> list[Phase]:
+    sums = {name: sum(stage.series(f"time/{name}")[1]) for name in section.phases}
     total = sum(sums.values())
     if total <= 0:
         return []
     return [
-        Phase(name, 100 * seconds / total, duration(seconds), f"s{index}")
+        Phase(name, 100 * seconds / total, duration(seconds), f"s{index % SERIES_COLORS}")
         for index, (name, seconds) in enumerate(sums.items())
         if seconds > 0
     ]

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from baton.report.collect import Estimate, Results, RunData, Stage, WinRate
 from baton.report.text import number, percent, short
 
-ALIGNED = ("ppo", "dpo")
-"""Stages that align a tuned model; what they gained is told over their parent."""
-
 # metric -> (heading, what it is, better: 1 higher, -1 lower, 0 neither)
 _METRICS = {
     "accuracy": ("Exact accuracy", "share of held-out items answered exactly", 1),
@@ -183,7 +180,7 @@ def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
     found = []
     for model in results.models:
         stage = run.stage(model)
-        if stage and stage.manifest and stage.kind in ALIGNED:
+        if stage and stage.manifest and stage.declared.answers == "aligned":
             parent = stage.parents.get("parent", "")
             if parent in results.metrics and model in results.metrics:
                 found.append((stage, parent))
@@ -206,7 +203,7 @@ def verdict(run: RunData, results: Results) -> list[str]:
     for model in results.models:
         tuned = run.stage(model)
         metrics = results.metrics.get(model, {})
-        if tuned and tuned.kind == "sft" and "accuracy" in metrics:
+        if tuned and tuned.declared.answers == "tuned" and "accuracy" in metrics:
             sentences.append(_tuning_sentence(tuned, metrics, results))
     return sentences
 

@@ -10,29 +10,8 @@ from baton.report import evaluation
 from baton.report.collect import Results, RunData, Stage
 from baton.report.lineage import Node
 from baton.report.text import NOTHING, compact, duration, number, percent, short
-
-KINDS = {
-    "tokenizer": "tokenizer",
-    "pretrain": "pretraining",
-    "sft": "instruction tuning",
-    "reward_model": "reward model",
-    "ppo": "policy gradient",
-    "dpo": "preference tuning",
-    "evaluate": "evaluation",
-}
-# Stage -> what its row shows: the first two of these metrics that the manifest has.
-_HEADLINE = {
-    "tokenizer": [
-        ("eval_bytes_per_token", "bytes per held-out token"),
-        ("vocab_size", "entries"),
-        ("train_bytes_per_token", "bytes per token"),
-    ],
-    "pretrain": [("eval_bits_per_byte", "bits per held-out byte"), ("eval_loss", "held-out loss")],
-    "sft": [("eval_loss", "held-out loss"), ("eval_stop_rate", "of answers stop")],
-    "reward_model": [("eval_accuracy", "of held-out pairs right"), ("eval_length_accuracy", "by length alone")],
-    "dpo": [("eval_rewards/accuracies", "of held-out pairs right"), ("eval_stop_rate", "of answers stop")],
-    "ppo": [("objective/scores", "score"), ("objective/kl", "nats of KL")],
-}
+from handoff.manifest import MODEL_KINDS, Kind
+from training.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -89,10 +68,14 @@ class Gap:
 
 
 def colors(run: RunData) -> dict[str, str]:
-    """A colour of the style sheet for each model; stages that make no model of language are grey."""
-    names = [s.name for s in run.stages if s.kind not in ("tokenizer", "evaluate")]
+    """A colour of the style sheet for each model; stages that publish no model are grey."""
+    names = [stage.name for stage in run.stages if _publishes(stage) in MODEL_KINDS]
     palette = {name: f"s{index % 8}" for index, name in enumerate(names)}
     return {stage.name: palette.get(stage.name, "muted") for stage in run.stages}
+
+
+def _publishes(stage: Stage) -> Kind:
+    return stage.manifest.kind if stage.manifest else stage.declared.publishes
 
 
 def lineage_nodes(run: RunData, palette: Mapping[str, str]) -> list[Node]:
@@ -109,7 +92,7 @@ def lineage_nodes(run: RunData, palette: Mapping[str, str]) -> list[Node]:
                 drawn.add(parent)
                 nodes.append(Node(parent, "from outside", "muted", (), outside=True))
             parents.append(parent)
-        caption = KINDS.get(stage.kind, stage.kind) if stage.manifest else "not finished"
+        caption = stage.declared.caption if stage.manifest else "not finished"
         unfinished = stage.manifest is None
         nodes.append(Node(stage.name, caption, palette[stage.name], tuple(parents), unfinished=unfinished))
         drawn.add(stage.name)
@@ -122,7 +105,7 @@ def stage_rows(run: RunData, palette: Mapping[str, str]) -> list[StageRow]:
 
 
 def _stage_row(stage: Stage, color: str) -> StageRow:
-    kind = KINDS.get(stage.kind, stage.kind)
+    kind = stage.declared.caption
     if stage.manifest is None:
         steps = max((row["step"] for row in stage.metrics), default=None)
         progress = [] if steps is None else [(number(steps), "steps so far")]
@@ -154,7 +137,7 @@ def headline(stage: Stage) -> list[tuple[str, str]]:
     metrics = stage.manifest.metrics
     found = [
         (number(metrics[metric]), label)
-        for metric, label in _HEADLINE.get(stage.kind, [])
+        for metric, label in stage.declared.headline
         if isinstance(metrics.get(metric), int | float)
     ]
     if not found and stage.has("loss"):  # trained without held-out data
@@ -261,21 +244,14 @@ def _reasons(counted: Mapping[str, int], prefix: str) -> list[tuple[str, int]]:
 def gaps(run: RunData) -> list[Gap]:
     """The parts of the report that this run has no data for."""
     recipe = f"RECIPE=recipes/{run.name}.yaml"
-    kinds = {stage.kind for stage in run.published}
     found = [
         Gap(f"{stage.name} was started and is not finished", f"baton run recipes/{run.name}.yaml --to {stage.name}")
         for stage in run.stages
         if stage.manifest is None
     ]
-    started = {stage.kind for stage in run.stages}
-    for kind, what, target in (
-        ("sft", "no instruction tuning", "sft"),
-        ("reward_model", "no reward model", "reward"),
-        ("ppo", "no PPO curves", "ppo"),
-        ("dpo", "no DPO to compare with", "dpo"),
-    ):
-        if kind not in started:
-            found.append(Gap(what, f"make {target} {recipe}"))
-    if "evaluate" not in kinds:
-        found.append(Gap("no evaluation, so no intervals, win rates or answers side by side", f"make eval {recipe}"))
-    return found
+    started = {stage.package for stage in run.stages}
+    return found + [
+        Gap(declared.missing, f"make {declared.targets[0]} {recipe}")
+        for stage, declared in Registry().declarations().items()
+        if declared.missing and stage not in started
+    ]

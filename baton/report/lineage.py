@@ -61,13 +61,15 @@ def draw(nodes: Sequence[Node], *, vertical: bool) -> Markup:
         leave = start.layer * (node_along + along_gap) + node_along
         arrive = end.layer * (node_along + along_gap) - (0 if end.skips else 1)
         middle = (leave + arrive) / 2
-        corners = [
-            xy(leave, across[start]),
-            xy(middle, across[start]),
-            xy(middle, across[end]),
-            xy(arrive, across[end]),
-        ]
-        parts.append(_curve(*corners, "" if end.skips else f"{key}-arrow"))
+        parts.append(
+            _curve(
+                xy(leave, across[start]),
+                xy(middle, across[start]),
+                xy(middle, across[end]),
+                xy(arrive, across[end]),
+                "" if end.skips else f"{key}-arrow",
+            )
+        )
     by_name = {node.name: node for node in nodes}
     for point, centre in across.items():
         begin = point.layer * (node_along + along_gap)

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from baton.report import alerts, evaluation, facts, lineage, reward_card
 from baton.report.collect import RunData, Stage
-from baton.report.curves import policies, training_charts
+from baton.report.curves import sections, training_charts
 from baton.report.text import moment, number, visible
 
 _SHOWN_SAMPLES = 6
@@ -39,7 +39,7 @@ def render(run: RunData) -> str:
         facts=_when_and_with_what(run),
         training=training_charts(run.stages, palette),
         cards=reward_card.sections(run.stages, palette),
-        policies=policies(run.stages, palette),
+        sections=sections(run.stages, palette),
         evaluations=[_evaluation(stage) for stage in run.stages if stage.results],
         samples=[(stage, rows) for stage in run.stages if (rows := samples_before_and_after(stage))],
         accounts=facts.accounts(run),

@@ -5,6 +5,37 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from training.config import TrainConfig, TrainedStageConfig
+from training.declaration import (
+    LOSS,
+    STOP_RATE,
+    TOKEN_ACCURACY,
+    TRAINER_LINE,
+    Chart,
+    Declaration,
+    HeldModel,
+    held_out,
+    pair_charts,
+)
+
+DECLARATION = Declaration(
+    "preference tuning",
+    targets=("dpo",),
+    compared=TRAINER_LINE,
+    answers="aligned",
+    headline=(("eval_rewards/accuracies", "of held-out pairs right"), ("eval_stop_rate", "of answers stop")),
+    charts=(
+        LOSS,
+        TOKEN_ACCURACY,
+        STOP_RATE,
+        *pair_charts("rewards/accuracies", "rewards/margins"),
+        Chart(
+            "drift of chosen answers",
+            (held_out("eval_chosen_logratio_per_token"),),
+            "nats per token; far below 0 is collapse",
+        ),
+    ),
+    missing="no DPO to compare with",
+)
 
 
 class Config(TrainedStageConfig):
@@ -38,3 +69,8 @@ class Config(TrainedStageConfig):
 def parents(config: Config) -> dict[str, str]:
     """Role -> reference."""
     return {"parent": config.parent}
+
+
+def models(config: Config) -> list[HeldModel]:
+    """What the section holds in memory. The policy is its own reference: it reads all pairs before it is trained."""
+    return [HeldModel("policy", config.parent, trained=True)]

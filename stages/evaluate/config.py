@@ -4,6 +4,14 @@ from pydantic import Field
 
 from data.config import SourceConfig
 from training.config import ModelArguments, StageConfig
+from training.declaration import Declaration, HeldModel
+
+DECLARATION = Declaration(
+    "evaluation",
+    targets=("eval",),
+    publishes="evaluation",
+    missing="no evaluation, so no intervals, win rates or answers side by side",
+)
 
 
 class Config(StageConfig):
@@ -41,3 +49,9 @@ def parents(config: Config) -> dict[str, str]:
 def soft_parents(config: Config) -> list[str]:
     """Sections that are looked at where they exist."""
     return [*config.models, *([config.reward] if config.reward is not None else [])]
+
+
+def models(config: Config) -> list[HeldModel]:
+    """What the section holds in memory, one policy at a time."""
+    scorer = [] if config.reward is None else [HeldModel("reward", config.reward)]
+    return [*(HeldModel("policy", name, note="one at a time") for name in config.models), *scorer]

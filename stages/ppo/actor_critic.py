@@ -44,7 +44,8 @@ class Critic(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state[:, -width - 1 : -1]  # (B, R, H)
-        return self.head(hidden).squeeze(-1).float()
+        values: Tensor = self.head(hidden)  # (B, R, 1)
+        return values.squeeze(-1).float()
 
 
 class ActorCritic(nn.Module):

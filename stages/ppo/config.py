@@ -8,7 +8,20 @@ from pydantic import BaseModel, Field, model_validator
 from data.config import SourceConfig
 from reward.config import RewardConfig
 from rollout.config import VLLMConfig
+from stages.ppo.charts import CHARTS, SECTION
 from training.config import OptimizerConfig, StageConfig, Strict, TrainedModelArguments
+from training.declaration import Declaration, HeldModel
+
+DECLARATION = Declaration(
+    "policy gradient",
+    targets=("ppo", "grpo", "rloo"),
+    compared=("objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"),
+    answers="aligned",
+    headline=(("objective/scores", "score"), ("objective/kl", "nats of KL")),
+    charts=CHARTS,
+    section=SECTION,
+    missing="no PPO curves",
+)
 
 
 def _refuse_unread(config: BaseModel, keys: Iterable[str], condition: str) -> None:
@@ -317,3 +330,13 @@ def parents(config: Config) -> dict[str, str]:
     if config.critic is not None:
         out["critic"] = config.critic
     return out
+
+
+def models(config: Config) -> list[HeldModel]:
+    """What the section holds in memory."""
+    held = [HeldModel("policy", config.parent, trained=True), HeldModel("reference", config.parent)]
+    if config.advantage == "gae":
+        note = "" if config.critic_parent is not None else "the policy's body, a new head"
+        held.append(HeldModel("critic", config.critic_parent or config.parent, trained=True, note=note))
+    rewards = dict.fromkeys(ref for entry in (*config.reward, *config.monitor) for ref in entry.references)
+    return [*held, *(HeldModel("reward", ref) for ref in rewards)]

@@ -113,7 +113,7 @@ class Saves:
         # While steps are skipped, the weights are suspect: states of them would push out the good ones before.
         due = at.iteration % self._every == 0 and not at.faults.in_a_row
         stop, asked = run.signals.asked(run.engine.largest)
-        saved = (improved or due or stop or asked) and self._save(at)
+        saved = bool(improved or due or stop or asked) and self._save(at)
         if stop:
             raise run.signals.stopped(stop, f"iteration {at.iteration}", saved)
 

@@ -6,6 +6,15 @@ from pydantic import Field, model_validator
 
 from data.config import SourceConfig
 from training.config import MuonTrainConfig, StageConfig, TrainedModelArguments
+from training.declaration import BITS_PER_BYTE, LOSS, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
+
+DECLARATION = Declaration(
+    "pretraining",
+    targets=("pretrain",),
+    compared=TRAINER_LINE,
+    headline=(("eval_bits_per_byte", "bits per held-out byte"), ("eval_loss", "held-out loss")),
+    charts=(LOSS, BITS_PER_BYTE, TOKEN_ACCURACY),
+)
 
 
 class Config(StageConfig):
@@ -48,3 +57,9 @@ class Config(StageConfig):
 def parents(config: Config) -> dict[str, str]:
     """Role -> reference."""
     return {"parent": config.parent}
+
+
+def models(config: Config) -> list[HeldModel]:
+    """What the section holds in memory."""
+    note = "" if config.model is None else f"random weights, {config.model['architecture']}"
+    return [HeldModel("policy", config.parent, trained=True, note=note)]

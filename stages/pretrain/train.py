@@ -109,7 +109,8 @@ class Blocks(Dataset[np.ndarray]):
         return len(self._blocks)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._blocks[index]
+        row: np.ndarray = self._blocks[index]
+        return row
 
 
 class Collator:

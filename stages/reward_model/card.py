@@ -42,7 +42,8 @@ _CANDIDATES = 32
 
 def preferred(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
     """1 where `better` is larger, ½ where they tie, else 0."""
-    return (better > worse) + 0.5 * (better == worse)
+    wins: np.ndarray = (better > worse) + 0.5 * (better == worse)
+    return wins
 
 
 def share(right: np.ndarray) -> Share:
@@ -226,10 +227,10 @@ def findings(card: Card) -> list[str]:
                 + (f"of the {n} {where} it ranks {_percent(right / n)} right" if n else f"there are no {where}")
             )
     for bucket in card.by_length:
-        right = bucket.accuracy
-        if right is not None and right.n >= _TELLING_PAIRS and right.high < 0.5:
+        part = bucket.accuracy
+        if part is not None and part.n >= _TELLING_PAIRS and part.high < 0.5:
             found.append(
-                f"is right in only {_percent(right.value)} of the {right.n} pairs whose better answer is {bucket.name}"
+                f"is right in only {_percent(part.value)} of the {part.n} pairs whose better answer is {bucket.name}"
             )
     for probe in card.probes:
         if probe.share is not None and not probe.passed:

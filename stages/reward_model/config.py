@@ -5,6 +5,17 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from training.config import Strict, TrainConfig, TrainedStageConfig
+from training.declaration import LOSS, TRAINER_LINE, Declaration, HeldModel, pair_charts
+
+DECLARATION = Declaration(
+    "reward model",
+    targets=("reward",),
+    publishes="reward_model",
+    compared=TRAINER_LINE,
+    headline=(("eval_accuracy", "of held-out pairs right"), ("eval_length_accuracy", "by length alone")),
+    charts=(LOSS, *pair_charts("accuracy", "margin")),
+    missing="no reward model",
+)
 
 
 class Gate(Strict):
@@ -54,3 +65,9 @@ class Config(TrainedStageConfig):
 def parents(config: Config) -> dict[str, str]:
     """Role -> reference. That of a model to compare with is `ensemble:` and its reference."""
     return {"parent": config.parent, **{f"ensemble:{ref}": ref for ref in config.ensemble_with}}
+
+
+def models(config: Config) -> list[HeldModel]:
+    """What the section holds in memory; those to compare with are loaded one at a time, after the training."""
+    others = [HeldModel("reward", ref, note="compared after the training") for ref in config.ensemble_with]
+    return [HeldModel("reward", config.parent, trained=True), *others]

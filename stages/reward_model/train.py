@@ -111,8 +111,10 @@ def train(run: Run) -> None:
     extra = {"reward_mean": float(values.mean()), "reward_std": float(max(values.std(), 1e-6))}
     if heldout:
         normalised = (values - extra["reward_mean"]) / extra["reward_std"]
+        chosen, rejected = np.split(values, 2)
         card = make_card(
-            *np.split(values, 2),
+            chosen,
+            rejected,
             answer_lengths(heldout),
             probe_scores(heldout, encoder.stop_ids[0], scores),
             config.gate,
@@ -205,7 +207,8 @@ def measure_ensemble(
         found = np.array(run.engine.join(zip(mine, raw, strict=True)))
         mean, std = statistics(parent)
         members[ref] = (found - mean) / std
-    return agreement({name: tuple(np.split(values, 2)) for name, values in members.items()})
+    pairs = len(answers) // 2
+    return agreement({name: (values[:pairs], values[pairs:]) for name, values in members.items()})
 
 
 def refusal(run: Run, card: Card) -> str:

@@ -5,6 +5,17 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from training.config import MuonTrainConfig, TrainedStageConfig
+from training.declaration import LOSS, STOP_RATE, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
+
+DECLARATION = Declaration(
+    "instruction tuning",
+    targets=("sft",),
+    compared=TRAINER_LINE,
+    answers="tuned",
+    headline=(("eval_loss", "held-out loss"), ("eval_stop_rate", "of answers stop")),
+    charts=(LOSS, TOKEN_ACCURACY, STOP_RATE),
+    missing="no instruction tuning",
+)
 
 
 class Config(TrainedStageConfig):
@@ -33,3 +44,8 @@ class Config(TrainedStageConfig):
 def parents(config: Config) -> dict[str, str]:
     """Role -> reference."""
     return {"parent": config.parent}
+
+
+def models(config: Config) -> list[HeldModel]:
+    """What the section holds in memory."""
+    return [HeldModel("policy", config.parent, trained=True)]

@@ -4,6 +4,19 @@ from pydantic import Field
 
 from data.config import SourceConfig
 from training.config import StageConfig
+from training.declaration import Declaration
+
+DECLARATION = Declaration(
+    "tokenizer",
+    targets=("tokenizer",),
+    publishes="tokenizer",
+    distributed=False,
+    headline=(
+        ("eval_bytes_per_token", "bytes per held-out token"),
+        ("vocab_size", "entries"),
+        ("train_bytes_per_token", "bytes per token"),
+    ),
+)
 
 
 class Config(StageConfig):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from data.config import SourceConfig, WorldSource
-from data.records import Chat, Prompt, Record, Text
+from data.records import Chat, Preference, Prompt, Record, Text
 from data.template import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, STOP_TOKENS
 from stages.tokenizer.config import Config
 from training.run import Run
@@ -85,6 +85,7 @@ def read_texts(run: Run, sources: Sequence[SourceConfig], label: str) -> list[st
         loaded = run.load(chosen, kind)
         run.account(loaded, f"{label} ({kind.__name__.lower()})")
         for record in loaded.records:
+            assert not isinstance(record, Preference)  # pairs are read as conversations
             texts += [record.text] if isinstance(record, Text) else [message.content for message in record.messages]
     return texts
 
