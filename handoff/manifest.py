@@ -64,10 +64,14 @@ class EngineRecord(_Record):
     device: str = "cpu"
 
     @property
+    def label(self) -> str:
+        """Its name for a person: "deepspeed ZeRO-3"."""
+        return f"{self.name} ZeRO-{self.zero_stage}" if self.zero_stage else self.name
+
+    @property
     def words(self) -> str:
-        """For a person: "deepspeed ZeRO-3 on 2 processes"."""
-        zero = f" ZeRO-{self.zero_stage}" if self.zero_stage else ""
-        return f"{self.name}{zero} on {self.processes} process{'es' if self.processes > 1 else ''}"
+        """With the number of processes: "deepspeed ZeRO-3 on 2 processes"."""
+        return f"{self.label} on {self.processes} process{'es' if self.processes > 1 else ''}"
 
 
 class Inputs(_Record):

@@ -178,11 +178,11 @@ class StageTrainer(Trainer):
 
 def move_schedule(scheduler: LambdaLR, step: int) -> None:
     """Puts learning rates where they are after `step` steps: they follow from that alone, so nothing of it is saved."""
-    scheduler.last_epoch, scheduler._step_count = step, step + 1
-    scheduler._last_lr = [
-        base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    state = scheduler.state_dict()
+    assert {"last_epoch", "_step_count", "_last_lr"} <= state.keys()
+    scheduler.load_state_dict(state | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 

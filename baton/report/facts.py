@@ -112,8 +112,6 @@ def _stage_row(stage: Stage, color: str) -> StageRow:
         return StageRow(stage.name, kind, color, progress, done=False)
     manifest = stage.manifest
     engine = manifest.engine
-    words = [engine.name if engine.zero_stage is None else f"{engine.name} ZeRO-{engine.zero_stage}"]
-    words.append(f"{engine.processes} × {engine.device}")
     return StageRow(
         name=stage.name,
         kind=kind,
@@ -122,7 +120,7 @@ def _stage_row(stage: Stage, color: str) -> StageRow:
         time=duration(seconds(stage)),
         tokens=compact(tokens(stage)),
         parameters=compact(stage.parameters),
-        engine=", ".join(words),
+        engine=f"{engine.label}, {engine.processes} × {engine.device}",
         results=headline(stage),
         fingerprint=manifest.fingerprint[:10],
         done=True,

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 
+_HF_DEEPSPEED = "transformers.integrations.deepspeed"
+_ZERO12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
+_ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+
+
 @dataclass(frozen=True)
 class PrivateName:
     """A name without a promise."""
@@ -21,12 +26,75 @@ class PrivateName:
     """`package.module:Class`, or `package.module`."""
     name: str
     parameters: tuple[str, ...] | None
-    """Of a function or method, without self; None for an attribute."""
+    """Of a function or method, without self; None for an attribute, which the owner's source must mention."""
     why: str
     """What it is used for, and why no public name does."""
 
 
-PRIVATE: tuple[PrivateName, ...] = ()
+PRIVATE: tuple[PrivateName, ...] = (
+    # accelerate
+    PrivateName("accelerate.state:AcceleratorState", "_reset_state", ("reset_partial_state",), "a second Accelerator"),
+    PrivateName(
+        "accelerate.state:PartialState", "_prepare_backend", ("cpu", "sagemaker_dp", "backend"), "FSDP2 on CPU"
+    ),
+    # torch
+    PrivateName("torch._dynamo:OptimizedModule", "_orig_mod", None, "the module that was compiled"),
+    PrivateName("torch.distributed.fsdp:FSDPModule", "_get_fsdp_state", (), "to call parts before the root"),
+    PrivateName("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "_lazy_init", (), "the same"),
+    PrivateName("torch.nn:Module", "_forward_hooks", None, "a layer with hooks is not computed by fused kernels"),
+    PrivateName("torch.nn:Module", "_forward_pre_hooks", None, "the same"),
+    # transformers
+    PrivateName("transformers:PreTrainedModel", "_no_split_modules", None, "the layers that are cut up as one piece"),
+    PrivateName(
+        "transformers:PretrainedConfig", "_attn_implementation", None, "which attention a model has; no getter"
+    ),
+    PrivateName(_HF_DEEPSPEED, "_hf_deepspeed_config_weak_ref", None, "to load weights whole under ZeRO-3"),
+    PrivateName("transformers:Trainer", "_get_train_sampler", ("train_dataset",), "rows keyed by seed and epoch"),
+    PrivateName("transformers:Trainer", "_save_checkpoint", ("model", "trial"), "states that any engine can load"),
+    PrivateName(
+        "transformers:Trainer", "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "the same, for loading"
+    ),
+    PrivateName(
+        "transformers:Trainer",
+        "_prepare_for_training",
+        ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+        "a state is loaded once model and optimizer are wrapped",
+    ),
+    PrivateName("transformers:Trainer", "_load_rng_state", ("checkpoint",), "random numbers, right before the batch"),
+    PrivateName("transformers:Trainer", "_get_grad_norm", ("model", "grad_norm"), "steps that are not finite"),
+    PrivateName("transformers:Trainer", "_prepare_inputs", ("inputs",), "held-out batches on the training's device"),
+    PrivateName("transformers:Trainer", "_tr_loss", None, "the average of a line goes on after a resume"),
+    PrivateName("transformers:Trainer", "_globalstep_last_logged", None, "the same"),
+    # trl
+    PrivateName("trl.trainer.base_trainer:_BaseTrainer", "_send_telemetry", (), "no network after the start"),
+    PrivateName("trl:SFTTrainer", "_metrics", None, "the averages of a line go on after a resume"),
+    PrivateName("trl:SFTTrainer", "_total_train_tokens", None, "the count of tokens goes on after a resume"),
+    PrivateName(
+        "trl:DPOTrainer",
+        "_prepare_dataset",
+        ("dataset", "processing_class", "args", "dataset_name"),
+        "our pairs are encoded",
+    ),
+    PrivateName("trl.models.utils", "add_hooks", ("model",), "generation under ZeRO-3, see `without_zero_hooks`"),
+    PrivateName("trl.models.utils", "remove_hooks", ("model",), "the same"),
+    PrivateName(
+        "trl.trainer.utils",
+        "add_fused_lm_head",
+        ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+        "log-probabilities without logits of the whole vocabulary",
+    ),
+    # DeepSpeed
+    PrivateName(_ZERO12, "_hp_optimizer_states_linked", None, "moments of every group of parameters"),
+    PrivateName(_ZERO12, "_lazy_init_hp_params_optimizer_state", (), "the same"),
+    PrivateName(_ZERO12, "update_lp_params", (), "the forward pass reads weights that were loaded"),
+    PrivateName(_ZERO3, "_reassign_or_swap_out_partitioned_parameters", ("args", "kwargs"), "the same"),
+    PrivateName(_ZERO3, "checkpoint_event_prologue", (), "the same"),
+    PrivateName(_ZERO3, "checkpoint_event_epilogue", (), "the same"),
+    PrivateName(_ZERO3, "fp32_partitioned_groups_flat", None, "float32 weights and moments"),
+    PrivateName(_ZERO3, "sub_group_to_group_id", None, "the same"),
+    PrivateName("deepspeed.runtime.zero.partition_parameters:Init", "ds_shape", None, "shape of a whole parameter"),
+    PrivateName("deepspeed.runtime.zero.partition_parameters:Init", "ds_tensor", None, "this process's piece of it"),
+)
 
 
 # ---- DeepSpeed
