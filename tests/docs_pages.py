@@ -14,7 +14,8 @@ Every block is fenced, and the words after its language say what a test does wit
     ```text                      output, a tree, a drawing
     ```mermaid                   a drawing
 
-Paths that are named must exist; `<!-- planned: PATH ... -->` excepts what is to come, for as long as it has not come.
+Paths that are named must exist, except those with NAME in them. `<!-- planned: PATH ... -->` excepts what is to come;
+once it has come, the comment is a mistake.
 """
 
 import contextlib
@@ -31,10 +32,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import click
 import typer.main
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import Exit, TyperException
 
 from baton.cli import app
 from data.config import SourceConfig
@@ -49,22 +51,7 @@ PATH = re.compile(rf"(?<![\w./<>*-])((?:{FOLDERS})/[\w.-][\w./-]*[\w/]|[\w-]+\.(
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 PLANNED = re.compile(r"<!-- planned: (.*?)-->", re.DOTALL)
 # Programs that are not ours, and words of the shell.
-FOREIGN = {
-    "pip",
-    "vllm",
-    "srun",
-    "scontrol",
-    "export",
-    "cd",
-    "mkdir",
-    "exit",
-    "if",
-    "then",
-    "fi",
-    "kill",
-    "nohup",
-    "ls",
-}
+FOREIGN = {"pip", "vllm", "srun", "scontrol", "export", "source", "exit", "if", "then", "fi", "ls"}
 OUTPUT = {"text", "mermaid"}
 RUNS = "runs/"
 
@@ -190,7 +177,7 @@ def _links(book: Book, page: Page) -> Iterator[str]:
             path, _, anchor = target.partition("#")
             name = os.path.normpath(Path(page.name).parent / path) if path else page.name
             where = f"{page.name}:{number}: link to {target}"
-            if not (book.root / name).exists():
+            if name != page.name and not (book.root / name).exists():
                 yield f"{where}: there is no {name}"
             elif anchor and name.endswith(".md"):
                 other = page if name == page.name else read_page(book.root, name)
@@ -203,13 +190,15 @@ def _paths(book: Book, page: Page) -> Iterator[str]:
     for path in sorted(planned):
         if (book.root / path).exists():
             yield f"{page.name}: {path} is marked as planned and exists; take it out of the comment"
-    texts = [(1, PLANNED.sub("", page.prose)), *((block.line, block.text) for block in page.blocks)]
+    # Of the prose without comments and the targets of links, line by line.
+    prose = re.sub(r"<!--.*?-->", lambda found: "\n" * found.group().count("\n"), page.prose, flags=re.DOTALL)
+    texts = [(1, LINK.sub("", prose)), *((block.line, block.text) for block in page.blocks)]
     for first, text in texts:
         for number, line in enumerate(re.sub(r"https?://\S+", "", text).splitlines(), first):
             for path in PATH.findall(line):
                 name = path.rstrip("./")
                 excepted = planned | book.files.keys()
-                if excepted.isdisjoint((name, path)) and not (book.root / name).exists():
+                if excepted.isdisjoint((name, path)) and "NAME" not in name and not (book.root / name).exists():
                     yield f"{page.name}:{number}: there is no {path}"
 
 
@@ -289,10 +278,10 @@ def _is_setting(words: Sequence[str]) -> bool:
     return all(re.match(r"\w+=", word) for word in words)
 
 
-def commands() -> dict[str, click.Command]:
+def commands() -> dict[str, TyperCommand]:
     """The sub-commands of baton."""
     group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    assert isinstance(group, TyperGroup)
     return dict(group.commands)
 
 
@@ -315,11 +304,11 @@ def _baton(book: Book, words: list[str]) -> str | None:
         return message
     command = commands()[words[0]]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            given = command.make_context("baton", words[1:], resilient_parsing=False).params
-    except click.exceptions.Exit:
+        with contextlib.redirect_stdout(io.StringIO()):
+            given = command.make_context("baton", words[1:]).params
+    except Exit:  # --help
         return None
-    except click.ClickException as error:
+    except TyperException as error:
         return error.format_message()
     target = str(given.get("recipe") or given.get("target"))
     if target.startswith(RUNS) and not target.endswith(".yaml"):

@@ -6,6 +6,7 @@ own name with less data, a smaller model and fewer steps.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -79,18 +80,28 @@ def _smaller(value: Any) -> Any:
 
 
 def run(command: str, folder: Path, root: Path, seconds: float) -> subprocess.CompletedProcess[str]:
-    """A shell command in the folder, with nothing on its standard input."""
+    """A shell command in the folder, with nothing on its standard input; `stdout` has both outputs.
+
+    Raises TimeoutExpired when it takes longer than so many seconds.
+    """
     environment: Mapping[str, str] = {
         **os.environ,
         "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
     }
-    return subprocess.run(
+    with subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=seconds,
-    )
+        start_new_session=True,
+    ) as started:
+        try:
+            output, _ = started.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGTERM)  # the runner, which ends its stage
+            raise
+    return subprocess.CompletedProcess(command, started.returncode, output)
