@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from data.config import FileSource, HubSource, WorldSource
+from data.config import SourceConfig
 from reward.config import RewardConfig
 from training.recipe import TopLevel
 from training.recipe_errors import models_in
@@ -33,10 +33,12 @@ the file, the line and the key that was meant, and nothing is started. Keys that
 and YAML anchors.
 """
 FOOT = "Next: [the command line](commands.md)\n"
+SOURCES = models_in(SourceConfig)
 SHARED: dict[type[BaseModel], str] = {
-    WorldSource: "An entry of `data:`, source: world",
-    FileSource: "An entry of `data:`, source: file",
-    HubSource: "An entry of `data:`, source: hub",
+    **{
+        source: f"An entry of `data:`, source: {get_args(source.model_fields['source'].annotation)[0]}"
+        for source in SOURCES
+    },
     RewardConfig: "An entry of `reward:`",
 }
 """Classes that several stages have, under a heading of their own."""
@@ -64,9 +66,14 @@ def _section(title: str, words: str, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """A line for each key; the keys of a mapping follow it."""
+    """A line for each key; the keys of a mapping follow it. Of what extends a shared class, the keys that it adds."""
     said, kinds = documented(model)
+    known = {
+        name for shared in SHARED if model is not shared and issubclass(model, shared) for name in shared.model_fields
+    }
     for name, field in model.model_fields.items():
+        if name in known:
+            continue
         inner = [found for found in models_in(field.annotation) if found not in SHARED]
         default = _default(field, nested=bool(inner))
         cells = (f"`{prefix}{name}`", _cell(_kind(kinds[name], field)), default, _cell(said.get(name, "")))

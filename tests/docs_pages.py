@@ -43,6 +43,7 @@ from data.config import SourceConfig
 from handoff.errors import UserError
 from reward.compose import Composition
 from reward.config import RewardConfig
+from tests.docs_work import read_yaml
 from training.recipe import load_recipe
 
 FENCE = re.compile(r"^( *)```(\S*) *(.*)$")
@@ -408,8 +409,8 @@ def _python(book: Book, words: list[str]) -> str | None:
 
 def _yaml(book: Book, kind: str, text: str) -> Iterator[str]:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except ValueError as error:
         yield str(error)
         return
     if kind in ("data", "reward"):
@@ -419,7 +420,7 @@ def _yaml(book: Book, kind: str, text: str) -> Iterator[str]:
     if kind == "recipe":
         message = _loads(text)
     else:
-        tiny = yaml.safe_load((book.root / "recipes" / "tiny.yaml").read_text(encoding="utf-8"))
+        tiny = read_yaml((book.root / "recipes" / "tiny.yaml").read_text(encoding="utf-8"))
         unknown = sorted(value.keys() - tiny["stages"].keys()) if kind == "keys" else []
         if unknown:
             yield f"recipes/tiny.yaml has no section {unknown[0]}"

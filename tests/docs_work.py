@@ -9,11 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from training.recipe_text import read_document
 
 _COPIED = ("Makefile", "pyproject.toml", "requirements.lock", "recipes")
 _PROGRAMS = {"baton": "-m baton", "python": "", "accelerate": "-m accelerate.commands.launch"}
@@ -40,7 +43,7 @@ def make_folder(root: Path, folder: Path) -> None:
         copy = shutil.copytree if (root / name).is_dir() else shutil.copyfile
         copy(root / name, folder / name)
     tiny = folder / "recipes" / "tiny.yaml"
-    tiny.write_text(yaml.safe_dump(shrunk(yaml.safe_load(tiny.read_text(encoding="utf-8"))), sort_keys=False))
+    tiny.write_text(yaml.safe_dump(shrunk(read_yaml(tiny.read_text(encoding="utf-8"))), sort_keys=False))
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, arguments in _PROGRAMS.items():
@@ -49,6 +52,17 @@ def make_folder(root: Path, folder: Path) -> None:
         program.write_text(f'#!/bin/sh\n{path} exec "{sys.executable}" {arguments} "$@"\n')
         program.chmod(0o755)
     (folder / ".venv" / ".ready").touch()  # newer than the lock file: `make setup` has nothing to do
+
+
+def read_yaml(text: str) -> Any:
+    """Text as recipes are read, where `on` and `yes` are words. Raises ValueError with what is wrong with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.yaml"
+        path.write_text(text, encoding="utf-8")
+        document = read_document(path)
+    if document.problems:
+        raise ValueError("; ".join(str(problem).removeprefix(f"{path}:") for problem in document.problems))
+    return document.value
 
 
 def shrunk(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +102,7 @@ def run(command: str, folder: Path, root: Path, seconds: float) -> subprocess.Co
         **os.environ,
         "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # models of this size gain nothing from a second thread
     }
     with subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", command],

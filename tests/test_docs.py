@@ -6,16 +6,11 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import docs_keys
-import docs_pages
-import docs_work
+from tests import docs_keys, docs_pages, docs_work
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = docs_pages.read_book(ROOT)
@@ -125,7 +120,7 @@ MISTAKES = {
         "```yaml keys\nppo: {reward: [{function: xml_format, args: {tag: [a]}}]}\n```",
         "tag",
     ),
-    "yaml": ("```yaml data\n- {source: file\n```", "expected"),
+    "yaml": ("```yaml data\n- {source: file\n```", "not valid YAML"),
     "a path": ("See `training/recpe.py`.", "there is no training/recpe.py"),
     "a path in a block": ("```text\nstages/sfd/train.py\n```", "there is no stages/sfd/train.py"),
     "a path that is no longer planned": ("<!-- planned: training/recipe.py -->", "is marked as planned and exists"),
