@@ -49,15 +49,16 @@ class Speaker:
     def __init__(self, parent: Parent, sampling: Sampling) -> None:
         import torch
 
-        from training import runtime
+        from training import engines
         from training.config import ModelArguments
-        from training.models import load_causal_lm, load_encoder
+        from training.model import Model, load_encoder
 
         self.name = parent.name
         self.encoder: Encoder = load_encoder(parent)
-        self.device = runtime.device()
-        model = load_causal_lm(parent, ModelArguments(), dropout=False, bf16=False)
-        self.model: PreTrainedModel = model.to(self.device).eval()
+        engine = engines.current()
+        self.device = engine.device
+        model = Model.load(engine, parent, "policy", self.encoder, ModelArguments(), dropout=False, bf16=False).freeze()
+        self.model: PreTrainedModel = model.module
         self.stop_ids = set(parent.tokenizer.stop_ids)
         self.context = _context(self.model.config)
         self.sampling = sampling

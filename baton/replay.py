@@ -24,6 +24,7 @@ from handoff.manifest import EngineRecord, Inputs
 from handoff.parent import HASH_CACHE
 from handoff.stage import StageDir
 from handoff.state import State, StateStore
+from training.engines.protocol import Engine
 from training.inputs import stage_inputs
 from training.recipe import Recipe, load_recipe
 from training.run import Run, run_section
@@ -95,8 +96,8 @@ class _LineCame(Exception):
 class _Replay(Run):
     """A run that ends when it logs the line that is waited for."""
 
-    def __init__(self, line: int, key: str, recipe: Recipe, name: str, signals: Signals) -> None:
-        super().__init__(recipe, name, signals)
+    def __init__(self, line: int, key: str, recipe: Recipe, name: str, signals: Signals, engine: Engine) -> None:
+        super().__init__(recipe, name, signals, engine)
         self._line, self._key = line, key
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -230,6 +231,6 @@ def _link(source: str, target: str) -> None:
 
 
 def _elsewhere(state: State) -> bool:
-    from training.runtime import engine_record
+    from training import engines
 
-    return EngineRecord(**state.extra["engine"]) != engine_record()
+    return EngineRecord(**state.extra["engine"]) != engines.current().record()

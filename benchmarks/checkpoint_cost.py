@@ -34,8 +34,8 @@ from handoff import state as handoff_state
 from handoff.files import tree_bytes
 from stages.ppo.config import PPOTrainConfig
 from stages.ppo.saves import Saves
-from training import portable
 from training.callbacks import FlowCallback
+from training.engines import files
 from training.recipe import Recipe, load_recipe
 from training.run import run_section
 from training.saving import SavedStates
@@ -105,8 +105,8 @@ def watched(clock: Clock, last: int) -> Iterator[None]:
     with (
         patch.object(SavedStates, "save", timed("save", SavedStates.save)),
         patch.object(SavedStates, "newest", timed("find", SavedStates.newest)),
-        patch.object(portable, "save_state", timed("write", portable.save_state)),
-        patch.object(portable, "load_state", timed("load", portable.load_state)),
+        patch.object(files, "save_state", timed("write", files.save_state)),
+        patch.object(files, "load_state", timed("load", files.load_state)),
         patch.object(handoff_state, "sha256_file", timed("hash", handoff_state.sha256_file)),
         patch.object(handoff_state, "fsync_tree", timed("fsync", handoff_state.fsync_tree)),
         patch.object(FlowCallback, "on_step_end", marks(FlowCallback.on_step_end, lambda a, s, *_: s.global_step)),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.turns import Turns
+from training import engines
 from training import run as frame
-from training import runtime
 from training.recipe import load_recipe
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Runs the section until the other end closes."""
     recipe = load_recipe(Path(sys.argv[1]))
     name = sys.argv[2]
-    runtime.prepare()
+    engines.start()
     # Imported before memory is counted, as the peer imports its own.
     import datasets  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401

@@ -61,6 +61,12 @@ class EngineRecord(_Record):
     processes: int = 1
     device: str = "cpu"
 
+    @property
+    def words(self) -> str:
+        """For a person: "deepspeed ZeRO-3 on 2 processes"."""
+        zero = f" ZeRO-{self.zero_stage}" if self.zero_stage else ""
+        return f"{self.name}{zero} on {self.processes} process{'es' if self.processes > 1 else ''}"
+
 
 class Inputs(_Record):
     """All that a stage's result depends on. Equal inputs: the stage is up to date; where it is not finished, it can

@@ -24,7 +24,7 @@ from handoff.files import (
     disk_is_full,
     fsync_path,
     fsync_tree,
-    hash_tree,
+    list_files,
     read_json,
     remove_tree,
     sha256_file,
@@ -192,7 +192,7 @@ class StageDir:
 
     def publish(
         self,
-        write_model: Callable[[Path], None] | None,
+        write_model: Callable[[Path], Mapping[str, str] | None] | None,
         *,
         name: str,
         stage: str,
@@ -212,7 +212,8 @@ class StageDir:
         """Makes the stage's result visible to its children, in one step.
 
         Args:
-            write_model: writes the model into the empty directory that it is given; None when the stage makes none.
+            write_model: writes the model into the empty directory that it is given, and returns {file: SHA-256} of
+                those files that it hashed while it wrote them, if any; None when the stage makes no model.
             files: names of other files in the stage's directory that are published too, e.g. results.json.
             tokenizer: the record that the written model must have, usually its parent's.
 
@@ -225,8 +226,11 @@ class StageDir:
         assert self._inputs == inputs, "publish belongs to the inputs that begin was given"
         writing = self.path / _WRITING
         try:
-            record = None if write_model is None else self._written(writing, write_model, kind, tokenizer)
-            hashes = {f"model/{file}": digest for file, digest in hash_tree(writing).items()} if record else {}
+            record, hashes = None, {}
+            if write_model is not None:
+                record, known = self._written(writing, write_model, kind, tokenizer)
+                names = list_files(writing)
+                hashes = {f"model/{name}": known.get(name) or sha256_file(writing / name) for name in names}
             for file in files:
                 fsync_path(self.path / file)
                 hashes[file] = sha256_file(self.path / file)
@@ -260,11 +264,16 @@ class StageDir:
         return manifest
 
     def _written(
-        self, writing: Path, write_model: Callable[[Path], None], kind: Kind, expected: TokenizerRecord | None
-    ) -> TokenizerRecord:
+        self,
+        writing: Path,
+        write_model: Callable[[Path], Mapping[str, str] | None],
+        kind: Kind,
+        expected: TokenizerRecord | None,
+    ) -> tuple[TokenizerRecord, Mapping[str, str]]:
+        """The tokenizer of what was written, and the hashes that are known."""
         remove_tree(writing)
         writing.mkdir()
-        write_model(writing)
+        hashes = write_model(writing) or {}
         write_pad_token(writing, read_tokenizer(writing))
         record = check_model(writing, kind)
         if expected is not None and record != expected:
@@ -273,7 +282,7 @@ class StageDir:
                 f"and the model was written with {record.model_dump()}"
             )
         fsync_tree(writing)
-        return record
+        return record, hashes
 
     def _switch(self, written: Path | None) -> None:
         """stage.json goes first and comes last, so that at no instant it stands beside a model that is not its own."""

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from data.encode import Encoder
 from data.sampling import uniform
 from stages.evaluate.config import Config
 from stages.evaluate.statistics import mean, proportion
 from stages.evaluate.train import _bits_per_byte
-from training import models
 from training.recipe import load_recipe
 from training.run import run_section
 
@@ -49,7 +49,7 @@ def test_bits_per_byte_is_a_plain_sum(micro_recipe):
     """A text shorter than the context: −log2 of the product of its tokens' probabilities, over its bytes."""
     folder = load_recipe(micro_recipe).run_dir / "sft" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    encoder = models.Encoder.from_pretrained(folder)
+    encoder = Encoder.from_pretrained(folder)
     text = "Mira has a red cup. Où est-il?"
     ids = encoder.documents([text])[0]
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_bits_per_byte_is_a_plain_sum(micro_recipe):
 def test_bits_per_byte_of_a_long_text_counts_every_token_once(micro_recipe):
     folder = load_recipe(micro_recipe).run_dir / "sft" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    encoder = models.Encoder.from_pretrained(folder)
+    encoder = Encoder.from_pretrained(folder)
     text = " ".join(f"Mira has {n} cups." for n in range(40))
     ids = encoder.documents([text])[0]
     context, stride = 32, 16

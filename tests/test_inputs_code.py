@@ -32,7 +32,7 @@ def test_the_closure_holds_every_module_that_a_stage_loads(root, stage):
         "reward/judge_text.py",
         "data/world/grading.py",  # imported inside a function
         "handoff/contract.py",
-        "training/launch.py",
+        "training/engines/launch.py",
         "rollout/attention.py",
     ],
 )

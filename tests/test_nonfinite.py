@@ -18,7 +18,8 @@ from data.sampling import shuffled
 from handoff.errors import GateError
 from handoff.state import StateStore
 from tests.stage_chain import lines_of, result, run_stage, stage_recipe
-from training import runtime
+from training import engines
+from training.engines import finite
 from training.faults import Faults
 from training.recipe import load_recipe
 from training.run import main, run_section
@@ -34,15 +35,15 @@ def broken(monkeypatch: pytest.MonkeyPatch, *steps: int, infinite: bool = False)
 
     `infinite`: it does not, and a constant is added to the loss that leaves its gradient finite.
     """
-    original, spoilt = StageTrainer.compute_loss, runtime.spoilt
+    original, carry = StageTrainer.compute_loss, finite.carry_nonfinite
 
     def compute_loss(self, *args, **kwargs):
-        here = runtime.rank() == runtime.world_size() - 1
+        here = self.run.engine.data_rank == self.run.engine.data_world - 1
         if not (here and self.accelerator.sync_gradients and self.state.global_step + 1 in steps):
             return original(self, *args, **kwargs)
         if infinite:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(runtime, "spoilt", lambda loss: spoilt(loss + torch.inf))
+                patch.setattr(finite, "carry_nonfinite", lambda loss: carry(loss + torch.inf))
                 return original(self, *args, **kwargs)
         hook = self.model.get_input_embeddings().register_forward_hook(lambda *call: call[-1] * torch.nan)
         try:
@@ -71,13 +72,13 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_loss_that_is_not_finite_has_no_finite_gradient(value):
     weight = torch.tensor(2.0, requires_grad=True)
-    runtime.spoilt(weight * 3 + value).backward()
+    finite.carry_nonfinite(weight * 3 + value).backward()
     assert weight.grad is not None and not torch.isfinite(weight.grad)
 
 
 def test_a_finite_loss_keeps_its_gradient():
     weight = torch.tensor(2.0, requires_grad=True)
-    loss = runtime.spoilt(weight * 3)
+    loss = finite.carry_nonfinite(weight * 3)
     loss.backward()
     assert (loss.item(), weight.grad.item()) == (6.0, 3.0)
 
@@ -89,7 +90,7 @@ def test_a_step_on_a_broken_gradient_changes_neither_weights_nor_moments():
 
     def step(factor: float) -> float:
         (weight.sum() * factor).backward()
-        return runtime.step(model, optimizer, 1.0)
+        return engines.current().step(model, optimizer, 1.0)
 
     step(2.0)
     before = [weight.detach().clone(), *(value.clone() for value in optimizer.state[weight].values())]
@@ -297,8 +298,8 @@ def test_what_is_broken_on_one_process_is_skipped_on_all(engine, micro_recipe, r
 
 def broken_minibatches(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     """The gradient of these micro-batches, counted over the run from 0, is NaN."""
-    original, count = runtime.spoilt, iter(range(10**6))
-    monkeypatch.setattr(runtime, "spoilt", lambda x: original(x * torch.nan if next(count) in calls else x))
+    original, count = finite.carry_nonfinite, iter(range(10**6))
+    monkeypatch.setattr(finite, "carry_nonfinite", lambda x: original(x * torch.nan if next(count) in calls else x))
 
 
 def ppo(micro_recipe: Path, *overrides: str, fresh: bool = True) -> tuple[Path, list[dict]]:
@@ -351,6 +352,6 @@ def test_ppo_stops_after_too_many_in_a_row_and_its_state_goes_on(micro_recipe, m
 
 
 if __name__ == "__main__":
-    runtime.prepare()
+    engines.start()
     broken(pytest.MonkeyPatch(), 3)
     main("sft", sys.argv[1:])

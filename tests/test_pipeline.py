@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.faults_setup import differences
-from training import models
+from data.encode import Encoder
 from training.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -136,7 +136,7 @@ def test_every_published_model_loads_and_stops_where_its_files_say(pipeline):
         folder = run / name / "model"
         assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json", ".jinja"}
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        encoder = models.Encoder.from_pretrained(folder)
+        encoder = Encoder.from_pretrained(folder)
         assert set(model.generation_config.eos_token_id) == set(encoder.stop_ids)
         assert model.generation_config.pad_token_id == encoder.pad_id != encoder.eos_id
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from tests import stage_chain
 from training.config import TrainedModelArguments
-from training.launch import LaunchError
-from training.measure import measure_change
-from training.models import trained_dtype
+from training.engines.deepspeed import DeepSpeed
+from training.engines.launch import LaunchError, Request
+from training.model import ChangeTally, trained_dtype
 from training.recipe import RecipeError, load_recipe
 from training.run import run_section
 
@@ -34,11 +34,11 @@ def test_the_critics_rate_counts_where_there_is_a_critic(micro_recipe):
     load_recipe(micro_recipe, [f"ppo.{BF16}", "ppo.advantage=global_baseline"])
 
 
-def test_an_engine_that_trains_float32_refuses_it(monkeypatch):
-    monkeypatch.setattr("training.models.requested", lambda: SimpleNamespace(name="deepspeed"))
-    assert trained_dtype(TrainedModelArguments()) is torch.float32
+def test_an_engine_that_trains_float32_refuses_it():
+    engine = DeepSpeed(Request("deepspeed", 2, 2, "cpu"))
+    assert trained_dtype(engine, TrainedModelArguments()) is torch.float32
     with pytest.raises(LaunchError, match="no effect under deepspeed"):
-        trained_dtype(TrainedModelArguments(dtype="bfloat16"))
+        trained_dtype(engine, TrainedModelArguments(dtype="bfloat16"))
 
 
 def test_why_there_is_a_limit():
@@ -64,12 +64,11 @@ def test_what_counts_as_changed(tmp_path):
     weights = {"a": parent["a"].bfloat16().float(), "b": parent["b"].bfloat16().float()}
     weights["b"][:4] += 1
     weights |= {"head": torch.randn(2), "resized": torch.randn(4)}
-    logged = []
-    run = SimpleNamespace(log=lambda step, line: logged.append((step, line)))
-    opened = SimpleNamespace(model_dir=tmp_path)
-    assert measure_change(run, 7, opened, weights, torch.bfloat16) == {"weights/changed": 0.25}
-    assert logged == [(7, {"weights/changed": 0.25})]
-    assert measure_change(run, 7, opened, {}, torch.float32) == {} and len(logged) == 1
+    tally = ChangeTally(SimpleNamespace(model_dir=tmp_path, kind="causal_lm"), torch.bfloat16)
+    assert tally.share() is None
+    for name, value in weights.items():
+        tally.see(name, value)
+    assert tally.share() == 0.25
 
 
 @pytest.mark.slow

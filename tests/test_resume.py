@@ -21,7 +21,7 @@ from handoff.stage import StageDir
 from handoff.state import StateStore
 from stages.ppo.sampler import Sampler
 from stages.ppo.saves import Saves
-from training import runtime
+from training.engines.single import Single
 from training.recipe import load_recipe
 from training.run import run_section
 from training.trainer import StageTrainer
@@ -226,7 +226,7 @@ def in_sampling(iteration: int) -> Callable[[], object]:
 
 
 def between_minibatches(call: int) -> Callable[[], object]:
-    return lambda: dies(runtime, "step", lambda number, *_: number == call)
+    return lambda: dies(Single, "step", lambda number, *_: number == call)
 
 
 def before_save(iteration: int) -> Callable[[], object]:

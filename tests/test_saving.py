@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from handoff.errors import HandoffError
 from handoff.state import StateStore
 from tests.stage_chain import lines_of, result, stage_recipe
-from training import portable
 from training.config import OptimizerConfig
+from training.engines import files
 from training.recipe import load_recipe
 from training.run import Run, run_section
 from training.saving import SavedStates
@@ -67,8 +67,8 @@ def test_starting_from_weights_alone_has_to_be_asked_for(tmp_path, caplog):
 
     folder = interrupted(stage_recipe("sft", tmp_path / "cut", *KEYS), "sft", 4)
     for state in (folder / "state").glob("step-*"):
-        flip(state / portable.OPTIMIZER)
-    (folder / "state" / "step-4" / portable.RNG).unlink()
+        flip(state / files.OPTIMIZER)
+    (folder / "state" / "step-4" / files.RNG).unlink()
     with pytest.raises(HandoffError, match=r"optimizer.*altered.*train\.resume=weights to go on after step 4"):
         run_section(stage_recipe("sft", tmp_path / "cut", *KEYS), "sft")
 
@@ -76,7 +76,7 @@ def test_starting_from_weights_alone_has_to_be_asked_for(tmp_path, caplog):
     run_section(asked, "sft")
     assert "going on after step 4 without what was lost" in caplog.text
     lines = lines_of(folder)
-    assert {"step": 4, "resumed_without": [portable.OPTIMIZER, portable.RNG]} in lines
+    assert {"step": 4, "resumed_without": [files.OPTIMIZER, files.RNG]} in lines
     ours = {line["step"]: line for line in lines if "loss" in line}
     theirs = {line["step"]: line for line in reference.lines if "loss" in line}
     assert sorted(ours) == [1, 2, 3, 4, 5, 6, 7]
@@ -88,7 +88,7 @@ def test_starting_from_weights_alone_has_to_be_asked_for(tmp_path, caplog):
 def test_without_weights_there_is_nothing_to_ask_for(tmp_path):
     recipe = stage_recipe("sft", tmp_path, *KEYS, "train.resume=weights")
     folder = interrupted(recipe, "sft", 2)
-    flip(folder / "state" / "step-2" / portable.MODEL)
+    flip(folder / "state" / "step-2" / files.MODEL)
     with pytest.raises(HandoffError, match=r"no valid state is left to resume from: .*model\.safetensors was altered"):
         run_section(recipe, "sft")
 
@@ -96,7 +96,7 @@ def test_without_weights_there_is_nothing_to_ask_for(tmp_path):
 def test_a_whole_older_state_is_better_than_newer_weights(tmp_path):
     recipe = stage_recipe("sft", tmp_path, *KEYS, "train.resume=weights")
     folder = interrupted(recipe, "sft", 4)
-    flip(folder / "state" / "step-4" / portable.OPTIMIZER)
+    flip(folder / "state" / "step-4" / files.OPTIMIZER)
     run_section(recipe, "sft")
     assert not any("resumed_without" in line for line in lines_of(folder))
 
@@ -107,7 +107,7 @@ def test_rl_goes_on_from_its_weights(micro_recipe, tmp_path, caplog):
     for parent in ("tokenizer", "pretrain", "sft", "reward"):
         shutil.copytree(published / parent, tmp_path / "micro" / parent)
     folder = interrupted(load_recipe(micro_recipe, keys), "ppo", 2)
-    flip(folder / "state" / "step-2" / portable.OPTIMIZER)
+    flip(folder / "state" / "step-2" / files.OPTIMIZER)
     asked = load_recipe(micro_recipe, [*keys, "ppo.train.resume=weights"])
     run_section(asked, "ppo")
     assert "going on after step 2" in caplog.text and (folder / "stage.json").exists()

@@ -14,8 +14,9 @@ from handoff.parent import open_parent
 from stages.dpo.loss import alarms, pair_metrics
 from stages.dpo.train import Trainer, on_disk
 from tests.stage_chain import chain, run_stage, runs
-from training import models
+from training import engines
 from training.config import ModelArguments
+from training.model import Model, load_encoder
 from training.recipe import RecipeError, load_recipe
 
 
@@ -41,10 +42,11 @@ def test_the_references_log_probabilities_are_sums_over_the_answers_tokens(tmp_p
     """Against a loop over single answers with the parent, its pads and its neighbours left out."""
     run_stage("dpo", tmp_path, "train.max_steps=1")
     folder = next(tmp_path.rglob("pairs")) / "eval"
-    rows = on_disk([], folder)
+    rows = on_disk(engines.current(), [], folder)
     (cache,) = folder.glob("cache-*.arrow")
     cached = Dataset.from_file(str(cache))
-    model = models.load_causal_lm(parent(), ModelArguments()).eval()
+    engine = engines.current()
+    model = Model.load(engine, parent(), "policy", load_encoder(parent()), ModelArguments()).module.eval()
     assert len(rows) == len(cached) == 40
     for row, logps in list(zip(rows, cached, strict=True))[::8]:
         for key in ("chosen", "rejected"):
@@ -137,7 +139,7 @@ def test_smoothing_is_for_the_sigmoid_loss():
 
 def test_truncation_keeps_the_answer_and_its_stop():
     """P16: what is cut is the beginning of the prompt; both answers stay whole."""
-    encoder = models.load_encoder(parent())
+    encoder = load_encoder(parent())
     record = Preference((Message("user", "repeat: " + "cat " * 40),), "cat", "dog", Origin("here", 1))
     accounting = Accounting()
     accounting.read()

@@ -10,9 +10,13 @@ from trl.trainer.utils import add_fused_lm_head
 from data.encode import Encoder
 from stages.pretrain.train import Collator, scoring_windows
 from tests.stage_chain import chain, run_stage, runs, stage_recipe
-from training import models, runtime
+from training import engines
+from training.architecture import model_config
 from training.config import ModelArguments
+from training.engines.deepspeed import DeepSpeed
+from training.engines.launch import LaunchError, Request
 from training.measure import token_losses
+from training.model import Model
 from training.recipe import RecipeError, load_recipe
 from training.run import run_section
 
@@ -36,8 +40,9 @@ def build(encoder, architecture="llama", attention="sdpa", **more):
     if architecture != "gpt2":
         keys["intermediate_size"] = 64
     torch.manual_seed(0)
-    config = models.model_config(keys, encoder, 64)
-    model = models.build(config, ModelArguments(attn_implementation=attention), bf16=False).eval()
+    config = model_config(keys, encoder, 64)
+    arguments = ModelArguments(attn_implementation=attention)
+    model = Model.build(engines.current(), config, encoder, arguments, bf16=False).module.eval()
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     return model
 
@@ -162,13 +167,12 @@ def test_a_recipe_without_an_architecture_is_refused_at_once():
 
 def test_muon_is_refused_where_an_engine_cuts_matrices(tmp_path, monkeypatch):
     recipe = stage_recipe("pretrain", tmp_path, "train.optim=muon")
-    monkeypatch.setattr(runtime, "requested", lambda: runtime.Engine("deepspeed", 3, 1, "cpu"))
-    monkeypatch.setattr(runtime, "prepare", lambda: None)
-    with pytest.raises(runtime.LaunchError, match="muon steps whole matrices, and deepspeed cuts them"):
+    monkeypatch.setattr(engines, "start", lambda: DeepSpeed(Request("deepspeed", 3, 1, "cpu")))
+    with pytest.raises(LaunchError, match="muon steps whole matrices, and deepspeed cuts them"):
         run_section(recipe, "pretrain")
 
 
 def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
     recipe = stage_recipe("pretrain", tmp_path, "train.per_device_train_batch_size=3")
-    with pytest.raises(runtime.LaunchError, match=r"8.*3"):
+    with pytest.raises(LaunchError, match=r"8.*3"):
         run_section(recipe, "pretrain")

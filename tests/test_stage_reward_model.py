@@ -18,8 +18,9 @@ from reward.learned import score
 from stages.reward_model.schema import Card
 from stages.reward_model.train import Collator, Trainer, row_scores
 from tests.stage_chain import THINGS, chain, run_stage, runs, stage_recipe
-from training import models
+from training import engines
 from training.config import ModelArguments
+from training.model import Model, load_encoder
 from training.recipe import RecipeError
 from training.run import main, run_section
 
@@ -32,13 +33,14 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(published):
     parent = open_parent(str(published.folder), published.folder.parent, {"reward_model"})
-    return models.load_reward_model(parent, ModelArguments()).eval()
+    loaded = Model.load(engines.current(), parent, "reward", load_encoder(parent), ModelArguments())
+    return loaded.module.eval()
 
 
 @pytest.fixture(scope="module")
 def encoder():
     chain()
-    return models.load_encoder(open_parent(str(runs() / "tiny" / "sft"), runs(), {"causal_lm"}))
+    return load_encoder(open_parent(str(runs() / "tiny" / "sft"), runs(), {"causal_lm"}))
 
 
 def card_of(folder) -> Card:

@@ -15,9 +15,10 @@ from handoff.errors import HandoffError
 from handoff.parent import open_parent
 from stages.sft.train import Collator
 from tests.stage_chain import chain, foreign_checkpoint, run_stage, runs, stage_recipe
-from training import models
+from training import engines
 from training.config import ModelArguments
 from training.measure import token_losses
+from training.model import Model, load_encoder
 from training.recipe import RecipeError, load_recipe
 from training.run import run_section
 
@@ -30,7 +31,7 @@ def parent():
 
 @pytest.fixture(scope="module")
 def encoder(parent):
-    return models.load_encoder(parent)
+    return load_encoder(parent)
 
 
 def supervised(encoder: Encoder, question: str, answer: str) -> dict[str, list[int]]:
@@ -56,7 +57,8 @@ def test_it_learns_to_answer_and_to_stop(tmp_path):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_conversations_do_not_see_one_another(attention, parent, encoder):
     """Loss of packed rows, in a batch with padding = sum of the losses alone."""
-    model = models.load_causal_lm(parent, ModelArguments(attn_implementation=attention)).eval()
+    arguments = ModelArguments(attn_implementation=attention)
+    model = Model.load(engines.current(), parent, "policy", encoder, arguments).module.eval()
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     rows = [
         supervised(encoder, "uppercase cat", "CAT"),

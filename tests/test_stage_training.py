@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from handoff.errors import GateError
 from handoff.state import StateStore
 from tests.stage_chain import lines_of, run_stage, stage_recipe
-from training import portable
+from training.engines import files
 from training.run import run_section
 from training.trainer import fit
 
@@ -94,7 +94,7 @@ def test_a_full_disk_costs_one_state_and_no_training(place, tmp_path, monkeypatc
 
         monkeypatch.setattr(StateStore, "commit", full)
     else:
-        save = portable.save_state
+        save = files.save_state
 
         def full(*args):
             seen.append(1)
@@ -102,7 +102,7 @@ def test_a_full_disk_costs_one_state_and_no_training(place, tmp_path, monkeypatc
             if len(seen) == 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(portable, "save_state", full)
+        monkeypatch.setattr(files, "save_state", full)
     keys = ("train.save_steps=2", "train.max_steps=7", "train.save_total_limit=1")
     run = run_stage("sft", tmp_path, *keys)
     assert seen and "no room to save the state of step 4" in caplog.text

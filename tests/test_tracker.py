@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults_wandb
-from training import tracker
+from training import engines, tracker
 from training.recipe import load_recipe
 from training.run import Run, run_section
 from training.signals import Signals
@@ -222,7 +222,7 @@ def test_a_stage_keeps_its_run_id_when_it_is_resumed_and_has_another_when_it_beg
     def begin(recipe):
         from training.inputs import stage_inputs
 
-        run = Run(recipe, "pretrain", Signals("pretrain"))
+        run = Run(recipe, "pretrain", Signals("pretrain"), engines.current())
         run.begin(stage_inputs(recipe, "pretrain"))
         run.log(1, {"loss": 1.0})
         found = run.dir.run_id()

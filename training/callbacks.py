@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from training import runtime
-
 if TYPE_CHECKING:
     from training.trainer import StageTrainer
 
@@ -32,7 +30,7 @@ class FlowCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # The model is wrapped by now, so this is the earliest moment at which the engine can be seen.
-        runtime.check_trainer(self._trainer)
+        self._trainer.run.engine.adopt(self._trainer)
         if state.global_step == 0:
             self._trainer.evaluate()
         self._trainer.run.signals.finish_steps(self._trainer.train_config.grace_seconds)
@@ -56,7 +54,7 @@ class FlowCallback(TrainerCallback):
         # While steps are skipped, the weights are suspect: states of them would push out the good ones before.
         due = control.should_save or self._postponed
         self._postponed = due and self._trainer.faults.in_a_row > 0
-        self._stop, save = self._trainer.run.signals.asked()
+        self._stop, save = self._trainer.run.signals.asked(self._trainer.run.engine.largest)
         # What follows the last step is the publishing, which keeps the same weights.
         control.should_save = not last and ((due and not self._postponed) or bool(self._stop) or save)
         control.should_log = control.should_log or last
@@ -120,7 +118,8 @@ class AverageCallback(TrainerCallback):
             return
         trainer, losses = self._trainer, self._saved["losses"]
         # Another number of processes than then: each gets the same share of the sum.
-        mine = losses[runtime.rank()] if len(losses) == runtime.world_size() else sum(losses) / len(losses)
+        engine = trainer.run.engine
+        mine = losses[engine.data_rank] if len(losses) == engine.data_world else sum(losses) / len(losses)
         trainer._tr_loss += mine
         trainer._globalstep_last_logged -= self._saved["steps"]
         trainer._metrics["train"].update({key: list(values) for key, values in self._saved["metrics"].items()})
@@ -142,7 +141,7 @@ class AverageCallback(TrainerCallback):
         if math.isfinite(norm):
             trainer.faults.in_a_row = 0
             return
-        shares = runtime.all_gather_object(float(trainer._tr_loss - self._loss))
+        shares = trainer.run.engine.of_all(float(trainer._tr_loss - self._loss))
         trainer._tr_loss.copy_(self._loss)
         trainer._globalstep_last_logged += 1
         sums = trainer._metrics["train"]
@@ -164,7 +163,7 @@ class AverageCallback(TrainerCallback):
         """What goes into a saved state. Every process calls it."""
         trainer = self._trainer
         return {
-            "losses": runtime.all_gather_object(float(trainer._tr_loss)),
+            "losses": trainer.run.engine.of_all(float(trainer._tr_loss)),
             "steps": trainer.state.global_step - trainer._globalstep_last_logged,
             "metrics": trainer._metrics["train"],  # the same on every process
         }

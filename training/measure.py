@@ -4,19 +4,15 @@ Legend: B rows, T tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from data.encode import Encoder
-from handoff.parent import Parent
-from handoff.weights import weight_files
 from rollout.engine import generate
 from rollout.sampling import SamplingSpec
-from training import runtime
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -49,20 +45,19 @@ def measure_rows(
     by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
     batches = [by_length[start : start + size] for start in range(0, len(rows), size)]
     # Every process makes the same number of passes, whatever it does with the last: collectives need all of them.
-    passes = math.ceil(len(batches) / runtime.world_size())
+    engine = trainer.run.engine
     mine: list[tuple[list[int], dict[str, list[float]]]] = []
     try:
-        for index in range(passes):
-            position = index * runtime.world_size() + runtime.rank()
-            batch = batches[min(position, len(batches) - 1)]
+        for place, counts in engine.passes(len(batches)):
+            batch = batches[place]
             inputs = trainer._prepare_inputs(collate([rows[i] for i in batch]))
             with trainer.compute_loss_context_manager():
                 values = measure(model, inputs)
-            if position < len(batches):
+            if counts:
                 mine.append((batch, {name: value.double().tolist() for name, value in values.items()}))
     finally:
         model.train(was_training)
-    gathered = [part for parts in runtime.all_gather_object(mine) for part in parts]
+    gathered = [part for parts in engine.of_all(mine) for part in parts]
     result = {name: np.zeros(len(rows)) for name in gathered[0][1]}
     for batch, values in gathered:
         for name, column in values.items():
@@ -100,8 +95,8 @@ def greedy_answers(
     if not prompts:
         return {}
     spec = SamplingSpec(max_new_tokens, tuple(encoder.stop_ids), encoder.pad_id, temperature=0.0)
-    mine = range(runtime.rank(), len(prompts), runtime.world_size())
-    with runtime.gathered(trainer.accelerator, trainer.model_wrapped) as model:
+    mine = run.engine.share(len(prompts))
+    with run.engine.whole(trainer.model_wrapped) as model:
         done = generate(
             model,
             [prompts[i][0] for i in mine],
@@ -110,8 +105,7 @@ def greedy_answers(
             run.seed,
             batch_size=trainer.args.per_device_eval_batch_size,
         )
-    shares = runtime.all_gather_object(list(zip(mine, done, strict=True)))
-    answers = dict(pair for share in shares for pair in share)
+    answers = run.engine.join(zip(mine, done, strict=True))
     run.samples(
         trainer.state.global_step,
         [
@@ -120,8 +114,8 @@ def greedy_answers(
         ],
     )
     return {
-        "stop_rate": float(np.mean([answer.end == "stop" for answer in answers.values()])),
-        "answer_tokens": float(np.mean([len(answer.ids) for answer in answers.values()])),
+        "stop_rate": float(np.mean([answer.end == "stop" for answer in answers])),
+        "answer_tokens": float(np.mean([len(answer.ids) for answer in answers])),
     }
 
 
@@ -132,36 +126,3 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-
-
-def measure_change(
-    run: "Run", step: int, parent: Parent, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> dict[str, float]:
-    """Share of the parent's weights that training has changed, logged as `weights/changed`.
-
-    The parent is read a tensor at a time. A new head, and what else it has not under the same name, does not count.
-    Without tied embeddings, those of tokens that no row has stay as they are.
-
-    Args:
-        run: of the stage.
-        step: of the line.
-        parent: what training started from.
-        weights: what it made, whole, float32 (`runtime.full_state_dict`); empty on processes that do not write.
-        dtype: what was trained. The parent was rounded to it, which is no change.
-
-    Returns:
-        What was logged; empty where there is nothing to compare.
-    """
-    changed = total = 0
-    for path in weight_files(parent.model_dir) if weights else []:
-        with safe_open(path, "pt") as file:
-            for name in set(file.keys()) & weights.keys():
-                before, now = file.get_tensor(name).to(dtype).float(), weights[name]
-                if before.shape == now.shape:
-                    changed += int((before != now).sum())
-                    total += now.numel()
-    if not total:
-        return {}
-    found = {"weights/changed": changed / total}
-    run.log(step, found)
-    return found

@@ -24,6 +24,9 @@ from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
+from training import engines
+from training.engines.launch import is_main
+from training.engines.protocol import Engine
 from training.inputs import present_soft_parents, stage_inputs
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.signals import Signals, Stopped
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from data.config import SourceConfig
     from data.load import Loaded
     from data.records import Record
+    from training.model import Written
 
 R = TypeVar("R", bound="Record")
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "baton-align")
@@ -40,21 +44,19 @@ _PACKAGES = ("torch", "transformers", "trl", "accelerate", "tokenizers", "numpy"
 class Run:
     """One stage of one recipe, being run. Not made by stages themselves: see `run_section`."""
 
-    def __init__(self, recipe: Recipe, name: str, signals: Signals) -> None:
+    def __init__(self, recipe: Recipe, name: str, signals: Signals, engine: Engine) -> None:
         from rich.console import Console
-
-        from training import runtime
 
         self.recipe = recipe
         self.section = recipe.sections[name]
         self.config: Any = self.section.config  # the stage's own Config; each train.py names the type
         self.seed = recipe.seed
         self.dir = StageDir(recipe.run_dir / name)
-        self.is_main = runtime.is_main()
+        self.engine = engine
+        self.is_main = engine.is_main
         self.console = Console(quiet=not self.is_main, highlight=False)
         self.resumable = False
         self.signals = signals
-        self._runtime = runtime
         self._started = time.time()
         self._parents: dict[str, Parent] = {}
         self._data: dict[str, Any] = {}
@@ -65,17 +67,15 @@ class Run:
     def begin(self, inputs: Inputs) -> None:
         """Takes the stage's directory. Afterwards `resumable` says whether an earlier start had the same inputs."""
         self._inputs = inputs
-        if self.is_main:
-            origin = {"recipe": str(self.recipe.path.absolute()), "overrides": list(self.recipe.overrides)}
-            self.resumable = self.dir.begin(inputs, origin=origin)
-        self.resumable = self._runtime.broadcast_object(self.resumable)
+        origin = {"recipe": str(self.recipe.path.absolute()), "overrides": list(self.recipe.overrides)}
+        self.resumable = self.engine.on_main(lambda: self.dir.begin(inputs, origin=origin))
 
     # ---- what comes in
 
     def parent(self, role: str = "parent", kinds: frozenset[str] = frozenset({"causal_lm"})) -> Parent:
-        """The parent in that role, its files and its contract checked. Raises HandoffError."""
+        """The parent in that role. The main process hashes its files and checks its contract. Raises HandoffError."""
         ref = self.section.parents[role]
-        opened = open_parent(ref, self.recipe.run_dir, set(kinds), verify=self.is_main)
+        opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, set(kinds)))
         self._parents[role] = opened
         return opened
 
@@ -83,7 +83,7 @@ class Run:
         """The published ones among the sections that this one looks at (evaluation), opened, in the recipe's order."""
         names = present_soft_parents(self.recipe, self.section)
         kinds = {"causal_lm", "reward_model"}
-        opened = {name: open_parent(name, self.recipe.run_dir, kinds, verify=self.is_main) for name in names}
+        opened = self.engine.on_main(lambda: {name: open_parent(name, self.recipe.run_dir, kinds) for name in names})
         self._parents |= opened
         return opened
 
@@ -147,18 +147,40 @@ class Run:
     def publish(
         self,
         kind: str,
-        write_model: Callable[[Path], None] | None,
+        write_model: "Callable[[Path | None], Written | None] | None",
         metrics: dict[str, Any],
         extra: dict[str, Any] | None = None,
         files: Sequence[str] = (),
+        step: int = 0,
     ) -> None:
-        """Publishes the stage. Every rank calls it; `write_model` runs on the main one, the others wait."""
-        if self.is_main:
-            from training.runtime import engine_record
+        """Publishes the stage. Every process calls it.
 
+        Args:
+            kind: of what is published.
+            write_model: writes the model into a directory (`Model.write`); called on every process, with None on those
+                that do not write.
+            metrics: for the manifest.
+            extra: what children need beyond the weights.
+            files: names of other files in the stage's directory that are published too.
+            step: of the line that says how many weights have changed.
+        """
+        metrics = {**metrics, "time/total": round(time.time() - self._started, 2)}
+
+        def write(path: Path) -> dict[str, str]:
+            assert write_model is not None
+            written = write_model(path)
+            if written is None:
+                return {}
+            if written.changed is not None:
+                metrics["weights/changed"] = written.changed
+                self.log(step, {"weights/changed": written.changed})
+                self.sync()
+            return written.hashes
+
+        if self.is_main:
             self.sync()
             self.dir.publish(
-                write_model,
+                None if write_model is None else write,
                 files=list(files),
                 name=self.section.name,
                 stage=self.section.stage,
@@ -168,14 +190,16 @@ class Run:
                 recipe=self.section.resolved,
                 data=self._data,
                 seed=self.seed,
-                engine=engine_record(),
+                engine=self.engine.record(),
                 versions={package: version(package) for package in _PACKAGES},
-                metrics={**metrics, "time/total": round(time.time() - self._started, 2)},
+                metrics=metrics,
                 extra=extra or {},
                 tokenizer=self._parents["parent"].tokenizer if "parent" in self._parents else None,
             )
             self._announce(self.dir.manifest())
-        self._runtime.barrier()
+        elif write_model is not None:
+            write_model(None)
+        self.engine.barrier()
 
     def _announce(self, manifest: Manifest | None) -> None:
         assert manifest is not None
@@ -219,7 +243,7 @@ class Run:
             self.dir.close()
 
 
-def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals], Run] = Run) -> None:
+def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals, Engine], Run] = Run) -> None:
     """Runs one section in this process.
 
     `make`: another kind of run than one that goes on to its end (`baton replay`).
@@ -228,14 +252,12 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals]
         HandoffError: a file that the stage cannot do without found no room. What can wait has waited.
         Stopped: a signal ended it.
     """
-    from training import runtime
-
-    with Signals(name) as signals:
-        runtime.prepare()
+    with Signals(name, speaks=is_main()) as signals:
+        engine = engines.start()
         _quiet_libraries()
         section = recipe.sections[name]
-        inputs = stage_inputs(recipe, name)
-        run = make(recipe, name, signals)
+        inputs = engine.on_main(lambda: stage_inputs(recipe, name))
+        run = make(recipe, name, signals, engine)
         together = False
         try:
             run.begin(inputs)
@@ -256,8 +278,8 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals]
         finally:
             run.close()
             if together:
-                runtime.barrier()  # a launcher ends what is left of its processes when the first one has ended
-            runtime.shutdown()
+                engine.barrier()  # a launcher ends what is left of its processes when the first one has ended
+            engine.shutdown()
 
 
 def _quiet_libraries() -> None:

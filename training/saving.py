@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from handoff.files import check_free_space, disk_is_full, free_bytes, human_bytes, remove_tree, tree_bytes
 from handoff.manifest import EngineRecord
 from handoff.state import BrokenStates, State, StateStore
-from training import portable, runtime
 from training.config import OptimizerConfig
+from training.engines import files
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -34,8 +34,8 @@ class SavedStates:
             needed: those of them without which the weights are no start.
         """
         self._run, self._config = run, config
-        weights = (portable.MODEL, *needed)
-        self._store = StateStore(run.dir.state_dir, (portable.MODEL, portable.OPTIMIZER, *more), weights)
+        weights = (files.MODEL, *needed)
+        self._store = StateStore(run.dir.state_dir, (files.MODEL, files.OPTIMIZER, *more), weights)
         self._bytes = 0
 
     def newest(self) -> State | None:
@@ -51,14 +51,14 @@ class SavedStates:
         if run.is_main:
             self._store.clean()
             state = self._found() if run.resumable else None
-        state = runtime.broadcast_object(state)
+        state = run.engine.from_main(state)
         run.rewind(state.step if state is not None else None)
         if state is None:
             return None
-        saved, now = EngineRecord(**state.extra["engine"]), runtime.engine_record()
-        if _words(saved) != _words(now):
+        saved, now = EngineRecord(**state.extra["engine"]), run.engine.record()
+        if saved.words != now.words:
             run.console.print(
-                f"  saved by {_words(saved)}, goes on with {_words(now)}: the same rows and the same batch at every "
+                f"  saved by {saved.words}, goes on with {now.words}: the same rows and the same batch at every "
                 "step; random numbers for dropout are drawn anew where the number of processes is another",
                 markup=False,
                 soft_wrap=True,
@@ -92,8 +92,7 @@ class SavedStates:
     def at(self, step: int | None) -> State | None:
         """The state of that step, if it is there and whole."""
         found = self._store.at(step) if self._run.is_main and step is not None else None
-        state: State | None = runtime.broadcast_object(found)
-        return state
+        return self._run.engine.from_main(found)
 
     def check_room(self, states: int, state_bytes: int, model_bytes: int) -> None:
         """Before training: there is room for `states` states at a time, of about `state_bytes` each, and for the model
@@ -128,20 +127,21 @@ class SavedStates:
             step: the name of the state.
             model, optimizer: as the engine has wrapped them.
             extra: what else the next step depends on, JSON.
-            more: writes the other parts into the folder; called on the main process alone.
+            more: writes the other parts into the folder; every process calls it.
             protect: an earlier step whose state is kept whatever its age.
         """
-        staged = runtime.broadcast_object(self._staged(step) if self._run.is_main else None)
+        engine = self._run.engine
+        staged = engine.from_main(self._staged(step) if engine.is_main else None)
         if staged is None:
             return False
         done = True
         try:
-            portable.save_state(model, optimizer, staged)
-            if self._run.is_main:
-                if more is not None:
-                    more(staged)
+            files.save_state(engine, model, optimizer, staged)
+            if more is not None:
+                more(staged)
+            if engine.is_main:
                 self._run.sync()
-                extra = {**extra, "engine": runtime.engine_record().model_dump()}
+                extra = {**extra, "engine": engine.record().model_dump()}
                 path = self._store.commit(step, staged, self._config.save_total_limit, extra, protect)
                 self._bytes = tree_bytes(path)
         except Exception as error:  # on the main process alone
@@ -150,7 +150,7 @@ class SavedStates:
             remove_tree(staged)
             self._say_full(step, str(error))
             done = False
-        return bool(runtime.broadcast_object(done))
+        return engine.from_main(done)
 
     def _staged(self, step: int) -> Path | None:
         """The folder to write into; None, and a line in the log, when there is no room."""
@@ -174,8 +174,3 @@ class SavedStates:
             why,
             self._store.directory,
         )
-
-
-def _words(engine: EngineRecord) -> str:
-    zero = f" ZeRO-{engine.zero_stage}" if engine.zero_stage else ""
-    return f"{engine.name}{zero} on {engine.processes} process{'es' if engine.processes > 1 else ''}"

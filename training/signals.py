@@ -14,10 +14,9 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
-
-from training import runtime
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a stage to end."""
@@ -49,8 +48,9 @@ class Signals:
     A signal that the process was started to ignore (`nohup`, a shell's background) stays ignored.
     """
 
-    def __init__(self, name: str) -> None:
-        """`name`: of the section, for messages."""
+    def __init__(self, name: str, speaks: bool = True) -> None:
+        """`name`: of the section, for messages. `speaks`: whether this process prints them."""
+        self._speaks = speaks
         self._name = name
         self._stop = 0
         self._save = False
@@ -95,13 +95,14 @@ class Signals:
         """From here on a request to end waits for the step under way, for at most `grace_seconds`."""
         self._grace = grace_seconds
 
-    def asked(self) -> tuple[int, bool]:
+    def asked(self, largest: Callable[[float, float], list[float]]) -> tuple[int, bool]:
         """After a step, on every process: the signal that asks to end (0: none), and whether a save was asked for.
 
-        One process that was asked is enough. A request to save is given once.
+        One process that was asked is enough: `largest` gives the largest of each value on any process
+        (`Engine.largest`). A request to save is given once.
         """
         save, self._save = self._save, False
-        stop, saving = runtime.largest(self._stop, save)
+        stop, saving = largest(self._stop, save)
         return int(stop), bool(saving)
 
     def stopped(self, signum: int, done: str, saved: bool) -> Stopped:
@@ -152,7 +153,7 @@ class Signals:
         """At once, and past every buffer: the launcher of several processes ends them all when the first has ended."""
         line = f"{self._name}: {words}"
         self._said = True
-        if runtime.is_main():
+        if self._speaks:
             os.write(2, f"{line}\n".encode())
         return line
 

@@ -25,9 +25,9 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from data.sampling import shuffled
 from handoff.state import State
-from training import portable, runtime
 from training.callbacks import AverageCallback, FlowCallback, MetricsCallback, ProgressCallback
 from training.config import MuonTrainConfig, TrainConfig
+from training.engines import files, finite
 from training.faults import Faults
 from training.optimizer import muon_adamw
 from training.saving import SavedStates
@@ -122,7 +122,7 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's, with a gradient that tells when it is not finite."""
-        return runtime.spoilt(super().compute_loss(*args, **kwargs))
+        return finite.carry_nonfinite(super().compute_loss(*args, **kwargs))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Upstream's, which is asked for right before the optimizer steps."""
@@ -137,13 +137,13 @@ class StageTrainer(Trainer):
             "faults": asdict(self.faults),
             "sums": self.average.sums(),
         }
-        states = portable.rng_states()
+        states = files.rng_states(self.run.engine)
         self.saves.save(
             self.state.global_step,
             self.model_wrapped,
             self.optimizer,
             extra,
-            lambda path: portable.write_rng(path, states),
+            lambda path: files.write_rng(self.run.engine, path, states),
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -154,8 +154,8 @@ class StageTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         state = self.resumed
         if state is not None:
-            moments = portable.OPTIMIZER not in state.lost
-            portable.load_state(self.model_wrapped, self.optimizer, state.path, moments)
+            moments = files.OPTIMIZER not in state.lost
+            files.load_state(self.run.engine, self.model_wrapped, self.optimizer, state.path, moments)
             move_schedule(self.lr_scheduler, state.step)
         return prepared
 
@@ -164,10 +164,10 @@ class StageTrainer(Trainer):
         state = self.resumed
         if state is None:
             return
-        if portable.RNG in state.lost:
-            portable.seed_rng(self.args.seed, state.step)
+        if files.RNG in state.lost:
+            files.seed_rng(self.run.engine, self.args.seed, state.step)
         else:
-            portable.load_rng(state.path, self.args.seed, state.step)
+            files.load_rng(self.run.engine, state.path, self.args.seed, state.step)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the manifest says what this is."""
@@ -208,16 +208,11 @@ def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) 
 
     Raises:
         LaunchError: the global batch does not divide by the processes, Muon under an engine that shards, and what else
-            the runtime refuses.
+            the engine refuses.
     """
     config: TrainConfig = run.config.train
-    if isinstance(config, MuonTrainConfig) and config.optim == "muon":
-        engine = runtime.requested()
-        if engine.name in ("deepspeed", "fsdp2"):
-            raise runtime.LaunchError(
-                f"{run.section.name}.train.optim: muon steps whole matrices, and {engine.name} cuts them into pieces; "
-                "use a ddp launch file, or optim: adamw"
-            )
+    if isinstance(config, MuonTrainConfig):
+        run.engine.check_optimizer(f"{run.section.name}.train.optim", config.optim)
     total = total_steps(config, rows)
     schedule = {}
     if config.lr_scheduler_type == "warmup_stable_decay":
@@ -248,7 +243,7 @@ def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) 
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    return kind(**{**fields, **runtime.training_arguments_kwargs(config), **own})
+    return kind(**{**fields, **run.engine.training_arguments(config), **own})
 
 
 def quiet() -> None:
@@ -279,10 +274,10 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
     """
     config: TrainConfig = run.config.train
     trainer.run, trainer.order, trainer.train_config, trainer.hold_out = run, order, config, hold_out
-    trainer.saves = SavedStates(run, config, more=[portable.RNG])
+    trainer.saves = SavedStates(run, config, more=[files.RNG])
     state = trainer.resumed = trainer.saves.newest()
-    weights = portable.weight_bytes(trainer.model)
-    trainer.saves.check_room(config.save_total_limit + 1, portable.state_bytes(trainer.model), weights)
+    weights = files.weight_bytes(run.engine, trainer.model)
+    trainer.saves.check_room(config.save_total_limit + 1, files.state_bytes(run.engine, trainer.model), weights)
     if config.report_to == "wandb":
         run.mirror()
     trainer.faults = Faults(**state.extra["faults"]) if state is not None else Faults()
@@ -305,10 +300,11 @@ def _place(trainer: StageTrainer, step: int) -> str:
     """A folder that tells upstream that `step` steps are done. From there it counts batches as this run cuts them, so
     that the rows of each step are the same for any number of processes."""
     folder = Path(trainer.args.output_dir)
-    if runtime.is_main():
+    engine = trainer.run.engine
+    if engine.is_main:
         place = TrainerState(global_step=step, train_batch_size=trainer.args.per_device_train_batch_size)
         place.compute_steps(trainer.args, trainer.args.max_steps)
         folder.mkdir(parents=True, exist_ok=True)
         place.save_to_json(str(folder / "trainer_state.json"))
-    runtime.barrier()
+    engine.barrier()
     return str(folder)

@@ -26,8 +26,9 @@ from data.records import Preference
 from handoff.files import changed_files, hash_tree, read_json, remove_tree, write_json
 from stages.dpo.config import Config
 from stages.dpo.loss import alarms, pair_metrics
-from training import models, runtime
-from training.measure import greedy_answers, measure_change, measure_rows
+from training.engines.protocol import Engine
+from training.measure import greedy_answers, measure_rows
+from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
 
@@ -46,7 +47,7 @@ def train(run: Run) -> None:
     """Runs the stage."""
     config: Config = run.config
     parent = run.parent()
-    encoder = models.load_encoder(parent)
+    encoder = load_encoder(parent)
 
     # Data: pairs as ids.
     loaded = run.load(config.data, Preference)
@@ -79,18 +80,20 @@ def train(run: Run) -> None:
         precompute_ref_log_probs=True,
         precompute_ref_batch_size=config.train.per_device_eval_batch_size,
     )
-    dtype = models.trained_dtype(config.model_args)
-    model = models.load_causal_lm(parent, config.model_args, dtype=dtype, dropout=False, bf16=args.bf16)
-    drop_altered(run.dir.state_dir / "pairs")
+    dtype = trained_dtype(run.engine, config.model_args)
+    model = Model.load(
+        run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=args.bf16
+    )
+    drop_altered(run.engine, run.dir.state_dir / "pairs")
     run.console.print(f"  the reference reads {len(rows) + len(heldout)} pairs")
     trainer = Trainer(
-        model=model,
+        model=model.module,
         args=args,
-        train_dataset=on_disk(rows, run.dir.state_dir / "pairs" / "train"),
-        eval_dataset=on_disk(heldout, run.dir.state_dir / "pairs" / "eval") if heldout else None,
+        train_dataset=on_disk(run.engine, rows, run.dir.state_dir / "pairs" / "train"),
+        eval_dataset=on_disk(run.engine, heldout, run.dir.state_dir / "pairs" / "eval") if heldout else None,
         processing_class=encoder.tokenizer,
     )
-    list_hashes(run.dir.state_dir / "pairs")
+    list_hashes(run.engine, run.dir.state_dir / "pairs")
     lengths = [pair_length(row) for row in trainer.train_dataset] if config.group_by_length else None
     order = StepOrder(len(rows), config.train.global_batch_size, run.seed, lengths)
 
@@ -111,9 +114,8 @@ def train(run: Run) -> None:
     metrics = trainer.evaluate()
     for warning in alarms(measured[0], measured[-1]) if len(measured) > 1 else []:
         run.console.print(f"  warning: {warning}", style="yellow")
-    weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
-    metrics |= measure_change(run, trainer.state.global_step, parent, weights, dtype)
-    run.publish("causal_lm", lambda path: models.save_model(model, encoder, path, weights), metrics)
+    write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
+    run.publish("causal_lm", write, metrics, step=trainer.state.global_step)
 
 
 def pair_length(row: Row) -> int:
@@ -121,19 +123,19 @@ def pair_length(row: Row) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
-def on_disk(rows: Sequence[Row], folder: Path) -> Dataset:
+def on_disk(engine: Engine, rows: Sequence[Row], folder: Path) -> Dataset:
     """The pairs, longest first, as a data set in `folder`, where TRL keeps the reference's log-probabilities too."""
-    if runtime.is_main() and not folder.exists():
+    if engine.is_main and not folder.exists():
         written = folder.with_name(f".tmp-{folder.name}")
         Dataset.from_list(sorted(rows, key=pair_length, reverse=True)).save_to_disk(written)
         written.rename(folder)
-    runtime.barrier()
+    engine.barrier()
     return datasets.load_from_disk(str(folder))
 
 
-def drop_altered(pairs: Path) -> None:
+def drop_altered(engine: Engine, pairs: Path) -> None:
     """Removes the folder when a kill left it unfinished, or a byte of it is not as it was written."""
-    if runtime.is_main() and pairs.exists():
+    if engine.is_main and pairs.exists():
         with suppress(OSError, ValueError):
             if not changed_files(pairs, read_json(pairs / _HASHES)):
                 return
@@ -141,9 +143,9 @@ def drop_altered(pairs: Path) -> None:
     # Nobody opens it before: `on_disk` waits for the main process.
 
 
-def list_hashes(pairs: Path) -> None:
+def list_hashes(engine: Engine, pairs: Path) -> None:
     """Notes the bytes of the folder, for `drop_altered`."""
-    if runtime.is_main():
+    if engine.is_main:
         hashes = hash_tree(pairs)
         hashes.pop(_HASHES, None)
         write_json(pairs / _HASHES, hashes)

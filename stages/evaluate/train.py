@@ -28,7 +28,7 @@ from rollout.logprobs import completion_logprobs
 from rollout.sampling import Completion, SamplingSpec
 from stages.evaluate.config import Config
 from stages.evaluate.statistics import Estimate, mean, proportion
-from training import models, runtime
+from training.model import Model, load_encoder
 from training.run import Run
 
 
@@ -61,7 +61,7 @@ def train(run: Run) -> None:
     loaded = run.load(config.data, Prompt)
     documents = run.load(config.text, Text) if config.text else None
     graded = all("family" in record.columns for record in loaded.records)
-    first = models.load_encoder(next(iter(parents.values())))
+    first = load_encoder(next(iter(parents.values())))
     prompts = encode_prompts(loaded.records, first, config.max_prompt_length, loaded.accounting)
     run.account(loaded, "prompts")
     if documents is not None:
@@ -71,23 +71,25 @@ def train(run: Run) -> None:
     bits_per_byte: dict[str, dict[str, float]] = {}
     with run.progress(len(parents) * len(prompts) * 2, "evaluate") as advance:
         for name, parent in parents.items():
-            encoder = models.load_encoder(parent)
-            model = _frozen(models.load_causal_lm(parent, config.model_args, bf16=False))
-            answered[name] = _answer(run, config, model, encoder, prompts, advance)
-            if documents is not None:
-                bits_per_byte[name] = {
-                    "value": _bits_per_byte(model, encoder, [d.text for d in documents.records], config)
-                }
+            encoder = load_encoder(parent)
+            model = Model.load(run.engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
+            with model.whole() as module:
+                answered[name] = _answer(run, config, module, encoder, prompts, advance)
+                if documents is not None:
+                    texts = [record.text for record in documents.records]
+                    bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, config)}
+            del model, module
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
             if origin is not None and origin.name in answered:
-                reference = _frozen(models.load_causal_lm(parents[origin.name], config.model_args, bf16=False))
+                other = parents[origin.name]
+                reference = Model.load(run.engine, other, "reference", encoder, config.model_args, bf16=False).freeze()
                 ids = [encoder.prompt(p.record.messages) for p in prompts]
-                logp = _logprobs(reference, ids, answered[name].sampled, encoder.pad_id, config)
+                with reference.whole() as module:
+                    logp = _logprobs(module, ids, answered[name].sampled, encoder.pad_id, config)
                 answered[name].kl = [sum(c.logprobs) - lp for c, lp in zip(answered[name].sampled, logp, strict=True)]
-                del reference
+                del reference, module
             if config.reward is not None and config.reward in present:
-                answered[name].rewards = _rewards(config, present[config.reward], parent, prompts, answered[name])
-            del model
+                answered[name].rewards = _rewards(run, config, present[config.reward], parent, prompts, answered[name])
 
     results = {
         "models": list(parents),
@@ -109,23 +111,18 @@ def train(run: Run) -> None:
     run.publish("evaluation", None, _headline(results), files=["results.json"])
 
 
-def _frozen(model: PreTrainedModel) -> PreTrainedModel:
-    return model.eval().requires_grad_(False).to(runtime.device())
-
-
 def _answer(
     run: Run, config: Config, model: PreTrainedModel, encoder: Encoder, prompts: Sequence[EncodedPrompt], advance: Any
 ) -> Answered:
     """Greedy and sampled answers; each process its share, then all."""
-    mine = list(range(runtime.rank(), len(prompts), runtime.world_size()))
+    mine = run.engine.share(len(prompts))
     ids = [encoder.prompt(prompts[i].record.messages) for i in mine]
     both = []
     for temperature in (0.0, config.temperature):
         spec = SamplingSpec(config.max_new_tokens, tuple(encoder.stop_ids), encoder.pad_id, temperature)
         keys = [("evaluate", i) for i in mine]
         completions = generate(model, ids, spec, keys, run.seed, config.batch_size, advance)
-        shares = runtime.all_gather_object(list(zip(mine, completions, strict=True)))
-        both.append([c for _, c in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])])
+        both.append(run.engine.join(zip(mine, completions, strict=True)))
     greedy, sampled = both
     return Answered(greedy, [encoder.decode(c.ids) for c in greedy], sampled, [encoder.decode(c.ids) for c in sampled])
 
@@ -152,19 +149,20 @@ def _logprobs(
 
 
 def _rewards(
-    config: Config, reward: Parent, policy: Parent, prompts: Sequence[EncodedPrompt], answered: Answered
+    run: Run, config: Config, reward: Parent, policy: Parent, prompts: Sequence[EncodedPrompt], answered: Answered
 ) -> list[float]:
     """Normalised scores of the learned reward model; it may have an encoding of its own."""
-    model = _frozen(models.load_reward_model(reward, config.model_args, bf16=False))
-    encoder = models.load_encoder(policy)
+    model = Model.load(run.engine, reward, "reward", load_encoder(reward), config.model_args, bf16=False).freeze()
+    encoder = load_encoder(policy)
     messages = [p.record.messages for p in prompts]
-    return LearnedReward(reward, model, policy, reencode=True)(
-        messages,
-        answered.texts,
-        [encoder.prompt(m) for m in messages],
-        [c.ids for c in answered.sampled],
-        [c.end == "stop" for c in answered.sampled],
-    )
+    with model.whole() as module:
+        return LearnedReward(reward, module, policy, reencode=True)(
+            messages,
+            answered.texts,
+            [encoder.prompt(m) for m in messages],
+            [c.ids for c in answered.sampled],
+            [c.end == "stop" for c in answered.sampled],
+        )
 
 
 @torch.no_grad()

@@ -69,22 +69,24 @@ class ActorCritic(nn.Module):
 
 
 def micro_batches(
-    lengths: Sequence[int], rows: Sequence[int], size: int, rank: int, world: int, *, padded: bool
-) -> list[list[int]]:
-    """Splits `rows` into micro-batches of at most `size` rows; those of one rank, equally many on every rank.
+    lengths: Sequence[int], rows: Sequence[int], size: int, processes: int, *, padded: bool
+) -> list[list[list[int]]]:
+    """Splits `rows` into micro-batches of at most `size` rows, for each process equally many.
 
-    padded: rows of like length come together, so that little is padding. Otherwise each micro-batch, of whichever rank,
-    gets about as many tokens as any other, so that none takes much more memory or time. The number of rows has to be a
-    multiple of `world`.
+    padded: rows of similar length share a micro-batch, so that little is padding. Otherwise every micro-batch, on any
+    process, gets about the same number of tokens, so that none takes much more memory or time. The number of rows has
+    to be a multiple of `processes`.
     """
-    assert len(rows) % world == 0
+    assert len(rows) % processes == 0
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     if padded:
-        chunks = [ordered[start : start + size * world] for start in range(0, len(ordered), size * world)]
-        return [chunk[rank::world] for chunk in chunks]
-    hands = -(-len(rows) // (size * world)) * world
-    # Dealt to and fro: who got the shortest row of one round gets the longest of the next.
-    return [
-        [row for i, row in enumerate(ordered) if (i % hands if i // hands % 2 else hands - 1 - i % hands) == hand]
-        for hand in range(rank, hands, world)
-    ]
+        at_once = size * processes
+        chunks = [ordered[start : start + at_once] for start in range(0, len(ordered), at_once)]
+        return [[chunk[process::processes] for chunk in chunks] for process in range(processes)]
+    count = -(-len(rows) // (size * processes)) * processes
+    batches: list[list[int]] = [[] for _ in range(count)]
+    for i, row in enumerate(ordered):
+        turn, place = divmod(i, count)
+        # The order is reversed each turn, so a micro-batch with a short row in one turn gets a long one in the next.
+        batches[count - 1 - place if turn % 2 == 0 else place].append(row)
+    return [batches[process::processes] for process in range(processes)]

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from data.encode import EncodedPrompt, Encoder
 from reward.compose import Answers, Composition
@@ -24,7 +22,8 @@ from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm import VLLMEngine
 from stages.ppo.advantages import overlong_penalty, without_signal
 from stages.ppo.config import PPOTrainConfig
-from training import runtime
+from training.engines.protocol import Engine
+from training.model import Model, several
 
 
 @dataclass
@@ -94,19 +93,21 @@ class Sampler:
         seed: int,
         t: PPOTrainConfig,
         encoder: Encoder,
-        reference: PreTrainedModel,
+        reference: Model,
         rewards: Composition,
         monitor: Composition | None,
-        accelerator: Accelerator,
+        frozen: Sequence[Model],
+        engine: Engine,
         model: nn.Module,
         vllm: VLLMEngine | None,
     ) -> None:
-        """`monitor`: scores that are measured at held-out prompts only."""
+        """`monitor`: scores that are measured at held-out prompts only. `frozen`: the models that the rewards read."""
         self.phases = Phases()
         self.spec = SamplingSpec(t.max_completion_length, tuple(encoder.stop_ids), encoder.pad_id, t.temperature)
-        self._seed, self._t, self._encoder, self._accelerator, self._model = seed, t, encoder, accelerator, model
+        self._seed, self._t, self._encoder, self._engine, self._model = seed, t, encoder, engine, model
         self._reference, self._rewards, self._monitor, self._vllm = reference, rewards, monitor, vllm
-        self.recomputes = vllm is not None or accelerator.mixed_precision != "no"
+        self._frozen = frozen
+        self.recomputes = vllm is not None or engine.bf16
         """Whether the trainer's log-probabilities may differ from the engine's, and are computed by themselves."""
         self._version, self._pushed = 0, -1
         self._together = vllm.together if vllm is not None else 1
@@ -118,7 +119,7 @@ class Sampler:
     def _push_weights(self) -> None:
         assert self._vllm is not None
         if self._pushed < self._version:
-            with self.phases("sync"), runtime.gathered(self._accelerator, self._model) as actor:
+            with self.phases("sync"), self._engine.whole(self._model) as actor:
                 self._vllm.update_weights(actor.policy.named_parameters(), self._version)
             self._pushed = self._version
 
@@ -179,12 +180,12 @@ class Sampler:
         """
         if self._vllm is not None:
             self._push_weights()
-        rank, world = runtime.rank() // self._together, runtime.world_size() // self._together
+        rank, world = self._engine.data_rank // self._together, self._engine.data_world // self._together
         rows = [(p * group_size + s, prompt) for p, prompt in enumerate(prompts) for s in range(group_size)]
         mine = [(row, prompt) for row, prompt in rows if row // group_size % world == rank]
         with self.phases("generate"):
             if self._vllm is not None and self._vllm.central:
-                found = runtime.broadcast_object(self._complete(rows, key, first) if runtime.is_main() else None)
+                found = self._engine.from_main(self._complete(rows, key, first) if self._engine.is_main else None)
                 completions = [found[row] for row, _ in mine]
             else:
                 completions = self._complete(mine, key, first)
@@ -201,7 +202,7 @@ class Sampler:
                 stopped=[r.stopped for r in batch],
                 columns=[r.prompt.record.columns for r in batch],
             )
-            with self._accelerator.autocast():
+            with several(self._frozen), self._engine.autocast():
                 scores = self._rewards(answers)
                 watched = self._monitor(answers).total if monitor and self._monitor is not None else None
             for i, row in enumerate(batch):
@@ -211,7 +212,7 @@ class Sampler:
                 row.disagreement = scores.disagreement[i] if scores.disagreement is not None else None
                 row.monitor = watched[i] if watched is not None else None
         with self.phases("exchange"):
-            shares = runtime.all_gather_object(batch)[:: self._together]
+            shares = self._engine.of_all(batch)[:: self._together]
         return sorted((row for share in shares for row in share), key=lambda r: r.row)
 
     def _complete(
@@ -227,7 +228,7 @@ class Sampler:
     def annotate(self, batch: list[Rollout], values: bool = True) -> None:
         """Fills in the reference's log-probabilities, the values where there is a critic, and the policy's own
         log-probabilities where the engine's are not the trainer's."""
-        rank, world, t = runtime.rank(), runtime.world_size(), self._t
+        rank, world, t = self._engine.data_rank, self._engine.data_world, self._t
         share = range(rank, len(batch), world)
         mine = [batch[i] for i in share]
         with self._inference() as actor:
@@ -239,26 +240,25 @@ class Sampler:
                 with self.phases("policy"):
                     for rows, padded in self._padded(mine):
                         _fill(rows, "old_logp", completion_logprobs(actor.policy, padded, t.temperature)[0])
-            with self.phases("reference"):
+            with self.phases("reference"), self._reference.whole() as reference:
                 for rows, padded in self._padded(mine):
-                    _fill(rows, "ref_logp", completion_logprobs(self._reference, padded, t.temperature)[0])
+                    _fill(rows, "ref_logp", completion_logprobs(reference, padded, t.temperature)[0])
         with self.phases("exchange"):
             if world > 1:
                 known = [(i, r.values, r.old_logp, r.ref_logp) for i, r in zip(share, mine, strict=True)]
                 for i, row_values, old_logp, ref_logp in (
-                    entry for part in runtime.all_gather_object(known) for entry in part
+                    entry for part in self._engine.of_all(known) for entry in part
                 ):
                     batch[i].values, batch[i].old_logp, batch[i].ref_logp = row_values, old_logp, ref_logp
 
     def move_reference(self, alpha: float) -> None:
         """reference ← α·policy + (1 − α)·reference. Every process calls it."""
-        with runtime.gathered(self._accelerator, self._model) as actor, self.phases("sync"):
-            for mine, theirs in zip(self._reference.parameters(), actor.policy.parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.dtype), alpha)
+        with self.phases("sync"):
+            self._engine.mix(self._reference.module, self._model, "policy", alpha)
 
     @contextmanager
     def _inference(self) -> Iterator[nn.Module]:
-        with torch.no_grad(), runtime.gathered(self._accelerator, self._model) as actor, self._accelerator.autocast():
+        with torch.no_grad(), self._engine.whole(self._model) as actor, self._engine.autocast():
             yield actor
 
     def _padded(self, batch: list[Rollout]) -> Iterator[tuple[list[Rollout], PaddedBatch]]:
@@ -267,7 +267,7 @@ class Sampler:
         for start in range(0, len(ordered), self._t.rollout_micro_batch_size):
             rows = ordered[start : start + self._t.rollout_micro_batch_size]
             prompts, completions = [r.prompt.ids for r in rows], [r.ids for r in rows]
-            yield rows, pad_batch(prompts, completions, self.spec.pad_id, runtime.device())
+            yield rows, pad_batch(prompts, completions, self.spec.pad_id, self._engine.device)
 
 
 def _fill(rows: Sequence[Rollout], name: str, values: Tensor) -> None:

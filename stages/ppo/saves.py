@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from handoff.state import State
 from stages.ppo.config import Config
 from stages.ppo.guards import Watch
-from training import portable, runtime
+from training.engines import files
 from training.faults import Faults
+from training.model import Model
 from training.run import Run
 from training.saving import SavedStates
 
@@ -48,7 +47,7 @@ class Saves:
         run: Run,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        reference: PreTrainedModel,
+        reference: Model,
     ) -> None:
         self._run, self._model, self._optimizer = run, model, optimizer
         config: Config = run.config
@@ -65,8 +64,9 @@ class Saves:
             HandoffError: there are saved states and none is whole, or there is no room for those to come.
         """
         state = self._states.newest()
-        policy = portable.weight_bytes(runtime.unwrapped(self._model).policy)
-        size = portable.state_bytes(self._model) + (policy if self._reference is not None else 0)
+        engine = self._run.engine
+        policy = files.weight_bytes(engine, engine.unwrapped(self._model).policy)
+        size = files.state_bytes(engine, self._model) + (policy if self._reference is not None else 0)
         # One being written, and the best one, which stays whatever its age.
         at_once = self._t.save_total_limit + 1 + (self._guards.keep == "best")
         self._states.check_room(at_once, size, policy)
@@ -112,7 +112,7 @@ class Saves:
         improved = looked and self._guards.keep == "best" and self._best_step(at) == at.iteration
         # While steps are skipped, the weights are suspect: states of them would push out the good ones before.
         due = at.iteration % self._every == 0 and not at.faults.in_a_row
-        stop, asked = run.signals.asked()
+        stop, asked = run.signals.asked(run.engine.largest)
         saved = (improved or due or stop or asked) and self._save(at)
         if stop:
             raise run.signals.stopped(stop, f"iteration {at.iteration}", saved)
@@ -135,9 +135,10 @@ class Saves:
         return self._states.at(self._best_step(at))
 
     def _load(self, state: State) -> None:
-        portable.load_state(self._model, self._optimizer, state.path, moments=portable.OPTIMIZER not in state.lost)
+        engine, moments = self._run.engine, files.OPTIMIZER not in state.lost
+        files.load_state(engine, self._model, self._optimizer, state.path, moments)
         if self._reference is not None:
-            load_model(self._reference, str(state.path / _REFERENCE))
+            files.load_frozen(engine, self._reference.module, state.path / _REFERENCE)
 
     def _save(self, at: Position) -> bool:
         """Every rank calls it. False: the disk is full, which costs the save, not the run."""
@@ -153,7 +154,8 @@ class Saves:
 
     def _write_reference(self, path: Path) -> None:
         if self._reference is not None:
-            save_model(self._reference, str(path / _REFERENCE))
+            engine = self._run.engine
+            files.write_tensors(engine, path / _REFERENCE, engine.weights(self._reference.module))
 
 
 def _position(state: State) -> Position:

@@ -5,7 +5,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from data.config import SourceConfig
 from data.encode import EncodedPrompt, Encoder, encode_prompts
@@ -19,13 +18,14 @@ from reward.learned import LearnedReward, statistics
 from rollout import ragged
 from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
-from training import models, runtime
+from training.model import Model, load_encoder
 from training.recipe import RecipeError
 from training.run import Run
 
 
-def check_batch(run: Run, t: PPOTrainConfig, world: int) -> None:
+def check_batch(run: Run, t: PPOTrainConfig) -> None:
     """Raises RecipeError when the processes cannot share a minibatch evenly."""
+    world = run.engine.data_world
     if t.rollout_batch_size % (t.num_mini_batches * world):
         raise RecipeError(
             f"{run.section.name}.train.rollout_batch_size is {t.rollout_batch_size}, which {t.num_mini_batches} "
@@ -66,10 +66,11 @@ def load_rewards(
     bf16: bool,
     prompts: Sequence[EncodedPrompt],
     learned: dict[str, LearnedReward],
+    frozen: list[Model],
 ) -> Composition:
     """Every entry, with its models frozen, checked against the columns of the prompts.
 
-    `learned`: the models that are there already, by reference; those that are not are loaded into it.
+    `learned`: the scorers that are there already, by reference; new ones are added to it, and their models to `frozen`.
     """
     config: Config = run.config
     for entry in entries:
@@ -77,40 +78,47 @@ def load_rewards(
             if ref in learned:
                 continue
             parent = run.parent(f"reward:{ref}", frozenset({"reward_model"}))
-            model = models.load_reward_model(parent, config.model_args, bf16=bf16).eval().requires_grad_(False)
-            model.to(runtime.device())
-            learned[ref] = LearnedReward(parent, model, policy, reencode=entry.reencode)
+            model = Model.load(
+                run.engine, parent, "reward", load_encoder(parent), config.model_args, bf16=bf16
+            ).freeze()
+            frozen.append(model)
+            learned[ref] = LearnedReward(parent, model.module, policy, reencode=entry.reencode)
     composition = Composition(entries, learned)
     composition.check_columns({name for prompt in prompts for name in prompt.record.columns})
     return composition
 
 
-def load_policy(run: Run, parent: Parent, dtype: torch.dtype, bf16: bool) -> PreTrainedModel:
+def load_policy(run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool) -> Model:
     """The parent's model, without dropout, reading rows without their padding where it can."""
     config: Config = run.config
-    model = models.load_causal_lm(parent, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
-    ragged.enable(model)
+    model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
+    ragged.enable(model.module)
     return model
 
 
-def make_critic(run: Run, policy: Parent, dtype: torch.dtype, bf16: bool) -> Critic | None:
+def load_reference(policy: Model, bf16: bool) -> Model:
+    """The frozen reference of a policy, which reads rows as the policy does."""
+    reference = policy.reference(bf16)
+    ragged.enable(reference.module)
+    return reference.freeze()
+
+
+def make_critic(run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool) -> Critic | None:
     """From the reward model, with its head in the units of the normalised reward; else from the policy's body."""
     config: Config = run.config
     if config.advantage != "gae":
         return None
     ref = config.critic_parent
-    if ref is None:
-        critic = Critic(models.load_causal_lm(policy, config.model_args, dtype=dtype, dropout=False, bf16=bf16))
-        ragged.enable(critic.body)
-        return critic
-    role = "critic" if config.critic is not None else f"reward:{ref}"
-    parent = run.parent(role, frozenset({"reward_model"}))
-    check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
-    model = models.load_reward_model(parent, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
-    critic = Critic(model)
-    weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
+    parent = policy
+    if ref is not None:
+        parent = run.parent("critic" if config.critic is not None else f"reward:{ref}", frozenset({"reward_model"}))
+        check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
+    model = Model.load(run.engine, parent, "critic", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
+    critic = Critic(model.module)
     ragged.enable(critic.body)
-    critic.start_from_reward_head(model.get_submodule("score"), *statistics(parent), weight)
+    if ref is not None:
+        weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
+        critic.start_from_reward_head(model.module.get_submodule("score"), *statistics(parent), weight)
     return critic
 
 

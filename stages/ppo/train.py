@@ -57,13 +57,13 @@ from stages.ppo.setup import (
     check_batch,
     load_policy,
     load_prompts,
+    load_reference,
     load_rewards,
     make_critic,
     make_optimizer,
     set_learning_rates,
 )
-from training import models, runtime
-from training.measure import measure_change
+from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
 
 
@@ -71,38 +71,39 @@ def train(run: Run) -> None:
     """Runs the stage. Raises GateError when training has gone where no result can come from, Stopped after a signal."""
     config: Config = run.config
     t, guards = config.train, config.guards
-    device = runtime.device()
-    world, rank = runtime.world_size(), runtime.rank()
-    check_batch(run, t, world)
+    engine = run.engine
+    device = engine.device
+    check_batch(run, t)
     if t.report_to == "wandb":
         run.mirror()
 
     # Parents, prompts, rewards.
     parent = run.parent("parent")
-    accelerator = runtime.accelerator(t, embedding_shape(parent.model_dir)[1])
-    encoder = models.load_encoder(parent)
+    engine.set_up(t, embedding_shape(parent.model_dir)[1])
+    bf16 = engine.bf16
+    encoder = load_encoder(parent)
     prompts = load_prompts(run, encoder, config.data, "prompts")
     heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
-    bf16 = accelerator.mixed_precision == "bf16"
     learned: dict[str, LearnedReward] = {}
-    rewards = load_rewards(run, config.reward, parent, bf16, prompts, learned)
-    monitor = load_rewards(run, config.monitor, parent, bf16, heldout, learned) if config.monitor else None
+    frozen: list[Model] = []
+    rewards = load_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)
+    monitor = load_rewards(run, config.monitor, parent, bf16, heldout, learned, frozen) if config.monitor else None
 
     # Models.
-    dtype = models.trained_dtype(config.model_args)
-    policy = load_policy(run, parent, dtype, bf16)
-    critic = make_critic(run, parent, dtype, bf16)
-    reference = load_policy(run, parent, torch.float32, bf16).eval().requires_grad_(False).to(device)
+    dtype = trained_dtype(engine, config.model_args)
+    policy = load_policy(run, parent, encoder, dtype, bf16)
+    critic = make_critic(run, parent, encoder, dtype, bf16)
+    reference = load_reference(policy, bf16)
     if t.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    padded_rows = not ragged.enabled(policy)
-    actor_critic = ActorCritic(policy, critic)
-    model, optimizer = runtime.prepare_model(accelerator, actor_critic, make_optimizer(actor_critic, t))
+        policy.module.gradient_checkpointing_enable()
+    padded_rows = not ragged.enabled(policy.module)
+    actor_critic = ActorCritic(policy.module, critic)
+    model, optimizer = engine.prepare(actor_critic, make_optimizer(actor_critic, t))
     vllm = None
     if config.vllm is not None:
         vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main)
         run.on_close(vllm.close)
-    sampler = Sampler(run.seed, t, encoder, reference, rewards, monitor, accelerator, model, vllm)
+    sampler = Sampler(run.seed, t, encoder, reference, rewards, monitor, frozen, engine, model, vllm)
     stream = PromptStream(prompts, run.seed)
     phases = sampler.phases
 
@@ -161,9 +162,9 @@ def train(run: Run) -> None:
                     for number, rows in enumerate(np.split(order, t.num_mini_batches)):
                         # Of the whole minibatch, on all processes.
                         divisor = losses.count([counted[i] for i in rows], t.loss_normaliser, t.max_completion_length)
-                        mine = micro_batches(
-                            sizes, rows.tolist(), t.per_device_train_batch_size, rank, world, padded=padded_rows
-                        )
+                        each = t.per_device_train_batch_size
+                        parts = micro_batches(sizes, rows.tolist(), each, engine.data_world, padded=padded_rows)
+                        mine = engine.own(parts)
                         sums: dict[str, Tensor] = {}
                         for position, chunk in enumerate(mine):
                             padded = pad_batch(
@@ -176,14 +177,14 @@ def train(run: Run) -> None:
                             output = model(padded, t.temperature, t.entropy_coef > 0)
                             loss, parts = _loss(t, output, here, at.kl_coef, only_critic)
                             loss = losses.total(loss, here.mask, t.loss_normaliser) / divisor
-                            runtime.backward(accelerator, model, loss, last=position == len(mine) - 1)
+                            engine.backward(model, loss, last=position == len(mine) - 1)
                             if not epoch == number == 0:
                                 del parts["first_deviation"], parts["first_tokens"]
                             for key, value in (parts | {"loss": loss.detach()}).items():
                                 sums[key] = sums.get(key, 0.0) + value.double()
-                        norm = runtime.step(model, optimizer, t.max_grad_norm)
+                        norm = engine.step(model, optimizer, t.max_grad_norm)
                         if not math.isfinite(norm):
-                            seen = _sum_over_ranks({"loss": sums["loss"].item()}) | {"grad_norm": norm}
+                            seen = engine.sums({"loss": sums["loss"].item()}) | {"grad_norm": norm}
                             place = {"epoch": epoch, "minibatch": number, "rows": sorted(rows.tolist())}
                             at.faults.skip(run, iteration + 1, t.max_skipped_steps, seen, place)
                             continue
@@ -192,8 +193,8 @@ def train(run: Run) -> None:
                         for key, value in sums.items():
                             found[key] = found.get(key, 0.0) + value
                 read = {key: value.item() for key, value in found.items()}  # once: a GPU would wait each time
-                runtime.release_memory()  # sampling has tensors of other sizes
-            total = _sum_over_ranks(read | judged(config))
+                engine.release_memory()  # sampling has tensors of other sizes
+            total = engine.sums(read | judged(config))
             metrics = iteration_metrics(batch, total, t, at.kl_coef)
             metrics |= sampling | {
                 "episode": (iteration + 1) * len(batch),
@@ -233,15 +234,13 @@ def train(run: Run) -> None:
             advance(1)
 
     step = saves.restore_best(at)
-    weights_ = runtime.full_state_dict(accelerator, model)
-    policy_weights = {k.removeprefix("policy."): v for k, v in weights_.items() if k.startswith("policy.")}
     kept = {key: metrics[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")}
-    kept |= measure_change(run, at.iteration, parent, policy_weights, dtype)
     run.publish(
         "causal_lm",
-        lambda path: models.save_model(policy, encoder, path, policy_weights),
+        lambda path: policy.write(path, model, "policy"),
         kept | {"kept_iteration": step},
         extra={"alarms": watch.alarms},
+        step=at.iteration,
     )
 
 
@@ -362,8 +361,3 @@ def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: in
             for r in batch[:8]
         ],
     )
-
-
-def _sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
-    shares = runtime.all_gather_object(sums)
-    return {key: sum(share.get(key, 0.0) for share in shares) for key in dict.fromkeys(k for s in shares for k in s)}

@@ -18,8 +18,9 @@ from trl.trainer.utils import add_fused_lm_head
 from data.encode import encode_documents
 from data.records import Text
 from stages.pretrain.config import Config
-from training import models, runtime
-from training.measure import measure_change, measure_rows, token_losses
+from training.architecture import model_config
+from training.measure import measure_rows, token_losses
+from training.model import Model, load_encoder, trained_dtype
 from training.recipe import RecipeError
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
@@ -38,11 +39,11 @@ def train(run: Run) -> None:
                 else "the parent is a model already; drop it"
             )
         )
-    encoder = models.load_encoder(parent)
+    encoder = load_encoder(parent)
     shape = None
     if config.model is not None:
         try:
-            shape = models.model_config(config.model, encoder, config.block_size)
+            shape = model_config(config.model, encoder, config.block_size)
         except RecipeError as error:
             raise RecipeError(f"{run.recipe.path}: {run.section.name}.{error}") from error
 
@@ -60,19 +61,19 @@ def train(run: Run) -> None:
 
     # Model and trainer.
     args = arguments(TrainingArguments, run, len(blocks))
-    dtype = models.trained_dtype(config.model_args)
+    dtype = trained_dtype(run.engine, config.model_args)
     if shape is not None:
         torch.manual_seed(run.seed)
-        model = models.build(shape, config.model_args, args.bf16, dtype)
+        model = Model.build(run.engine, shape, encoder, config.model_args, bf16=args.bf16, dtype=dtype)
         if config.embedding_std is not None:
-            torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.embedding_std)
+            torch.nn.init.normal_(model.module.get_input_embeddings().weight, std=config.embedding_std)
     else:
-        model = models.load_causal_lm(parent, config.model_args, dtype=dtype, bf16=args.bf16)
-    parameters = sum(p.numel() for p in model.parameters())
+        model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=args.bf16)
+    parameters = model.parameters()
     run.console.print(f"  {parameters / 1e6:.2f} M parameters, {blocks.size:,} tokens in rows of {config.block_size}")
     collate = Collator(encoder.eos_id if config.isolate_documents else None)
-    trainer = StageTrainer(model=model, args=args, train_dataset=Blocks(blocks), data_collator=collate)
-    add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    trainer = StageTrainer(model=model.module, args=args, train_dataset=Blocks(blocks), data_collator=collate)
+    add_fused_lm_head(model.module, outputs=("log_probs", "is_top1"))
     order = StepOrder(len(blocks), config.train.global_batch_size, run.seed)
 
     def hold_out() -> dict[str, float]:
@@ -94,10 +95,8 @@ def train(run: Run) -> None:
         "parameters": parameters,
         "train_tokens": trainer.state.global_step * config.train.global_batch_size * config.block_size,
     }
-    weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
-    if shape is None:
-        metrics |= measure_change(run, trainer.state.global_step, parent, weights, dtype)
-    run.publish("causal_lm", lambda path: models.save_model(model, encoder, path, weights), metrics)
+    write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
+    run.publish("causal_lm", write, metrics, step=trainer.state.global_step)
 
 
 class Blocks(Dataset[np.ndarray]):

@@ -10,15 +10,13 @@ RL to normalise by.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from data.encode import Encoder, encode_preferences
+from data.encode import encode_preferences
 from data.records import Preference
 from handoff.contract import check_same_encoding
 from handoff.errors import GateError
@@ -28,14 +26,14 @@ from reward.learned import score, statistics
 from stages.reward_model.card import Row, agreement, make_card, pair_metrics, spoilt_answers
 from stages.reward_model.config import Config
 from stages.reward_model.schema import Card, Ensemble
-from training import models, runtime
-from training.measure import measure_change, measure_rows
+from training.measure import measure_rows
+from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
 
 CARD = "card.json"
-_RELOADED = 32
-# Scores before and after saving come from batches of other shapes; float32 products differ in their last bits.
+_COMPARED = 32
+# The two ways make batches of other shapes; float32 products differ in their last bits.
 _TOLERANCE = 1e-4
 Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
@@ -48,7 +46,7 @@ def train(run: Run) -> None:
     """Runs the stage."""
     config: Config = run.config
     parent = run.parent()
-    encoder = models.load_encoder(parent)
+    encoder = load_encoder(parent)
     others = {ref: open_member(run, ref, parent) for ref in config.ensemble_with}
 
     # Data: pairs of whole conversations.
@@ -73,11 +71,24 @@ def train(run: Run) -> None:
         run.seed = config.seed
     coefficient = config.center_rewards_coefficient or None
     args = arguments(RewardConfig, run, len(rows), max_length=None, center_rewards_coefficient=coefficient)
-    dtype = models.trained_dtype(config.model_args)
-    model = models.load_reward_model(
-        parent, config.model_args, dtype=dtype, dropout=False, bf16=args.bf16, seed=run.seed
+    dtype = trained_dtype(run.engine, config.model_args)
+    model = Model.load(
+        run.engine,
+        parent,
+        "reward",
+        encoder,
+        config.model_args,
+        dtype=dtype,
+        dropout=False,
+        bf16=args.bf16,
+        seed=run.seed,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=encoder.tokenizer)
+    trainer = Trainer(
+        model=model.module,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=encoder.tokenizer,
+    )
     lengths = [max(map(len, row.values())) for row in rows] if config.group_by_length else None
     order = StepOrder(len(rows), config.train.global_batch_size, run.seed, lengths)
 
@@ -115,17 +126,13 @@ def train(run: Run) -> None:
             write_json(run.dir.path / CARD, card.model_dump(mode="json"))
         for finding in card.findings:
             run.console.print(f"  note: {run.section.name} {finding}", markup=False, soft_wrap=True)
-        runtime.barrier()
+        run.engine.barrier()
         if card.gate:
             raise GateError(refusal(run, card))
-    weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
-    metrics |= measure_change(run, trainer.state.global_step, parent, weights, dtype)
-
-    def write(path: Path) -> None:
-        models.save_model(model, encoder, path, weights)
-        check_scores(path, answers[:_RELOADED], values[:_RELOADED], encoder, trainer)
-
-    run.publish("reward_model", write, metrics, extra, files=[CARD] if heldout else [])
+    check_scores(model, answers[:_COMPARED], values[:_COMPARED], trainer)
+    write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
+    files = [CARD] if heldout else []
+    run.publish("reward_model", write, metrics, extra, files=files, step=trainer.state.global_step)
 
 
 class Collator:
@@ -189,12 +196,13 @@ def measure_ensemble(
     if not others:
         return None
     members = {run.section.name: normalised}
-    mine = range(runtime.rank(), len(answers), runtime.world_size())
+    mine = run.engine.share(len(answers))
     for ref, parent in others.items():
-        model = models.load_reward_model(parent, config.model_args, dropout=False, bf16=False).to(runtime.device())
-        raw = score(model, [answers[i] for i in mine], parent.tokenizer.pad_id).tolist()
-        shares = runtime.all_gather_object(list(zip(mine, raw, strict=True)))
-        found = np.array([value for _, value in sorted(pair for part in shares for pair in part)])
+        encoder = load_encoder(parent)
+        member = Model.load(run.engine, parent, "reward", encoder, config.model_args, dropout=False, bf16=False)
+        with member.freeze().whole() as module:
+            raw = score(module, [answers[i] for i in mine], parent.tokenizer.pad_id).tolist()
+        found = np.array(run.engine.join(zip(mine, raw, strict=True)))
         mean, std = statistics(parent)
         members[ref] = (found - mean) / std
     return agreement({name: tuple(np.split(values, 2)) for name, values in members.items()})
@@ -211,16 +219,12 @@ def refusal(run: Run, card: Card) -> str:
     )
 
 
-def check_scores(
-    path: Path, answers: Sequence[Sequence[int]], before: np.ndarray, encoder: Encoder, trainer: Trainer
-) -> None:
-    """The saved model, read back with the scorer that RL uses, gives the scores that were measured."""
-    with models.whole_weights():
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).to(trainer.args.device)
-    with trainer.compute_loss_context_manager():
-        after = score(model, answers, encoder.pad_id).double().numpy()
+def check_scores(model: Model, answers: Sequence[Sequence[int]], before: np.ndarray, trainer: Trainer) -> None:
+    """The scorer that RL uses gives the scores that were measured with the training's own forward pass."""
+    with model.whole(trainer.model_wrapped) as module, trainer.compute_loss_context_manager():
+        after = score(module, answers, model.encoder.pad_id).double().numpy()
     scale = max(1.0, float(np.abs(before).max()))
-    rounded = trainer.args.bf16 or trainer.model.dtype == torch.bfloat16
+    rounded = trainer.args.bf16 or model.dtype == torch.bfloat16
     tolerance = 0.02 if rounded else _TOLERANCE
     worst = float(np.abs(after - before).max()) / scale
-    assert worst <= tolerance, f"scores of the saved reward model differ by {worst:.2g} from those before saving"
+    assert worst <= tolerance, f"the scores that RL would compute differ by {worst:.2g} from those of training"

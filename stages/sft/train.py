@@ -20,8 +20,8 @@ from data.errors import RowRefused
 from data.packing import pack_rows
 from data.records import Chat
 from stages.sft.config import Config
-from training import models, runtime
-from training.measure import greedy_answers, measure_change, measure_rows, token_losses
+from training.measure import greedy_answers, measure_rows, token_losses
+from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
 
@@ -34,7 +34,7 @@ def train(run: Run) -> None:
     """Runs the stage."""
     config: Config = run.config
     parent = run.parent()
-    encoder = models.load_encoder(parent)
+    encoder = load_encoder(parent)
 
     # Data: conversations as ids and labels, packed or not.
     loaded = run.load(config.data, Chat)
@@ -56,11 +56,11 @@ def train(run: Run) -> None:
 
     # Model and trainer.
     args = arguments(SFTConfig, run, len(rows), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    dtype = models.trained_dtype(config.model_args)
-    model = models.load_causal_lm(parent, config.model_args, dtype=dtype, bf16=args.bf16)
+    dtype = trained_dtype(run.engine, config.model_args)
+    model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=args.bf16)
     collate = Collator(encoder.pad_id)
     trainer = Trainer(
-        model=model,
+        model=model.module,
         args=args,
         train_dataset=Dataset.from_list(rows),
         data_collator=collate,
@@ -79,11 +79,9 @@ def train(run: Run) -> None:
 
     fit(run, trainer, order, hold_out)
 
-    # What it has become.
     metrics = trainer.evaluate()
-    weights = runtime.full_state_dict(trainer.accelerator, trainer.model_wrapped)
-    metrics |= measure_change(run, trainer.state.global_step, parent, weights, dtype)
-    run.publish("causal_lm", lambda path: models.save_model(model, encoder, path, weights), metrics)
+    write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
+    run.publish("causal_lm", write, metrics, step=trainer.state.global_step)
 
 
 class Collator:

@@ -17,7 +17,6 @@ from data.config import SourceConfig, WorldSource
 from data.records import Chat, Prompt, Record, Text
 from data.template import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, STOP_TOKENS
 from stages.tokenizer.config import Config
-from training import runtime
 from training.run import Run
 
 _BATCH = 1000
@@ -53,7 +52,9 @@ def train(run: Run) -> None:
             f"{config.min_frequency} times"
         )
 
-    def write(path: Path) -> None:
+    def write(path: Path | None) -> None:
+        if path is None:
+            return
         tokenizer.save_pretrained(path)
         stops = [tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS]
         GenerationConfig(
@@ -110,7 +111,7 @@ def train_bpe(run: Run, texts: Sequence[str], config: Config) -> Tokenizer:
                     advance(len(batch))
 
             tokenizer.train_from_iterator(batches(), trainer, length=len(texts))
-    return Tokenizer.from_str(runtime.broadcast_object(tokenizer.to_str()))
+    return Tokenizer.from_str(run.engine.from_main(tokenizer.to_str()))
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:

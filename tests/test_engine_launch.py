@@ -2,13 +2,19 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from training import launch, runtime
+from training import engines
 from training.config import TrainConfig
-from training.launch import Engine, LaunchError, prepare, requested
+from training.engines import deepspeed, launch
+from training.engines.ddp import Ddp
+from training.engines.deepspeed import DeepSpeed
+from training.engines.fsdp2 import Fsdp2
+from training.engines.launch import LaunchError, Request, requested
+from training.engines.single import Single, accumulation_steps
 
 ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -60,17 +66,17 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, Engine("single", None, 1, "cpu")),
-        ({**ACCELERATE, "ACCELERATE_USE_CPU": "True"}, Engine("single", None, 1, "cpu")),
-        ({**TWO, **REHEARSAL}, Engine("ddp", None, 2, "cpu")),
-        (TWO, Engine("ddp", None, 2, "cuda")),
-        ({**TWO, **ZERO3, **REHEARSAL}, Engine("deepspeed", 3, 2, "cpu")),
-        ({**TWO, **ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, Engine("deepspeed", 2, 2, "cuda")),
-        ({**TWO, **FSDP2, **REHEARSAL}, Engine("fsdp2", None, 2, "cpu")),
-        ({**TWO, **FSDP2, "WORLD_SIZE": "16"}, Engine("fsdp2", None, 16, "cuda")),
+        ({}, Request("single", None, 1, "cpu")),
+        ({**ACCELERATE, "ACCELERATE_USE_CPU": "True"}, Request("single", None, 1, "cpu")),
+        ({**TWO, **REHEARSAL}, Request("ddp", None, 2, "cpu")),
+        (TWO, Request("ddp", None, 2, "cuda")),
+        ({**TWO, **ZERO3, **REHEARSAL}, Request("deepspeed", 3, 2, "cpu")),
+        ({**TWO, **ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, Request("deepspeed", 2, 2, "cuda")),
+        ({**TWO, **FSDP2, **REHEARSAL}, Request("fsdp2", None, 2, "cpu")),
+        ({**TWO, **FSDP2, "WORLD_SIZE": "16"}, Request("fsdp2", None, 16, "cuda")),
     ],
 )
-def test_requested_engine(environment, gpus, variables: dict[str, str], expected: Engine) -> None:
+def test_requested_engine(environment, gpus, variables: dict[str, str], expected: Request) -> None:
     environment(variables)
     assert requested() == expected
 
@@ -78,7 +84,7 @@ def test_requested_engine(environment, gpus, variables: dict[str, str], expected
 def test_one_process_takes_the_gpu_that_is_there(environment, gpus) -> None:
     environment({"CUDA_VISIBLE_DEVICES": "3,4"})
     gpus(2)
-    assert prepare() == Engine("single", None, 1, "cuda")
+    assert engines.start().request == Request("single", None, 1, "cuda")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"  # two would be split over by transformers
 
 
@@ -109,7 +115,7 @@ def test_zero_stage_of_a_deepspeed_configuration_file(environment, tmp_path: Pat
 def test_requests_that_are_refused(environment, gpus, variables: dict[str, str], message: str) -> None:
     environment(variables)
     with pytest.raises(LaunchError, match=message):
-        prepare()
+        engines.start()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,7 @@ def test_requests_that_are_refused(environment, gpus, variables: dict[str, str],
 def test_gpu_launch_file_without_a_gpu_names_its_rehearsal(environment, gpus, variables, rehearsal: str) -> None:
     environment(variables)
     with pytest.raises(LaunchError, match=f"recipes/launch/{rehearsal}") as caught:
-        prepare()
+        engines.start()
     assert (Path("recipes/launch") / rehearsal).name in str(caught.value)
 
 
@@ -127,13 +133,13 @@ def test_more_processes_than_gpus(environment, gpus) -> None:
     environment({**TWO, **FSDP2, "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"})
     gpus(4)
     with pytest.raises(LaunchError, match=r"8 processes.*4 GPUs.*num_processes: 4"):
-        prepare()
+        engines.start()
 
 
 def test_clipping_of_accelerate_is_out_of_the_way(environment, gpus) -> None:
     environment({**TWO, **ZERO3})
     gpus(2)
-    prepare()
+    engines.start()
     assert "ACCELERATE_GRADIENT_CLIPPING" not in os.environ
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in os.environ
 
@@ -141,17 +147,17 @@ def test_clipping_of_accelerate_is_out_of_the_way(environment, gpus) -> None:
 @pytest.mark.parametrize(("missing", "remedy"), [("c++", "g[+][+]"), ("ninja", "pip install ninja")])
 def test_missing_build_tool_is_named(environment, gpus, monkeypatch, missing: str, remedy: str) -> None:
     environment({**TWO, **ZERO3, **REHEARSAL})
-    found = launch.shutil.which
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None if name == missing else found(name))
+    found = deepspeed.shutil.which
+    monkeypatch.setattr(deepspeed.shutil, "which", lambda name: None if name == missing else found(name))
     with pytest.raises(LaunchError, match=remedy):
-        prepare()
+        engines.start()
 
 
 def test_missing_deepspeed_is_named(environment, gpus, monkeypatch, tmp_path: Path) -> None:
     environment({**TWO, **ZERO3, **REHEARSAL, "TORCH_EXTENSIONS_DIR": str(tmp_path)})
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(deepspeed, "find_spec", lambda name: None)
     with pytest.raises(LaunchError, match=r"pip install 'baton-align\[deepspeed\]'"):
-        prepare()
+        engines.start()
 
 
 @pytest.mark.parametrize("folder", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
@@ -160,9 +166,9 @@ def test_build_lock_is_removed_only_when_nobody_holds_it(tmp_path: Path, folder:
     lock.parent.mkdir(parents=True)
     said: list[str] = []
     with lock.open("x"):
-        launch.release_build_locks(tmp_path, said.append)
+        deepspeed.release_build_locks(tmp_path, said.append)
         assert lock.exists() and not said
-    launch.release_build_locks(tmp_path, said.append)
+    deepspeed.release_build_locks(tmp_path, said.append)
     assert not lock.exists()
     assert said == [f"removed {lock}, left by a build that was killed"]
 
@@ -171,7 +177,7 @@ def test_build_lock_is_removed_only_when_nobody_holds_it(tmp_path: Path, folder:
     ("total", "each", "processes", "steps"), [(32, 8, 1, 4), (32, 8, 2, 2), (32, 8, 4, 1), (6, 3, 2, 1)]
 )
 def test_accumulation(total: int, each: int, processes: int, steps: int) -> None:
-    assert runtime.accumulation_steps(total, each, processes) == steps
+    assert accumulation_steps(total, each, processes) == steps
 
 
 @pytest.mark.parametrize(
@@ -185,33 +191,34 @@ def test_accumulation(total: int, each: int, processes: int, steps: int) -> None
 )
 def test_batches_that_do_not_divide(total: int, each: int, processes: int, message: str) -> None:
     with pytest.raises(LaunchError, match=message):
-        runtime.accumulation_steps(total, each, processes)
+        accumulation_steps(total, each, processes)
 
 
 def test_precision() -> None:
-    gpu, cpu = Engine("ddp", None, 2, "cuda"), Engine("single", None, 1, "cpu")
-    assert runtime.choose_bf16("auto", gpu, supported=True) is True
-    assert runtime.choose_bf16("auto", gpu, supported=False) is False
-    assert runtime.choose_bf16("auto", cpu, supported=False) is False
-    assert runtime.choose_bf16("auto", cpu, supported=True, width=256) is True
-    assert runtime.choose_bf16("auto", cpu, supported=True, width=128) is False
-    assert runtime.choose_bf16("auto", cpu, supported=False, width=256) is False
-    assert runtime.choose_bf16("auto", cpu, supported=True) is False
-    assert runtime.choose_bf16("auto", Engine("fsdp2", None, 2, "cpu"), supported=True, width=256) is False
-    assert runtime.choose_bf16(False, cpu, supported=True, width=256) is False
-    assert runtime.choose_bf16(True, cpu, supported=False) is True
-    assert runtime.choose_bf16(False, gpu, supported=True) is False
+    gpu, cpu = Ddp(Request("ddp", None, 2, "cuda")), Single(Request("single", None, 1, "cpu"))
+    cut = Fsdp2(Request("fsdp2", None, 2, "cpu"))
+    assert gpu.choose_bf16("auto", supported=True) is True
+    assert gpu.choose_bf16("auto", supported=False) is False
+    assert cpu.choose_bf16("auto", supported=False) is False
+    assert cpu.choose_bf16("auto", supported=True, width=256) is True
+    assert cpu.choose_bf16("auto", supported=True, width=128) is False
+    assert cpu.choose_bf16("auto", supported=False, width=256) is False
+    assert cpu.choose_bf16("auto", supported=True) is False
+    assert cut.choose_bf16("auto", supported=True, width=256) is False
+    assert cpu.choose_bf16(False, supported=True, width=256) is False
+    assert cpu.choose_bf16(True, supported=False) is True
+    assert gpu.choose_bf16(False, supported=True) is False
     with pytest.raises(LaunchError, match="no bfloat16"):
-        runtime.choose_bf16(True, gpu, supported=False)
+        gpu.choose_bf16(True, supported=False)
     with pytest.raises(LaunchError, match="rehearsal of fsdp2"):
-        runtime.choose_bf16(True, Engine("fsdp2", None, 2, "cpu"), supported=False)
+        cut.choose_bf16(True, supported=False)
 
 
 def test_compilation() -> None:
-    assert runtime.choose_compile("auto", Engine("ddp", None, 8, "cuda")) is True
-    assert runtime.choose_compile("auto", Engine("deepspeed", 3, 8, "cuda")) is False
-    assert runtime.choose_compile("auto", Engine("single", None, 1, "cpu")) is False
-    assert runtime.choose_compile(True, Engine("single", None, 1, "cpu")) is True
+    assert Ddp(Request("ddp", None, 8, "cuda")).choose_compile("auto") is True
+    assert DeepSpeed(Request("deepspeed", 3, 8, "cuda")).choose_compile("auto") is False
+    assert Single(Request("single", None, 1, "cpu")).choose_compile("auto") is False
+    assert Single(Request("single", None, 1, "cpu")).choose_compile(True) is True
 
 
 @pytest.mark.parametrize(
@@ -227,8 +234,9 @@ def test_compilation() -> None:
 def test_training_arguments(environment, gpus, variables: dict[str, str], use_cpu: bool, backend: str | None) -> None:
     environment(variables)
     train = TrainConfig(global_batch_size=32, per_device_train_batch_size=4, max_grad_norm=0.0, bf16=False)
-    made = runtime.training_arguments_kwargs(train)
-    assert made["gradient_accumulation_steps"] == 8 // runtime.world_size()
+    engine = engines.current()
+    made = engine.training_arguments(train)
+    assert made["gradient_accumulation_steps"] == 8 // engine.data_world
     assert (made["use_cpu"], made["ddp_backend"], made["max_grad_norm"]) == (use_cpu, backend, 0.0)
     assert made["activation_checkpointing"] is False  # TRL's own default is True
 
@@ -239,7 +247,7 @@ def test_every_argument_is_one_of_transformers(environment) -> None:
     from transformers import TrainingArguments
 
     environment({"ACCELERATE_USE_CPU": "true"})
-    made = runtime.training_arguments_kwargs(TrainConfig())
+    made = engines.current().training_arguments(TrainConfig())
     assert made.keys() <= {field.name for field in fields(TrainingArguments)}
 
 
@@ -266,25 +274,27 @@ def test_launch_files(root: Path) -> None:
         assert (real["num_processes"], rehearsal["num_processes"]) == (8, 2)
 
 
-class _Accelerator:
-    def __init__(self, processes: int) -> None:
-        import torch
+def check(processes: int) -> None:
+    """What accelerate has brought up is an unwrapped model on so many processes."""
+    import torch
 
-        self.num_processes, self.device = processes, torch.device("cpu")
+    trainer = SimpleNamespace(
+        model_wrapped=torch.nn.Linear(2, 2),
+        accelerator=SimpleNamespace(num_processes=processes, device=torch.device("cpu")),
+    )
+    engines.current().adopt(trainer)
 
 
 def test_what_came_up_is_compared_with_what_was_asked(environment, gpus) -> None:
-    from torch import nn
-
     environment({**TWO, **REHEARSAL, **ZERO3})
     with pytest.raises(
         LaunchError, match=r"asks for deepspeed ZeRO-3, 2 processes, cpu, .* came up is single, 1 process"
     ):
-        runtime.check_model(nn.Linear(2, 2), _Accelerator(1))
+        check(1)
     environment({"ACCELERATE_USE_CPU": "true"})
-    runtime.check_model(nn.Linear(2, 2), _Accelerator(1))
+    check(1)
     with pytest.raises(LaunchError, match="single, 2 processes"):
-        runtime.check_model(nn.Linear(2, 2), _Accelerator(2))
+        check(2)
     environment({**TWO, **REHEARSAL})
     with pytest.raises(LaunchError, match="asks for ddp"):
-        runtime.check_model(nn.Linear(2, 2), _Accelerator(2))
+        check(2)

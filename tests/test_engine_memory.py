@@ -1,4 +1,4 @@
-"""Memory that only freed tensors stood on (training/runtime.py)."""
+"""Memory that only freed tensors stood on (`Engine.release_memory`)."""
 
 import platform
 import subprocess
@@ -10,20 +10,21 @@ import pytest
 LEAVE_GAPS = """
 import sys
 import torch
-from training import runtime
+from training import engines
+from training.engines import single
 
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
 
-runtime.prepare()
+engine = engines.start()
 if "another C library" in sys.argv:
-    runtime.ctypes.CDLL = lambda name: object()
+    single.ctypes.CDLL = lambda name: object()
 torch.ones(2**22).sum()  # a freed block of 16 MiB: from now on smaller ones come from the heap
 tensors = [torch.ones(2**18) for _ in range(400)]
 before = resident()
 del tensors[::2]
 gaps = resident()
-runtime.release_memory()
+engine.release_memory()
 print(before, gaps, resident(), float(sum(tensor.sum() for tensor in tensors)))
 """
 

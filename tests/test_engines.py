@@ -1,6 +1,6 @@
 """One small training with two models in it, under every engine: the same numbers as one process, and what really ran.
 
-The file is also the program that is launched: `accelerate launch --config_file ... tests/test_runtime_engines.py OUT`;
+The file is also the program that is launched: `accelerate launch --config_file ... tests/test_engines.py OUT`;
 a second folder is that of an earlier run, whose state it goes on from as well.
 """
 
@@ -26,15 +26,16 @@ ENGINES = {
 
 def program(out: Path, other: Path | None) -> None:
     """Trains twice (with and without clipping), saves in the middle, resumes into fresh objects, writes what it saw."""
-    from training import runtime
+    from training import engines
 
-    runtime.prepare()
+    engine = engines.start()
     import torch
     from torch import nn
+    from torch.distributed.tensor import DTensor
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-    from training import portable
     from training.config import OptimizerConfig
+    from training.engines import files
 
     def small() -> LlamaConfig:
         return LlamaConfig(
@@ -61,9 +62,9 @@ def program(out: Path, other: Path | None) -> None:
 
     def make(clip: float, seed: int):
         train = OptimizerConfig(per_device_train_batch_size=MICRO, max_grad_norm=clip)
-        accelerator = runtime.accelerator(train, width=16)
-        if runtime.requested().zero_stage == 3:  # parameters as small as these would be left whole
-            config = accelerator.state.deepspeed_plugin.deepspeed_config
+        engine.set_up(train, width=16)
+        if engine.request.zero_stage == 3:  # parameters as small as these would be left whole
+            config = engine._accelerator.state.deepspeed_plugin.deepspeed_config
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         torch.manual_seed(seed)
         model = Pair()
@@ -71,11 +72,10 @@ def program(out: Path, other: Path | None) -> None:
             {"params": list(model.policy.parameters()), "lr": LRS[0]},
             {"params": [*model.critic.parameters(), *model.head.parameters()], "lr": LRS[1]},
         ]
-        model, optimizer = runtime.prepare_model(accelerator, model, torch.optim.AdamW(groups, eps=0.01))
-        return accelerator, model, optimizer
+        return engine.prepare(model, torch.optim.AdamW(groups, eps=0.01))
 
-    def take(accelerator, model, optimizer, step: int, clip: float, broken: bool = False) -> dict:
-        mine = list(range(runtime.rank(), ROWS, runtime.world_size()))
+    def take(model, optimizer, step: int, clip: float, broken: bool = False) -> dict:
+        mine = list(engine.share(ROWS))
         count = int((lengths[step] - 1).sum())
         for group, peak in zip(optimizer.param_groups, LRS):
             group["lr"] = peak * (1 - step / STEPS)
@@ -89,76 +89,112 @@ def program(out: Path, other: Path | None) -> None:
             nll = nn.functional.cross_entropy(logits[:, :-1][kept], ids[:, 1:][kept], reduction="sum")
             error = (values[:, 1:][kept] - (ids[:, 1:][kept] % 3).float()).square().sum()
             loss = (nll + 0.5 * error) / count
-            if broken and runtime.rank() == runtime.world_size() - 1:
+            if broken and engine.data_rank == engine.data_world - 1:
                 loss = loss + torch.inf  # its gradient would be finite
-            runtime.backward(accelerator, model, loss, last=number == len(batches) - 1)
+            engine.backward(model, loss, last=number == len(batches) - 1)
             loss_sum += loss.item()
-        norm = runtime.step(model, optimizer, clip)
-        return {"loss": sum(runtime.all_gather_object(loss_sum)), "norm": norm, "rows": runtime.all_gather_object(mine)}
+        norm = engine.step(model, optimizer, clip)
+        return {"loss": sum(engine.of_all(loss_sum)), "norm": norm, "rows": engine.of_all(mine)}
 
-    def generate(accelerator, model) -> list:
+    def generate(model) -> list:
         """Greedy; the row of rank r takes 3 + 4 r steps, so that no forward pass may wait for another process."""
         answers = {}
-        with runtime.gathered(accelerator, model) as plain:
-            for row in range(runtime.rank(), 2, runtime.world_size()):
+        with engine.whole(model) as plain:
+            for row in engine.share(2):
                 ids = tokens[0, row : row + 1, :4]
                 for _ in range(3 + 4 * row):
                     logits = plain.policy(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
                     ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
                 answers[row] = {"ids": ids[0].tolist(), "logit": logits.abs().mean().item()}
-        merged = {k: v for part in runtime.all_gather_object(answers) for k, v in part.items()}
+        merged = {k: v for part in engine.of_all(answers) for k, v in part.items()}
         return [merged[0], merged[1]]
 
     def save_on_a_full_disk(model, optimizer) -> int | None:
         """The error's number. Nobody is left waiting for the process that cannot write."""
         full = out / "full"
-        if runtime.is_main():
+        if engine.is_main:
             full.mkdir()
-            for part in (portable.MODEL, portable.OPTIMIZER):
+            for part in (files.MODEL, files.OPTIMIZER):
                 (full / part).symlink_to("/dev/full")
         try:
-            portable.save_state(model, optimizer, full)
+            files.save_state(engine, model, optimizer, full)
         except OSError as error:
             return error.errno
         return None
 
-    seen: dict = {"engine": vars(runtime.requested()), "record": runtime.engine_record().model_dump()}
-    accelerator, model, optimizer = make(CLIP, seed=0)
-    seen["class"], seen["processes"] = type(model).__name__, accelerator.num_processes
-    if runtime.requested().zero_stage == 3:
+    def whole_weights(model) -> dict:
+        return {entry.name: entry.whole().detach().float().clone() for entry in engine.weights(model)}
+
+    def read_frozen(state: Path) -> dict:
+        """A model that is only read: cut up outside of `whole`, whole inside, moved towards the policy, saved, loaded."""
+        torch.manual_seed(3)
+        plain = LlamaForCausalLM(small())
+        ids = tokens[0, :2, :4]
+        with torch.no_grad():
+            expected = plain(input_ids=ids).logits
+        frozen = engine.freeze(LlamaForCausalLM(small()))
+        kept = sum(p._local_tensor.numel() if isinstance(p, DTensor) else p.ds_tensor.numel() if "ds_shape" in vars(p)
+                   else p.numel() for p in frozen.parameters())  # fmt: skip
+        torch.manual_seed(3)
+        other = LlamaForCausalLM(small())
+        values = dict(other.named_parameters())
+        with torch.no_grad():
+            engine.load_frozen(frozen, lambda name: values[name].detach())
+        with engine.whole(frozen) as whole:
+            logits = [whole(input_ids=ids).logits for _ in range(1 + engine.data_rank)][-1]  # nobody waits
+            shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+        engine.mix(frozen, model, "policy", 0.25)
+        files.write_tensors(engine, state / "frozen.safetensors", engine.weights(frozen))
+        files.load_frozen(engine, frozen, state / "frozen.safetensors")
+        mixed = whole_weights(frozen)
+        policy = {k.removeprefix("policy."): v for k, v in whole_weights(model).items() if k.startswith("policy.")}
+        wanted = {name: values[name].detach().lerp(policy[name], 0.25) for name in values}
+        return {
+            "kept": kept / sum(p.numel() for p in plain.parameters()),
+            "same": torch.allclose(logits, expected, atol=1e-6),
+            "shapes": all(shapes[name] == tuple(p.shape) for name, p in plain.named_parameters()),
+            "mixed": all(torch.allclose(mixed[name], wanted[name], atol=1e-6) for name in wanted),
+            "training": frozen.training or any(p.requires_grad for p in frozen.parameters()),
+        }
+
+    seen: dict = {"engine": vars(engine.request), "record": engine.record().model_dump()}
+    model, optimizer = make(CLIP, seed=0)
+    seen["class"], seen["processes"] = type(model).__name__, engine._accelerator.num_processes
+    if engine.request.zero_stage == 3:
         assert model.optimizer.persistent_parameters == []
-    seen["generated"] = [generate(accelerator, model)]  # before any forward pass of the whole
+    seen["generated"] = [generate(model)]  # before any forward pass of the whole
     state = out / "state"
     seen["clipped"] = []
     for step in range(STEPS):
-        seen["clipped"].append(take(accelerator, model, optimizer, step, CLIP))
+        seen["clipped"].append(take(model, optimizer, step, CLIP))
         if step == 1:
-            seen["generated"].append(generate(accelerator, model))
-            if runtime.is_main():
+            seen["generated"].append(generate(model))
+            if engine.is_main:
                 state.mkdir(parents=True)
-            runtime.barrier()
-            portable.save_state(model, optimizer, state)
-            seen["refused"] = runtime.all_gather_object(save_on_a_full_disk(model, optimizer))
-    final = runtime.full_state_dict(accelerator, model)
-    if runtime.is_main():
+            engine.barrier()
+            files.save_state(engine, model, optimizer, state)
+            seen["refused"] = engine.of_all(save_on_a_full_disk(model, optimizer))
+    seen["frozen"] = engine.of_all(read_frozen(state))
+    final = whole_weights(model)
+    if engine.is_main:
         torch.save(final, out / "final.pt")
 
-    accelerator, model, optimizer = make(CLIP, seed=1)
-    portable.load_state(model, optimizer, state)
-    seen["broken"] = take(accelerator, model, optimizer, 2, CLIP, broken=True)  # which changes nothing
-    seen["resumed"] = [take(accelerator, model, optimizer, step, CLIP) for step in range(2, STEPS)]
-    again = runtime.full_state_dict(accelerator, model)
+    model, optimizer = make(CLIP, seed=1)
+    files.load_state(engine, model, optimizer, state)
+    seen["broken"] = take(model, optimizer, 2, CLIP, broken=True)  # which changes nothing
+    seen["resumed"] = [take(model, optimizer, step, CLIP) for step in range(2, STEPS)]
+    again = whole_weights(model)
     seen["resumed equal"] = all(torch.equal(final[key], again[key]) for key in final)
 
     if other is not None:
-        portable.load_state(model, optimizer, other / "state")  # over moments that are there
-        seen["borrowed"] = [take(accelerator, model, optimizer, step, CLIP) for step in range(2, STEPS)]
+        files.load_state(engine, model, optimizer, other / "state")  # over moments that are there
+        seen["borrowed"] = [take(model, optimizer, step, CLIP) for step in range(2, STEPS)]
 
-    accelerator, model, optimizer = make(0.0, seed=0)
-    seen["free"] = [take(accelerator, model, optimizer, step, 0.0) for step in range(2)]
-    if runtime.is_main():
+    model, optimizer = make(0.0, seed=0)
+    seen["free"] = [take(model, optimizer, step, 0.0) for step in range(2)]
+    if engine.is_main:
         (out / "seen.json").write_text(json.dumps(seen))
-    runtime.shutdown()
+    engine.shutdown()
 
 
 def launch(config: Path, out: Path, root: Path, *other: Path) -> dict:
@@ -210,6 +246,10 @@ def test_engine_trains_as_one_process_does(config: str, alone: tuple[dict, Path]
         for mine, theirs in zip(one["generated"][before_or_after], seen["generated"][before_or_after], strict=True):
             assert theirs["ids"] == mine["ids"]
             assert theirs["logit"] == pytest.approx(mine["logit"], rel=1e-4)
+    for found in seen["frozen"]:
+        splits = config in ("cpu2_zero3", "cpu2_fsdp2")
+        assert found["kept"] < 0.55 if splits else found["kept"] == 1.0
+        assert found["same"] and found["shapes"] and found["mixed"] and not found["training"]
     assert seen["resumed"] == seen["clipped"][2:] and seen["resumed equal"]
     assert not math.isfinite(seen["broken"]["norm"])
     for mine, theirs in zip(one["clipped"][2:], seen["borrowed"], strict=True):

@@ -1,5 +1,7 @@
-"""The files of a state (training/portable.py): whole tensors under parameter names, written piece by piece. Engines are
-in test_runtime_engines.py, numbers of processes in test_world_size.py."""
+"""The files of a state: whole tensors under parameter names, written piece by piece (training/engines/files.py).
+
+Engines are in test_engines.py, numbers of processes in test_world_size.py.
+"""
 
 import errno
 import json
@@ -12,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from training import portable
+from training import engines
 from training.config import MuonTrainConfig
+from training.engines import files
 from training.optimizer import MuonAdamW
+
+ENGINE = engines.current()
 
 
 class Odd(nn.Module):
@@ -61,7 +66,7 @@ def test_what_is_loaded_goes_on_to_the_last_bit(tmp_path: Path, make) -> None:
     model = Odd()
     optimizer = make(model)
     train(model, optimizer, 3)
-    portable.save_state(model, optimizer, tmp_path)
+    files.save_state(ENGINE, model, optimizer, tmp_path)
     train(model, optimizer, 3)
 
     torch.manual_seed(1)
@@ -69,59 +74,59 @@ def test_what_is_loaded_goes_on_to_the_last_bit(tmp_path: Path, make) -> None:
     frozen, cache = other.frozen.clone(), other.cache.clone()
     other.seen.fill_(False)
     again = make(other)
-    portable.load_state(other, again, tmp_path)
+    files.load_state(ENGINE, other, again, tmp_path)
     train(other, again, 3)
     ours, theirs = model.state_dict(), other.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "frozen")
     assert torch.equal(other.frozen, frozen) and torch.equal(other.cache, cache)
 
-    weights, moments = load_file(tmp_path / portable.MODEL), load_file(tmp_path / portable.OPTIMIZER)
+    weights, moments = load_file(tmp_path / files.MODEL), load_file(tmp_path / files.OPTIMIZER)
     assert weights.keys() == {"embed.weight", "head.bias", "middle.weight", "middle.bias", "scale", "short", "unused",
                               "seen"}  # fmt: skip
     assert weights["short"].dtype == torch.bfloat16 and weights["scale"].shape == () and weights["seen"][0]
     assert "exp_avg/embed.weight" in moments and moments["step/scale"] == 3
     assert not any(key.endswith("/unused") for key in moments)
     assert ("momentum_buffer/middle.weight" in moments) is (make is muon)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < portable.state_bytes(model) + 4000
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < files.state_bytes(ENGINE, model) + 4000
 
 
 def test_weights_alone_leave_the_optimizer_as_it_is(tmp_path: Path) -> None:
     model = Odd()
     optimizer = adamw(model)
     train(model, optimizer, 2)
-    portable.save_state(model, optimizer, tmp_path)
-    (tmp_path / portable.OPTIMIZER).unlink()
+    files.save_state(ENGINE, model, optimizer, tmp_path)
+    (tmp_path / files.OPTIMIZER).unlink()
     other = Odd()
     fresh = adamw(other)
-    portable.load_state(other, fresh, tmp_path, moments=False)
+    files.load_state(ENGINE, other, fresh, tmp_path, moments=False)
     assert torch.equal(other.middle.weight, model.middle.weight)
     assert not fresh.state
 
 
 def test_before_the_first_step_there_are_no_moments(tmp_path: Path) -> None:
     model = Odd()
-    portable.save_state(model, adamw(model), tmp_path)
-    assert load_file(tmp_path / portable.OPTIMIZER) == {}
+    files.save_state(ENGINE, model, adamw(model), tmp_path)
+    assert load_file(tmp_path / files.OPTIMIZER) == {}
     other = Odd()
     fresh = adamw(other)
-    portable.load_state(other, fresh, tmp_path)
+    files.load_state(ENGINE, other, fresh, tmp_path)
     assert not fresh.state
 
 
 def test_a_state_of_another_model_is_not_loaded(tmp_path: Path) -> None:
     model = Odd()
-    portable.save_state(model, adamw(model), tmp_path)
+    files.save_state(ENGINE, model, adamw(model), tmp_path)
     other = nn.Linear(2, 2)
     with pytest.raises(AssertionError, match="is of another model"):
-        portable.load_state(other, torch.optim.AdamW(other.parameters()), tmp_path)
+        files.load_state(ENGINE, other, torch.optim.AdamW(other.parameters()), tmp_path)
 
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    for part in (portable.MODEL, portable.OPTIMIZER):
+    for part in (files.MODEL, files.OPTIMIZER):
         (tmp_path / part).symlink_to("/dev/full")
     model = Odd()
     with pytest.raises(OSError) as full:
-        portable.save_state(model, adamw(model), tmp_path)
+        files.save_state(ENGINE, model, adamw(model), tmp_path)
     assert full.value.errno == errno.ENOSPC
 
 
@@ -131,22 +136,22 @@ def draws() -> list[float]:
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     draws()
-    portable.write_rng(tmp_path, portable.rng_states())
-    json.loads((tmp_path / portable.RNG).read_text())
+    files.write_rng(ENGINE, tmp_path, files.rng_states(ENGINE))
+    json.loads((tmp_path / files.RNG).read_text())
     expected = draws()
     draws()
-    portable.load_rng(tmp_path, seed=1, step=5)
+    files.load_rng(ENGINE, tmp_path, seed=1, step=5)
     assert draws() == expected
 
 
 def test_with_another_number_of_processes_they_depend_on_seed_step_and_rank(tmp_path: Path, monkeypatch) -> None:
-    portable.write_rng(tmp_path, portable.rng_states() * 2)
+    files.write_rng(ENGINE, tmp_path, files.rng_states(ENGINE) * 2)
     found = set()
     for rank, seed, step in ((0, 1, 5), (1, 1, 5), (0, 2, 5), (0, 1, 6)):
-        monkeypatch.setattr(portable.runtime, "rank", lambda rank=rank: rank)
-        portable.load_rng(tmp_path, seed, step)
+        monkeypatch.setattr(type(ENGINE), "data_rank", property(lambda engine, rank=rank: rank))
+        files.load_rng(ENGINE, tmp_path, seed, step)
         once = draws()
-        portable.load_rng(tmp_path, seed, step)
+        files.load_rng(ENGINE, tmp_path, seed, step)
         assert draws() == once
         found.add(once[3])
     assert len(found) == 4

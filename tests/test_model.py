@@ -1,6 +1,7 @@
-"""training/models.py: what is loaded for a role, what is built from a recipe, what is written."""
+"""training/model.py and architecture.py: what is loaded for a role, built from a recipe, written."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from data.encode import Encoder
 from handoff.contract import read_tokenizer
 from handoff.errors import HandoffError
+from handoff.files import sha256_file
 from handoff.parent import open_parent
 from tests.stage_chain import chain, foreign_checkpoint, runs
-from training import models
+from training import architecture, engines
+from training import model as model_module
 from training.config import ModelArguments
+from training.model import Model, check_vocabulary, copy_tokenizer, load_encoder
 from training.recipe import RecipeError
 
 ARGUMENTS = ModelArguments()
+ENGINE = engines.current()
+
+
+def load(parent, role="policy", **keys):
+    return Model.load(ENGINE, parent, role, load_encoder(parent), ARGUMENTS, **keys)
+
+
+def build(encoder, **keys):
+    return Model.build(ENGINE, architecture.model_config(keys, encoder, 64), encoder, ARGUMENTS, bf16=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,7 @@ def foreign(tmp_path):
     ],
 )
 def test_attention_is_chosen_by_what_is_there(requested, cuda, bf16, packages, expected):
-    assert models.choose_attention(requested, cuda=cuda, bf16=bf16, packages=packages) == expected
+    assert architecture.choose_attention(requested, cuda=cuda, bf16=bf16, packages=packages) == expected
 
 
 @pytest.mark.parametrize(
@@ -55,7 +68,7 @@ def test_attention_is_chosen_by_what_is_there(requested, cuda, bf16, packages, e
 )
 def test_flash_attention_where_it_cannot_run_is_refused(cuda, bf16, lacking):
     with pytest.raises(RecipeError, match=lacking):
-        models.choose_attention("flash_attention_2", cuda=cuda, bf16=bf16, packages=set())
+        architecture.choose_attention("flash_attention_2", cuda=cuda, bf16=bf16, packages=set())
 
 
 @pytest.mark.parametrize(
@@ -72,12 +85,12 @@ def test_flash_attention_where_it_cannot_run_is_refused(cuda, bf16, lacking):
 )
 def test_a_model_that_cannot_be_built_is_refused_with_the_key(keys, message, encoder):
     with pytest.raises(RecipeError, match=message):
-        models.model_config(keys, encoder, 64)
+        architecture.model_config(keys, encoder, 64)
 
 
 def test_a_built_model_has_the_tokenizers_ids_and_one_row_for_each(encoder):
-    config = models.model_config({"architecture": "gpt2", "hidden_size": 32, "n_layer": 1, "n_head": 2}, encoder, 64)
-    model = models.build(config, ARGUMENTS, bf16=False)
+    model = build(encoder, architecture="gpt2", hidden_size=32, n_layer=1, n_head=2).module
+    config = model.config
     assert model.get_input_embeddings().num_embeddings == encoder.vocab_size == config.vocab_size
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (
         encoder.bos_id,
@@ -89,12 +102,12 @@ def test_a_built_model_has_the_tokenizers_ids_and_one_row_for_each(encoder):
 
 def test_a_foreign_parent_keeps_its_tokenizer_its_template_and_its_settings(foreign, tmp_path):
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
-    model = models.load_causal_lm(parent, ARGUMENTS)
-    assert model.dtype == torch.float32  # saved in bfloat16: AdamW could not move such weights
+    model = load(parent)
+    assert model.module.dtype == torch.float32  # saved in bfloat16: AdamW could not move such weights
     out = tmp_path / "out"
     out.mkdir()
-    encoder = models.load_encoder(parent)
-    models.save_model(model, encoder, out, model.state_dict())
+    encoder = model.encoder
+    model.write(out, model.module)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (foreign / name).read_bytes()
     settings = json.loads((out / "generation_config.json").read_text())
@@ -107,11 +120,11 @@ def test_a_foreign_parent_keeps_its_tokenizer_its_template_and_its_settings(fore
 
 def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(foreign, tmp_path):
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
-    model = models.load_causal_lm(parent, ARGUMENTS)
+    model = load(parent).module
     model.resize_token_embeddings(parent.tokenizer.vocab_size - 2)
     size = parent.tokenizer.vocab_size
     with pytest.raises(HandoffError, match=f"tokenizer has {size} ids, the model only {size - 2} embeddings"):
-        models.check_vocabulary(model, parent)
+        check_vocabulary(model, parent)
 
 
 def test_a_parent_without_a_pad_token_is_padded_with_a_spare_one(foreign, tmp_path):
@@ -119,12 +132,12 @@ def test_a_parent_without_a_pad_token_is_padded_with_a_spare_one(foreign, tmp_pa
     path = foreign / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|eos|>"}))
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
-    encoder = models.load_encoder(parent)
+    model = load(parent)
+    encoder = model.encoder
     assert encoder.pad_id == parent.tokenizer.pad_id != encoder.eos_id
     out = tmp_path / "out"
     out.mkdir()
-    model = models.load_causal_lm(parent, ARGUMENTS)
-    models.save_model(model, encoder, out, model.state_dict())
+    model.write(out, model.module)
     assert read_tokenizer(out).pad_id == encoder.pad_id
 
 
@@ -132,27 +145,83 @@ def test_a_parent_without_a_pad_token_is_padded_with_a_spare_one(foreign, tmp_pa
 def test_a_tied_head_is_written_once_and_comes_back(tied, encoder, tmp_path):
     keys = {"architecture": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     keys |= {"num_attention_heads": 2, "tie_word_embeddings": tied}
-    model = models.build(models.model_config(keys, encoder, 64), ARGUMENTS, bf16=False)
-    # As gathered from an engine: each name with a tensor of its own.
-    models.save_model(model, encoder, tmp_path, {name: value.clone() for name, value in model.state_dict().items()})
+    model = build(encoder, **keys)
+    model.write(tmp_path, model.module)
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+        assert torch.equal(loaded(ids).logits, model.module.eval()(ids).logits)
 
 
-def test_a_model_that_does_not_come_back_as_saved_is_never_published(encoder, tmp_path, monkeypatch):
-    keys = {"architecture": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
-    model = models.build(models.model_config(keys, encoder, 64), ARGUMENTS, bf16=False)
-    save = type(model).save_pretrained
+def test_what_does_not_load_under_its_names_is_never_published(encoder, tmp_path, monkeypatch):
+    model = build(encoder, architecture="gpt2", n_embd=16, n_layer=1, n_head=2)
+    published = Model._published
 
-    def damaged(self, path, state_dict):
-        save(self, path, state_dict={name: value + 1 for name, value in state_dict.items()})
+    def renamed(self, entries, prefix):
+        groups = published(self, entries, prefix)
+        groups[0] = [replace(groups[0][0], name="other.name"), *groups[0][1:]]
+        return groups
 
-    monkeypatch.setattr(type(model), "save_pretrained", damaged)
-    with pytest.raises(AssertionError, match="does not come back"):
-        models.save_model(model, encoder, tmp_path, model.state_dict())
+    monkeypatch.setattr(Model, "_published", renamed)
+    with pytest.raises(AssertionError, match="does not load as it was saved"):
+        model.write(tmp_path, model.module)
+
+
+def test_writing_needs_no_second_copy_of_the_weights_and_hashes_what_it_writes(encoder, tmp_path, monkeypatch):
+    """A tensor at a time, over several files; what is hashed on the way are the files' own bytes."""
+    keys = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = build(encoder, architecture="llama", **keys)
+    monkeypatch.setattr(model_module, "_FILE_BYTES", 40_000)
+    written = model.write(tmp_path, model.module)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert written.hashes == {name: sha256_file(tmp_path / name) for name in files}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert {name: load_file(tmp_path / file)[name].shape for name, file in index["weight_map"].items()} == {
+        name: value.shape for name, value in model.module.state_dict().items()
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model.module.eval()(ids).logits)
+
+
+def test_experts_that_are_held_as_one_tensor_are_published_one_by_one(encoder, tmp_path):
+    """Checkpoints of mixtures of experts have a tensor for each expert, and so has what is published."""
+    keys = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    keys |= {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    model = build(encoder, architecture="qwen3_moe", **keys)
+    model.write(tmp_path, model.module)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {f"model.layers.1.mlp.experts.{n}.down_proj.weight" for n in range(4)} <= names
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model.module.eval()(ids).logits)
+
+
+def test_the_share_of_changed_weights_is_counted_while_they_are_written(foreign, tmp_path):
+    parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
+    model = load(parent)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert model.write(out, model.module).changed == 0.0
+    with torch.no_grad():
+        model.module.get_input_embeddings().weight[0] += 1
+    width, total = model.module.config.hidden_size, model.parameters()
+    assert model.write(out, model.module).changed == pytest.approx(width / total)
+
+
+def test_a_reference_is_a_frozen_view_of_what_the_policy_started_from(foreign, tmp_path):
+    policy = load(open_parent(str(foreign), tmp_path, {"causal_lm"}), dtype=torch.bfloat16)
+    with torch.no_grad():
+        policy.module.get_input_embeddings().weight += 1
+    reference = policy.reference(bf16=False).freeze()
+    assert (reference.role, reference.dtype) == ("reference", torch.float32)
+    assert not any(p.requires_grad for p in reference.module.parameters()) and not reference.module.training
+    before = load(policy.parent).module.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in reference.module.state_dict().items())
 
 
 def test_dropout_can_be_switched_off_wherever_an_architecture_keeps_it(encoder):
@@ -161,39 +230,37 @@ def test_dropout_can_be_switched_off_wherever_an_architecture_keeps_it(encoder):
     llama |= {"num_attention_heads": 2, "attention_dropout": 0.5}
     ids = torch.arange(24)[None]
     for keys in (gpt2, llama):
-        model = models.build(models.model_config(keys, encoder, 64), ARGUMENTS, bf16=False).train()
+        model = build(encoder, **keys).module.train()
         assert not torch.equal(model(ids).logits, model(ids).logits)
-        models.without_dropout(model)
+        architecture.without_dropout(model)
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gpt2"])
-def test_a_reward_models_head_depends_on_the_seed_alone(architecture, encoder, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
+def test_a_reward_models_head_depends_on_the_seed_alone(name, encoder, tmp_path):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if architecture != "gpt2":
+    if name != "gpt2":
         small |= {"intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8}
-    model = models.build(
-        models.model_config({"architecture": architecture, **small}, encoder, 64), ARGUMENTS, bf16=False
-    )
-    models.save_model(model, encoder, tmp_path, model.state_dict())
+    model = build(encoder, architecture=name, **small)
+    model.write(tmp_path, model.module)
     parent = open_parent(str(tmp_path), tmp_path, {"causal_lm"})
     heads = []
     for stream, seed in ((0, 5), (1, 5), (1, 6)):
         torch.manual_seed(stream)
-        heads.append(models.load_reward_model(parent, ARGUMENTS, seed=seed).get_submodule("score").weight)
+        heads.append(load(parent, "reward", seed=seed).module.get_submodule("score").weight)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
     assert 0.02 < heads[0].std().item() < 1
 
 
 def test_an_architecture_without_a_reward_head_is_refused(foreign, tmp_path, monkeypatch):
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
-    monkeypatch.setattr(models, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", {})
+    monkeypatch.setattr(model_module, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", {})
     with pytest.raises(HandoffError, match="no sequence classification for `llama`"):
-        models.load_reward_model(parent, ARGUMENTS)
+        load(parent, "reward")
 
 
 def test_tokenizer_files_are_copied_as_they_are(tokenizer_dir, tmp_path):
-    models.copy_tokenizer(tokenizer_dir, tmp_path)
+    copy_tokenizer(tokenizer_dir, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     assert "generation_config.json" not in names

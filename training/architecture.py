@@ -1,0 +1,115 @@
+"""Which network is built and how it computes: a recipe's `model:` keys, the attention kernel, dropout."""
+
+import difflib
+from collections.abc import Collection
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from data.encode import Encoder
+from training.config import ModelArguments
+from training.recipe import RecipeError
+
+# What the pipeline itself decides about a model that is built from a recipe.
+_DECIDED = (
+    "vocab_size",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "architectures",
+    "transformers_version",
+)
+
+
+def choose_attention(requested: str, *, cuda: bool, bf16: bool, packages: Collection[str]) -> str:
+    """Which attention kernel a model is loaded with.
+
+    Args:
+        requested: `auto`, `eager`, `sdpa` or `flash_attention_2`.
+        cuda: a CUDA device is there.
+        bf16: the forward pass runs in bfloat16; FlashAttention has no float32.
+        packages: names of importable packages.
+
+    Raises:
+        RecipeError: FlashAttention was asked for where it cannot run.
+    """
+    possible = cuda and bf16 and "flash_attn" in packages
+    if requested == "auto":
+        return "flash_attention_2" if possible else "sdpa"
+    if requested == "flash_attention_2" and not possible:
+        lacking = "a CUDA GPU" if not cuda else "bf16: true" if not bf16 else "the package flash-attn"
+        raise RecipeError(f"model_args.attn_implementation: flash_attention_2 needs {lacking}; use auto or sdpa")
+    return requested
+
+
+def attention(arguments: ModelArguments, bf16: bool) -> str:
+    """`choose_attention` for this machine."""
+    packages = {"flash_attn"} if find_spec("flash_attn") is not None else set()
+    cuda = torch.cuda.is_available()
+    return choose_attention(arguments.attn_implementation, cuda=cuda, bf16=bf16, packages=packages)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Every dropout set to zero, in modules and where attention takes it as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
+    return model
+
+
+def type_of_config(architecture: str) -> type[PretrainedConfig]:
+    """The configuration class of a `model_type` of transformers. Raises RecipeError."""
+    if architecture not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(architecture, list(CONFIG_MAPPING), 1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        raise RecipeError(f"model.architecture: transformers has no `{architecture}`{hint}")
+    return CONFIG_MAPPING[architecture]
+
+
+def model_config(keys: dict[str, Any], encoder: Encoder, context: int) -> PretrainedConfig:
+    """The configuration for `model:` of a recipe: `architecture`, and fields of that architecture's configuration.
+
+    Args:
+        keys: the recipe's mapping.
+        encoder: decides the vocabulary and the special ids.
+        context: tokens in the longest row that the model must take.
+
+    Raises:
+        RecipeError: unknown architecture or field, a field that the pipeline decides, a value that the class refuses.
+    """
+    architecture = keys["architecture"]
+    kind = type_of_config(architecture)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RecipeError(f"model.architecture: `{architecture}` is not a causal language model")
+    fields = {name for name in kind.__dataclass_fields__ if not name.startswith("_")} | set(kind.attribute_map)
+    given = {key: value for key, value in keys.items() if key != "architecture"}
+    for key in given:
+        if key in _DECIDED:
+            raise RecipeError(f"model.{key}: follows from the tokenizer and the training; leave it out")
+        if key not in fields:
+            close = difflib.get_close_matches(key, sorted(fields), 1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            raise RecipeError(f"model.{key}: a {architecture} configuration has no such field{hint}")
+    try:
+        config = kind(
+            **given,
+            vocab_size=encoder.vocab_size,
+            bos_token_id=encoder.bos_id,
+            eos_token_id=encoder.eos_id,
+            pad_token_id=encoder.pad_id,
+            dtype="float32",
+        )
+    except Exception as error:  # each class validates in its own way; all of it is about these keys
+        raise RecipeError(f"model: {architecture} refuses these values: {error}") from error
+    if "max_position_embeddings" in fields and config.max_position_embeddings < context:
+        raise RecipeError(
+            f"model.max_position_embeddings is {config.max_position_embeddings}, shorter than rows of {context} tokens"
+        )
+    return config

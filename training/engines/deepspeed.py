@@ -1,0 +1,280 @@
+"""DeepSpeed ZeRO: optimizer (stage 1), gradients (2) and weights (3) are cut up among the processes.
+
+DeepSpeed holds each trained parameter twice: as the forward pass reads it, and in float32 as the optimizer steps it.
+What is saved and published is the second.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.engines import upstream
+from training.engines.launch import LaunchError, Request, rank
+from training.engines.single import Entry
+from training.engines.splitting import Splitting
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.config import OptimizerConfig
+
+
+class DeepSpeed(Splitting):
+    """Several processes under a `DeepSpeedEngine`."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self.sharding = f"_zero{max(2, request.zero_stage or 0)}"
+        self._zero3 = request.zero_stage == 3
+
+    # ---- choices
+
+    def check_machine(self) -> None:
+        """As `Single.check_machine`."""
+        super().check_machine()
+        if self.request.device == "cpu":
+            _check_build()
+        if find_spec("deepspeed") is None:
+            raise LaunchError(
+                "the launch file asks for DeepSpeed, which is not installed: pip install 'baton-align[deepspeed]'"
+            )
+
+    # ---- loops written by hand
+
+    def set_up(self, train: "OptimizerConfig", width: int) -> None:
+        """As `Single.set_up`."""
+        super().set_up(train, width)
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        # With it set, `from_pretrained` would hand out empty parameters under ZeRO-3; `prepare` cuts them up.
+        unset_hf_deepspeed_config()
+
+    def _accelerator_arguments(self, train: "OptimizerConfig") -> dict[str, Any]:
+        from accelerate.utils import DeepSpeedPlugin
+
+        plugin = DeepSpeedPlugin(gradient_accumulation_steps=1)
+        plugin.deepspeed_config.update(
+            gradient_accumulation_steps=1,
+            gradient_clipping=train.max_grad_norm,
+            train_micro_batch_size_per_gpu=train.per_device_train_batch_size,
+        )
+        return {"deepspeed_plugin": plugin}
+
+    def _backward(self, model: Any, loss: "torch.Tensor", last: bool) -> None:
+        model.set_gradient_accumulation_boundary(last)
+        model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, model: Any, optimizer: Any, max_grad_norm: float) -> float:
+        """As `Single.step`. DeepSpeed itself leaves weights alone when the norm is not finite, and calls it inf."""
+        assert model.gradient_clipping() == max_grad_norm, "DeepSpeed was set up with another max_grad_norm"
+        model.step()
+        return float(model.get_global_grad_norm())
+
+    def unwrapped(self, model: Any) -> Any:
+        """As `Single.unwrapped`."""
+        from deepspeed import DeepSpeedEngine
+
+        plain = super().unwrapped(model)
+        return plain.module if isinstance(plain, DeepSpeedEngine) else plain
+
+    @contextmanager
+    def whole(self, model: Any) -> Iterator[Any]:
+        """As `Single.whole`."""
+        plain = self.unwrapped(model)
+        if not self._zero3:
+            with super().whole(model):
+                yield plain
+            return
+        import deepspeed
+        import torch
+
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(list(plain.parameters())):
+            if plain is model:  # frozen: DeepSpeed's engine has put no hooks on it
+                yield plain
+            else:
+                with upstream.without_zero_hooks(model):
+                    yield plain
+
+    # ---- models that are not trained
+
+    def freeze(self, model: "torch.nn.Module") -> "torch.nn.Module":
+        """As `Single.freeze`."""
+        frozen = super().freeze(model)
+        if self._zero3:
+            import deepspeed
+
+            self._group()
+            # Cuts the parameters of an existing module in place.
+            config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+            deepspeed.zero.Init(module=frozen, config_dict_or_path=config, dtype=next(frozen.parameters()).dtype)
+        return frozen
+
+    def _put(self, parameter: Any, whole: "torch.Tensor") -> None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(whole)
+
+    def _mix(self, mine: Any, theirs: Any, alpha: float) -> None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([theirs]):
+            source = theirs.detach().clone()
+        with deepspeed.zero.GatheredParameters([mine], modifier_rank=0):
+            super()._mix(mine, source, alpha)
+
+    # ---- weights and optimizer
+
+    def _weight(self, name: str, tensor: Any) -> Entry:
+        import torch
+
+        if not isinstance(tensor, torch.nn.Parameter):
+            return super()._weight(name, tensor)
+        dtype = torch.float32 if tensor.requires_grad else tensor.dtype
+        return Entry(name, dtype, upstream.zero_shape(tensor), lambda: _whole(tensor))
+
+    def moments(self, model: Any, optimizer: Any) -> list[Entry]:
+        """As `Single.moments`."""
+        import torch
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        zero = model.optimizer
+        keys, step = upstream.zero_keys(zero, self._zero3)
+        if not keys:
+            return []
+        upstream.link_moments(zero, self._zero3)
+        entries = []
+        for name, parameter in self._trained_parameters(model).items():
+            for key in keys:
+                whole = lambda p=parameter, k=key: safe_get_full_optimizer_state(p, k)  # noqa: E731
+                entries.append(Entry(f"{key}/{name}", torch.float32, upstream.zero_shape(parameter), whole))
+            entries.append(Entry(f"step/{name}", torch.float32, (), lambda: torch.tensor(step)))
+        return entries
+
+    def load_weights(self, model: Any, read: "Callable[[str], torch.Tensor]") -> None:
+        """As `Single.load_weights`."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        with upstream.writing_zero(model.optimizer, self._zero3):
+            for name, parameter in self._trained_parameters(model).items():
+                value = read(name)
+                if self._zero3:
+                    safe_set_local_fp32_param(parameter, _zero3_share(value, parameter))
+                else:
+                    safe_set_full_fp32_param(parameter, value)
+
+    def load_moments(self, model: Any, optimizer: Any, names: set[str], read: "Callable[[str], torch.Tensor]") -> None:
+        """As `Single.load_moments`."""
+        import torch
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        keys = sorted({name.partition("/")[0] for name in names} - {"step"})
+        if not keys:
+            return
+        zero = model.optimizer
+        # DeepSpeed counts the steps of a whole group; other engines count fewer for a parameter without gradient.
+        step = max(float(read(name)) for name in names if name.startswith("step/"))
+        with upstream.writing_zero(zero, self._zero3):
+            for flat, group in upstream.zero_flat_groups(zero, self._zero3):
+                state = zero.optimizer.state[flat]
+                if isinstance(zero.optimizer, torch.optim.AdamW):
+                    on_device = group["fused"] or group["capturable"]
+                    state["step"] = torch.tensor(step, device=flat.device if on_device else "cpu")
+                else:  # DeepSpeed's own, for moments that are kept on the CPU
+                    state["step"] = int(step)
+                for key in keys:
+                    state.setdefault(key, torch.zeros_like(flat.data))
+            upstream.link_moments(zero, self._zero3)
+            for name, parameter in self._trained_parameters(model).items():
+                for key in keys:
+                    entry = f"{key}/{name}"
+                    value = read(entry) if entry in names else torch.zeros(upstream.zero_shape(parameter))
+                    if self._zero3:
+                        safe_set_local_optimizer_state(parameter, _zero3_share(value, parameter), key)
+                    else:
+                        safe_set_full_optimizer_state(parameter, value, key)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """As `Single.loading`.
+
+        Once a ZeRO-3 trainer has been set up, transformers would cut weights up while it loads them, and wait for other
+        processes that may not be loading anything. `prepare` and `freeze` cut them up instead.
+        """
+        with upstream.without_zero_loading():
+            yield
+
+
+def _whole(parameter: Any) -> Any:
+    """One whole parameter: of a trained one, the float32 weights that the optimizer has."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter)
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def _zero3_share(whole: "torch.Tensor", parameter: Any) -> "torch.Tensor":
+    """The piece that this process keeps; pieces have one size, and the last ones are filled up with zeros."""
+    import torch
+
+    size = parameter.ds_tensor.numel()
+    piece = whole.reshape(-1)[rank() * size :][:size]
+    return torch.nn.functional.pad(piece, (0, size - piece.numel()))
+
+
+# ---- DeepSpeed's build
+
+
+def _check_build() -> None:
+    # The programs of a virtual environment that was not activated, ninja among them.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    compiler = os.environ.get("CXX", "c++")
+    for program, remedy in ((compiler, "apt-get install g++"), ("ninja", "pip install ninja")):
+        if shutil.which(program) is None:
+            raise LaunchError(
+                f"DeepSpeed builds its communication for the CPU when it is first used, and `{program}` is not "
+                f"here to do so ({remedy})"
+            )
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    release_build_locks(root, lambda text: print(text, file=sys.stderr))
+
+
+def release_build_locks(root: Path, say: Callable[[str], None]) -> None:
+    """Removes the locks that killed builds of DeepSpeed left in torch's extensions folder.
+
+    torch waits for such a lock for ever and says nothing. A builder keeps its lock open, so a lock that no process of
+    this machine has open has no owner. Where the system does not tell what is open, ten minutes of age decide.
+    """
+    for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
+        if _held(lock):
+            continue
+        time.sleep(0.5)  # a builder that is done closes its lock and then deletes it
+        if lock.exists() and not _held(lock):
+            lock.unlink(missing_ok=True)
+            say(f"removed {lock}, left by a build that was killed")
+
+
+def _held(lock: Path) -> bool:
+    if Path("/proc/self/fd").is_dir():
+        for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+            try:
+                if descriptor.readlink() == lock.resolve():
+                    return True
+            except OSError:  # the process ended, or is not ours
+                continue
+        return False
+    try:
+        return time.time() - lock.stat().st_mtime < 600
+    except FileNotFoundError:
+        return False

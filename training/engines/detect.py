@@ -1,0 +1,33 @@
+"""Which engine has really wrapped a model, whatever the launch file asked for."""
+
+from typing import Any
+
+from training.engines.launch import Request
+
+
+def running(model: Any, processes: int, device: Any, *, deepspeed: bool) -> Request:
+    """The engine that wrapped `model`.
+
+    Args:
+        model: as the engine returned it.
+        processes, device: as accelerate counts and names them.
+        deepspeed: whether it may be DeepSpeed's. Its import takes seconds, which other engines need not spend.
+    """
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    if isinstance(model, DistributedDataParallel):
+        return Request("ddp", None, processes, device)
+    if isinstance(model, FSDPModule):
+        assert all(isinstance(p, DTensor) for p in model.parameters()), "FSDP left parameters whole"
+        return Request("fsdp2", None, processes, device)
+    if deepspeed:
+        from deepspeed import DeepSpeedEngine
+
+        if isinstance(model, DeepSpeedEngine):
+            return Request("deepspeed", model.zero_optimization_stage(), processes, device)
+    return Request("single", None, processes, device)

@@ -1,0 +1,103 @@
+"""PyTorch's own sharding (`fully_shard`, FSDP2): weights, gradients and optimizer are cut up layer by layer."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from training.engines import upstream
+from training.engines.single import Entry
+from training.engines.splitting import Splitting
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Fsdp2(Splitting):
+    """Several processes whose parameters are DTensors."""
+
+    sharding = "_fsdp2"
+
+    # ---- choices
+
+    def check_machine(self) -> None:
+        """As `Single.check_machine`."""
+        super().check_machine()
+        # accelerate's default loads the weights on one process, and unties those that a model ties.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        if self.request.device == "cpu":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+            upstream.allow_fsdp_on_cpu()
+
+    # ---- loops written by hand
+
+    def prepare(self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer") -> tuple[Any, Any]:
+        """As `Single.prepare`."""
+        layers = {type(layer).__name__ for layer in upstream.layers(model)}
+        self._accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
+        return super().prepare(model, optimizer)
+
+    def _backward(self, model: Any, loss: "torch.Tensor", last: bool) -> None:
+        model.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def _number(self, norm: Any) -> float:
+        return float(self._full(norm))
+
+    @contextmanager
+    def whole(self, model: Any) -> Iterator[Any]:
+        """As `Single.whole`."""
+        import torch
+        from torch.distributed.fsdp import FSDPModule
+
+        plain = self.unwrapped(model)
+        with torch.no_grad():
+            upstream.initialise_fsdp_root(plain)
+            parts = [m for m in plain.modules() if isinstance(m, FSDPModule)]
+            plain.set_reshard_after_forward(False)
+            for part in parts:
+                part.unshard()
+            try:
+                yield plain
+            finally:
+                again = self._accelerator is None or self._accelerator.state.fsdp_plugin.reshard_after_forward
+                for part in parts:
+                    part.set_reshard_after_forward(again and part is not plain, recurse=False)
+                    part.reshard()
+
+    # ---- models that are not trained
+
+    def freeze(self, model: "torch.nn.Module") -> "torch.nn.Module":
+        """As `Single.freeze`."""
+        from torch.distributed.fsdp import fully_shard
+
+        self._group()
+        frozen = super().freeze(model)
+        for layer in upstream.layers(frozen):
+            fully_shard(layer)
+        fully_shard(frozen)
+        return frozen
+
+    def _mix(self, mine: Any, theirs: Any, alpha: float) -> None:
+        # Both are cut along their first dimension over the same processes: the pieces correspond.
+        assert mine.placements == theirs.placements
+        super()._mix(mine.to_local(), theirs.to_local(), alpha)
+
+    # ---- weights and optimizer
+
+    def _weight(self, name: str, tensor: Any) -> Entry:
+        return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: self._full(tensor))
+
+    def _full(self, tensor: Any) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _share_of(self, whole: "torch.Tensor", parameter: Any) -> Any:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if not isinstance(parameter, DTensor):
+            return whole
+        mesh = parameter.device_mesh
+        # A copy, since a piece would keep the whole alive.
+        return distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None).clone()

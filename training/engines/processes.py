@@ -1,0 +1,181 @@
+"""The processes of a run, and what they tell one another.
+
+Imports of torch are inside the functions: an engine is chosen before torch is loaded.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from handoff.errors import UserError
+from handoff.manifest import EngineRecord
+from training.engines.launch import Request, is_main, rank, world_size
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+# A collective that waits longer than this is dead. Nothing slow (tokenising, compiling) happens inside one.
+TIMEOUT = timedelta(minutes=30)
+
+
+class Processes:
+    """What every engine can say and do about the processes of its run.
+
+    Data ranks are numbered over the processes that read different rows. Here every process does; under sequence
+    parallelism several would share their rows.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return is_main()
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process among those that read different rows, from 0."""
+        return rank()
+
+    @property
+    def data_world(self) -> int:
+        """Number of processes that read different rows."""
+        return world_size()
+
+    @property
+    def device(self) -> "torch.device":
+        """Where this process computes."""
+        import torch
+
+        if self.request.device == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+    def record(self) -> EngineRecord:
+        """What the manifest keeps about how the stage ran."""
+        request = self.request
+        return EngineRecord(
+            name=request.name, zero_stage=request.zero_stage, processes=request.processes, device=request.device
+        )
+
+    # ---- which work is this process's
+
+    def share(self, count: int) -> range:
+        """Indices among `range(count)` that this process works on; together the processes cover all."""
+        return range(self.data_rank, count, self.data_world)
+
+    def own(self, parts: Sequence[T]) -> T:
+        """This process's one of `parts`, which has one for each process that reads different rows."""
+        assert len(parts) == self.data_world
+        return parts[self.data_rank]
+
+    def passes(self, count: int) -> list[tuple[int, bool]]:
+        """The share of `count` pieces of work that contain collectives: every process gets equally many.
+
+        -> (index, whether it counts). Where the pieces do not divide, a process repeats the last one, and its result is
+        thrown away.
+        """
+        rounds = -(-count // self.data_world)
+        places = (turn * self.data_world + self.data_rank for turn in range(rounds))
+        return [(min(place, count - 1), place < count) for place in places]
+
+    def _group(self) -> bool:
+        """Whether there are other processes. Starts their group at the first call: no slow start-up runs inside it."""
+        if world_size() == 1:
+            return False
+        import torch
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            here = self.device
+            if here.type == "cuda":
+                torch.cuda.set_device(here)
+            dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+        return True
+
+    # ---- collectives: every process calls them, in the same order
+
+    def barrier(self) -> None:
+        """Waits until every process is here."""
+        if not self._group():
+            return
+        import torch.distributed as dist
+
+        here = self.device
+        dist.barrier(device_ids=[here.index] if here.type == "cuda" else None)
+
+    def from_main(self, value: T) -> T:
+        """The main process's `value`, a small picklable object."""
+        if not self._group():
+            return value
+        import torch.distributed as dist
+
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def on_main(self, call: Callable[[], T]) -> T:
+        """What `call` returns on the main process, for all. A user's mistake that it finds is raised on all of them."""
+        found: T | None = None
+        error: UserError | None = None
+        if self.is_main:
+            try:
+                found = call()
+            except UserError as refused:
+                error = refused
+        found, error = self.from_main((found, error))
+        if error is not None:
+            raise error
+        return found  # type: ignore[return-value]
+
+    def of_all(self, value: T) -> list[T]:
+        """`value` of every process, by rank. Small picklable objects."""
+        if not self._group():
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * world_size()
+        dist.all_gather_object(found, value)
+        return found
+
+    def join(self, mine: Iterable[tuple[int, T]]) -> list[T]:
+        """Results of all processes, in order of their index, from this one's (index, result) pairs. Small objects."""
+        pairs = [pair for part in self.of_all(list(mine)) for pair in part]
+        return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
+    def sums(self, mine: Mapping[str, float]) -> dict[str, float]:
+        """Each key's values summed over all processes; a process may lack a key."""
+        shares = self.of_all(dict(mine))
+        keys = dict.fromkeys(key for share in shares for key in share)
+        return {key: sum(share.get(key, 0.0) for share in shares) for key in keys}
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value on any process, by one small collective."""
+        if not self._group():
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        found: list[float] = numbers.tolist()
+        return found
+
+    def shutdown(self) -> None:
+        """Ends the process group. The last call of a run, after a failure too; it waits for no other process.
+
+        Left to the interpreter's exit, about one run in fifteen on gloo hung or was aborted after it had succeeded:
+        gloo's threads still release tensors of the last collective, for which they need the interpreter lock, while
+        the group's destructor holds the lock and waits for those threads. The pause lets them finish first.
+        """
+        if world_size() == 1:
+            return
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            time.sleep(0.2)
+            dist.destroy_process_group()

@@ -1,0 +1,39 @@
+"""What the engines have in common that cut parameters up among the processes (DeepSpeed, FSDP2)."""
+
+import os
+from typing import TYPE_CHECKING
+
+from training.engines.launch import LaunchError
+from training.engines.single import Single
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Splitting(Single):
+    """An engine under which a process holds only pieces of parameters between forward passes."""
+
+    splits = True
+
+    def check_machine(self) -> None:
+        """As `Single.check_machine`."""
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, accelerate would take plain DDP
+        super().check_machine()
+
+    def check_trained_dtype(self, dtype: "torch.dtype") -> None:
+        """Raises LaunchError for bfloat16 weights: the engine trains float32 weights of its own all the same."""
+        import torch
+
+        if dtype != torch.float32:
+            raise LaunchError(
+                f"model_args.dtype: bfloat16 has no effect under {self.request.name}, which trains float32 weights; "
+                "leave it out, and set train.bf16 for bfloat16's speed"
+            )
+
+    def check_optimizer(self, key: str, name: str) -> None:
+        """Raises LaunchError for Muon, which steps whole matrices."""
+        if name == "muon":
+            raise LaunchError(
+                f"{key}: muon steps whole matrices, and {self.request.name} cuts them into pieces; "
+                "use a ddp launch file, or optim: adamw"
+            )
