@@ -139,7 +139,7 @@ def test_a_wait_without_end_is_not_waited(caplog):
     with serve(lambda body: failed(429, "daily limit", {"Retry-After": str(LONGEST_WAIT + 1)})) as (server, url):
         assert ask(url, ["4"]) == [None]
     assert len(server.bodies) == 1
-    assert "asks to wait 301 s" in caplog.text
+    assert "asks for a wait of 301 s" in caplog.text
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 500, 502, 503, 529])
@@ -191,7 +191,7 @@ def test_a_server_that_drips_bytes_meets_the_time_out():
     over = threading.Event()
     with serve(lambda body: Response(b" ", drip=over)) as (_, url):
         try:
-            with pytest.raises(RewardError, match=r"ReadTimeout: no whole reply within 0\.2 s"):
+            with pytest.raises(RewardError, match=r"ReadTimeout: no complete reply within 0\.2 s"):
                 ask(url, ["4"], timeout=0.2, retries=0, on_failure="error")
         finally:
             over.set()
@@ -229,7 +229,10 @@ def test_connections_refused_and_broken():
     ],
 )
 def test_a_body_that_is_no_chat_completion(content):
-    with serve(lambda _: Response(content)) as (server, url), pytest.raises(RewardError, match="200, but no chat comp"):
+    with (
+        serve(lambda _: Response(content)) as (server, url),
+        pytest.raises(RewardError, match="200, but the reply is not a chat comp"),
+    ):
         ask(url, ["4"], retries=1, on_failure="error")
     assert len(server.bodies) == 2
 
@@ -291,7 +294,7 @@ def test_content_in_parts_and_usage_that_is_not_told():
         ),
         (failed(403, "no access"), "403 no access; the key in the variable OPENAI_API_KEY may not use model `judge-1`"),
         (failed(404, "no such model"), "404 no such model; no such path or no model `judge-1` there: check `base_url`"),
-        (failed(400, "temperature is deprecated"), "400 temperature is deprecated; what it does not accept.*`request`"),
+        (failed(400, "temperature is deprecated"), "400 temperature is deprecated; change the rejected key.*`request`"),
         (failed(422, "max_tokens?"), "422 max_tokens"),
         (failed(402, "Insufficient Balance"), "402 .* has no credit left"),
         (failed(429, "You exceeded your quota", type="insufficient_quota"), "429 .* has no credit left"),
@@ -360,11 +363,11 @@ def test_nothing_to_judge_asks_nothing():
         ({"concurency": 4}, "no option `concurency`: did you mean `concurrency`"),
         ({"xyzzy": 4}, "no option `xyzzy`: it has base_url, model"),
         ({"base_url": "localhost:8000/v1"}, "`base_url` 'localhost:8000/v1' is not of the form https://host/path"),
-        ({"base_url": "http://host:port/v1"}, "is no URL"),
+        ({"base_url": "http://host:port/v1"}, "is not a URL"),
         ({"base_url": "ftp://host/v1"}, "not of the form"),
         ({"base_url": "https://host/v1?key=x"}, "not of the form"),
-        ({"base_url": "https://me:secret@host/v1"}, "holds a user or password: put the key"),
-        ({"base_url": "https://host/v1/chat/completions"}, "leave that out"),
+        ({"base_url": "https://me:secret@host/v1"}, "contains a user or password: use the variable"),
+        ({"base_url": "https://host/v1/chat/completions"}, "must not include /chat/completions: remove it"),
         ({"base_url": None}, "`base_url`: Input should be a valid string"),
         ({"model": ""}, "`model`: String should have at least 1 character"),
         ({"model": ["a"]}, "`model`: Field required"),
@@ -378,8 +381,8 @@ def test_nothing_to_judge_asks_nothing():
         ({"request": {"seed": {1}}}, "`request` is not JSON"),
         ({"mode": "pairwise"}, "no column `answer` with reference answers: set `reference_column` to one of gold"),
         ({"reference_column": "golden"}, "no column `golden` with reference answers"),
-        ({"reference_column": "gold"}, r"column `gold`, row 0 of the call: 4 is no text"),
-        ({"rubric": [7]}, r"column `rubric`, row 0 of the call: 7 is no text"),
+        ({"reference_column": "gold"}, r"column `gold`, row 0 of the call: 4 is not text"),
+        ({"rubric": [7]}, r"column `rubric`, row 0 of the call: 7 is not text"),
         ({"stop": ["a", "b"]}, "`stop` is a list of 2 for 1 answers"),
         ({"api_key_env": "ELSEWHERE"}, "variable ELSEWHERE holds no key for http://127.0.0.1:9/v1: export it"),
     ],

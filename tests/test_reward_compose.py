@@ -116,20 +116,23 @@ def test_a_function_that_knows_its_error_is_let_speak(function):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return [1.0]", "reward `mine` gave 1 values for 3 answers"),
-        ("return None", "reward `mine` gave a value of type NoneType; a reward function returns a list"),
-        ("return 'abc'", "reward `mine` gave 'abc'; a reward function returns a list"),
-        ("import torch; return torch.zeros(3)", "reward `mine` gave a value of type Tensor; a reward function returns"),
+        ("return [1.0]", "reward `mine` returned 1 values for 3 answers"),
+        ("return None", "reward `mine` returned a value of type NoneType; it must return a list"),
+        ("return 'abc'", "reward `mine` returned 'abc'; it must return a list"),
+        ("import torch; return torch.zeros(3)", "reward `mine` returned a value of type Tensor; it must return"),
         (
             "return [1.0, '0.5', 1.0]",
-            "reward `mine` gave '0.5' for row 1, the answer '41'; give a number or None",
+            "reward `mine` returned '0.5' for row 1, the answer '41'; return a number or None",
         ),
-        ("return [1.0, 1.0, [2.0]]", "reward `mine` gave a value of type list for row 2, the answer 'no idea at all"),
+        (
+            "return [1.0, 1.0, [2.0]]",
+            "reward `mine` returned a value of type list for row 2, the answer 'no idea at all",
+        ),
         (
             "return [float('nan')] * 3",
-            "reward `mine` gave nan for row 0, the answer 'Of course! 42'; give a finite number, or None",
+            "reward `mine` returned nan for row 0, the answer 'Of course! 42'; return a finite number or None",
         ),
-        ("return [0.0, 0.0, float('-inf')]", "reward `mine` gave -inf for row 2, the answer 'no idea at all"),
+        ("return [0.0, 0.0, float('-inf')]", "reward `mine` returned -inf for row 2, the answer 'no idea at all"),
     ],
 )
 def test_what_is_no_reward(function, body, said):
@@ -157,7 +160,7 @@ def test_arguments_that_a_function_does_not_have(function):
 
 
 def test_what_is_no_function():
-    with pytest.raises(RewardError, match=r"`reward\.functions:FUNCTIONS` is not a function"):
+    with pytest.raises(RewardError, match=r"`reward\.functions:FUNCTIONS` is not callable"):
         Composition([RewardConfig(function="reward.functions:FUNCTIONS")], {})
 
 
@@ -173,10 +176,10 @@ def test_a_column_that_the_data_lacks_is_found_before_training(function):
     with pytest.raises(RewardError) as raised:
         composition.check_columns({"solution", "family"})
     assert str(raised.value) == (
-        "reward `exact_match` needs the column `answer` of the prompts; there are family, solution. Give it in the "
-        "data, or as one of the reward's `args`"
+        "reward `exact_match` needs the column `answer` in the prompts' data; it has family, solution. Add it to the "
+        "data, or set it in the reward's `args`"
     )
-    with pytest.raises(RewardError, match="`answer` of the prompts; the prompts have none"):
+    with pytest.raises(RewardError, match="`answer` in the prompts' data; it has none"):
         composition.check_columns(set())
     Composition([function("return [0.0] * 3", "answer", args={"answer": "7"})], {}).check_columns(set())
 
@@ -187,19 +190,19 @@ def test_a_column_that_the_data_lacks_is_found_before_training(function):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({}, "a reward is one of"),
-        ({"model": "a", "function": "b"}, "a reward is one of"),
-        ({"model": "a", "models": ["b", "c"]}, "a reward is one of"),
-        ({"model": "a", "args": {"n": 1}}, "`args` are for functions"),
-        ({"models": ["a", "b"], "args": {}}, "`args` are for functions"),
-        ({"function": "f", "reencode": True}, "`reencode` is for models"),
-        ({"function": "f", "read": "last"}, "`read` is for models"),
+        ({}, "a reward needs exactly one of"),
+        ({"model": "a", "function": "b"}, "a reward needs exactly one of"),
+        ({"model": "a", "models": ["b", "c"]}, "a reward needs exactly one of"),
+        ({"model": "a", "args": {"n": 1}}, "`args` apply to functions only"),
+        ({"models": ["a", "b"], "args": {}}, "`args` apply to functions only"),
+        ({"function": "f", "reencode": True}, "`reencode` applies to reward models only"),
+        ({"function": "f", "read": "last"}, "`read` applies to reward models only"),
         ({"models": ["a"]}, "at least 2"),
         ({"models": ["a", "b", "a"]}, "names one model twice"),
         ({"model": "a", "combine": "min"}, "`combine` is for ensembles"),
         ({"models": ["a", "b"], "std_coef": 2.0}, "`std_coef` is not read unless combine is mean_minus_std"),
         ({"models": ["a", "b"], "combine": "mean_minus_std", "std_coef": -1.0}, "greater than or equal to 0"),
-        ({"model": "a", "read": "every", "reencode": True}, "`read: every` pays the policy's own tokens"),
+        ({"model": "a", "read": "every", "reencode": True}, "`read: every` rewards the policy's own tokens"),
         ({"model": "a", "name": ""}, "at least 1 character"),
     ],
 )
@@ -232,5 +235,7 @@ def test_a_recipe_says_where_an_entry_is_wrong(tmp_path):
         load_recipe(path)
     lines = str(raised.value).splitlines()
     assert lines[0] == f"{path}:7: ppo.reward.0.combine: 'worst' is none of mean, min, mean_minus_std"
-    assert lines[1].startswith(f"{path}:8: ppo.reward.1: `read: every` pays the policy's own tokens, and `reencode` ")
+    assert lines[1].startswith(
+        f"{path}:8: ppo.reward.1: `read: every` rewards the policy's own tokens, but `reencode` "
+    )
     assert lines[2:] == [f"{path}:9: ppo.reward.2.model: expected text, not 3"]

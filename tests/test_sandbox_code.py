@@ -124,8 +124,11 @@ BAD = {
         {"tests": ["assert f(1)"], "test_setup_code": [["x"]]},
         "`test_setup_code` is .*expected text",
     ),
-    "tests that are no Python": ({"tests": ["assert f("]}, "row 0 .*the tests or their setup are no Python"),
-    "tests that test nothing": ({"test_list": [["f(1)"]]}, "row 0 .*the tests hold no assert"),
+    "tests that are not valid Python": (
+        {"tests": ["assert f("]},
+        "row 0 .*the tests or their setup are not valid Python",
+    ),
+    "tests that test nothing": ({"test_list": [["f(1)"]]}, "row 0 .*the tests contain no assert"),
     "tests of objects": ({"tests": ["class A: pass\nassert f(A())"]}, "define the class in `test_setup_code`"),
     "a fraction of a second": (
         {"tests": ["assert f(1)"], "timeout": 0.5},

@@ -127,7 +127,7 @@ def test_rows_without_instructions_have_no_opinion():
         ),
         (["keywords:existence"], [{"keywords": []}], r"expected a list"),
         (["detectable_format:title"], [{"num_words": 3}], r"takes no `num_words`"),
-        (["detectable_format:title"], [], r"1 instructions and 0 `kwargs`: one for each"),
+        (["detectable_format:title"], [], r"1 instructions but 0 `kwargs`; give one for each"),
         (["detectable_format:title"], None, r"no `kwargs`"),
         (["language:response_language"], [{"language": "xx"}], r"expected the code of a language: "),
         (["detectable_format:number_bullet_lists"], [{"num_bullets": "3"}], r"is '3'; expected a number"),
@@ -154,7 +154,7 @@ def test_bad_data_names_the_row(ids, kwargs, message):
 def test_missing_columns_and_wrong_arguments():
     with pytest.raises(RewardError, match=r"needs the columns `instruction_id_list` and `kwargs`.*have `family`"):
         ifeval([], ["a"], family=["x"])
-    with pytest.raises(RewardError, match="`mode: lose` is one of strict, loose"):
+    with pytest.raises(RewardError, match="`mode: lose`"):
         ifeval([], ["a"], [[]], [[]], mode="lose")
 
 
@@ -200,7 +200,7 @@ def test_constraints_of_rlvr(name):
 
 
 def test_an_unknown_constraint_of_rlvr():
-    with pytest.raises(RewardError, match=r"row 0 .*no constraint `validate_rhyme`; known are verify_keywords"):
+    with pytest.raises(RewardError, match=r"row 0 .*unknown constraint `validate_rhyme`; known are verify_keywords"):
         ifeval([], ["a"], ground_truth=['{"func_name": "validate_rhyme"}'])
 
 

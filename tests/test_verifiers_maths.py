@@ -269,7 +269,7 @@ def test_errors_name_column_row_and_prompt(function):
     prompts = [(Message("user", "a" * 200),), (Message("user", "How many?"),)]
     name = function.__name__
     with pytest.raises(
-        RewardError, match=rf"`{name}` needs the right answers in column `answer` or `ground_truth`; the "
+        RewardError, match=rf"`{name}` needs the gold answers in column `answer` or `ground_truth`; the "
     ):
         function(prompts, ["1", "2"])
     with pytest.raises(RewardError, match=r"in column `Answer`; the prompts have `answer`\. Rename yours, or name it"):
@@ -278,7 +278,7 @@ def test_errors_name_column_row_and_prompt(function):
         RewardError, match=rf"`{name}`, row 1 of the batch \(prompt 'How many\?'\): column `answer` holds \["
     ):
         function(prompts, ["1", "2"], answer=["1", ["2"]])
-    with pytest.raises(RewardError, match=rf"`{name}`, row 1 of the batch .*right answer '\?\?'.*use .*`exact_match`"):
+    with pytest.raises(RewardError, match=rf"`{name}`, row 1 of the batch .*gold answer '\?\?'.*use .*`exact_match`"):
         function(prompts, ["1", "2"], answer=["1", "??"])
     with pytest.raises(RewardError, match=rf"row 0 of the batch \(prompt '\.\.\.{'a' * 80}'\)"):
         function(prompts, ["1", "2"], answer=["", "2"])

@@ -78,7 +78,7 @@ def test_multiple_choice_reads_golds_as_they_are_published():
     prompts = [(Message("user", "Which?"),)]
     for gold in ("K", 1, "Paris", "A, B", ""):
         with pytest.raises(
-            RewardError, match=r"`multiple_choice`, row 0 .*is none of the letters ABCDEFGHIJ; give its"
+            RewardError, match=r"`multiple_choice`, row 0 .*is not one of the letters ABCDEFGHIJ; give its"
         ):
             multiple_choice(prompts, ["B"], answer=[gold])
     assert multiple_choice([], ["E"], answer=["E"], letters="ABCDE") == [1.0]
@@ -91,7 +91,7 @@ def test_regex_format():
     assert regex_format([], ["a1", "xa1"], pattern=r"a\d") == [1.0, 0.0]
     assert regex_format([], ["a\nb", "a\nb"], pattern=r"(?s)a.b") == [1.0, 1.0]
     assert regex_format([], ["a\nb", "xx a\nb"], pattern=r"a.b", match="search") == [0.0, 0.0]
-    with pytest.raises(RewardError, match=r"`pattern: \(` is no regular expression: missing \)"):
+    with pytest.raises(RewardError, match=r"`pattern: \(` is not a regular expression: missing \)"):
         regex_format([], ["a"], pattern="(")
     with pytest.raises(RewardError, match="`match: all` is neither `full` nor `search`"):
         regex_format([], ["a"], pattern="a", match="all")
@@ -102,7 +102,7 @@ def test_a_pattern_that_backtracks_for_ever_scores_nothing(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         hostile = "ab" * 4000 + "c"
         assert regex_format([], [hostile, "ab"], pattern=r"(?:a|b|ab)*(?:a|b|ab)*(?:a|b|ab)*d|ab") == [0.0, 1.0]
-    assert "1 of 2 completions took the pattern more than 0.1 s" in caplog.text
+    assert "1 of 2 completions the pattern took over 0.1 s" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_hostile_json(monkeypatch):
     [
         ({"type": "integre"}, r"the schema cannot be used: 'integre' is not valid"),
         ("{type: object}", r"the schema cannot be used: Expecting property name"),
-        (5, r"the schema cannot be used: 5 is no object"),
+        (5, r"the schema cannot be used: 5 is not an object"),
         ({"$ref": "https://example.com/schema.json"}, r"the schema cannot be used: .*example\.com"),
         ({"pattern": "("}, r"the schema cannot be used: "),
     ],
@@ -220,7 +220,7 @@ def test_a_schema_that_is_none_names_the_row(schema, message):
 
 
 def test_no_schema_and_a_list_of_them():
-    with pytest.raises(RewardError, match=r"needs a schema: .*or a column `schema` of the prompts"):
+    with pytest.raises(RewardError, match=r"needs a schema: .*or add a column `schema` to the prompts"):
         json_schema([], ["1"])
     with pytest.raises(RewardError, match=r"`schema` in `args:` is a list"):
         json_schema([], ["1"], schema=[{"type": "integer"}] * 2)
