@@ -199,7 +199,7 @@ NO_SPARE = {"special": [token for token in SPECIAL if "reserved" not in token an
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"rows": 8}, "the tokenizer has 11 ids and the model only 8 embeddings; use the tokenizer that the model was"),
+        ({"rows": 8}, "the tokenizer has 11 ids but the model only 8 embeddings; use the tokenizer that the model was"),
         ({**NO_SPARE, "pad": "<|eos|>", "stops": (1, 4)}, "pad = eos, and a model padded with its end token does not"),
         ({**NO_SPARE, "pad": None, "stops": (1, 4)}, "no pad token, and a model padded with its end token does not"),
     ],
@@ -219,10 +219,10 @@ def test_a_checkpoint_from_elsewhere_that_cannot_be_trained(stage, model, messag
 @pytest.mark.parametrize(
     ("stage", "key", "message"),
     [
-        ("sft", "parent=RUN/tokenizer", "RUN/tokenizer is a tokenizer; a parent here has to be a language model"),
-        ("sft", "parent=RUN/reward", "RUN/reward is a reward model; a parent here has to be a language model"),
-        ("ppo", "parent=RUN/reward", "RUN/reward is a reward model; a parent here has to be a language model"),
-        ("ppo", "ppo.reward=[{model: RUN/sft}]", "RUN/sft is a language model; a parent here has to be a reward model"),
+        ("sft", "parent=RUN/tokenizer", "RUN/tokenizer is a tokenizer; the parent must be a language model"),
+        ("sft", "parent=RUN/reward", "RUN/reward is a reward model; the parent must be a language model"),
+        ("ppo", "parent=RUN/reward", "RUN/reward is a reward model; the parent must be a language model"),
+        ("ppo", "ppo.reward=[{model: RUN/sft}]", "RUN/sft is a language model; the parent must be a reward model"),
     ],
 )
 def test_a_parent_of_the_wrong_kind(stage, key, message, refused, trained, tmp_path):

@@ -205,9 +205,9 @@ def test_a_special_token_outside_the_vocabulary(tmp_path: Path) -> None:
 
 def test_more_ids_than_embeddings_names_both_sizes(tmp_path: Path) -> None:
     write_model(tmp_path, rows=9)
-    with pytest.raises(HandoffError, match="11 ids and the model only 9 embeddings"):
+    with pytest.raises(HandoffError, match="11 ids but the model only 9 embeddings"):
         check_model(tmp_path, "causal_lm")
-    with pytest.raises(HandoffError, match="11 ids and the model only 9 embeddings"):
+    with pytest.raises(HandoffError, match="11 ids but the model only 9 embeddings"):
         check_foreign(tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_generation_that_would_never_stop(tmp_path: Path) -> None:
 
 def test_generation_that_ignores_eos(tmp_path: Path) -> None:
     write_model(tmp_path, stops=(5,))
-    with pytest.raises(HandoffError, match=r"stops at \[5\], and not at the tokenizer's eos"):
+    with pytest.raises(HandoffError, match=r"stops at \[5\], but not at the tokenizer's eos"):
         check_model(tmp_path, "causal_lm")
 
 
@@ -254,7 +254,7 @@ def test_an_empty_tensor(tmp_path: Path) -> None:
 def test_pickles_and_code_are_not_published(tmp_path: Path, name: str) -> None:
     write_model(tmp_path)
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(HandoffError, match=f"{name}: a published model holds no pickles and no code"):
+    with pytest.raises(HandoffError, match=f"{name}: a published model must not contain pickles or code"):
         check_model(tmp_path, "causal_lm")
 
 
@@ -275,7 +275,7 @@ def test_pickles_beside_safetensors_are_ignored_in_a_foreign_model(tmp_path: Pat
 def test_remote_code(tmp_path: Path, name: str) -> None:
     write_model(tmp_path)
     write(tmp_path / name, {**json.loads((tmp_path / name).read_text()), "auto_map": {"AutoModel": "m.M"}})
-    with pytest.raises(HandoffError, match=f"{name} asks for code of its own"):
+    with pytest.raises(HandoffError, match=f"{name} requests remote code"):
         check_foreign(tmp_path)
 
 
@@ -358,7 +358,7 @@ def test_the_embedding_is_found_by_its_name(tmp_path: Path, name: str) -> None:
 
 def test_weights_without_an_embedding(tmp_path: Path) -> None:
     save_file({"score.weight": np.ones((1, 2), np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(HandoffError, match="no tensor is named like a token embedding"):
+    with pytest.raises(HandoffError, match="no tensor has the name of a token embedding"):
         embedding_shape(tmp_path)
 
 

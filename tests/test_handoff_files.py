@@ -75,7 +75,7 @@ def test_every_file_and_directory_is_flushed(tmp_path: Path, monkeypatch: pytest
 
 def test_free_space_names_what_it_is_for(tmp_path: Path) -> None:
     check_free_space(tmp_path / "not" / "yet" / "there", 1, "two saved states")
-    with pytest.raises(HandoffError, match=r"two saved states needs 1024\.0 TiB, and .* free; free some space"):
+    with pytest.raises(HandoffError, match=r"two saved states needs 1024\.0 TiB, but .* free; free some space"):
         check_free_space(tmp_path, 1 << 50, "two saved states")
     assert [human_bytes(n) for n in (12, 1536, 3 << 30)] == ["12 bytes", "1.5 KiB", "3.0 GiB"]
 

@@ -146,9 +146,7 @@ def test_an_unfinished_stage(tmp_path: Path) -> None:
 
 def test_the_wrong_kind(tmp_path: Path) -> None:
     published(tmp_path / "reward", lambda path: write_model(path, stops=None), kind="reward_model")
-    with pytest.raises(
-        HandoffError, match="is a reward model; a parent here has to be a language model or a tokenizer"
-    ):
+    with pytest.raises(HandoffError, match="is a reward model; the parent must be a language model or a tokenizer"):
         open_parent("reward", tmp_path, {"causal_lm", "tokenizer"})
 
 
@@ -202,7 +200,7 @@ def test_a_retrained_parent_shows_in_its_child_alone(tmp_path: Path) -> None:
     published(tmp_path / "base", lambda p: write_model(p, value=9.0))
     problems = verify_run(tmp_path)
     assert [(p.stage, p.file) for p in problems] == [("sft", "")]
-    assert "it is another one now: model/model.safetensors (fingerprint" in problems[0].message
+    assert "it has changed: model/model.safetensors (fingerprint" in problems[0].message
 
 
 def test_a_parent_that_was_begun_again_or_removed(tmp_path: Path) -> None:
@@ -213,7 +211,7 @@ def test_a_parent_that_was_begun_again_or_removed(tmp_path: Path) -> None:
     stage.close()
     problems = verify_run(tmp_path)
     assert [p.stage for p in problems] == ["sft"]
-    assert "unfinished: it was begun again" in problems[0].message
+    assert "unfinished: it was started again" in problems[0].message
     shutil.rmtree(tmp_path / "base")
     assert "is gone" in verify_run(tmp_path)[0].message
 
@@ -227,7 +225,7 @@ def test_lineage_is_followed_into_another_run_and_a_foreign_model(tmp_path: Path
     flip_last_byte(foreign / "model.safetensors")
     problems = verify_run(second)
     assert [p.stage for p in problems] == [str(first / "sft")]
-    assert "parent llama: it is another one now: model.safetensors (" in problems[0].message
+    assert "parent llama: it has changed: model.safetensors (" in problems[0].message
     flip_last_byte(first / "sft" / "model" / "model.safetensors")
     assert [(p.stage, p.file) for p in verify_run(second)] == [
         (str(first / "sft"), "model/model.safetensors"),
@@ -247,7 +245,7 @@ def test_a_manifest_that_was_edited_is_a_problem(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
     problems = verify_run(tmp_path)
     assert [(p.stage, p.file) for p in problems] == [("ppo", ""), ("sft", "stage.json")]
-    assert all(f"{path} was altered: its content has not the hash" in p.message for p in problems)
+    assert all(f"{path} was altered: its content does not match its hash" in p.message for p in problems)
 
 
 def test_states_are_hashed_too_of_unfinished_stages_as_well(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_an_encoding_that_drifted_is_not_published(tmp_path: Path) -> None:
     record = open_parent("base", published(tmp_path / "base").path.parent, {"causal_lm"}).tokenizer
     stage = StageDir(tmp_path / "sft")
     stage.begin(inputs())
-    with pytest.raises(HandoffError, match="encoding drifted"):
+    with pytest.raises(HandoffError, match="encoding changed"):
         publish(stage, lambda path: write_model(path, template="other<|end|>"), tokenizer=record)
     assert stage.manifest() is None
     stage.close()
@@ -256,7 +256,7 @@ def test_a_stage_that_fails_before_it_writes_gives_the_published_one_back(tmp_pa
 
 def test_too_little_space(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "run" / "sft")
-    with pytest.raises(HandoffError, match=r"stage sft needs .* TiB, and .* free"):
+    with pytest.raises(HandoffError, match=r"stage sft needs .* TiB, but .* free"):
         stage.begin(inputs(), need_bytes=1 << 60)
     assert list(tmp_path.iterdir()) == []
 
@@ -302,7 +302,7 @@ def test_a_second_begin_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "line 1: not JSON"),
-        ('{"format_version": 2}', "format_version is 2, this Baton reads 1"),
+        ('{"format_version": 2}', "format_version is 2, but this Baton reads 1"),
         ('{"format_version": 1, "name": "sft"}', "stage: Field required"),
         ("[]", "format_version is None"),
     ],

@@ -111,7 +111,7 @@ BREAKS = [
     ("json", "state.json, line 1: not JSON"),
     ("version", "state.json is not of format version 1"),
     ("extra", "state.json was altered"),
-    ("step", "state.json is of step 3, its directory of step 4"),
+    ("step", "state.json is of step 3, but its directory is of step 4"),
 ]
 
 

@@ -214,6 +214,6 @@ def test_members_with_seeds_of_their_own_are_compared_on_the_same_pairs(publishe
 @pytest.mark.slow
 def test_what_is_no_member_is_refused_before_training(tmp_path):
     chain()
-    with pytest.raises(HandoffError, match="is a language model; a parent here has to be a reward model"):
+    with pytest.raises(HandoffError, match="is a language model; the parent must be a reward model"):
         run_stage("reward", tmp_path, f"ensemble_with=[{runs() / 'tiny' / 'sft'}]")
     assert not (tmp_path / "tiny").exists()
