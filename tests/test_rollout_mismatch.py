@@ -117,7 +117,7 @@ def test_an_engine_that_renormalises_after_top_p_is_found_out():
     model = tiny_llama(hidden_size=32)
     metrics = measured(model, sample(model, top_p=0.8), 1.0)
     assert metrics["sampling/importance_sampling_ratio/max"] <= 1 + 1e-5
-    with pytest.raises(GateError, match="leaves part of the distribution out: top-p"):
+    with pytest.raises(GateError, match="truncates the distribution: top-p"):
         check_mismatch(metrics, LIMIT)
     check_mismatch(measured(model, sample(model), 1.0), LIMIT)
 
@@ -147,7 +147,7 @@ def test_stale_weights_are_found_out():
 def test_ratios_around_one_point_to_another_policy():
     engine = torch.full((2, 2), -1.0)
     trainer = torch.log(torch.tensor([[1.3, 0.7], [1.3, 0.7]])) + engine
-    with pytest.raises(GateError, match="average to 1, so the engine samples from what it reports"):
+    with pytest.raises(GateError, match="average to 1, so the engine reports what it samples from"):
         check_mismatch(mismatch_metrics(engine, trainer, torch.ones(2, 2, dtype=torch.bool)), LIMIT)
 
 

@@ -145,7 +145,7 @@ def test_names_and_shapes_other_than_the_stored_ones_are_refused(model_dir, tmp_
         stored.select((f"policy.{name}", tensor) for name, tensor in named.items())
     with pytest.raises(WrongModel, match=r"only stored: model\.norm\.weight"):
         stored.select((name, tensor) for name, tensor in named.items() if name != "model.norm.weight")
-    with pytest.raises(WrongModel, match=r"lm_head\.weight has shape \[64, 63\] in training and \[64, 64\]"):
+    with pytest.raises(WrongModel, match=r"lm_head\.weight has shape \[64, 63\] in training but \[64, 64\]"):
         stored.select((name, tensor[:, :-1] if name == "lm_head.weight" else tensor) for name, tensor in named.items())
     # Without tied embeddings the head must not be missing.
     with pytest.raises(WrongModel, match=r"only stored: lm_head\.weight"):
