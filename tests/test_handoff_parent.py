@@ -103,7 +103,7 @@ def test_a_missing_section_names_the_command_that_makes_it(tmp_path: Path, secti
 
 
 @pytest.mark.parametrize("ref", ["./models/llama", "/models/llama", "models/llama/7b"])
-def test_a_missing_directory(tmp_path: Path, ref: str) -> None:
+def test_a_missing_directory_is_an_error(tmp_path: Path, ref: str) -> None:
     with pytest.raises(HandoffError, match=f"{ref}: no such directory"):
         open_parent(ref, tmp_path, CAUSAL)
 
@@ -122,7 +122,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path: Path, monkeyp
     assert asked["org/model-1.5b"]["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(ref: str, **_: object) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
@@ -136,7 +136,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- what is refused
 
 
-def test_an_unfinished_stage(tmp_path: Path) -> None:
+def test_an_unfinished_stage_is_refused_as_a_parent(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "sft")
     stage.begin(inputs())
     with pytest.raises(HandoffError, match=r"sft is unfinished: .*make it with"):
@@ -144,7 +144,7 @@ def test_an_unfinished_stage(tmp_path: Path) -> None:
     stage.close()
 
 
-def test_the_wrong_kind(tmp_path: Path) -> None:
+def test_a_parent_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
     published(tmp_path / "reward", lambda path: write_model(path, stops=None), kind="reward_model")
     with pytest.raises(HandoffError, match="is a reward model; the parent must be a language model or a tokenizer"):
         open_parent("reward", tmp_path, {"causal_lm", "tokenizer"})
@@ -195,7 +195,7 @@ def test_a_chain_verifies_and_tells_its_lineage(tmp_path: Path) -> None:
     assert line[1].parents["parent"].fingerprint == line[0].fingerprint
 
 
-def test_a_retrained_parent_shows_in_its_child_alone(tmp_path: Path) -> None:
+def test_a_retrained_parent_is_a_problem_of_its_child_only(tmp_path: Path) -> None:
     chain(tmp_path)
     published(tmp_path / "base", lambda p: write_model(p, value=9.0))
     problems = verify_run(tmp_path)
@@ -233,7 +233,7 @@ def test_lineage_is_followed_into_another_run_and_a_foreign_model(tmp_path: Path
     ]
 
 
-def test_a_damaged_manifest_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_a_problem_and_verification_continues(tmp_path: Path) -> None:
     chain(tmp_path)
     (tmp_path / "ppo" / "stage.json").write_text("{")
     assert [(p.stage, p.file) for p in verify_run(tmp_path)] == [("ppo", "stage.json")]
@@ -274,12 +274,12 @@ def test_states_are_hashed_too_of_unfinished_stages_as_well(tmp_path: Path) -> N
     unfinished.close()
 
 
-def test_no_such_run(tmp_path: Path) -> None:
+def test_a_missing_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HandoffError, match="no such run"):
         verify_run(tmp_path / "nowhere")
 
 
-def test_an_unfinished_stage_is_no_problem(tmp_path: Path) -> None:
+def test_an_unfinished_stage_is_not_a_problem(tmp_path: Path) -> None:
     chain(tmp_path)
     stage = StageDir(tmp_path / "dpo")
     stage.begin(inputs())

@@ -1,4 +1,4 @@
-"""training/models.py: what is loaded for a role, what is built from a recipe, what is written."""
+"""training/models.py: loading a model for a role, building one from a recipe, and writing it."""
 
 import json
 
@@ -46,7 +46,7 @@ def foreign(tmp_path):
         ("sdpa", False, False, set(), "sdpa"),
     ],
 )
-def test_attention_is_chosen_by_what_is_there(requested, cuda, bf16, packages, expected):
+def test_attention_depends_on_hardware_and_packages(requested, cuda, bf16, packages, expected):
     assert models.choose_attention(requested, cuda=cuda, bf16=bf16, packages=packages) == expected
 
 
@@ -75,7 +75,7 @@ def test_a_model_that_cannot_be_built_is_refused_with_the_key(keys, message, enc
         models.model_config(keys, encoder, 64)
 
 
-def test_a_built_model_has_the_tokenizers_ids_and_one_row_for_each(encoder):
+def test_a_built_model_has_one_embedding_row_per_token_id(encoder):
     config = models.model_config({"architecture": "gpt2", "hidden_size": 32, "n_layer": 1, "n_head": 2}, encoder, 64)
     model = models.build(config, ARGUMENTS, bf16=False)
     assert model.get_input_embeddings().num_embeddings == encoder.vocab_size == config.vocab_size
@@ -90,7 +90,7 @@ def test_a_built_model_has_the_tokenizers_ids_and_one_row_for_each(encoder):
 def test_a_foreign_parent_keeps_its_tokenizer_its_template_and_its_settings(foreign, tmp_path):
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
     model = models.load_causal_lm(parent, ARGUMENTS)
-    assert model.dtype == torch.float32  # saved in bfloat16: AdamW could not move such weights
+    assert model.dtype == torch.float32  # saved in bfloat16, in which AdamW could not change the weights
     out = tmp_path / "out"
     out.mkdir()
     encoder = models.load_encoder(parent)
@@ -115,7 +115,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(foreign, t
 
 
 def test_a_parent_without_a_pad_token_is_padded_with_a_spare_one(foreign, tmp_path):
-    """As many base models are published; the hand-off chooses, and encoder and published model follow."""
+    """Many base models have no pad token; the hand-off chooses one, which encoder and published model use."""
     path = foreign / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|eos|>"}))
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
@@ -129,11 +129,11 @@ def test_a_parent_without_a_pad_token_is_padded_with_a_spare_one(foreign, tmp_pa
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_head_is_written_once_and_comes_back(tied, encoder, tmp_path):
+def test_a_tied_head_is_written_once_and_restored(tied, encoder, tmp_path):
     keys = {"architecture": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     keys |= {"num_attention_heads": 2, "tie_word_embeddings": tied}
     model = models.build(models.model_config(keys, encoder, 64), ARGUMENTS, bf16=False)
-    # As gathered from an engine: each name with a tensor of its own.
+    # As gathered from an engine, where each name has a separate tensor.
     models.save_model(model, encoder, tmp_path, {name: value.clone() for name, value in model.state_dict().items()})
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -142,7 +142,7 @@ def test_a_tied_head_is_written_once_and_comes_back(tied, encoder, tmp_path):
         assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
-def test_a_model_that_does_not_come_back_as_saved_is_never_published(encoder, tmp_path, monkeypatch):
+def test_a_model_that_loads_differently_is_never_published(encoder, tmp_path, monkeypatch):
     keys = {"architecture": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
     model = models.build(models.model_config(keys, encoder, 64), ARGUMENTS, bf16=False)
     save = type(model).save_pretrained
@@ -168,7 +168,7 @@ def test_dropout_can_be_switched_off_wherever_an_architecture_keeps_it(encoder):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gpt2"])
-def test_a_reward_models_head_depends_on_the_seed_alone(architecture, encoder, tmp_path):
+def test_a_reward_models_head_depends_only_on_the_seed(architecture, encoder, tmp_path):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     if architecture != "gpt2":
         small |= {"intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8}

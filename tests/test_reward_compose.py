@@ -1,4 +1,4 @@
-"""Composition: rewards are summed by weight, and one that cannot be called or gives no reward is a named error."""
+"""Composition: rewards are summed by weight; a reward that fails or returns an invalid value is a named error."""
 
 import sys
 from pathlib import Path
@@ -47,13 +47,13 @@ def scores(entry: RewardConfig):
 
 
 def error(entry: RewardConfig) -> str:
-    """What calling it says."""
+    """The error message of a call."""
     with pytest.raises(RewardError) as raised:
         scores(entry)
     return str(raised.value)
 
 
-def test_composition_weighs_and_keeps_parts_and_counts_no_opinion():
+def test_composition_weights_rewards_keeps_parts_and_counts_none_as_zero():
     entries = [
         RewardConfig(function="exact_match", weight=2.0),
         RewardConfig(function="length_penalty", weight=0.5, args={"free": 20}),
@@ -73,17 +73,17 @@ def test_one_function_twice_under_two_names():
     assert Composition(entries, {})(answers()).parts == {"gentle": [-1.0, 0.0, 0.0], "hard": [-19.0, -0.5, -3.0]}
 
 
-def test_a_function_is_given_what_its_signature_names(function):
+def test_a_function_receives_what_its_signature_names(function):
     everything = "return [float(len(columns))] * len(prompts)"
     assert scores(function(everything)).total == [3.0] * 3  # the column, completion_ids, stopped
     assert scores(function("return [float(len(i)) for i in completion_ids]", "*, completion_ids")).total == [40, 3, 8]
     assert scores(function("return [float(a is None) for a in answer]", "answer")).total == [0, 0, 1]
-    # Of the recipe and of the data: the recipe's counts.
+    # Given in the recipe and in the data, the recipe's value counts.
     assert scores(function("return [float(answer)] * 3", "answer", args={"answer": 7})).total == [7, 7, 7]
 
 
 def test_a_column_that_this_batch_lacks_is_none_everywhere(function):
-    """The data is a mixture: other batches have it."""
+    """In a mixture, other batches have the column."""
     entry = function("return [0.0 if x is None else 1.0 for x in solution]", "solution")
     Composition([entry], {}).check_columns({"answer", "solution"})
     assert scores(entry).total == [0, 0, 0]
@@ -108,7 +108,7 @@ def test_a_function_that_raises_on_the_batch_only(function):
     assert said.startswith("reward `mine` raised AssertionError: one at a time (") and said.endswith("my_rewards.py:2)")
 
 
-def test_a_function_that_knows_its_error_is_let_speak(function):
+def test_a_functions_own_reward_error_is_kept(function):
     body = "from reward.functions import RewardError; raise RewardError('row 3: no key for the judge; set one')"
     assert error(function(body)) == "reward `mine`: row 3: no key for the judge; set one"
 
@@ -135,7 +135,7 @@ def test_a_function_that_knows_its_error_is_let_speak(function):
         ("return [0.0, 0.0, float('-inf')]", "reward `mine` returned -inf for row 2, the answer 'no idea at all"),
     ],
 )
-def test_what_is_no_reward(function, body, said):
+def test_invalid_return_values_are_named(function, body, said):
     assert error(function(body)).startswith(said)
 
 
@@ -147,7 +147,7 @@ def test_a_long_answer_is_cut_in_a_message(function):
     assert len(str(raised.value)) < 200 and "x…'" in str(raised.value)
 
 
-def test_arguments_that_a_function_does_not_have(function):
+def test_unknown_arguments_of_a_function_are_refused(function):
     made = "reward `length_penalty`: `length_penalty` has no argument `fre`; did you mean `free`?"
     with pytest.raises(RewardError) as raised:
         Composition([RewardConfig(function="length_penalty", args={"fre": 3})], {})
@@ -159,7 +159,7 @@ def test_arguments_that_a_function_does_not_have(function):
         Composition([function("return [0.0] * 3", args={"x": 1})], {})
 
 
-def test_what_is_no_function():
+def test_an_invalid_function_is_refused():
     with pytest.raises(RewardError, match=r"`reward\.functions:FUNCTIONS` is not callable"):
         Composition([RewardConfig(function="reward.functions:FUNCTIONS")], {})
 
@@ -170,7 +170,7 @@ def test_an_optional_column_that_only_other_batches_have_is_given_as_none(functi
     assert compose(answers()).total == [1, 1, 1]
 
 
-def test_a_column_that_the_data_lacks_is_found_before_training(function):
+def test_a_missing_column_is_found_before_training(function):
     composition = Composition([RewardConfig(function="length_penalty"), RewardConfig(function="exact_match")], {})
     composition.check_columns({"answer", "family"})
     with pytest.raises(RewardError) as raised:
@@ -206,7 +206,7 @@ def test_a_column_that_the_data_lacks_is_found_before_training(function):
         ({"model": "a", "name": ""}, "at least 1 character"),
     ],
 )
-def test_keys_that_do_not_go_together(keys, said):
+def test_contradictory_keys_are_refused(keys, said):
     with pytest.raises(ValidationError, match=said):
         RewardConfig(**keys)
 

@@ -1,7 +1,7 @@
-"""One small training with two models in it, under every engine: the same numbers as one process, and what really ran.
+"""A small training of two models under every engine: the same numbers as one process, on the requested engine.
 
-The file is also the program that is launched: `accelerate launch --config_file ... tests/test_runtime_engines.py OUT`;
-a second folder is that of an earlier run, whose state it goes on from as well.
+The file is also the launched program: `accelerate launch --config_file ... tests/test_runtime_engines.py OUT`. A second
+argument is the folder of an earlier run, from whose state it also continues.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 STEPS, ROWS, MICRO = 4, 8, 2
-CLIP = 0.5  # below the first gradient norms, so that clipping is at work
+CLIP = 0.5  # below the first gradient norms, so that clipping has an effect
 LRS = (0.05, 0.02)  # of the policy and of the critic
 ENGINES = {
     "cpu2": ("ddp", None, "DistributedDataParallel"),
@@ -62,7 +62,7 @@ def program(out: Path, other: Path | None) -> None:
     def make(clip: float, seed: int):
         train = OptimizerConfig(per_device_train_batch_size=MICRO, max_grad_norm=clip)
         accelerator = runtime.accelerator(train, width=16)
-        if runtime.requested().zero_stage == 3:  # parameters as small as these would be left whole
+        if runtime.requested().zero_stage == 3:  # such small parameters would not be sharded by default
             config = accelerator.state.deepspeed_plugin.deepspeed_config
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         torch.manual_seed(seed)
@@ -90,7 +90,7 @@ def program(out: Path, other: Path | None) -> None:
             error = (values[:, 1:][kept] - (ids[:, 1:][kept] % 3).float()).square().sum()
             loss = (nll + 0.5 * error) / count
             if broken and runtime.rank() == runtime.world_size() - 1:
-                loss = loss + torch.inf  # its gradient would be finite
+                loss = loss + torch.inf  # its gradient would still be finite
             runtime.backward(accelerator, model, loss, last=number == len(batches) - 1)
             loss_sum += loss.item()
         norm = runtime.step(model, optimizer, clip)
@@ -110,7 +110,7 @@ def program(out: Path, other: Path | None) -> None:
         return [merged[0], merged[1]]
 
     def save_on_a_full_disk(model, optimizer) -> int | None:
-        """The error's number. Nobody is left waiting for the process that cannot write."""
+        """The error's number. No process keeps waiting for the one that cannot write."""
         full = out / "full"
         if runtime.is_main():
             full.mkdir()
@@ -127,7 +127,7 @@ def program(out: Path, other: Path | None) -> None:
     seen["class"], seen["processes"] = type(model).__name__, accelerator.num_processes
     if runtime.requested().zero_stage == 3:
         assert model.optimizer.persistent_parameters == []
-    seen["generated"] = [generate(accelerator, model)]  # before any forward pass of the whole
+    seen["generated"] = [generate(accelerator, model)]  # before any forward pass of the whole model
     state = out / "state"
     seen["clipped"] = []
     for step in range(STEPS):
@@ -151,7 +151,7 @@ def program(out: Path, other: Path | None) -> None:
     seen["resumed equal"] = all(torch.equal(final[key], again[key]) for key in final)
 
     if other is not None:
-        portable.load_state(model, optimizer, other / "state")  # over moments that are there
+        portable.load_state(model, optimizer, other / "state")  # over existing moments
         seen["borrowed"] = [take(accelerator, model, optimizer, step, CLIP) for step in range(2, STEPS)]
 
     accelerator, model, optimizer = make(0.0, seed=0)
@@ -178,13 +178,13 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, P
 
 
 @pytest.mark.slow
-def test_one_process_is_what_the_others_are_compared_with(alone: tuple[dict, Path]) -> None:
+def test_one_process_is_the_reference_for_all_engines(alone: tuple[dict, Path]) -> None:
     seen, _ = alone
     assert seen["record"] == {"name": "single", "zero_stage": None, "processes": 1, "device": "cpu"}
     assert seen["resumed equal"] and seen["resumed"] == seen["clipped"][2:]
     assert not math.isfinite(seen["broken"]["norm"])
     assert seen["clipped"][0]["norm"] > CLIP
-    # Clipping changes what comes after the first step; both are tested below only because this holds.
+    # Clipping must change the results after the first step; otherwise the tests below would not test it.
     assert abs(seen["clipped"][1]["loss"] - seen["free"][1]["loss"]) > 1e-3
     assert seen["generated"][0] != seen["generated"][1]
 

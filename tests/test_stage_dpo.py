@@ -38,7 +38,7 @@ def test_policy_equals_reference_at_the_start(tmp_path):
 
 @pytest.mark.slow
 def test_the_references_log_probabilities_are_sums_over_the_answers_tokens(tmp_path):
-    """Against a loop over single answers with the parent, its pads and its neighbours left out."""
+    """Compared with a loop over single answers with the parent, without padding or other rows."""
     run_stage("dpo", tmp_path, "train.max_steps=1")
     folder = next(tmp_path.rglob("pairs")) / "eval"
     rows = on_disk([], folder)
@@ -58,7 +58,7 @@ def test_the_references_log_probabilities_are_sums_over_the_answers_tokens(tmp_p
 
 @pytest.mark.slow
 def test_the_reference_is_computed_once_and_found_again(tmp_path, monkeypatch):
-    """A second start reads what the first wrote; what was altered since is computed anew, so is another reference."""
+    """A second start reads the first one's file; an altered file or another reference is computed again."""
     calls = []
     compute = Trainer.compute_ref_log_probs
     monkeypatch.setattr(Trainer, "compute_ref_log_probs", lambda self, *a: calls.append(1) or compute(self, *a))
@@ -136,7 +136,7 @@ def test_smoothing_is_for_the_sigmoid_loss():
 
 
 def test_truncation_keeps_the_answer_and_its_stop():
-    """P16: what is cut is the beginning of the prompt; both answers stay whole."""
+    """Only the beginning of the prompt is cut; both answers stay whole."""
     encoder = models.load_encoder(parent())
     record = Preference((Message("user", "repeat: " + "cat " * 40),), "cat", "dog", Origin("here", 1))
     accounting = Accounting()

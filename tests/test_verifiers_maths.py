@@ -1,4 +1,4 @@
-"""Mathematical answers: what is read out of a completion, equality, limits, processes and threads, real data."""
+"""Mathematical answers: reading a completion, equality, limits, processes and threads, real data."""
 
 import doctest
 import gzip
@@ -70,7 +70,7 @@ NUMBERS = [  # completion, its number; None where it has none
 
 
 @pytest.mark.parametrize(("text", "number"), NUMBERS)
-def test_the_number_of_a_completion(text, number):
+def test_the_number_is_read_from_a_completion(text, number):
     gold = "12345" if number is None else number
     assert numeric_match([], [text], answer=[gold]) == [float(number is not None)]
     assert numeric_match([], [text], answer=[f"{gold}1"]) == [0.0]
@@ -182,7 +182,7 @@ HOSTILE = [
 
 
 @pytest.mark.slow
-def test_what_would_run_for_ever_scores_nothing(caplog):
+def test_endless_computation_scores_zero(caplog):
     texts = ["\\boxed{" + text + "}" for text in HOSTILE] + ["\\boxed{\\sqrt{4}}"]
     with caplog.at_level(logging.WARNING):
         assert math_equal([], texts, answer=["\\sqrt{2} + 1"] * len(HOSTILE) + ["2"], time_limit=0.5) == [
@@ -206,8 +206,8 @@ def test_a_process_that_dies_or_stops_is_started_again(monkeypatch):
     assert comparer._process is None
 
 
-def test_a_process_that_is_told_to_end_with_its_trainer_answers_on():
-    """The trainer finishes its step first: Slurm tells both, a terminal too."""
+def test_signals_to_the_trainer_do_not_end_the_worker():
+    """Slurm and terminals signal both processes, but the trainer still finishes its step."""
     comparer = Comparer()
     comparer.compare([("1", "1")], 5.0)
     process = comparer._process
@@ -285,7 +285,7 @@ def test_errors_name_column_row_and_prompt(function):
 
 
 @pytest.mark.parametrize("function", [numeric_match, math_equal])
-def test_rows_of_another_kind_have_no_opinion(function):
+def test_rows_of_another_kind_score_none(function):
     constraint = '{"func_name": "validate_no_commas"}'
     columns = {"answer": ["5", None, None], "ground_truth": [None, constraint, "6"]}
     assert function([], ["5", "5", "5"], **columns) == [1.0, None, 0.0]

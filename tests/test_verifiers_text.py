@@ -97,7 +97,7 @@ def test_regex_format():
         regex_format([], ["a"], pattern="a", match="all")
 
 
-def test_a_pattern_that_backtracks_for_ever_scores_nothing(caplog, monkeypatch):
+def test_catastrophic_backtracking_scores_zero(caplog, monkeypatch):
     monkeypatch.setattr(reward.verifiers.text, "PATTERN_SECONDS", 0.1)
     with caplog.at_level(logging.WARNING):
         hostile = "ab" * 4000 + "c"
@@ -138,7 +138,7 @@ def test_tags_in_form():
 
 
 @pytest.mark.parametrize("tags", [[], "think", ["a b"], ["<think>"], ["a", "a"], [["a"], ["b"]]])
-def test_tags_that_are_none(tags):
+def test_invalid_tags_are_refused(tags):
     with pytest.raises(RewardError, match="`xml_format`: `tags:"):
         xml_format([], ["a"], tags=tags)
 
@@ -213,7 +213,7 @@ def test_hostile_json(monkeypatch):
         ({"pattern": "("}, r"the schema cannot be used: "),
     ],
 )
-def test_a_schema_that_is_none_names_the_row(schema, message):
+def test_an_invalid_schema_names_the_row(schema, message):
     prompts = [(Message("user", "Fill it in."),)]
     with pytest.raises(RewardError, match=r"`json_schema`, row 0 of the batch \(prompt 'Fill it in\.'\): " + message):
         json_schema(prompts, ['"text"'], schema=schema)
@@ -228,7 +228,7 @@ def test_no_schema_and_a_list_of_them():
 
 @settings(max_examples=150, deadline=None)
 @given(st.text() | st.text(alphabet='AB()[].:,*" \n<>/think{}0129eE-tfn', max_size=60))
-def test_any_text_is_judged_without_an_error(text):
+def test_no_text_raises(text):
     answers = [text, f"The answer is {text}", f"<think>{text}</think><answer>{text}</answer>", f'{{"n": {text}}}']
     for values in (
         multiple_choice([], answers, answer=["B"] * 4),
