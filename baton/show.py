@@ -1,4 +1,4 @@
-"""`baton config`: a recipe with every value that will be used, as YAML, each with its source beside it."""
+"""`baton config`: prints a recipe as YAML with every resolved value and its source."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
