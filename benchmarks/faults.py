@@ -123,8 +123,8 @@ def _one(result: Campaign, scene: Scene, number: int, name: str) -> None:
         again = f"python -m benchmarks.faults --seed {result.seed} --only {number}"
         result.failed.append({"trial": number, "fault": name, "section": t.section, "why": why, "again": again})
     hit = {None: "", True: "hit", False: "missed"}[t.hit]
-    told = "survived" if not why else f"FAILED: {why}"
-    print(f"{number:>4}  {name:<22}{t.section:<10}{hit:<7}{time.monotonic() - began:>6.1f} s  {told}", flush=True)
+    outcome = "survived" if not why else f"FAILED: {why}"
+    print(f"{number:>4}  {name:<22}{t.section:<10}{hit:<7}{time.monotonic() - began:>6.1f} s  {outcome}", flush=True)
     if why:
         print(t.said()[-3000:], flush=True)
     shutil.rmtree(root)

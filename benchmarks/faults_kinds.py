@@ -90,10 +90,10 @@ class Trial:
         before = self._kept()
         already = len(self.said())
         code = self.start().wait()
-        told = self.said()[already:]
+        printed = self.said()[already:]
         check(code == 2, f"a start that has to be refused ended with {code}")
-        missing = [word for word in words if word not in told]
-        check(not missing, f"the refusal does not name {missing}: {told[-500:]}")
+        missing = [word for word in words if word not in printed]
+        check(not missing, f"the refusal does not name {missing}: {printed[-500:]}")
         missing = sorted(before - self._kept())
         check(not missing, f"the refused start removed {missing}")
 
@@ -373,9 +373,9 @@ def second_copy(t: Trial) -> None:
     code = t.start(log).wait()
     t.hit = child.running
     if child.running:
-        told = log.read_text(encoding="utf-8")
+        printed = log.read_text(encoding="utf-8")
         check(code == 2, f"a second copy ended with {code}")
-        check(f"process {child.pid} on {socket.gethostname()}" in told, f"the owner is not named: {told[-500:]}")
+        check(f"process {child.pid} on {socket.gethostname()}" in printed, f"the owner is not named: {printed[-500:]}")
     check(child.wait() == 0, "the first copy was disturbed by the second")
 
 

@@ -143,8 +143,8 @@ def main(path: Path | None, sizes: Sequence[str] = tuple(SIZES), turns: int = 3,
                 share = statistics.median(sum(phases(a).values()) / a["wall"] for a in answers)
                 roof = training_operations(case) / shares["train"] / fastest
                 longest = sorted(shares.items(), key=lambda item: -item[1])[:5]
-                told = "  ".join(f"{key} {value / wall:.0%}" for key, value in longest)
-                print(f"{case.name:<25}{wall:>9.2f}{share:>13.1%}{roof:>13.0%}  {told}", flush=True)
+                phases_text = "  ".join(f"{key} {value / wall:.0%}" for key, value in longest)
+                print(f"{case.name:<25}{wall:>9.2f}{share:>13.1%}{roof:>13.0%}  {phases_text}", flush=True)
                 rates[case] = case.answers * (PROMPT + case.response) / wall
                 first = rates[cases[0]]
                 rows.append(

@@ -26,7 +26,7 @@ class Journal:
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Adds lines. If the disk is full they wait in memory, and the log says so once."""
-        told = bool(self._waiting)
+        warned = bool(self._waiting)
         for line in lines:
             self._waiting += json.dumps(line, ensure_ascii=False, allow_nan=True).encode() + b"\n"
         try:
@@ -34,7 +34,7 @@ class Journal:
         except OSError as error:
             if not disk_is_full(error):
                 raise
-            if not told:
+            if not warned:
                 _log.warning("no room to write to %s: its lines wait in memory", self.path)
 
     def sync(self) -> None:

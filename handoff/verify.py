@@ -110,9 +110,9 @@ def _fault(path: Path, record: ParentRecord) -> str | None:
     if present == record.fingerprint:
         return None
     names = sorted({name for name, _ in record.files.items() ^ files.items()})
-    told = (
+    changed = (
         ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
         if names
         else "its kind, encoding or extra values, but no file"
     )
-    return f"it has changed: {told} (fingerprint {record.fingerprint[:12]} then, {present[:12]} now)"
+    return f"it has changed: {changed} (fingerprint {record.fingerprint[:12]} then, {present[:12]} now)"

@@ -215,12 +215,12 @@ def read_reply(content: bytes) -> Reply:
         said = message.get("content") or ""
         parts = [said] if isinstance(said, str) else [part.get("text") or "" for part in said]
         usage = body.get("usage") or {}
-        told = "prompt_tokens" in usage and "completion_tokens" in usage
+        billed = "prompt_tokens" in usage and "completion_tokens" in usage
         return Reply(
             text=whole("".join(parts)),
             finish=whole(str(finish)),
             refusal=whole(str(message.get("refusal") or "")),
-            tokens=(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if told else None,
+            tokens=(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if billed else None,
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError("200, but the reply is not a chat completion") from error

@@ -176,8 +176,8 @@ class _Server:
             part = self._control.recv(65536)
             if not part:
                 assert self._process.stderr is not None
-                told = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-                raise RewardError(f"the code sandbox does not start: {told[-1] if told else 'no message'}")
+                printed = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+                raise RewardError(f"the code sandbox does not start: {printed[-1] if printed else 'no message'}")
             line += part
         self._control.settimeout(None)
         hello: dict[str, Any] = json.loads(line)

@@ -275,8 +275,8 @@ def _failure(work: Callable[[], Any]) -> str:
 
     pid = _fork(attempt)
     os.close(writing)
-    with os.fdopen(reading, encoding="utf-8") as told:
-        why = told.read()
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        why = pipe.read()
     status = os.waitpid(pid, 0)[1]
     return why or ("" if status == 0 else f"ended with status {status}")
 
