@@ -1,8 +1,8 @@
 """`baton chat`: talk to a model in the terminal, or to two of them side by side.
 
-Conversations are encoded as in training (`data.encode`); an answer is decoded one token at a time, shown as it comes,
-and ends at the model's stop tokens. Every model keeps its own conversation. Lines are read from standard input; when
-that is no terminal, only the answers are printed, so that a script can talk too.
+Conversations are encoded as in training (`data.encode`). An answer is decoded one token at a time, shown immediately,
+and ends at the model's stop tokens. Every model has its own conversation. Lines are read from standard input; if that
+is not a terminal, only the answers are printed, so that scripts can use it.
 """
 
 import sys
@@ -37,7 +37,7 @@ _HIDDEN = "�"  # bytes of a character whose rest has not been sampled yet
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0: always the likeliest."""
+    """The sampling parameters. `temperature` 0: always the likeliest token."""
 
     temperature: float
     max_new_tokens: int
@@ -73,9 +73,9 @@ class Speaker:
         self.turns = []
 
     def answer(self, text: str) -> Generator[str, None, None]:
-        """Pieces of the answer to the user's next message; both are remembered once it has ended.
+        """Yields pieces of the answer to the user's next message; after its end, both join the conversation.
 
-        Raises DataError where the message cannot be expressed in the model's template, or fills its whole context.
+        Raises DataError if the message cannot be expressed in the model's template, or fills the whole context.
         """
         asked = [*self.turns, Message("user", text)]
         ids = self._prompt(asked)
@@ -95,7 +95,7 @@ class Speaker:
             self.turns = [*asked, Message("assistant", self.encoder.decode(said))]
 
     def _prompt(self, turns: Sequence[Message]) -> list[int]:
-        """The conversation as ids. Its oldest exchanges are left out when they no longer fit beside an answer."""
+        """The conversation as ids, without its oldest exchanges if they leave no room for an answer."""
         before = [] if self.system is None else [Message("system", self.system)]
         room = self.context - min(self.sampling.max_new_tokens, self.context // 2)
         kept = list(turns)
@@ -131,7 +131,7 @@ class Speaker:
 
 
 def _context(config: "PretrainedConfig") -> int:
-    """Positions that a model has; architectures without a limit name none."""
+    """The model's number of positions; some architectures have no limit."""
     known = config.get_text_config().to_dict()
     return next((int(known[key]) for key in ("max_position_embeddings", "n_positions") if known.get(key)), 1 << 30)
 
@@ -142,8 +142,8 @@ def open_models(target: Path, names: Sequence[str]) -> list[Parent]:
     Without names: the newest aligned model of the run, or the newest instruction-tuned one.
 
     Raises:
-        UserError: no such target, or nothing in the run to talk to.
-        HandoffError: a model is missing, unfinished, altered, or no language model.
+        UserError: the target does not exist, or the run has no model to chat with.
+        HandoffError: a model is missing, unfinished, altered, or not a language model.
     """
     if target.is_dir() and _is_model(target):
         if names:
@@ -177,7 +177,7 @@ def default_model(run_dir: Path) -> str:
 
 @dataclass
 class Terminal:
-    """Where lines come from and answers go to."""
+    """The input of lines and the output of answers."""
 
     console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True, emoji=False))
     asks: bool = field(default_factory=lambda: sys.stdin.isatty() and sys.stdout.isatty())
@@ -190,11 +190,11 @@ class Terminal:
             return None
 
     def say(self, text: str, style: str = "dim") -> None:
-        """A line that is not a model's."""
+        """Prints a line that is not from a model."""
         self.console.print(text, style=style, markup=False)
 
     def one(self, speaker: Speaker, text: str) -> None:
-        """One model's answer, as it comes."""
+        """Prints one model's answer while it is generated."""
         if self.asks:
             self.console.print(f"[bold green]{speaker.name}[/] > ", end="")
         for piece in speaker.answer(text):
@@ -202,7 +202,7 @@ class Terminal:
         self.console.print()
 
     def several(self, speakers: Sequence[Speaker], text: str) -> None:
-        """Several answers at once: columns that grow in a terminal, one after another elsewhere."""
+        """Prints several answers: in growing columns in a terminal, else one after another."""
         answers = {speaker.name: "" for speaker in speakers}
         pieces = [(speaker.name, speaker.answer(text)) for speaker in speakers]
         live = Live(console=self.console, refresh_per_second=12, auto_refresh=False) if self.asks else None
@@ -283,4 +283,4 @@ def converse(terminal: Terminal, speakers: Sequence[Speaker]) -> None:
             except DataError as error:
                 terminal.say(str(error), style="red")
             except KeyboardInterrupt:
-                terminal.say("")  # the answer ends, the conversation goes on
+                terminal.say("")  # Ctrl-C ends the answer, not the conversation

@@ -1,7 +1,7 @@
-"""Stages under `accelerate launch`: started with all their processes, and heard through what the launcher says itself.
+"""Runs stages under `accelerate launch`, and separates their output from the launcher's.
 
-When a stage fails, accelerate and torch's elastic agent answer with exit code 1 and some forty lines of their own,
-after the stage's message. `own_words` finds the message and the exit code of the process that failed first.
+When a stage fails, accelerate and torch's elastic agent exit with 1 and print about forty lines after the stage's
+message. `own_words` finds the message and the exit code of the process that failed first.
 """
 
 import os
@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import psutil
 
-# torch's agent kills what has not ended 30 s after it was told to. A stage ends by its own `train.grace_seconds`.
+# By default torch's agent kills processes 30 s after a signal. A stage ends within its own `train.grace_seconds`.
 _PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
 _TRACEBACK = "Traceback (most recent call last):"
 _LAUNCHER = "accelerate/commands/launch.py"
@@ -27,7 +27,7 @@ _CAUSE = re.compile(
 
 
 class LaunchedStage:
-    """A launcher and the processes of the stage that it has started."""
+    """A launcher and the stage's processes that it has started."""
 
     def __init__(self, command: Sequence[str], descriptor: int) -> None:
         self._process = subprocess.Popen(
@@ -40,10 +40,10 @@ class LaunchedStage:
         )
 
     def send(self, signum: int) -> None:
-        """Passes a signal on to the processes of the stage.
+        """Forwards a signal to the stage's processes.
 
-        Not to the launcher, which would end before they have saved, or, at a second signal, without them; it hears how
-        they ended. Before it has started any it is told itself. SIGKILL is for all.
+        The launcher does not get it, since it would exit before they have saved; it notices their end by itself. Only
+        if it has not started any process yet does it get the signal. SIGKILL goes to all.
         """
         if self._process.poll() is not None:
             return
@@ -64,7 +64,7 @@ class LaunchedStage:
 def own_words(lines: Sequence[str], code: int) -> tuple[list[str], int]:
     """The last lines of a stage without those of its launcher, and the exit code of the process that failed first.
 
-    Output without a launcher's traceback comes back as it is.
+    Output without a launcher's traceback is returned unchanged.
     """
     at = [n for n, line in enumerate(lines) if line == _TRACEBACK and _is_launchers(lines[n + 1 :])]
     if not at:
@@ -76,5 +76,5 @@ def own_words(lines: Sequence[str], code: int) -> tuple[list[str], int]:
 
 
 def _is_launchers(lines: Sequence[str]) -> bool:
-    """Whether the traceback that these lines begin is one of the launcher's: it is in the first frames."""
+    """Whether these lines begin a traceback of the launcher, which its first frames show."""
     return any(_LAUNCHER in line for line in lines[:4])

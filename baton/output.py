@@ -1,8 +1,8 @@
-"""What a stage prints, on its way to the terminal and to its log.
+"""Copies a stage's output to the terminal and to its log.
 
-A stage writes to one descriptor: a pseudo-terminal when somebody looks, so that progress bars are drawn, a pipe
-otherwise. The bytes go to the terminal as they are. The log gets what a reader would have seen at the end: colours are
-taken out, and of a line that was drawn over and over only its last state is kept.
+A stage writes to one descriptor: a pseudo-terminal if the user has a terminal, so that progress bars are drawn, else a
+pipe. The bytes go to the terminal unchanged. The log gets the final text: without colours, and with only the last state
+of a line that was drawn repeatedly.
 """
 
 import codecs
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TextIO
 
 TAIL = 200
-"""Last lines that are remembered."""
+"""Number of last lines to remember."""
 _REDRAWN = 12
-"""Lines that a progress display may go back over; older ones are written to the log."""
+"""Number of lines that a progress display may redraw; older ones are written to the log."""
 _CONTROL = re.compile(
     r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|\r|\n|[^\x1b\r\n]+", re.DOTALL
 )
@@ -29,7 +29,7 @@ _UNFINISHED = re.compile(r"\x1b(?:\[[0-9;?]*|\][^\x07]*)?$")
 
 
 class PlainText:
-    """Terminal output as the text that remains on the screen. Knows the few moves that progress displays make."""
+    """Converts terminal output to the text that remains on the screen. Supports the cursor moves of progress bars."""
 
     def __init__(self, log: TextIO) -> None:
         self._log = log
@@ -40,7 +40,7 @@ class PlainText:
         self.tail: deque[str] = deque(maxlen=TAIL)
 
     def feed(self, text: str) -> None:
-        """The next piece of output, cut anywhere."""
+        """Takes the next piece of output, which may end anywhere."""
         text = self._rest + text
         unfinished = _UNFINISHED.search(text)
         self._rest = unfinished.group() if unfinished else ""
@@ -52,7 +52,7 @@ class PlainText:
         self._flush()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining lines."""
         for line in [*self._lines, *([self._current] if self._current else [])]:
             self._write(line)
         self._lines.clear()
@@ -62,7 +62,7 @@ class PlainText:
     def _write(self, line: str) -> None:
         if line.strip():
             self.tail.append(line)
-        with suppress(OSError):  # a full disk costs lines of the log; a stage that nobody listens to would stand still
+        with suppress(OSError):  # a full disk loses log lines, but an error here would block the stage on a full pipe
             self._log.write(line + "\n")
 
     def _flush(self) -> None:
@@ -88,7 +88,7 @@ class PlainText:
 
 
 class Tee:
-    """Copies what a stage writes to `descriptor` to the terminal and, as plain text, to a log."""
+    """Copies a stage's output on `descriptor` to the terminal and, as plain text, to a log."""
 
     def __init__(self, log_path: Path, header: str) -> None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ class Tee:
         while True:
             try:
                 piece = os.read(self._source, 1 << 16)
-            except OSError:  # a pseudo-terminal whose other end was closed
+            except OSError:  # the other end of the pseudo-terminal was closed
                 piece = b""
             if not piece:
                 return
@@ -121,17 +121,17 @@ class Tee:
                 try:
                     sys.stdout.write(text)
                     sys.stdout.flush()
-                except OSError:  # nobody reads any more (`| head`): that is no reason to stop a training
+                except OSError:  # the reader has closed the pipe (`| head`), which must not stop training
                     watched = False
 
     def release(self) -> None:
-        """Closes this process's copy of `descriptor`, once the stage has its own."""
+        """Closes this process's copy of `descriptor` after the stage has its own."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
     def close(self) -> list[str]:
-        """Waits for the last output and returns the last lines. What outlives the stage is cut off."""
+        """Waits for the last output and returns the last lines. Output of processes that outlive the stage is lost."""
         self.release()
         self._thread.join(timeout=2.0)
         self._text.close()

@@ -1,12 +1,11 @@
-"""Imported by the server process that stages are forked from: everything heavy that a stage may import.
+"""Imports everything heavy that a stage may need; loaded by the server process from which stages are forked.
 
-Nothing here may start a thread or touch a GPU: neither survives a fork.
+Nothing here may start a thread or use a GPU, since neither survives a fork.
 """
 
 import os
 
-# torch asks the driver how many GPUs there are through its own library then, which would make CUDA unusable in a fork;
-# with this it asks NVML.
+# Makes torch count GPUs through NVML. By default it would initialise CUDA, which is then unusable in a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import accelerate

@@ -1,8 +1,8 @@
-"""Where each stage of a recipe stands: new, unfinished, up to date, or stale and why. No torch here.
+"""The status of each stage of a recipe: new, unfinished, up to date, or stale with the reason. No torch here.
 
-A stage is compared with what it was made from: the inputs in its manifest against those that the recipe, the parents,
-the data and the code have now. A stage whose parent is to be run again is stale with it for this view; the runner looks
-again once the parent is there, since a parent that comes out the same changes nothing.
+The inputs in a stage's manifest are compared with the present recipe, parents, data and code. If a parent has to run
+again, this view shows the stage as stale too. The runner decides again after the parent has run, since a parent with an
+equal result leaves the stage up to date.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from training.recipe import Recipe
 
 
 class State(Enum):
-    """What the runner would do with a stage."""
+    """The status of a stage, which decides what the runner does."""
 
     UP_TO_DATE = "up to date"
     STALE = "stale"
@@ -29,7 +29,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Standing:
-    """A stage's state and, in words, why."""
+    """A stage's state and the reasons, in words."""
 
     section: str
     state: State
@@ -41,13 +41,13 @@ class Standing:
 
 
 _WIDTH = 160
-"""Columns of the table where no terminal sets a limit."""
+"""Width of the table in columns when there is no terminal."""
 
 InputsOf = Callable[[Recipe, str], Inputs]
 
 
 def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> Standing:
-    """The standing of a section whose parents are all published. Raises what computing its inputs raises."""
+    """The standing of a section whose parents are all published. Raises the errors of `inputs_of`."""
     stage = StageDir(recipe.run_dir / name)
     manifest = stage.manifest()
     now = inputs_of(recipe, name)
@@ -65,13 +65,13 @@ def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> S
 
 
 def saved_step(stage: StageDir) -> int | None:
-    """The step of the newest saved state. Its hashes are left to the stage, which checks them before it resumes."""
+    """The step of the newest saved state, without checking its hashes; the stage checks them before it resumes."""
     steps = [int(path.name.removeprefix("step-")) for path in stage.state_dir.glob("step-*")]
     return max(steps, default=None)
 
 
 def overview(recipe: Recipe, inputs_of: InputsOf = stage_inputs) -> dict[str, Standing]:
-    """The standing of every section, in the order in which they run. Mistakes in one section do not hide the others."""
+    """The standing of every section, in running order. A mistake in one section does not hide the others."""
     result: dict[str, Standing] = {}
     for name in recipe.order():
         looked_at = [
@@ -130,7 +130,7 @@ def print_overview(recipe: Recipe) -> None:
 
 
 def ago(created: str) -> str:
-    """A time (ISO 8601) as its distance from now, in one unit."""
+    """The time since `created` (ISO 8601), in one unit."""
     passed = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         count = int(passed // length)

@@ -1,8 +1,8 @@
-"""Stages in processes of their own that do not each pay for importing torch, transformers and trl.
+"""Runs stages in separate processes that share one import of torch, transformers and trl.
 
-A server process imports them once and forks for every stage. It has no threads of its own, no model, and has not
-touched a GPU, so that what a fork inherits is code and nothing else. A stage runs exactly as
-`python -m stages.<stage> <recipe> ...` would: the same entry point, the same exit codes.
+A server process imports them once and forks for every stage. It has no other threads, no model, and has not used a GPU,
+so that a fork inherits only code. A stage runs exactly as with `python -m stages.<stage> <recipe> ...`: the same entry
+point, the same exit codes.
 """
 
 import io
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection
 
-# What the stages import; loaded by the server when it imports `baton.preload`.
+# The module that imports everything the stages need; the server loads it.
 _PRELOAD = "baton.preload"
 
 
@@ -31,28 +31,28 @@ class WarmStage:
         output.close()
 
     def send(self, signum: int) -> None:
-        """Passes a signal on to the stage."""
+        """Forwards a signal to the stage."""
         assert self._process.pid is not None
         if self._process.is_alive():
             os.kill(self._process.pid, signum)
 
     def wait(self) -> int:
-        """Waits for the end and returns the exit code."""
+        """Waits for the stage's end and returns its exit code."""
         self._process.join()
         assert self._process.exitcode is not None
         return self._process.exitcode
 
 
 def _run(stage: str, arguments: list[str], output: Connection) -> None:
-    """In the forked process."""
-    os.setsid()  # the terminal's Ctrl-C goes to the runner alone, which passes it on once
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the stage listens, there is nothing to be saved
+    """Runs the stage in the forked process."""
+    os.setsid()  # Ctrl-C reaches only the runner, which forwards it once
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the stage installs its handler, there is nothing to save
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
-        stream.reconfigure(line_buffering=True)  # the server's were made for another descriptor
+        stream.reconfigure(line_buffering=True)  # the server's streams were configured for another descriptor
     threading.Thread(target=_end_with_runner, daemon=True).start()
     try:
         import_module("training.run").main(stage, arguments)
@@ -61,7 +61,7 @@ def _run(stage: str, arguments: list[str], output: Connection) -> None:
 
 
 def _end_with_runner() -> None:
-    """A runner that was killed can pass nothing on: its stage ends as if it had been asked to."""
+    """Stops this stage as a signal would, if its runner is killed and so cannot forward signals."""
     runner = multiprocessing.parent_process()
     assert runner is not None
     runner.join()

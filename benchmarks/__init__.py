@@ -1,1 +1,1 @@
-"""Benchmarks: each runs us and a peer in turns, in one run, and prints the ratio. `make bench` runs them all."""
+"""Benchmarks: each runs Baton and a peer alternately, in one run, and prints the ratio. `make bench` runs them all."""

@@ -4,7 +4,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-# Those of learning take hours, and run only when they are named.
+# Benchmarks of learning take hours, and run only when they are named.
 SPEED = ("rollout", "rl", "scaling", "checkpoint_cost")
 LEARNING = ("verifiable", "overoptimization")
 

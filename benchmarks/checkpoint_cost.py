@@ -1,16 +1,16 @@
-"""What it costs that a run can be resumed: seconds of a save and of a resumption, and their share of the training.
+"""The cost of resumable states: seconds per save and per resumption, and their share of the training time.
 
     python -m benchmarks.checkpoint_cost [--json FILE] [--sections pretrain sft ...] [--sizes 5M 25M 100M] [--threads N]
 
-First the sections of recipes/tiny.yaml, a few steps of each: a step's seconds, a save's, and from them the share of a
-whole training at the recipe's own interval (every tenth of it). At most 3 % is the promise; `peer` is that limit.
-The first start of a section and its resumption are the same but for finding, checking and loading the state, which is
-what is timed.
+The first table runs a few steps of each section of recipes/tiny.yaml. From the seconds per step and per save it
+computes the share of a whole training at the recipe's own interval (a tenth of the run). The limit is 3 %, given as
+`peer`. A resumption is timed by the steps in which it differs from a first start: finding, checking and loading the
+state.
 
-Then how it grows with the model: PPO without a critic at sizes of benchmarks/rl_setup.py. Ours writes the parts, hashes
-them, has everything on the disk (fsync) and renames; resuming hashes them again before it loads them. `peer` is what
-is commonly done: torch.save of the same weights and moments, and torch.load. The ratio is what the promises of
-docs/reliability.md cost, below 1 where ours is slower.
+The second table shows the growth with the model: PPO without a critic at the sizes in benchmarks/rl_setup.py. Ours
+writes the parts, hashes them, flushes them to the disk (fsync) and renames; resuming hashes them again before loading.
+`peer` is the common practice: torch.save and torch.load of the same weights and moments. The ratio shows the cost of
+the promises in docs/reliability.md; it is below 1 where ours is slower.
 """
 
 import argparse
@@ -42,23 +42,23 @@ from training.saving import SavedStates
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 0.03
-"""Share of the training time that saving may take."""
+"""Limit on the share of training time that saving may take."""
 SECTIONS = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 GROWTH = ("5M", "25M", "100M")
-_STEPS, _EVERY = 24, 6  # of a Trainer-based section, and between two of its saves
-_ITERATIONS = 4  # of reinforcement learning, each saved but the last
+_STEPS, _EVERY = 24, 6  # steps of a Trainer-based section, and steps between its saves
+_ITERATIONS = 4  # iterations of reinforcement learning, each saved except the last
 
 
 @dataclass
 class Clock:
-    """When steps ended, and what was spent on states meanwhile."""
+    """Records when steps ended, and the time spent on states between them."""
 
     steps: list[float] = field(default_factory=list)
     spent: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     """{what: (begin, end) of each call}."""
 
     def seconds(self, what: str) -> float:
-        """Of a call, the median; 0 when there was none."""
+        """Median seconds of a call; 0 if there was none."""
         return statistics.median([end - begin for begin, end in self.spent.get(what, [])] or [0.0])
 
     def total(self, what: str) -> float:
@@ -66,7 +66,7 @@ class Clock:
         return sum(end - begin for begin, end in self.spent.get(what, []))
 
     def step(self) -> float:
-        """Seconds of a step without saves, the median; the first one warms up."""
+        """Median seconds of a step without saves; the first step is a warm-up and does not count."""
         saves = self.spent.get("save", [])
         spans = [
             end - begin - sum(b - a for a, b in saves if begin <= a and b <= end)
@@ -81,7 +81,7 @@ class _Interrupted(BaseException):
 
 @contextmanager
 def watched(clock: Clock, last: int) -> Iterator[None]:
-    """Times what happens to states, and interrupts the section after step `last`."""
+    """Times all operations on states, and interrupts the section after step `last`."""
 
     def timed(what: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -116,7 +116,7 @@ def watched(clock: Clock, last: int) -> Iterator[None]:
 
 
 def interrupted(recipe: Recipe, section: str, last: int) -> Clock:
-    """Starts a section and ends it after step `last`."""
+    """Starts a section and interrupts it after step `last`."""
     clock = Clock()
     try:
         with watched(clock, last):
@@ -127,7 +127,7 @@ def interrupted(recipe: Recipe, section: str, last: int) -> Clock:
 
 
 def quietly(recipe: Recipe, section: str) -> None:
-    """Runs a section without what it prints."""
+    """Runs a section without its output."""
     with redirect_stdout(io.StringIO()):
         run_section(recipe, section)
 
@@ -136,7 +136,7 @@ def quietly(recipe: Recipe, section: str) -> None:
 
 
 def shares(path: Path, names: Sequence[str]) -> list[Row]:
-    """A row for each section; its parents get a few steps of training, which is all that speed depends on."""
+    """A row for each section. Its parents train for only a few steps, since speed does not depend on their quality."""
     whole = load_recipe(ROOT / "recipes" / "tiny.yaml")
     tokenizer, *needed = whole.order(names)
     parents = {ref for name in needed for ref in whole.needs(name)}
@@ -178,7 +178,7 @@ def shares(path: Path, names: Sequence[str]) -> list[Row]:
 
 
 def interval(recipe: Recipe, name: str) -> float:
-    """Steps for each save at the recipe's own settings. In reinforcement learning every look may add one."""
+    """Steps per save at the recipe's own settings. In reinforcement learning every evaluation may add a save."""
     config = recipe.sections[name].config
     if isinstance(config.train, PPOTrainConfig):
         every = config.train.save_iterations or max(1, config.train.iterations // 10)
@@ -197,7 +197,7 @@ def newest(states: Path) -> Path:
 
 
 def growth(folder: Path, size: str) -> list[Row]:
-    """Two rows for a model: saving and resuming, in MB of state a second."""
+    """Two rows for a model: saving and resuming, in MB of state per second."""
     material = make(folder, size, (16, 16), 64, 0.0)
     section = {
         "advantage": "group",
@@ -237,7 +237,7 @@ def growth(folder: Path, size: str) -> list[Row]:
 
 
 def plainly(state: Path, path: Path, turns: int = 3) -> tuple[float, float]:
-    """Seconds of torch.save of what is in a state, and of torch.load of it; medians."""
+    """Median seconds of torch.save and of torch.load of a state's content."""
     from safetensors.torch import load_file
 
     content = {part.name: load_file(part) for part in sorted(state.glob("*.safetensors"))}

@@ -1,17 +1,17 @@
-"""A fault campaign: real processes of a small pipeline are killed, starved, damaged and doubled at random, and have to
-end as if nothing had happened.
+"""A fault campaign: injects kills, full disks, damaged files and double starts into a small pipeline at random, and
+checks that every stage still ends with the undisturbed result.
 
     python -m benchmarks.faults --trials N --seed S [--json FILE]
     python -m benchmarks.faults --seed S --only TRIAL        repeats the choices of one trial
 
-A trial takes one section with its published parents, starts it, disturbs it (benchmarks/faults_kinds.py) and starts it
-again until it ends. It survived when every promise of docs/reliability.md was kept on the way, and when its published
-files, its metrics (times apart), its samples and its saved states are then those of an undisturbed run, bit for bit.
-A trial's choices depend on seed and trial alone; where a random time falls in the other process depends on the machine.
+A trial takes one section with its published parents, starts it, disturbs it (benchmarks/faults_kinds.py) and restarts
+it until it ends. It survives if every promise of docs/reliability.md holds, and if its published files, metrics (except
+times), samples and saved states are bit for bit those of an undisturbed run. A trial's choices depend only on seed and
+trial; the moment at which a random time hits the other process depends on the machine.
 
-It needs Linux. The full disk is a tmpfs that only root can mount; where that is not possible, its trials are left out.
+It needs Linux. The full disk is a tmpfs that only root can mount; without root these trials are left out.
 
-Prints trials, faults survived, steps that had to be done again, bytes of damage. Exit code 1 when a trial failed.
+It prints trials, faults survived, repeated steps and bytes of damage. The exit code is 1 if a trial failed.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from handoff.verify import verify_run
 
 @dataclass
 class Tally:
-    """Of one kind of fault."""
+    """The counts of one kind of fault."""
 
     trials: int = 0
     survived: int = 0
     hit: int = 0
-    """Trials in which the fault came at the moment that it aims at, of those that aim."""
+    """Trials in which the fault hit the moment at which it aims; only for kinds that aim."""
     aimed: int = 0
     steps_lost: int = 0
     bytes_damaged: int = 0
@@ -55,11 +55,11 @@ class Campaign:
     failures: int = 0
     survived: int = 0
     steps_lost: int = 0
-    """Steps that were done twice."""
+    """Repeated steps."""
     bytes_damaged: int = 0
-    """What the faults did to files: bytes altered, cut off or deleted."""
+    """Bytes that the faults altered, cut off or deleted."""
     bytes_of_damage: int = 0
-    """What was left of it in the end: bytes of published files that are not those of an undisturbed run."""
+    """Damage at the end: bytes of published files that differ from an undisturbed run."""
     seconds: float = 0.0
     by_fault: dict[str, Tally] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Campaign:
 
 
 def kinds_of(seed: int, names: Sequence[str]) -> list[str]:
-    """One round: each kind as often as its share says, in an order that depends on the seed."""
+    """One round: each kind as often as its share, in an order that depends on the seed."""
     round_ = [name for name in names for _ in range(KINDS[name].share)]
     random.Random(f"{seed}").shuffle(round_)
     return round_
@@ -107,7 +107,7 @@ def _one(result: Campaign, scene: Scene, number: int, name: str) -> None:
         check(not problems, f"verify: {problems}")
     except (Broken, TimeoutError) as error:
         why = str(error)
-    except Exception:  # of the campaign itself, or a folder in a state that it never expected
+    except Exception:  # a fault of the campaign itself, or an unexpected state of a folder
         why = traceback.format_exc()
     tally = result.by_fault.setdefault(name, Tally())
     for counted in (result, tally):
@@ -123,15 +123,15 @@ def _one(result: Campaign, scene: Scene, number: int, name: str) -> None:
         again = f"python -m benchmarks.faults --seed {result.seed} --only {number}"
         result.failed.append({"trial": number, "fault": name, "section": t.section, "why": why, "again": again})
     hit = {None: "", True: "hit", False: "missed"}[t.hit]
-    told = "survived" if not why else f"FAILED: {why}"
-    print(f"{number:>4}  {name:<22}{t.section:<10}{hit:<7}{time.monotonic() - began:>6.1f} s  {told}", flush=True)
+    outcome = "survived" if not why else f"FAILED: {why}"
+    print(f"{number:>4}  {name:<22}{t.section:<10}{hit:<7}{time.monotonic() - began:>6.1f} s  {outcome}", flush=True)
     if why:
         print(t.said()[-3000:], flush=True)
     shutil.rmtree(root)
 
 
 def _damage(stage: Path, reference: Path) -> int:
-    """Bytes of published files that are missing or of other content."""
+    """Bytes of published files that are missing or differ."""
     ours, theirs = hash_tree(stage / "model"), hash_tree(reference / "model")
     wrong = [name for name, digest in theirs.items() if ours.get(name) != digest]
     return sum((reference / "model" / name).stat().st_size for name in wrong)
@@ -157,7 +157,7 @@ def report(result: Campaign) -> None:
 
 def main(trials: Sequence[int], seed: int, path: Path | None) -> int:
     """Returns the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread computes the same whatever else the machine does
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread gives the same result under any load
     with tempfile.TemporaryDirectory(prefix="baton-faults-") as name:
         result = campaign(trials, seed, Path(name))
     report(result)

@@ -1,6 +1,5 @@
-"""The faults of the campaign. Each is a function of a `Trial`: it starts a section, disturbs it, and raises `Broken`
-when what happens then is not what docs/reliability.md promises. That the section ends like its undisturbed twin is
-checked afterwards, by the campaign.
+"""The faults of the campaign. Each is a function of a `Trial`: it starts a section, disturbs it, and raises `Broken` if
+a promise of docs/reliability.md does not hold. Afterwards the campaign compares the result with an undisturbed run.
 """
 
 import json
@@ -25,12 +24,12 @@ from handoff.manifest import read_manifest
 from handoff.state import StateStore
 
 TRAINED = tuple(name for name in SECTIONS if name != "tokenizer")
-_DISK = 192  # MiB of the disk that fills up
-_POLL = 0.0005  # seconds between two looks at a folder
+_DISK = 192  # MiB, size of the disk that fills up
+_POLL = 0.0005  # seconds between two polls of a folder
 
 
 class Broken(Exception):
-    """A promise was not kept. The text says which."""
+    """A promise was broken; the text says which."""
 
 
 def check(kept: bool, words: str) -> None:
@@ -40,20 +39,20 @@ def check(kept: bool, words: str) -> None:
 
 
 class Trial:
-    """One section with its parents, in a folder of its own, and what is counted about it."""
+    """One section with its parents in a separate folder, and its counts."""
 
     def __init__(self, scene: Scene, root: Path, rng: random.Random, section: str) -> None:
         self.scene, self.root, self.rng, self.section = scene, root, rng, section
         self.disk = root / "runs"
         self.sections = [section]
-        """Those that have to come out as they do undisturbed."""
+        """The sections whose results must equal the undisturbed ones."""
         self.same_states = True
         self.lost_steps = 0
-        """Steps that were done, and had to be done again."""
+        """Steps that had to be repeated."""
         self.damage = 0
-        """Bytes that were altered or taken away."""
+        """Bytes that were altered or removed."""
         self.hit: bool | None = None
-        """Where a fault aims at a moment: whether it came in that moment."""
+        """For a fault that aims at a moment: whether it hit that moment."""
         self._overrides: list[str] = []
         self._environment: dict[str, str] = {}
 
@@ -70,36 +69,36 @@ class Trial:
         return self.root / f"{self.section}.log"
 
     def prepare(self) -> None:
-        """All that the section comes from, as published."""
+        """Copies the section's published ancestors into the folder."""
         self.scene.copy(self.disk, self.section)
 
     def options(self, *overrides: str, **environment: str) -> None:
-        """What every start gets from now on."""
+        """Sets the overrides and environment variables of every later start."""
         self._overrides, self._environment = list(overrides), environment
 
     def start(self, log: Path | None = None) -> Child:
         return self.scene.child(self.disk, self.section, log or self.log, *self._overrides, **self._environment)
 
     def finish(self) -> None:
-        """Starts it once more, and now it has to end."""
+        """Starts the section again; now it must end."""
         child = self.start()
         code = child.wait()
         check(code == 0, f"started again, it ended with {code}")
 
     def refused(self, *words: str) -> None:
-        """Starts it: has to be refused as a user's mistake, in these words, and to leave everything in place."""
+        """Starts the section, which must refuse with exit code 2 and these words, and must leave all files in place."""
         before = self._kept()
         already = len(self.said())
         code = self.start().wait()
-        told = self.said()[already:]
+        printed = self.said()[already:]
         check(code == 2, f"a start that has to be refused ended with {code}")
-        missing = [word for word in words if word not in told]
-        check(not missing, f"the refusal does not name {missing}: {told[-500:]}")
+        missing = [word for word in words if word not in printed]
+        check(not missing, f"the refusal does not name {missing}: {printed[-500:]}")
         missing = sorted(before - self._kept())
         check(not missing, f"the refused start removed {missing}")
 
     def _kept(self) -> set[str]:
-        """What the stage's folder holds, apart from what an interrupted save or publishing leaves."""
+        """The files in the stage's folder, without leftovers of an interrupted save or publishing."""
         return {name for name in list_files(self.stage) if not any(part[0] == "." for part in name.split("/"))}
 
     def said(self) -> str:
@@ -107,11 +106,11 @@ class Trial:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
     def pause(self, most: float = 1.0) -> None:
-        """A random part of the time that the section takes."""
+        """Waits for a random part of the section's duration."""
         time.sleep(self.rng.uniform(0, most * self.scene.seconds[self.section]))
 
     def somewhere(self, child: Child) -> None:
-        """Waits until a random moment of the section; in three of four cases one of its training."""
+        """Waits until a random moment of the section; in three of four cases during training."""
         if self.rng.random() < 0.75:
             steps = [line["step"] for line in metrics_of(self.scene.reference / self.section)]
             step = self.rng.choice(steps[:-1] or steps)
@@ -121,7 +120,7 @@ class Trial:
             self.pause()
 
     def kill(self, child: Child) -> None:
-        """SIGKILL, counting the steps that are lost by it."""
+        """Sends SIGKILL, and counts the steps that are lost."""
         if child.running:
             child.kill()
             self.lost_steps += max(0, self.last_step() - self.newest_state())
@@ -129,24 +128,24 @@ class Trial:
             child.wait()
 
     def last_step(self) -> int:
-        """The last one in the metrics; 0 before the first."""
+        """The last step in the metrics; 0 before the first."""
         path = self.stage / "metrics.jsonl"
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def newest_state(self) -> int:
-        """The step of the newest valid state; 0 without one."""
+        """The step of the newest valid state; 0 if there is none."""
         with suppress(HandoffError):
             state = StateStore(self.stage / "state").latest()
             return state.step if state else 0
         return 0
 
     def states(self) -> list[Path]:
-        """The saved ones, the newest first."""
+        """The saved states, newest first."""
         return sorted((self.stage / "state").glob("step-*"), key=lambda path: -int(path.name.removeprefix("step-")))
 
     def until(self, child: Child, happens: Callable[[], bool]) -> bool:
-        """Waits for it. False: the process ended before."""
+        """Waits until `happens` is true. Returns False if the process ended first."""
         deadline = time.monotonic() + LIMIT
         while not happens():
             if not child.running:
@@ -158,7 +157,7 @@ class Trial:
         return True
 
     def flip_or_cut(self, path: Path) -> Callable[[], None]:
-        """Flips a bit of a file, cuts its end off or deletes it. Returns what puts it back."""
+        """Flips a bit of a file, cuts off its end, or deletes it. Returns a function that restores the file."""
         content = path.read_bytes()
         how = self.rng.choice(("flip", "flip", "cut", "delete"))
         if how == "flip":
@@ -193,7 +192,7 @@ def kill(t: Trial) -> None:
 
 
 def _kill_during(t: Trial, child: Child, moment: Callable[[], bool]) -> None:
-    """SIGKILL in a moment that is short, or right after it; `hit` says which."""
+    """SIGKILL during a short moment, or right after it; `hit` says whether it hit the moment."""
     t.until(child, moment)
     time.sleep(t.rng.uniform(0, 0.01))
     t.kill(child)
@@ -220,7 +219,7 @@ def kill_while_saving(t: Trial) -> None:
 
 
 def kill_while_publishing(t: Trial) -> None:
-    """SIGKILL while the result is written and moved into place; every other time over a published one."""
+    """SIGKILL while the result is written and moved into place; every other time over an earlier publication."""
     t.prepare()
 
     def publishing() -> bool:
@@ -233,7 +232,7 @@ def kill_while_publishing(t: Trial) -> None:
 
 
 def kill_the_pipeline(t: Trial) -> None:
-    """SIGKILL of `baton run` and, every other time, of all that it started."""
+    """SIGKILL of `baton run` and, every other time, of every process that it started."""
     t.scene.copy(t.disk, "sft")
     t.sections = ["sft", "reward"]
     command = [sys.executable, "-m", "baton", "run", str(t.scene.recipe), f"output_root={t.disk}", "--to", "reward"]
@@ -247,11 +246,11 @@ def kill_the_pipeline(t: Trial) -> None:
     time.sleep(t.rng.uniform(0, whole))
     everything = t.rng.random() < 0.5
     (os.killpg if everything else os.kill)(runner.pid, signal.SIGKILL)
-    t.same_states = everything  # a stage whose runner is gone is told to end (baton/worker.py)
+    t.same_states = everything  # a stage whose runner died stops itself (baton/worker.py)
     runner.wait()
     deadline = time.monotonic() + LIMIT
     while (code := start().wait(LIMIT)) == 2 and "in use by" in (t.root / "baton.log").read_text()[-1000:]:
-        check(time.monotonic() < deadline, "the stage of the killed runner never let go")
+        check(time.monotonic() < deadline, "the stage of the killed runner never released its folder")
     check(code == 0, f"baton run ended with {code}: {(t.root / 'baton.log').read_text()[-1000:]}")
 
 
@@ -259,7 +258,7 @@ def kill_the_pipeline(t: Trial) -> None:
 
 
 def full_disk(t: Trial) -> None:
-    """The disk is full for a while. No state is lost, and the stage ends well, or asks for room and goes on then."""
+    """The disk is full for a while. No state is lost, and the stage ends, or asks for space and then continues."""
     t.same_states = False
     filler = t.disk / "filler"
     with _small_disk(t.disk):
@@ -280,7 +279,8 @@ def full_disk(t: Trial) -> None:
         check(t.newest_state() >= newest, f"the state of step {newest} was lost")
         check(code in (0, 2), f"on a full disk it ended with {code}")
         check(
-            code == 0 or "full" in t.said() or "free" in t.said(), f"it does not say what it lacks: {t.said()[-500:]}"
+            code == 0 or "full" in t.said() or "free" in t.said(),
+            f"the message does not say that the disk is full: {t.said()[-500:]}",
         )
         filler.unlink(missing_ok=True)
         if code:
@@ -291,7 +291,7 @@ def full_disk(t: Trial) -> None:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[None]:
-    """A tmpfs on the folder, for a while."""
+    """Mounts a tmpfs on the folder inside the context."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}m", "baton-faults", str(folder)], check=True)
     try:
         yield
@@ -312,7 +312,7 @@ def can_mount(folder: Path) -> bool:
 
 
 def _fill(path: Path, left: int) -> None:
-    """A file that leaves so many bytes of its disk."""
+    """Writes a file that leaves `left` bytes free on its disk."""
     room = shutil.disk_usage(path.parent).free - left
     with path.open("wb", buffering=0) as file, suppress(OSError):
         while room > 0:
@@ -323,7 +323,7 @@ def _fill(path: Path, left: int) -> None:
 
 
 def damaged_state(t: Trial) -> None:
-    """A part of the newest state, or of every one, is flipped, cut or deleted: it is skipped by name, or refused."""
+    """A part of the newest state, or of every state, is damaged: the state is skipped by name, or the start refused."""
     t.prepare()
     child = t.start()
     wanted = t.rng.choice((1, 2, 2))
@@ -346,7 +346,7 @@ def damaged_state(t: Trial) -> None:
 
 
 def damaged_parent(t: Trial) -> None:
-    """A published file of a parent is flipped, cut or deleted: the child is refused by name, until it is put back."""
+    """A published file of a parent is damaged: the child names it and refuses to start until it is restored."""
     t.prepare()
     if t.rng.random() < 0.5:
         child = t.start()
@@ -367,7 +367,7 @@ def damaged_parent(t: Trial) -> None:
 
 
 def second_copy(t: Trial) -> None:
-    """The same command by mistake, while the first is at work: refused with the owner's pid and host."""
+    """A second start of a running command: refused with the owner's pid and host."""
     t.prepare()
     child = t.start()
     lock = t.stage / ".lock"
@@ -377,14 +377,14 @@ def second_copy(t: Trial) -> None:
     code = t.start(log).wait()
     t.hit = child.running
     if child.running:
-        told = log.read_text(encoding="utf-8")
+        printed = log.read_text(encoding="utf-8")
         check(code == 2, f"a second copy ended with {code}")
-        check(f"process {child.pid} on {socket.gethostname()}" in told, f"the owner is not named: {told[-500:]}")
+        check(f"process {child.pid} on {socket.gethostname()}" in printed, f"the owner is not named: {printed[-500:]}")
     check(child.wait() == 0, "the first copy was disturbed by the second")
 
 
 def stale_lock(t: Trial) -> None:
-    """The owner of the lock was killed, and its number is that of another, living process by now."""
+    """The owner of the lock was killed, and another living process now has its pid."""
     t.prepare()
     child = t.start()
     lock = t.stage / ".lock"
@@ -398,7 +398,7 @@ def stale_lock(t: Trial) -> None:
 
 
 def preempted(t: Trial) -> None:
-    """SIGTERM or SIGINT: the step is finished and saved; every third time a second one does no harm."""
+    """SIGTERM or SIGINT: the step is finished and saved. Every third time a second signal follows and does no harm."""
     t.prepare()
     t.same_states = False
     signum = t.rng.choice((signal.SIGTERM, signal.SIGTERM, signal.SIGINT))
@@ -419,7 +419,7 @@ def preempted(t: Trial) -> None:
 
 
 def save_now(t: Trial) -> None:
-    """SIGUSR1: a state is saved, and the run goes on."""
+    """SIGUSR1: a state is saved, and the run continues."""
     t.prepare()
     t.same_states = False
     child = t.start()
@@ -434,7 +434,7 @@ def save_now(t: Trial) -> None:
 
 
 def tracker_fails(t: Trial) -> None:
-    """wandb is absent, raises, hangs or dies, and the stage notices nothing; or it is there, and after a kill it has
+    """wandb is missing, raises, hangs or dies, and the stage is not affected; or it works, and after a kill it has
     every line once."""
     t.prepare()
     package = t.root / "package" / "wandb"
@@ -474,7 +474,7 @@ def _await_all(server: Path, steps: list[int]) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault: what it does, the sections that it may disturb, how many of a round's trials are its."""
+    """A kind of fault: its function, the sections that it may disturb, and its number of trials in a round."""
 
     disturb: Callable[[Trial], None]
     sections: tuple[str, ...] = TRAINED

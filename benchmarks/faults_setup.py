@@ -1,5 +1,5 @@
-"""What the fault campaign works with: a pipeline whose stages take two seconds, what it makes undisturbed, stages as
-processes that can be killed, and the comparison of two stages' folders bit for bit.
+"""Tools of the fault campaign: a pipeline whose stages take two seconds, its undisturbed result, stages as processes
+that can be killed, and the bit-for-bit comparison of two stages' folders.
 
 Also used by the tests of resuming.
 """
@@ -96,7 +96,7 @@ SECTIONS = {
     "ppo": "ppo",
     "grpo": "ppo",
 }
-"""The sections in their order, and the package of each."""
+"""The sections in order, with the stage package of each."""
 PARENTS = {
     "tokenizer": (),
     "pretrain": ("tokenizer",),
@@ -107,18 +107,18 @@ PARENTS = {
     "grpo": ("sft",),
 }
 LIMIT = 120.0
-"""Seconds after which a stage that should have ended hangs."""
+"""Seconds after which a stage that should have ended counts as hanging."""
 
 
 # ---- stages as processes
 
 
 class Child:
-    """One stage in a process of its own, as `python -m stages.<stage> <recipe> ...` would run it, forked from a server
-    that has the imports behind it."""
+    """A process that runs one stage as `python -m stages.<stage> <recipe> ...` would, forked from a server that has
+    already imported everything."""
 
     def __init__(self, stage: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] = {}) -> None:
-        """`log` gets what it prints."""
+        """`log` receives its output."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["baton.preload"])
         self.log = log
@@ -130,19 +130,19 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it is still running."""
         return self._process.is_alive()
 
     def send(self, signum: int) -> None:
-        """A signal; nothing happens when it has ended."""
+        """Sends a signal, unless it has ended."""
         if self._process.is_alive():
             os.kill(self.pid, signum)
 
     def wait(self, seconds: float = LIMIT) -> int:
-        """Its exit code, negative for a signal. One that hangs is killed.
+        """Waits for its exit code, negative for a signal. A hanging process is killed.
 
         Raises:
-            TimeoutError: it did not end in so many seconds.
+            TimeoutError: it did not end within `seconds`.
         """
         self._process.join(seconds)
         if self._process.exitcode is None:
@@ -152,7 +152,7 @@ class Child:
         return self._process.exitcode
 
     def kill(self) -> None:
-        """SIGKILL, and waits until it is gone."""
+        """Sends SIGKILL and waits for its end."""
         self.send(signal.SIGKILL)
         self.wait()
 
@@ -162,7 +162,7 @@ class Child:
 
 
 def _stage(stage: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """In the forked process."""
+    """Runs the stage in the forked process."""
     os.setsid()
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -178,12 +178,12 @@ def _stage(stage: str, arguments: list[str], log: str, environment: dict[str, st
 
 @dataclass
 class Scene:
-    """The recipe, and each section as it comes out when nothing happens."""
+    """The recipe, and each section's undisturbed result."""
 
     folder: Path
     recipe: Path
     seconds: dict[str, float]
-    """Of each section's process."""
+    """Seconds of each section's process."""
 
     @property
     def reference(self) -> Path:
@@ -196,7 +196,7 @@ class Scene:
         return Child(SECTIONS[section], arguments, log, environment)
 
     def copy(self, root: Path, section: str) -> Path:
-        """A run's folder below `root` with all that the section comes from, as published. It can be damaged."""
+        """A run's folder below `root` with copies of the section's published ancestors, which may be damaged."""
         run = root / NAME
         run.mkdir(parents=True)
         for name in ancestors(section):
@@ -205,7 +205,7 @@ class Scene:
 
 
 def ancestors(section: str) -> list[str]:
-    """Everything that has to be there before the section, in its order."""
+    """The sections that must exist before this one, in order."""
     found = {name for parent in PARENTS[section] for name in (*ancestors(parent), parent)}
     return [name for name in SECTIONS if name in found]
 
@@ -214,7 +214,7 @@ def prepare(folder: Path, sections: Sequence[str] = tuple(SECTIONS)) -> Scene:
     """Runs the pipeline once.
 
     Raises:
-        RuntimeError: a section failed; with what it printed.
+        RuntimeError: a section failed; the message has its output.
     """
     recipe = folder / "faults.yaml"
     recipe.write_text(RECIPE.format(root=folder / "reference"), encoding="utf-8")
@@ -234,16 +234,16 @@ def prepare(folder: Path, sections: Sequence[str] = tuple(SECTIONS)) -> Scene:
 
 
 def metrics_of(stage: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """The lines of metrics.jsonl, without values that depend on the clock."""
     lines = (json.loads(line) for line in (stage / "metrics.jsonl").open("rb"))
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
 def differences(stage: Path, reference: Path, *, same_states: bool = True) -> list[str]:
-    """In words, everything in which two folders of one stage differ that should not: the published files, every line of
-    metrics and samples, and every tensor and value of the saved states.
+    """Descriptions of all unexpected differences between two folders of a stage: published files, lines of metrics and
+    samples, and tensors and values of the saved states.
 
-    `same_states`: which steps have one is the same too. Not after a preemption, which saves where it happens.
+    `same_states`: the same steps must have a state. Not so after a preemption, which saves at the step of the signal.
     """
     found = []
     if not (stage / "stage.json").exists():
@@ -268,7 +268,7 @@ def differences(stage: Path, reference: Path, *, same_states: bool = True) -> li
 
 
 def state_differences(state: Path, reference: Path) -> list[str]:
-    """In words, the tensors and values in which two saved states differ, and parts that only one has."""
+    """Descriptions of the tensors and values in which two saved states differ, and of parts that only one has."""
     parts, expected = hash_tree(state).keys(), hash_tree(reference).keys()
     found = [f"state {state.name}: only one has {name}" for name in sorted(parts ^ expected)]
     for name in sorted(parts & expected):
@@ -278,7 +278,7 @@ def state_differences(state: Path, reference: Path) -> list[str]:
 
 
 def _content(path: Path) -> Any:
-    """What a part of a state holds; of a kind that is not known, nothing."""
+    """The content of a part of a state; None for an unknown kind of file."""
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix in (".pt", ".pth"):
@@ -286,13 +286,13 @@ def _content(path: Path) -> Any:
     if path.suffix == ".json":
         content = json.loads(path.read_bytes())
         if path.name == "state.json":
-            return content["extra"]  # the rest are the parts' hashes, and a pickle's bytes are not its content
+            return content["extra"]  # the rest are the parts' hashes; a pickle's bytes may differ for equal content
         return content
     return None
 
 
 def _unequal(a: Any, b: Any, place: str) -> Iterator[str]:
-    """Where two nested values differ, times apart."""
+    """Places where two nested values differ, except times."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.dtype != b.dtype or not torch.equal(a, b):
             yield place
@@ -305,5 +305,5 @@ def _unequal(a: Any, b: Any, place: str) -> Iterator[str]:
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         for index, (x, y) in enumerate(zip(a, b)):
             yield from _unequal(x, y, f"{place}/{index}")
-    elif type(a) is not type(b) or str(a) != str(b):  # of numpy's arrays and of NaN the text is compared
+    elif type(a) is not type(b) or str(a) != str(b):  # numpy arrays and NaN are compared by their text
         yield place

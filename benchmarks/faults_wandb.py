@@ -1,7 +1,7 @@
-"""Stands in for the wandb package where it is copied to `wandb/__init__.py`: it does what FAKE_WANDB says.
+"""A fake wandb package: copied to `wandb/__init__.py`, it behaves as the variable FAKE_WANDB says.
 
-Its server is a file for each run id beside the package, which keeps a line of each `_step` and, as the real one does,
-drops what comes a second time.
+Its server is one file per run id beside the package. Like the real server, it keeps one line per `_step` and drops
+repetitions.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("absent", "raises at init", "raises", "hangs at import", "hangs at init", "hangs", "dies", "offline")
-"""What FAKE_WANDB may be; without it everything works. `offline`: nobody knows what was sent before."""
+"""Values of FAKE_WANDB; without it everything works. `offline`: the server cannot say what was sent before."""
 _HANGS = 60.0
 _MODE = os.environ.get("FAKE_WANDB", "")
 _HERE = Path(__file__).parent
@@ -25,7 +25,7 @@ if __name__ == "wandb":
 
 
 class FakeRun:
-    """What `init` returns, as far as the mirror uses it."""
+    """The run that `init` returns, with the methods that the mirror uses."""
 
     def __init__(self, run_id: str) -> None:
         self._path = _HERE / f"server-{run_id}.jsonl"
@@ -35,11 +35,11 @@ class FakeRun:
         self._lines = 0
 
     def define_metric(self, name: str, step_metric: str) -> None:
-        """Takes the call that the mirror makes, and no other."""
+        """Accepts only the call that the mirror makes."""
         assert (name, step_metric) == ("*", "step")
 
     def log(self, line: dict[str, Any], step: int, commit: bool) -> None:
-        """Keeps the line, when its step is a new one; fails at the second in the modes that say so."""
+        """Keeps the line if its step is new; fails at the second line in the modes that say so."""
         assert commit
         self._lines += 1
         if self._lines == 2:
@@ -55,7 +55,7 @@ class FakeRun:
                 file.write(json.dumps({"_step": step, **line}) + "\n")
 
     def finish(self) -> None:
-        """Leaves a sign that everything has come."""
+        """Writes a marker that all lines have arrived."""
         (_HERE / "finished").touch()
 
 

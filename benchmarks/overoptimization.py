@@ -1,11 +1,12 @@
-"""How a reward comes apart from what was meant: gold and proxy score over the distance from the reference.
+"""Reward over-optimisation: gold and proxy score as functions of the distance from the reference.
 
     python -m benchmarks.overoptimization [--json FILE]
 
-Runs recipes/overoptimize.yaml (PPO without KL penalty against reward models of three sizes) and fits, to the looks at
-held-out prompts, R(d) = d (α − β log d) with d = √KL, the form that Gao et al. 2022 (arXiv:2210.10760, section 3) found
-for reinforcement learning; R is the gain over the parent. A β above 0 is over-optimisation. In the table `ours` is the
-gold score and `peer` the proxy that was optimised, a unit of each being its deviation over the parent's answers.
+Runs recipes/overoptimize.yaml (PPO without KL penalty against reward models of three sizes), and fits
+R(d) = d (α − β log d) with d = √KL to the evaluations on held-out prompts, the form that Gao et al. 2022
+(arXiv:2210.10760, section 3) found for reinforcement learning. R is the gain over the parent. A β above 0 means
+over-optimisation. In the table `ours` is the gold score and `peer` the optimised proxy, both in units of their standard
+deviation over the parent's answers.
 """
 
 import json
@@ -24,7 +25,7 @@ SIZES = ("small", "medium", "large")
 
 
 def fit(kl: Sequence[float], gain: Sequence[float]) -> tuple[float, float, float]:
-    """Least squares for α and β, and R². Looks at no distance (KL ≤ 0) say nothing and are left out."""
+    """Least squares for α and β, and R². Points without distance (KL ≤ 0) are left out."""
     points = [(math.sqrt(k), g) for k, g in zip(kl, gain, strict=True) if k > 0]
     d, r = np.array([p[0] for p in points]), np.array([p[1] for p in points])
     terms = np.stack([d, -d * np.log(d)], axis=-1)  # (points, 2)
@@ -34,7 +35,7 @@ def fit(kl: Sequence[float], gain: Sequence[float]) -> tuple[float, float, float
 
 
 def course(folder: Path) -> dict[str, list[float]]:
-    """KL, gold and proxy at every look, gains over the first one."""
+    """KL, gold and proxy score at every evaluation, as gains over the first one."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     looks = [line for line in lines if "eval/monitor" in line]
     return {
@@ -45,7 +46,7 @@ def course(folder: Path) -> dict[str, list[float]]:
 
 
 def main(path: Path | None) -> None:
-    """Runs what is not up to date, fits, prints."""
+    """Runs the sections that are not up to date, fits and prints."""
     subprocess.run([Path(sys.executable).parent / "baton", "run", RECIPE], check=True)
     rows = []
     for size in SIZES:

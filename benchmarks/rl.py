@@ -2,25 +2,26 @@
 
     python -m benchmarks.rl [--json FILE] [--only ROW ...] [--full-lengths] [--turns N] [--threads N] [--clock cpu]
 
-The same random Llama of 5.8 million parameters on both sides, the same prompts of 8 to 32 tokens, the same chance of
-1/32 that an answer ends at a token, the same longest answer, batch, micro-batch and epochs. Each side is a process of
-its own that stands still while the other works (benchmarks/turns.py), and the turns alternate.
+Both sides have the same random Llama of 5.8 million parameters, the same prompts of 8 to 32 tokens, the same chance of
+1/32 that an answer ends at a token, and the same longest answer, batch, micro-batch and epochs. Each side is a separate
+process that waits while the other works (benchmarks/turns.py), and the turns alternate.
 
 | row | what |
 | --- | --- |
 | `ppo_same_precision` | a PPO update: 32 answers of up to 48 tokens, 4 epochs, micro-batches of 8, both in float32 |
-| `ppo_default` | the same; precision, recomputation and kernels as each side chooses them by itself |
+| `ppo_default` | the same; precision, recomputation and kernels at each side's defaults |
 | `grpo_same_precision` | a GRPO step: 4 prompts with 8 answers each of up to 64 tokens, micro-batches of 8, float32 |
 | `grpo_default` | the same, each side at its defaults |
-| `ppo_peak_memory` | most resident memory in `ppo_same_precision`, above what there was before a model was made; here \
+| `ppo_peak_memory` | most resident memory in `ppo_same_precision`, above the level before the model was created; here \
 the ratio is ours / the peer's, and less is better |
 
 With `--full-lengths` every prompt has 32 tokens and no answer ends before the longest length, so that there is no
-padding that could be saved; the rows are then called `..._full`.
+padding to save; the rows are then called `..._full`.
 
-PPO's peer is TRL 1.12.0, the last release that has a PPOTrainer: it gets an environment of its own, made once, below
-`.benchmarks/`. GRPO's is the TRL of requirements.lock. TRL's PPOTrainer makes its accelerator without a precision, so
-its default is float32 in spite of `bf16`; its GRPOTrainer's is bfloat16 autocast with activations recomputed.
+PPO's peer is TRL 1.12.0, the last release with a PPOTrainer; it gets a separate environment, created once below
+`.benchmarks/`. GRPO's peer is the TRL in requirements.lock. TRL's PPOTrainer creates its accelerator without a
+precision, so its default is float32 in spite of `bf16`; its GRPOTrainer's default is bfloat16 autocast with activations
+recomputed.
 """
 
 import argparse
@@ -52,7 +53,7 @@ Kind = Literal["ppo", "grpo"]
 
 @dataclass(frozen=True)
 class Work:
-    """What one update is. `prompt`: shortest and longest; `hazard`: chance that an answer ends at a token."""
+    """The work of one update. `prompt`: shortest and longest; `hazard`: chance that an answer ends at a token."""
 
     kind: Kind
     prompt: tuple[int, int]
@@ -72,9 +73,9 @@ def work(kind: Kind, full_lengths: bool) -> Work:
 
 
 def peer_python(requirement: str = PPO_PEER, root: Path = ENVIRONMENTS) -> Path:
-    """The Python of an environment with the peer in it, made when it is not there.
+    """The Python of the peer's environment, which is created if it does not exist.
 
-    Everything that the peer needs has the version of requirements.lock, so that nothing but the peer differs.
+    The peer's dependencies have the versions of requirements.lock, so that only the peer itself differs.
     """
     locked = [line for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if "==" in line]
     pins = [line for line in locked if not line.startswith("trl==")]
@@ -95,7 +96,7 @@ def peer_python(requirement: str = PPO_PEER, root: Path = ENVIRONMENTS) -> Path:
 
 
 def our_section(job: Work, reward: Path, same_precision: bool) -> dict[str, Any]:
-    """The section of our recipe: sizes, and nothing that would make the work another one than the peer's."""
+    """The section of our recipe, with the sizes and nothing that would make its work differ from the peer's."""
     train: dict[str, Any] = {
         "iterations": 10**6,
         "rollout_batch_size": ANSWERS,
@@ -108,7 +109,7 @@ def our_section(job: Work, reward: Path, same_precision: bool) -> dict[str, Any]
     }
     if same_precision:
         train["bf16"] = False
-    # Answers of random weights may never end: what watches over training would object.
+    # Answers of random weights may never end, which would trigger the training guards.
     guards = {"probe_prompts": 0, "patience": 10**6}
     if job.kind == "ppo":
         rewards = [{"model": str(reward)}]
@@ -118,7 +119,7 @@ def our_section(job: Work, reward: Path, same_precision: bool) -> dict[str, Any]
 
 
 def commands(job: Work, folder: Path, python: Path, same_precision: bool) -> tuple[list[str], list[str]]:
-    """Makes the material in `folder`. -> the commands that start our worker and the peer's."""
+    """Creates the material in `folder`; returns the commands that start our worker and the peer's."""
     from benchmarks.rl_setup import make, recipe
 
     material = make(folder, "5M", job.prompt, PROMPTS, job.hazard)
@@ -147,11 +148,11 @@ def commands(job: Work, folder: Path, python: Path, same_precision: bool) -> tup
 def measure(
     name: str, pair: tuple[Sequence[str], Sequence[str]], folder: Path, turns: int, threads: int, clock: str
 ) -> tuple[Row, Row]:
-    """Runs both sides in turns. -> the row of speed, in answers a second, and that of memory."""
+    """Runs both sides in turns; returns the row of speed, in answers per second, and the row of memory."""
     workers: list[Worker] = []
     try:
         for side, command in zip(("ours", "peer"), pair, strict=True):
-            # One after the other: loading and a first update are work, too.
+            # One after the other, because loading and the first update are work too.
             workers.append(Worker(command, threads, folder / f"{side}.log", ROOT))
         ours, peer = workers
         speed = in_turns(name, "answers/s", _rate(ours, clock), _rate(peer, clock), turns)

@@ -1,8 +1,8 @@
-"""Our side of the reinforcement-learning benchmarks: the real stage, held between two iterations.
+"""Our side of the reinforcement-learning benchmarks: the real stage, which pauses between two iterations.
 
     python -m benchmarks.rl_ours RECIPE SECTION      (started by benchmarks/turns.py, not by hand)
 
-`Run.log` is called once an iteration; here it also waits for the next turn. Everything else is the stage as it is.
+`Run.log` is called once per iteration; here it also waits for the next turn. The rest is the unchanged stage.
 """
 
 import sys
@@ -16,7 +16,7 @@ from training.recipe import load_recipe
 
 
 class SteppedRun(frame.Run):
-    """A `Run` whose log waits."""
+    """A `Run` whose `log` waits for the next turn."""
 
     turns: Turns
 

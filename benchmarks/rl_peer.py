@@ -1,12 +1,11 @@
-"""The peer's side of the reinforcement-learning benchmarks: TRL's own trainer, held between two updates.
+"""The peer's side of the reinforcement-learning benchmarks: TRL's own trainer, which pauses between two updates.
 
     PYTHON rl_peer.py ppo|grpo SETTINGS      (started by benchmarks/turns.py, not by hand; SETTINGS is JSON)
 
-It runs in the peer's environment, so it imports nothing of ours but turns.py, which lies beside it.
+It runs in the peer's environment, so of our modules it imports only turns.py, which is in the same folder.
 
 Settings: policy, reward (model folders), prompts (JSON lines), output (a folder), rows, micro_batch, response, epochs,
-generations, and `arguments`: keyword arguments of TRL's configuration on top of the sizes. What is in neither is TRL's
-default.
+generations, and `arguments`: further keyword arguments of TRL's configuration. Everything else is TRL's default.
 """
 
 import json
@@ -41,7 +40,7 @@ class Stepped(TrainerCallback):
 
 
 def ppo(settings: dict[str, Any]) -> None:
-    """TRL 1.12's PPOTrainer. Its loop is its own: of the Trainer's arguments it reads only some."""
+    """TRL 1.12's PPOTrainer. It has its own loop, and reads only some of the Trainer's arguments."""
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 

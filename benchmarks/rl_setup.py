@@ -1,9 +1,9 @@
-"""What both sides of the reinforcement-learning benchmarks start from: one random policy, one reward model, prompts.
+"""The material for both sides of the reinforcement-learning benchmarks: a random policy, a reward model, prompts.
 
-The weights are random, since speed does not depend on them, with one exception: how often the end token is drawn. For
-that, channel 0 of the residual stream is held constant (no block writes to it), and the rows of the tied embedding that
-belong to stop tokens have a value of their own there. So the chance of ending is the same at every position, whatever
-came before: `hazard`. With 0 no answer ever ends by itself, and every one has exactly the length that was asked for.
+The weights are random, since speed does not depend on them, with one exception: how often a stop token is drawn. For
+that, channel 0 of the residual stream is constant (no block writes to it), and the rows of the tied embedding that
+belong to stop tokens have a special value there. So the chance of ending, `hazard`, is the same at every position. With
+0 no answer ends by itself, and every answer has exactly the requested length.
 """
 
 import json
@@ -31,12 +31,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """Llamas with tied embeddings; with a vocabulary of 4096 they have 5.8, 24, 60 and 101 million parameters."""
 _OUTSIDE = 4
-"""Tokens of a rendered one-turn prompt beside the question: bos, user, end, assistant."""
+"""Tokens of a rendered one-turn prompt besides the question: bos, user, end, assistant."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """Where things are. `prompts`: JSON lines with `prompt`, each `prompt_tokens` long once rendered."""
+    """Paths. `prompts`: JSON lines with `prompt`, each `prompt_tokens` long once rendered."""
 
     policy: Path
     reward: Path
@@ -50,7 +50,7 @@ def make(root: Path, size: str, prompt_tokens: tuple[int, int], prompts: int, ha
         root: an existing folder.
         size: a key of SIZES.
         prompt_tokens: shortest and longest prompt, once it is rendered.
-        prompts: how many, of lengths spread evenly between the two.
+        prompts: number of prompts, with lengths spread evenly between the two.
         hazard: chance that an answer ends at a token, in [0, 1).
     """
     tokenizer = _tokenizer()
@@ -130,7 +130,7 @@ def _set_stops(model: LlamaForCausalLM, stops: Sequence[int], eos: int, hazard: 
     out = model(ids, output_hidden_states=True)
     channel, others = out.hidden_states[-1][..., 0], out.logits.logsumexp(-1)
     low, high = -10.0, 10.0
-    for _ in range(40):  # the chance rises with the value
+    for _ in range(40):  # bisection: the chance rises with the value
         middle = (low + high) / 2
         chance = torch.sigmoid(channel * middle - others).mean().item()
         low, high = (middle, high) if chance < hazard else (low, middle)

@@ -4,11 +4,12 @@
 
 - `rollout_equal`: 32 prompts of 32 tokens, every answer 48 tokens long.
 - `rollout_mixed`: 128 prompts of 32 tokens, answers of 4 to 128 tokens, evenly spread and in random order. The peer
-  takes 32 prompts at a time and decodes until the longest answer has ended; ours lets the next prompt in.
+  takes 32 prompts at a time and decodes until the longest answer has ended; ours replaces each finished row by the next
+  prompt.
 - `rollout_shared_prompt`: 8 answers of 48 tokens to each of 4 prompts of 512 tokens.
 
-Both sides compute everything that they would compute without it, and then have the logits of the stop token, and in the
-mixed row of the next token, overwritten, so that answers have the lengths that they are to have.
+To give answers their lengths, the benchmark overwrites the logits of the stop token, and in the mixed row of the next
+token, after each side has computed everything as usual.
 """
 
 import time
@@ -30,18 +31,18 @@ BATCH, STOP, PAD, FIRST = 32, 2, 0, 3
 
 
 class Ending:
-    """Answers end at `lengths`: a single one for all, or that of answer i, whose tokens are all FIRST + i.
+    """Makes answers end at `lengths`: one length for all, or one for each answer i, whose tokens are all FIRST + i.
 
-    prompt: length of every prompt. Then the position of a token says how many there have been.
+    prompt: length of every prompt, so that a token's position gives its index in the answer.
     """
 
     def __init__(self, prompt: int, lengths: Sequence[int]) -> None:
         self._prompt, self._table = prompt, torch.tensor(lengths)
 
     def force(self, logits: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        """Overwrites logits (..., V) behind tokens `ids` (...) at `positions` (...).
+        """Overwrites logits (..., V) after tokens `ids` (...) at `positions` (...).
 
-        By values far above the model's own, but not so far that the others' probabilities leave float32's normal range.
+        The values are far above the model's own, but not so far that other probabilities leave float32's normal range.
         """
         one = len(self._table) == 1
         wanted = self._table.expand(ids.shape) if one else self._table[(ids - FIRST).clamp(min=0)]
@@ -51,7 +52,7 @@ class Ending:
 
     @contextmanager
     def ours(self) -> Iterator[None]:
-        """Inside, in our engine."""
+        """Inside this context, overwrites logits in our engine."""
         prefill, decode = Runner.prefill, Runner.decode
 
         def first(runner: Runner, prompts: Sequence[Sequence[int]]) -> Any:
@@ -121,7 +122,9 @@ def row(name: str, model: Any, prompts: list[list[int]], lengths: list[int]) -> 
             assert ((out == STOP).int().argmax(-1) - ids.shape[1] + 1).tolist() == wanted[start : start + BATCH]
         return sum(wanted) / (time.perf_counter() - started)
 
-    generate(model, prompts[:1], spec, keys[:1], seed=0)  # the engine's trial of a model, before logits are overwritten
+    generate(
+        model, prompts[:1], spec, keys[:1], seed=0
+    )  # runs the engine's check of the model before logits are overwritten
     return in_turns(name, "tokens/s", ours, peer)
 
 

@@ -1,14 +1,14 @@
-"""How an iteration of PPO grows with batch, answer length and model size, and where its time goes. Ours only.
+"""How the time of a PPO iteration grows with batch, answer length and model size, and which phases take it. Ours only.
 
     python -m benchmarks.scaling [--json FILE] [--sizes 5M 25M 60M] [--turns N] [--threads N]
 
 Answers have exactly the given length, so that the work is known: one epoch over the answers, float32, micro-batches of
-8, prompts of 32 tokens, scored by a function. Beside each iteration's seconds stand the phases' sum as a share of the
-wall time, and the training phase's share of the machine's limit: the operations that its matrix products take, over the
-time it took, over the rate of a product of 2048 × 2048 matrices measured in the same run.
+8, prompts of 32 tokens, scored by a function. Besides each iteration's seconds, the table shows the sum of the phases
+as a share of the wall time, and the training phase's speed as a share of the machine's limit: the operations per second
+of its matrix products, over those of a product of 2048 × 2048 matrices measured in the same run.
 
-Rows have no peer: `peer` is the smallest case of the same series, and the ratio is how much more work per second this
-case does than that one.
+There is no other program as a peer: `peer` is the smallest case of the same series, and the ratio is this case's work
+per second over that one's.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PROMPT = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One point: answers of an iteration, tokens of an answer, and a key of SIZES."""
+    """One point: answers per iteration, tokens per answer, and a key of SIZES."""
 
     answers: int
     response: int
@@ -55,7 +55,7 @@ SERIES = {
 
 
 def section(case: Case) -> dict[str, Any]:
-    """PPO with a critic that starts from the policy's body."""
+    """PPO with a critic initialised from the policy's body."""
     return {
         "reward": [{"function": "benchmarks.rl_setup:score"}],
         "guards": {"probe_prompts": 0, "patience": 10**6},
@@ -75,9 +75,10 @@ def section(case: Case) -> dict[str, Any]:
 
 
 def training_operations(case: Case) -> float:
-    """Floating-point operations of the training phase's matrix products: forward, and twice that backward.
+    """Floating-point operations of the training phase's matrix products: forward, and twice as many backward.
 
-    Policy and critic over every token, the vocabulary over the answers' tokens only, attention over the whole square.
+    It counts policy and critic over every token, the vocabulary projection over the answers' tokens only, and attention
+    over the whole square.
     """
     shape = SIZES[case.size]
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
@@ -89,7 +90,7 @@ def training_operations(case: Case) -> float:
 
 
 def limit(dtype: torch.dtype, threads: int, size: int = 2048) -> float:
-    """Operations a second of a matrix product, the best of five."""
+    """Operations per second of a matrix product, the best of five."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -103,13 +104,13 @@ def limit(dtype: torch.dtype, threads: int, size: int = 2048) -> float:
 
 
 def phases(answer: dict[str, Any]) -> dict[str, float]:
-    """Seconds by phase of one answer of our worker; `iteration` is their frame, not one of them."""
+    """Seconds by phase in one answer of our worker, without `iteration`, which encloses them all."""
     found = {key.removeprefix("time/"): value for key, value in answer.items() if key.startswith("time/")}
     return {key: value for key, value in found.items() if key != "iteration"}
 
 
 def measure(case: Case, turns: int, threads: int) -> list[dict[str, Any]]:
-    """The worker's answers to `turns` requests, after one that is not counted."""
+    """The worker's answers to `turns` requests, after a warm-up request."""
     with tempfile.TemporaryDirectory(prefix="benchmark-scaling-") as name:
         folder = Path(name)
         material = make(folder, case.size, (PROMPT, PROMPT), 256, 0.0)
@@ -143,8 +144,8 @@ def main(path: Path | None, sizes: Sequence[str] = tuple(SIZES), turns: int = 3,
                 share = statistics.median(sum(phases(a).values()) / a["wall"] for a in answers)
                 roof = training_operations(case) / shares["train"] / fastest
                 longest = sorted(shares.items(), key=lambda item: -item[1])[:5]
-                told = "  ".join(f"{key} {value / wall:.0%}" for key, value in longest)
-                print(f"{case.name:<25}{wall:>9.2f}{share:>13.1%}{roof:>13.0%}  {told}", flush=True)
+                phases_text = "  ".join(f"{key} {value / wall:.0%}" for key, value in longest)
+                print(f"{case.name:<25}{wall:>9.2f}{share:>13.1%}{roof:>13.0%}  {phases_text}", flush=True)
                 rates[case] = case.answers * (PROMPT + case.response) / wall
                 first = rates[cases[0]]
                 rows.append(

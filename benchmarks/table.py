@@ -1,4 +1,4 @@
-"""What every benchmark prints, and writes with --json: a list of {"row", "ours", "peer", "unit", "ratio"}."""
+"""The table that every benchmark prints, and writes with --json: a list of {"row", "ours", "peer", "unit", "ratio"}."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def in_turns(name: str, unit: str, ours: Callable[[], float], peer: Callable[[],
 
 
 def report(rows: list[Row], path: Path | None) -> None:
-    """The table, and the file."""
+    """Prints the table and writes the file."""
     print(f"{'row':<24}{'ours':>12}{'peer':>12}  {'unit':<14}{'ratio':>7}")
     for row in rows:
         print(f"{row['row']:<24}{row['ours']:>12.4g}{row['peer']:>12.4g}  {row['unit']:<14}{row['ratio']:>6.2f}×")

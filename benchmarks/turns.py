@@ -1,8 +1,8 @@
-"""A worker process that does one piece of work whenever it is told to, and both ends of how it is told.
+"""Worker processes that do one piece of work per request, and both ends of the connection to them.
 
-Two sides are measured in turns, and only one of them may work at a time. So each is a process that stands still between
-two updates, in the middle of its own training loop: `Turns.done` is called there, answers the last request with a line
-of JSON and blocks until the next. This file is read by the peer's Python too, and needs nothing but the library.
+Two sides are measured in turns, and only one may work at a time. So each is a process that pauses between two updates,
+in the middle of its training loop. There it calls `Turns.done`, which answers the last request with a line of JSON and
+blocks until the next request. The peer's Python imports this file too, so it needs only the standard library.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def resident(key: str) -> int:
-    """Bytes of memory of this process: `VmRSS` now, or `VmHWM`, the most there were since `forget_peak`."""
+    """Resident bytes of this process: `VmRSS` is the present value, `VmHWM` the peak since `forget_peak`."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -24,16 +24,16 @@ def resident(key: str) -> int:
 
 
 def forget_peak() -> int:
-    """Lets `VmHWM` start again from what is resident now, and returns that."""
+    """Resets `VmHWM` to the present resident bytes, and returns them."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return resident("VmRSS")
 
 
 class Turns:
-    """The worker's end. Made once everything is imported and before there is a model: memory is counted from here."""
+    """The worker's end. Create it after all imports and before the model; memory is counted from this point."""
 
     def __init__(self) -> None:
-        # What the libraries print must not come between the answers.
+        # Keeps the libraries' output out of the answers.
         self._answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self._baseline = forget_peak()
@@ -44,25 +44,25 @@ class Turns:
         return time.perf_counter(), time.process_time()
 
     def done(self, report: Mapping[str, Any] | None = None) -> None:
-        """An update is done: answers, and returns when the next one is wanted. Ends the process when none is."""
+        """Called after an update: sends the answer and waits for the next request. Exits when there is none."""
         wall, cpu = (now - then for now, then in zip(self._clocks(), self._asked, strict=True))
         answer = {"wall": wall, "cpu": cpu, "peak": resident("VmHWM") - self._baseline, **(report or {})}
         self._answers.write(json.dumps(answer) + "\n")
         self._answers.flush()
         if not sys.stdin.readline():
-            os._exit(0)  # nothing is to be saved
+            os._exit(0)  # there is nothing to save
         self._asked = self._clocks()
 
 
 class WorkerError(RuntimeError):
-    """A worker ended instead of answering; the message has the end of what it printed."""
+    """A worker ended instead of answering; the message has the end of its output."""
 
 
 class Worker:
-    """The benchmark's end. The first answer, after loading and a first update, is awaited when it is made."""
+    """The benchmark's end. The constructor waits for the first answer, after loading and a first update."""
 
     def __init__(self, command: Sequence[str], threads: int, log: Path, cwd: Path) -> None:
-        """Starts `command` with that many threads; what it prints goes to the file `log`.
+        """Starts `command` with that many threads; its output goes to the file `log`.
 
         Raises:
             WorkerError: it ended before its first answer.
@@ -88,8 +88,8 @@ class Worker:
         self.last = self._answer()
 
     def turn(self) -> dict[str, Any]:
-        """One update. -> its answer: `wall` and `cpu` (seconds of the clock, of its
-        threads together), `peak` (bytes above the baseline) and what the worker adds.
+        """Requests one update. Returns its answer: `wall` and `cpu` (wall seconds, and CPU seconds of all threads),
+        `peak` (bytes above the baseline), and the worker's own values.
 
         Raises:
             WorkerError: it ended.
@@ -111,7 +111,7 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """Ends the worker, which stands still and waits for a line."""
+        """Ends the worker, which is waiting for a request."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()

@@ -1,12 +1,11 @@
-"""What GRPO on verifiable rewards adds to instruction tuning on few demonstrations, on held-out prompts, over seeds.
+"""The gain of GRPO on verifiable rewards over instruction tuning on few demonstrations: held-out prompts, three seeds.
 
     python -m benchmarks.verifiable [--json FILE]
 
-For each seed the tiny recipe is run to its sections `grpo` and `sft`. Then the models answer the same test prompts of
-the embedded world, once greedily and four times as training samples them (temperature 1). A row is the mean accuracy
-over the instruction families, each weighing the same; `ours` is GRPO, `peer` the model that it started from
-(`cold_start`), and in the rows `..._sft` the one that was tuned on six times as many demonstrations. The family that
-fell most is printed.
+For each seed the tiny recipe runs up to its sections `grpo` and `sft`. Then the models answer the same test prompts of
+the embedded world, once greedily and four times with training's sampling (temperature 1). A row is the mean accuracy
+over the instruction families, with equal weights. `ours` is GRPO; `peer` is its parent (`cold_start`), and in the rows
+`..._sft` the model tuned on six times as many demonstrations. It also prints the family that lost most.
 """
 
 import subprocess
@@ -45,7 +44,7 @@ def accuracies(model_dir: Path, prompts: list[Prompt], temperature: float, sampl
 
 
 def main(path: Path | None) -> None:
-    """Runs what is not up to date, measures, prints."""
+    """Runs the sections that are not up to date, measures and prints."""
     source = WorldSource(source="world", kind="prompts", size=PROMPTS, split="test")
     prompts = load([source], Prompt, None, 0).records
     rows = []

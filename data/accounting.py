@@ -1,4 +1,4 @@
-"""Where every row went: rows in = rows used + rows dropped, by reason. Nothing is left out without being counted."""
+"""Accounts for every row: rows in = rows used + rows dropped, by reason. No row is left out without being counted."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from data.errors import DataError
 from data.records import Origin
 
 EXAMPLES_KEPT = 3
-"""Places named for each reason in messages."""
+"""Number of places that a message names for each reason."""
 
 
 @dataclass
@@ -15,25 +15,25 @@ class Accounting:
     """Counts of one list of sources, from reading to encoding. At all times rows_in == rows_used + sum(dropped)."""
 
     rows_in: int = 0
-    """Rows that were asked for: of the chosen split, within `limit` and the mixture's weights."""
+    """Requested rows: in the chosen split, within `limit` and the mixture's weights."""
     rows_used: int = 0
-    """Those that are still there."""
+    """Requested rows that have not been dropped."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Rows that were asked for and could not be used, by reason."""
+    """Requested rows that could not be used, by reason."""
     set_aside: Counter[str] = field(default_factory=Counter)
-    """Rows that were read and not asked for (another split, the mixture's weight), by reason; not part of rows_in."""
+    """Rows read but not requested (another split, the mixture's weight), by reason; not part of rows_in."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What else a user should know, e.g. the format that was recognised, columns not read, turns cut; with counts."""
+    """Other facts for the user, with counts, e.g. the detected format, columns not read, turns cut."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first places of each reason."""
+    """The first rows dropped for each reason."""
 
     def read(self, rows: int = 1) -> None:
-        """Rows came in and count as used until they are dropped."""
+        """Counts rows as read and used, until they are dropped."""
         self.rows_in += rows
         self.rows_used += rows
 
     def drop(self, reason: str, origin: Origin) -> None:
-        """A row that had come in cannot be used after all."""
+        """Counts a row that was read but cannot be used."""
         assert self.rows_used > 0, "dropped more rows than were read"
         self.rows_used -= 1
         self.dropped[reason] += 1
@@ -42,14 +42,14 @@ class Accounting:
             places.append(str(origin))
 
     def put_aside(self, reason: str, rows: int = 1) -> None:
-        """Rows that had come in turn out not to be asked for."""
+        """Removes rows that were read but turn out not to be requested from the count."""
         assert self.rows_used >= rows, "set aside more rows than were read"
         self.rows_in -= rows
         self.rows_used -= rows
         self.set_aside[reason] += rows
 
     def merge(self, other: "Accounting") -> None:
-        """Add the counts of another list of sources to these."""
+        """Adds the counts of another list of sources."""
         self.rows_in += other.rows_in
         self.rows_used += other.rows_used
         self.dropped.update(other.dropped)
@@ -60,10 +60,10 @@ class Accounting:
             mine.extend(places[: EXAMPLES_KEPT - len(mine)])
 
     def check(self, max_drop_fraction: float) -> None:
-        """Refuse to go on when too much was lost.
+        """Checks that not too many rows were dropped.
 
         Raises:
-            DataError: more than this share of the rows was dropped, or none is left; names reasons and first places.
+            DataError: more than this share of the rows was dropped, or none is left; names reasons and first rows.
         """
         lost = sum(self.dropped.values())
         if self.rows_used == 0:
@@ -71,7 +71,7 @@ class Accounting:
         if lost > max_drop_fraction * self.rows_in:
             raise DataError(
                 f"{lost} of {self.rows_in} rows were dropped, more than max_drop_fraction = {max_drop_fraction:g} "
-                f"allows:\n{self._reasons()}\nMend the data, or raise max_drop_fraction if that is meant."
+                f"allows:\n{self._reasons()}\nCorrect the data, or raise max_drop_fraction to accept this."
             )
 
     def metrics(self) -> dict[str, int]:

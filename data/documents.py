@@ -1,26 +1,26 @@
-"""A text file as documents for pretraining.
+"""Splits a text file into documents for pretraining.
 
-A book is too long to be one document: held-out splits and limits would have no grain, and the end token would be met
-once in a hundred thousand. So running text is cut at paragraph borders into documents of about `TARGET` characters, and
-a file that has one article on each line (long lines, no blank ones) is taken line by line. The text itself is kept:
-joined again with a blank line, the documents are the file.
+A book is too long for one document: held-out splits and limits would be too coarse, and the end token would occur only
+once in 100,000 tokens. So running text is split at paragraph borders into documents of about `TARGET` characters. In a
+file with one article per line (long lines, no blank ones), each line is a document. No text is lost: the documents,
+joined with blank lines, are the file.
 """
 
 import re
 from collections.abc import Iterator
 
 TARGET = 8000
-"""Characters of a document of running text: about 2,000 tokens, a few pages."""
+"""Target length in characters of a document of running text: about 2,000 tokens, a few pages."""
 ARTICLE_LINE = 1000
-"""A file whose lines are on average this long, in characters, has one article a line."""
+"""Average line length, in characters, from which a file is taken to have one article per line."""
 
-# Project Gutenberg wraps every book in its own words, between two such lines.
+# Project Gutenberg puts its own text before and after every book, separated by these two lines.
 _START = re.compile(r"^\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE)
 _END = re.compile(r"^\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE)
 
 
 def split_documents(text: str) -> Iterator[str]:
-    """The documents of one text file, without the wrapping of Project Gutenberg and with plain line ends."""
+    """The documents of one text file, without Project Gutenberg's own text and with plain line ends."""
     text = _unwrap(text.removeprefix("\ufeff").replace("\r\n", "\n"))
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
@@ -37,7 +37,7 @@ def _unwrap(text: str) -> str:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs with the line breaks inside them; one that is far too long is given line by line, then in pieces."""
+    """Yields paragraphs with their inner line breaks; a paragraph that is far too long by lines, then in pieces."""
     for paragraph in re.split(r"\n[ \t]*\n", text.strip("\n")):
         if len(paragraph) <= 2 * TARGET:
             yield paragraph

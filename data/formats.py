@@ -1,9 +1,9 @@
-"""From a row's columns to a conversation, a pair or a document, for every shape that data is published in.
+"""Converts a row's columns to a conversation, a pair or a document, for every common published format.
 
-Each reader takes the columns it knows; the others are handed on to prompts (reward functions read them) and otherwise
-named once in the accounting, so that nothing is ignored unseen. A missing column or an empty cell (`null`) is an error
-at once: it means that the format was misunderstood. A row that is merely unfit (two answers to different prompts) is
-refused with a reason and counted.
+Each reader takes the columns that it knows. Other columns are passed on to prompts, where reward functions read them;
+for other records the accounting names them once, so that nothing is ignored silently. A missing column or an empty cell
+(`null`) is an error at once, because it means that the format was misunderstood. A row that is merely unsuitable (two
+answers to different prompts) is refused with a reason and counted.
 """
 
 import re
@@ -47,7 +47,7 @@ _ROLES: Final[dict[str, Role]] = {
     "observation": "tool",
 }
 
-# The instruction header that Alpaca and Dolly data carry in the prompt's text. The chat template takes its place.
+# The instruction header inside the prompts of Alpaca and Dolly data. The chat template replaces it.
 _HEADER = re.compile(
     r"\ABelow is an instruction that describes a task.*?\n\n### Instruction:\n(?P<instruction>.*?)"
     r"(?:\n\n### Input:\n(?P<input>.*?))?\n\n### Response:\s*\Z",
@@ -65,19 +65,19 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns in their order, whichever comes last."""
+    """Turns in order; the last may be of any role."""
 
     messages: tuple[Message, ...]
     columns: dict[str, Any]
-    """What the reader did not use."""
+    """Columns that the reader did not use."""
     found: dict[str, Any] = field(default_factory=dict)
-    """What it worked out for checkers, e.g. the final answer."""
+    """Values that it derived for checkers, e.g. the final answer."""
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Turns that end before the answer, and two answers."""
+    """Turns up to the answer, and two answers."""
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -90,7 +90,7 @@ Parsed: TypeAlias = Document | Conversation | Pair
 
 @dataclass
 class Columns:
-    """A row's columns, remembering which were read."""
+    """A row's columns, with a record of which were read."""
 
     values: Mapping[str, Any]
     origin: Origin
@@ -99,14 +99,14 @@ class Columns:
     used: set[str] = field(default_factory=set)
 
     def has(self, name: str) -> bool:
-        """Whether the column is there and holds something: an absent and an empty optional column are the same."""
+        """Whether the column exists and is not empty; an empty optional column counts as absent."""
         return self.values.get(name) is not None
 
     def get(self, *names: str) -> Any:
         """The first of these columns that the row has.
 
         Raises:
-            DataError: none of them, or it is null.
+            DataError: the row has none of them, or the value is null.
         """
         for name in names:
             if name in self.values:
@@ -120,7 +120,7 @@ class Columns:
         )
 
     def text(self, *names: str) -> str:
-        """The same, of a column that must hold text."""
+        """As `get`, for a column that must hold text."""
         value = self.get(*names)
         if not isinstance(value, str):
             name = next(n for n in names if n in self.values)
@@ -132,10 +132,10 @@ class Columns:
 
 
 def detect(row: Row, wants_text: bool, origin: Origin) -> Format:
-    """The format of a file, by its first row.
+    """The format of a file, detected from its first row.
 
     Raises:
-        DataError: none fits; names the columns that are there and those that each format expects.
+        DataError: no format fits; names the row's columns and those that each format expects.
     """
     if isinstance(row, str):
         return "text"
@@ -159,12 +159,12 @@ def detect(row: Row, wants_text: bool, origin: Origin) -> Format:
         return "text"
     known = "\n".join(f"  {name}: {columns}" for name, columns in EXPECTED.items())
     raise DataError(
-        f"{origin}: columns {', '.join(row) or '(none)'} are of no known format. Rename them to those of one:\n{known}"
+        f"{origin}: columns {', '.join(row) or '(none)'} are of no known format. Rename them to fit one of:\n{known}"
     )
 
 
 def parse(row: Row, format: Format, origin: Origin, needs_answer: bool) -> Parsed:
-    """One row as the format reads it. `needs_answer`: a prompt without a column for its answer is an error.
+    """Parses one row. `needs_answer`: a prompt without a column for its answer is an error.
 
     Raises:
         DataError: a column is missing, null or of the wrong type.
@@ -216,7 +216,7 @@ def _preference(row: Columns) -> Pair:
     if isinstance(chosen, list) and isinstance(rejected, list):
         good, bad = _turns(chosen, row, "chosen"), _turns(rejected, row, "rejected")
         if good and good[0].role != "assistant":
-            # Whole conversations: the prompt is what both have in common, and a column of it says nothing new.
+            # Both are whole conversations: the prompt is their common beginning, so a prompt column adds nothing.
             row.used.update({"prompt", "messages"})
             return _fork(good, bad, row)
         prompt = _pair_prompt(row)
@@ -229,7 +229,7 @@ def _pair_prompt(row: Columns) -> tuple[Message, ...]:
     if row.has("conversations"):
         return _system(row) + _turns(row.get("conversations"), row, "conversations")
     if row.has("instruction"):
-        # The answer that Alpaca data had before it was given pairs.
+        # The single answer that Alpaca data had before pairs were added.
         row.used.add("output")
         return (*_system(row), Message("user", _instruction(row)))
     if row.has("question"):
@@ -243,12 +243,12 @@ def _answer(value: Any, row: Columns, name: str) -> str:
         return value
     turn = _turn(value, row.origin, name)
     if turn.role != "assistant":
-        raise RowRefused("chosen or rejected is no turn of the assistant")
+        raise RowRefused("chosen or rejected is not a turn of the assistant")
     return turn.content
 
 
 def _fork(good: tuple[Message, ...], bad: tuple[Message, ...], row: Columns) -> Pair:
-    """Two whole conversations that differ in their last answer alone."""
+    """A pair from two whole conversations that differ only in their last answer."""
     if not good or not bad or good[-1].role != "assistant" or bad[-1].role != "assistant" or good[:-1] != bad[:-1]:
         raise RowRefused("chosen and rejected do not answer the same prompt")
     return Pair(good[:-1], good[-1].content, bad[-1].content, row.rest())
@@ -275,7 +275,7 @@ def _gsm8k(row: Columns) -> Conversation:
     solution, mark, final = answer.rpartition("####")
     if not mark or not solution.strip() or not final.strip():
         raise RowRefused("no final answer after ####")
-    # Commas only group digits here, and a checker compares numbers.
+    # Commas only group digits here, and checkers compare numbers.
     found = {"answer": final.strip().replace(",", "")}
     return Conversation((Message("user", question), Message("assistant", answer)), row.rest(), found)
 
@@ -293,7 +293,7 @@ _READERS: Final[dict[Format, Callable[[Columns], Parsed]]] = {
 
 
 def _system(row: Columns) -> tuple[Message, ...]:
-    """A system message that has a column of its own."""
+    """The system message, if it has its own column."""
     return (Message("system", row.text("system")),) if row.has("system") else ()
 
 
@@ -305,7 +305,7 @@ def _instruction(row: Columns) -> str:
 
 
 def _prompt(row: Columns, name: str) -> tuple[tuple[Message, ...], bool]:
-    """A prompt given as text or as turns, and whether an instruction header was taken off it."""
+    """A prompt given as text or as turns, and whether an instruction header was removed from it."""
     value = row.get(name)
     if not isinstance(value, str):
         return _turns(value, row, name), False
@@ -340,7 +340,7 @@ def _turn(turn: Any, origin: Origin, place: str) -> Message:
 
 
 def _content(value: Any, origin: Origin, place: str) -> str:
-    """Text, or a list of text parts {type: text, text: ...} (`value` in place of `text` is met as well)."""
+    """Text, or a list of text parts {type: text, text: ...} (some data has `value` instead of `text`)."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -349,6 +349,6 @@ def _content(value: Any, origin: Origin, place: str) -> str:
     for i, part in enumerate(value):
         text = part.get("text", part.get("value")) if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
-            raise DataError(f"{origin}: `{place}[{i}]` is no text part; only text can be trained on here")
+            raise DataError(f"{origin}: `{place}[{i}]` is not a text part; only text can be trained on")
         texts.append(text)
     return "".join(texts)

@@ -1,8 +1,8 @@
-"""Several short rows in one of full length, so that little is computed on padding, and none of them sees another.
+"""Packs short rows into rows of full length, to save computation on padding. Packed rows do not see each other.
 
-The isolation is in `position_ids`: they start again at 0 with every packed row, and Transformers makes a block-diagonal
-causal mask from that when a model is called without `attention_mask` (and without a cache). The first label of every
-packed row is masked, because it would be predicted from the last token of the row before.
+The isolation comes from `position_ids`: they restart at 0 with every packed row, and Transformers makes a
+block-diagonal causal mask from that when a model is called without `attention_mask` and without a cache. The first
+label of every packed row is masked, because it would be predicted from the last token of the previous row.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ Row = dict[str, list[int]]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest row first, each into the fullest bin that still takes it.
+    """Best-fit decreasing: takes the longest row first, and puts each into the fullest bin with enough room.
 
-    Gives lists of indices, each with lengths that add up to at most `capacity`. Never much more than 11/9 of the least
-    possible number of bins (Johnson 1973, "Near-optimal bin packing algorithms"). Depends only on its arguments.
+    Returns lists of indices whose lengths add up to at most `capacity`. The number of bins is at most about 11/9 of the
+    minimum (Johnson 1973, "Near-optimal bin packing algorithms"). The result depends only on the arguments.
 
     Raises:
         ValueError: a length of 0 or more than `capacity`.
     """
     bins: list[list[int]] = []
-    # Bins by the room that is left in them; `rooms` has bit r set where there is a bin with room r, so that the fullest
-    # bin with enough room is the lowest set bit from `length` on.
+    # Bins by their remaining room. Bit r of `rooms` is set if there is a bin with room r, so the fullest bin with
+    # enough room is the lowest set bit from `length` on.
     by_room: dict[int, list[int]] = {}
     rooms = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -47,10 +47,10 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
-    """Rows `{"input_ids", "labels"}` put together to at most `max_length` tokens, with `position_ids`.
+    """Packs rows `{"input_ids", "labels"}` into rows of at most `max_length` tokens, with `position_ids`.
 
-    Call the model with `position_ids` and without `attention_mask`; pad a batch with position 0, which makes each pad a
-    row of its own.
+    Call the model with `position_ids` and without `attention_mask`. Pad a batch with position 0, which makes each pad
+    token a separate row.
 
     Raises:
         ValueError: a row is empty or longer than `max_length`.

@@ -1,4 +1,4 @@
-"""What every source is turned into before anything is encoded: four record types, each knowing where it came from."""
+"""The four record types into which every source is converted before encoding. Each record has its origin."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -8,7 +8,7 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a record was read: `file` as the user named it (or `world:<kind>`), `row` counted from 1."""
+    """Where a record comes from: `file` as the user named it (or `world:<kind>`), `row` counted from 1."""
 
     file: str
     row: int
@@ -33,7 +33,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation for instruction tuning: its last message is an assistant's."""
+    """A conversation for instruction tuning; its last message is the assistant's."""
 
     messages: tuple[Message, ...]
     origin: Origin
@@ -51,7 +51,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation that ends with the user's turn, and the columns that reward functions and checkers are given."""
+    """A conversation that ends with the user's turn, and the columns for reward functions and checkers."""
 
     messages: tuple[Message, ...]
     origin: Origin

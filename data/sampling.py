@@ -1,9 +1,9 @@
-"""Randomness by key instead of by stream: what is drawn depends on the key alone.
+"""Keyed randomness instead of a stream: a draw depends only on its key.
 
-A stream of random numbers gives another answer as soon as one process more takes part, a batch is split differently, or
-a run resumes in the middle. Here every draw names what it is for, e.g. `(seed, "ppo", step, prompt)`, and the numbers
-follow from a hash of that name. The bits come from Philox, a counter-based generator (Salmon et al. 2011, "Parallel
-random numbers: as easy as 1, 2, 3"), keyed with sha256 of the name; they are the same on every platform.
+With a stream of random numbers, the draws change with the number of processes, the split of a batch, or a resume. Here
+every draw has a key that says what it is for, e.g. `(seed, "ppo", step, prompt)`. The bits come from Philox, a
+counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), seeded with the sha256 of
+the key; they are the same on every platform.
 """
 
 import hashlib

@@ -1,13 +1,13 @@
-"""The special tokens and the chat template of tokenizers that Baton trains itself.
+"""The special tokens and the chat template of tokenizers that Baton trains.
 
 A conversation is rendered as
 
     <|bos|><|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi!<|end|>
 
-Every turn begins with the token of its role and ends with `<|end|>`, with nothing in between: neither spaces nor line
-breaks. So special tokens are the only borders, text beside them is always cut into the same tokens, and the ids of a
-rendered conversation are those of its parts put one after another. A template that puts words or line breaks around a
-turn loses that, and with it the promise that training and generation see the same ids.
+Every turn begins with the token of its role and ends with `<|end|>`, without added spaces or line breaks. So special
+tokens are the only borders, the text between them is always tokenised in the same way, and the ids of a rendered
+conversation are the concatenated ids of its parts. A template that puts words or line breaks around a turn loses this
+property, and then training and generation may see different ids.
 
 Documents of pretraining end with `<|eos|>`. Generation stops at `<|end|>` or `<|eos|>`.
 """
@@ -20,10 +20,10 @@ PAD: Final = "<|pad|>"
 END: Final = "<|end|>"
 
 ROLES: Final = ("system", "user", "assistant", "tool")
-"""Each has the special token `<|role|>`."""
+"""The roles; each has the special token `<|role|>`."""
 
 STOP_TOKENS: Final = (END, EOS)
-"""Generation stops at any of these; the first is the one that ends an answer."""
+"""Generation stops at any of these; the first one ends an answer."""
 
 SPECIAL_TOKENS: Final = (
     BOS,
@@ -33,7 +33,7 @@ SPECIAL_TOKENS: Final = (
     END,
     *(f"<|reserved_{n}|>" for n in range(8)),
 )
-"""In the order of their ids, from 0. The reserved ones give later training new markers without resizing a model."""
+"""In the order of their ids, from 0. Reserved tokens allow new markers later without resizing the model."""
 
 CHAT_TEMPLATE: Final = (
     "{{- '<|bos|>' -}}"
@@ -45,4 +45,4 @@ CHAT_TEMPLATE: Final = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-"""Saved with every tokenizer that Baton trains, so that any program renders a conversation as Baton does."""
+"""Saved with every tokenizer that Baton trains, so that other programs render a conversation as Baton does."""

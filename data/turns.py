@@ -1,12 +1,12 @@
-"""A conversation as what the model is given and what it is to say: alternating contexts and answers.
+"""Splits a conversation into alternating contexts (given to the model) and answers (written by the model).
 
-This is where the loss mask comes from. The parts are taken from the structure of the template, never found by searching
-for marker strings in rendered text, so a marker inside a user's message cannot move the mask. Two sources of the same
-structure: `OwnTurns` writes Baton's template out directly (fast: no rendering), `TemplateTurns` renders prefixes of the
-conversation with any other chat template. A test holds the first to the second.
+The loss mask follows from this split. It uses the structure of the template and never searches for marker strings in
+rendered text, so a marker inside a user's message cannot move the mask. `OwnTurns` writes Baton's template directly,
+which is fast because it needs no rendering. `TemplateTurns` renders prefixes of the conversation with any other chat
+template. A test checks that both agree.
 
-An answer is followed by the stop token, which the encoder adds as an id; what a template puts after the stop token
-(often a line break) opens the next context.
+An answer is followed by the stop token, which the encoder adds as an id. Text that a template puts after the stop token
+(often a line break) begins the next context.
 """
 
 import re
@@ -28,7 +28,7 @@ _PROBE = "qxprobeqx"
 class Split:
     """`contexts[i]` is followed by the answer's header, `answers[i]` and the stop token (see AnswerShape).
 
-    A prompt has one context more than answers.
+    A prompt has one more context than answers.
     """
 
     contexts: list[str]
@@ -37,23 +37,23 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
-    """What the template makes of an answer's text. All of it is the model's to say: `header`, `said(text)`, `stop`."""
+    """How the template wraps an answer: `header`, `said(text)`, `stop`. The model has to generate all three."""
 
     header: str = ""
-    """Up to and with the last special token before the text (e.g. the name of a channel)."""
+    """The part up to and including the last special token before the text (e.g. the name of a channel)."""
     before: str = ""
-    """Between that and the text (e.g. a space, or an empty thought)."""
+    """The part between the header and the text (e.g. a space, or an empty thought)."""
     after: str = ""
-    """Between the text and the stop token."""
+    """The part between the text and the stop token."""
     stop: str = END
     trims: bool = False
-    """The template cuts white space at both ends of an answer."""
+    """Whether the template strips white space from both ends of an answer."""
 
     def said(self, content: str) -> str:
         return f"{self.before}{content.strip() if self.trims else content}{self.after}"
 
     def content(self, said: str) -> str:
-        """The text of what was said; of an answer that is cut off as well."""
+        """The inverse of `said`: the text of an answer, also of a truncated one."""
         return "" if self.before.startswith(said) else said.removeprefix(self.before).removesuffix(self.after)
 
 
@@ -61,15 +61,15 @@ class Turns(Protocol):
     shape: AnswerShape
 
     def split(self, messages: Sequence[Message], generation: bool) -> Split:
-        """`generation`: the conversation is a prompt, its last context ends with the header of the answer to come.
+        """Splits a conversation. `generation`: it is a prompt, and its last context ends with the next answer's header.
 
-        Raises RowRefused where the template cannot express the conversation.
+        Raises RowRefused when the template cannot express the conversation.
         """
         ...
 
 
 class OwnTurns:
-    """Baton's own template (see data/template.py), written out."""
+    """Baton's own template (see data/template.py), without rendering."""
 
     shape = AnswerShape()
 
@@ -88,7 +88,7 @@ class OwnTurns:
 
 
 class TemplateTurns:
-    """Any chat template, by rendering prefixes: an answer is what a rendering has more than its generation prompt."""
+    """Any chat template, by rendering prefixes: an answer is what follows the generation prompt in the rendering."""
 
     def __init__(self, render: Render, special: re.Pattern[str]) -> None:
         """`special` matches each special token of the tokenizer.
@@ -117,10 +117,10 @@ class TemplateTurns:
         return Split(contexts, [self.shape.said(messages[i].content) for i in places])
 
     def _rewritten(self, whole: str, generation: bool) -> Split:
-        """The template changes what was said before (e.g. leaves out earlier reasoning).
+        """For a template that changes earlier turns (e.g. removes earlier reasoning).
 
-        As a prompt, that is what the model is to see. For training, no one sequence has every answer behind what the
-        model saw when it gave it.
+        As a prompt, the changed text is what the model should see. For training it is refused: no single sequence has
+        every answer after the context in which the model would have generated it.
         """
         if generation:
             return Split([whole], [])
@@ -128,7 +128,7 @@ class TemplateTurns:
 
 
 def _learn(render: Render, special: re.Pattern[str]) -> AnswerShape:
-    """Ask the template how it wraps an answer, with a conversation whose answer is known and unlike anything else."""
+    """Finds out how the template wraps an answer, by rendering a conversation with a known, unique answer."""
     try:
         prompt = render([{"role": "user", "content": "x"}], True)
         whole = render([{"role": "user", "content": "x"}, {"role": "assistant", "content": f" {_PROBE} "}], False)

@@ -1,6 +1,6 @@
-"""What must hold for a model directory at every hand-off. Each violation has a message of its own that says what to do.
+"""The contract: checks of a model directory at every hand-off. Each violation has its own message with the fix.
 
-Checked before anything is published (`check_model`), on a checkpoint made elsewhere before a weight is loaded
+The checks run before a stage publishes (`check_model`), before the weights of a foreign checkpoint are loaded
 (`check_foreign`), and where two models read the same tokens (`check_same_encoding`).
 """
 
@@ -14,7 +14,7 @@ from handoff.manifest import Kind, TokenizerRecord
 from handoff.weights import INDEX_NAME, embedding_shape, read_tensors
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"}
-"""Endings of files that run code when they are loaded, or that we do not read."""
+"""Suffixes of files that can run code when loaded, or that Baton does not read."""
 _ARCHITECTURES: tuple[tuple[str, Kind], ...] = (
     ("ForSequenceClassification", "reward_model"),
     ("ForCausalLM", "causal_lm"),
@@ -24,17 +24,17 @@ _ARCHITECTURES: tuple[tuple[str, Kind], ...] = (
 
 
 def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
-    """Checks what a stage is about to publish and returns its tokenizer's record.
+    """Checks a model that a stage is about to publish, and returns its tokenizer's record.
 
     Raises:
-        HandoffError: a pickle or code among the files, remote code asked for, a truncated or empty tensor, no
-            tokenizer, no or an unusable pad, more token ids than embeddings, stop ids missing from
-            generation_config.json.
+        HandoffError: the files include a pickle or code, or request remote code; a tensor is truncated or empty; the
+            tokenizer is missing; the pad token is missing or unusable; there are more token ids than embedding rows;
+            or generation_config.json lacks stop ids.
     """
     for name in list_files(model_dir):
         if Path(name).suffix in PICKLES or Path(name).suffix == ".py":
             raise HandoffError(
-                f"{model_dir / name}: a published model holds no pickles and no code; save safetensors only"
+                f"{model_dir / name}: a published model must not contain pickles or code; save safetensors only"
             )
     tokenizer = read_tokenizer(model_dir)
     if kind == "tokenizer":
@@ -49,14 +49,14 @@ def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
             )
         if tokenizer.eos_id not in stops:
             raise HandoffError(
-                f"{model_dir}: generation_config.json stops at {stops}, and not at the tokenizer's eos, "
+                f"{model_dir}: generation_config.json stops at {stops}, but not at the tokenizer's eos, "
                 f"{tokenizer.eos_id}; add it to eos_token_id"
             )
     return tokenizer
 
 
 def write_pad_token(model_dir: Path, tokenizer: TokenizerRecord) -> None:
-    """Makes the tokenizer name the pad of its record, where its files came from a parent that named none or eos."""
+    """Writes the record's pad token into the tokenizer's files, where the parent's files named none or named eos."""
     if declared_pad_id(model_dir) == tokenizer.pad_id:
         return
     text = token_text(model_dir, tokenizer.pad_id)
@@ -70,7 +70,8 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
     """Kind and tokenizer of a checkpoint made elsewhere.
 
     Raises:
-        HandoffError: it is no checkpoint, a LoRA adapter, pickles only, needs remote code, or breaks the contract.
+        HandoffError: it is not a checkpoint, is a LoRA adapter, has only pickles, needs remote code, or breaks the
+            contract.
     """
     if (model_dir / "adapter_config.json").is_file():
         raise HandoffError(
@@ -84,15 +85,15 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
         if pickles:
             raise HandoffError(
                 f"{model_dir} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code "
-                "when loaded; convert it where you trust it: from_pretrained(DIR).save_pretrained(NEW_DIR) writes "
+                "when loaded; if you trust it, convert it: from_pretrained(DIR).save_pretrained(NEW_DIR) writes "
                 "safetensors"
             )
         if not (model_dir / "config.json").is_file() and (model_dir / "tokenizer.json").is_file():
             return "tokenizer", read_tokenizer(model_dir, choose_pad=True)
     if not (model_dir / "config.json").is_file():
-        raise HandoffError(f"{model_dir} is no checkpoint: it has neither stage.json nor config.json")
+        raise HandoffError(f"{model_dir} is not a checkpoint: it has neither stage.json nor config.json")
     if not has_weights:
-        raise HandoffError(f"{model_dir} has a config.json and no weights (*.safetensors)")
+        raise HandoffError(f"{model_dir} has a config.json but no weights (*.safetensors)")
     kind = _kind(model_dir)
     tokenizer = read_tokenizer(model_dir, choose_pad=True)
     _check_weights(model_dir, tokenizer)
@@ -136,7 +137,7 @@ def check_same_encoding(a: Encoded, b: Encoded, why: str) -> None:
         if mine != theirs
     ]
     raise HandoffError(
-        f"{a.name} ({a.path}) and {b.name} ({b.path}) share the tokenizer and differ in "
+        f"{a.name} ({a.path}) and {b.name} ({b.path}) share the tokenizer but differ in "
         + (f"special ids ({'; '.join(ids)}): " if ids else "their chat templates: ")
         + why
     )
@@ -148,14 +149,14 @@ def _check_weights(model_dir: Path, tokenizer: TokenizerRecord) -> None:
         path = model_dir / name
         if path.is_file() and "auto_map" in read_json(path):
             raise HandoffError(
-                f"{path} asks for code of its own (auto_map, trust_remote_code), which is never run; "
-                "use a checkpoint of an architecture that transformers itself has"
+                f"{path} requests remote code (auto_map, trust_remote_code), which Baton never runs; "
+                "use a checkpoint of an architecture that transformers supports itself"
             )
     read_tensors(model_dir)
     rows, _ = embedding_shape(model_dir)
     if tokenizer.vocab_size > rows:
         raise HandoffError(
-            f"{model_dir}: the tokenizer has {tokenizer.vocab_size} ids and the model only {rows} embeddings; "
+            f"{model_dir}: the tokenizer has {tokenizer.vocab_size} ids but the model only {rows} embeddings; "
             "use the tokenizer that the model was trained with, or resize the model (resize_token_embeddings)"
         )
     stated = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))

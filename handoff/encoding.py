@@ -1,19 +1,18 @@
-"""What begins, ends and fills a sequence, read from a directory's files without loading its tokenizer.
+"""Reads bos, eos, stop and pad ids from a directory's files, without loading its tokenizer.
 
 The files are tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
 generation_config.json and config.json.
 
-Which ids, when several files have a say:
+When several files name an id:
 
-- eos, bos: the tokenizer's own; eos is the model's (config.json) only where the tokenizer names none.
+- bos, eos: the tokenizer's. The model's eos (config.json) counts only where the tokenizer names none.
 - stop ids: generation_config.json's eos_token_id, one or a list. Without it: eos, and the token with which the chat
-  template ends a turn (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, ...) where the vocabulary has it as a special
-  token.
-- pad: the tokenizer's, unless it is missing or equal to eos, as in many published base models. A model that learned
-  its end from rows padded with it would never learn to stop, so then pad is generation_config.json's pad_token_id,
-  and without that, for a checkpoint made elsewhere, a special token that nothing else uses: one named for padding, a
-  reserved one, or the unknown token. A byte-level vocabulary without any spare token (GPT-2) needs a row more, which
-  is a change to the model that the user has to make; the error says how.
+  template ends a turn (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, ...) if it is a special token of the vocabulary.
+- pad: the tokenizer's, unless it is missing or equal to eos, as in many published base models. Since training masks
+  padding, a model whose pad is eos would never learn to stop. Then pad is generation_config.json's pad_token_id, or,
+  for a foreign checkpoint without one, an unused special token: one named for padding, a reserved one, or the unknown
+  token. A byte-level vocabulary without a spare token (GPT-2) needs one more embedding row. The user has to add it;
+  the error says how.
 """
 
 import logging
@@ -43,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Files:
-    """What the files of a directory say, parsed; an absent file is an empty dict."""
+    """The parsed files of a directory; an absent file is an empty dict."""
 
     directory: Path
     tokenizer: dict[str, Any]
@@ -58,7 +57,7 @@ def read_tokenizer(model_dir: Path, *, choose_pad: bool = False) -> TokenizerRec
     """The record of the tokenizer in `model_dir`.
 
     Args:
-        choose_pad: take a spare token where pad is missing or equal to eos (checkpoints made elsewhere).
+        choose_pad: use a spare token if pad is missing or equal to eos (foreign checkpoints).
 
     Raises:
         HandoffError: no tokenizer.json, no eos, a named token that the vocabulary lacks, or no usable pad.
@@ -90,7 +89,7 @@ def read_tokenizer(model_dir: Path, *, choose_pad: bool = False) -> TokenizerRec
 
 
 def tokenizer_fingerprint(tokenizer: dict[str, Any]) -> str:
-    """Hash of a parsed tokenizer.json, without the truncation and padding that its last user happened to leave on."""
+    """Hash of a parsed tokenizer.json, without the truncation and padding settings that its last user left on."""
     return canonical_hash({key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")})
 
 
@@ -101,7 +100,7 @@ def token_text(model_dir: Path, token_id: int) -> str:
 
 
 def declared_pad_id(model_dir: Path) -> int | None:
-    """The pad that the tokenizer itself names, whatever other files say."""
+    """The pad that the tokenizer itself names, without regard to other files."""
     files = _read(model_dir)
     return _special_id(files, _token_ids(files.tokenizer), "pad_token")
 
@@ -120,7 +119,7 @@ def _read(model_dir: Path) -> _Files:
         )
     tokenizer = read_json(path)
     if "vocab" not in tokenizer.get("model", {}):
-        raise HandoffError(f"{path} has no model.vocab: it is no file of the tokenizers library")
+        raise HandoffError(f"{path} has no model.vocab, so it is not a file of the tokenizers library")
     tokenizer_config = _optional(model_dir / "tokenizer_config.json")
     return _Files(
         directory=model_dir,
@@ -139,8 +138,8 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _template(model_dir: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """The chat template: a file of its own since transformers 4.51, a key before; a list of named ones has a
-    default."""
+    """The chat template: from its own file (since transformers 4.51) or from a key (before). Of a list of named
+    templates, the default."""
     path = model_dir / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -202,7 +201,7 @@ def _pad_id(
     files: _Files, ids: dict[str, int], eos_id: int, bos_id: int | None, stop_ids: list[int], choose: bool
 ) -> int:
     declared = _special_id(files, ids, "pad_token")
-    # The model's side is asked second: what this repository publishes from such a parent says it there.
+    # generation_config.json comes second: a stage that starts from such a parent publishes its pad there.
     for pad_id in (declared, files.generation_config.get("pad_token_id")):
         if pad_id is not None and pad_id != eos_id:
             return int(pad_id)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. A command that meets one prints its message alone and exits with 2."""
+"""Errors that a user can fix. On such an error, a command prints only its message and exits with 2."""
 
 
 class UserError(ValueError):
@@ -6,8 +6,8 @@ class UserError(ValueError):
 
 
 class HandoffError(UserError):
-    """A checkpoint is missing, altered, of the wrong kind, or does not fit the stage that was to start from it."""
+    """A checkpoint is missing, altered, of the wrong kind, or does not fit the stage that starts from it."""
 
 
 class GateError(Exception):
-    """A stage ran, and its result is below what the recipe demands. Commands exit with 3."""
+    """A stage's result is below the gate that the recipe sets. Commands exit with 3."""

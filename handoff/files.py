@@ -1,7 +1,7 @@
 """Files that must survive a kill or a power cut: atomic writes, fsync, hashes, free space.
 
-Everything that Baton publishes or resumes from passes through here. The order is always the same: write beside,
-fsync the file, rename, fsync the directory. A rename is atomic on POSIX; without the two fsyncs it is not durable.
+Everything that Baton publishes or resumes from is written by this module, always in this order: write to a temporary
+name, fsync the file, rename, fsync the directory. On POSIX a rename is atomic; the two fsyncs make it durable.
 """
 
 import errno
@@ -39,8 +39,7 @@ def hash_tree(directory: Path) -> dict[str, str]:
 
 
 def canonical_hash(obj: Any) -> str:
-    """SHA-256 of `obj` as JSON with sorted keys and no spaces: equal content, equal hash, whatever the order of
-    keys."""
+    """SHA-256 of `obj` as JSON with sorted keys and no spaces, so that the order of keys does not matter."""
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -63,7 +62,7 @@ def fsync_tree(directory: Path) -> None:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Replace `path` by `obj` as JSON, in one step: a reader, or a kill, sees the old content or the new one."""
+    """Replace the content of `path` by `obj` as JSON, atomically: readers see the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -79,7 +78,7 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. HandoffError, naming file and place, when it is not UTF-8 or not JSON."""
+    """The content of a JSON file. Raises HandoffError, naming file and position, when it is not UTF-8 or not JSON."""
     try:
         return json.loads(path.read_bytes())
     except UnicodeDecodeError as error:
@@ -89,7 +88,7 @@ def read_json(path: Path) -> Any:
 
 
 def changed_files(directory: Path, expected: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(relative path, what happened to it) for each file that is missing or whose bytes are not those of `expected`."""
+    """(relative path, what happened) for each file that is missing or differs from its hash in `expected`."""
     changes = []
     for name, digest in sorted(expected.items()):
         path = directory / name
@@ -101,7 +100,7 @@ def changed_files(directory: Path, expected: Mapping[str, str]) -> list[tuple[st
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a file or a directory with all that it holds; nothing happens when it is not there."""
+    """Delete a file, or a directory with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -117,7 +116,7 @@ def existing_ancestor(path: Path) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """HandoffError when the directory `path` could not be written to or created. Creates nothing."""
+    """Raises HandoffError when the directory `path` cannot be written to or created. Creates nothing."""
     ancestor = existing_ancestor(path)
     if not ancestor.is_dir():
         raise HandoffError(f"{path}: {ancestor} is a file, not a directory; move it away or set another output_root")
@@ -126,11 +125,11 @@ def check_writable(path: Path) -> None:
 
 
 def check_free_space(path: Path, need_bytes: int, what: str) -> None:
-    """HandoffError when the disk of `path` has less than `need_bytes` free for `what` (words: "two saved states")."""
+    """Raises HandoffError when the disk of `path` has less than `need_bytes` free for `what` ("two saved states")."""
     free = free_bytes(path)
     if free < need_bytes:
         raise HandoffError(
-            f"{path}: {what} needs {human_bytes(need_bytes)}, and {existing_ancestor(path)} has {human_bytes(free)} "
+            f"{path}: {what} needs {human_bytes(need_bytes)}, but {existing_ancestor(path)} has {human_bytes(free)} "
             "free; free some space or set an output_root on another disk"
         )
 
@@ -141,12 +140,12 @@ def free_bytes(path: Path) -> int:
 
 
 def tree_bytes(directory: Path) -> int:
-    """Bytes in all files below `directory`; 0 where there is none."""
+    """Total bytes of all files below `directory`; 0 if it does not exist."""
     return sum((directory / name).stat().st_size for name in list_files(directory))
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether this is a write that failed for want of space or quota. safetensors says so in words alone."""
+    """Whether a write failed for lack of space or quota. safetensors reports this only in the error's text."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
@@ -163,22 +162,21 @@ def human_bytes(count: int) -> str:
 
 
 class HashCache:
-    """SHA-256 of large files that Baton did not write, remembered between commands by path, size, inode and change
-    time.
+    """Keeps the SHA-256 of large foreign files between commands, by path, size, inode and change time.
 
-    The change time, unlike the modification time, cannot be set back: a file that was written to is hashed again.
-    Only for files outside a run (a foreign checkpoint): what a run published is hashed afresh whenever it is verified.
+    Unlike the modification time, the change time cannot be set back, so a modified file is always hashed again.
+    Only for files outside a run (a foreign checkpoint); a run's published files are hashed at every verification.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, list[Any]] = {}
-        with suppress(HandoffError):  # a damaged cache is an empty one
+        with suppress(HandoffError):  # treat a damaged cache as empty
             self._known = read_json(path) if path.is_file() else {}
         self._changed = False
 
     def sha256(self, path: Path) -> str:
-        """As `sha256_file`; from the cache while the file is as it was last time."""
+        """As `sha256_file`, but from the cache while the file is unchanged."""
         path = path.resolve()
         stat = path.stat()
         seen = [stat.st_size, stat.st_ino, stat.st_ctime_ns]
@@ -191,7 +189,7 @@ class HashCache:
         return digest
 
     def save(self) -> None:
-        """Write the cache when it has something new. What cannot be written is only hashed again next time."""
+        """Write the cache if it has new entries. If that fails, the files are hashed again next time."""
         if self._changed:
             with suppress(OSError):
                 write_json(self._path, self._known)

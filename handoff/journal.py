@@ -1,8 +1,8 @@
-"""A file of JSON lines that only grows, and loses none: metrics.jsonl and samples.jsonl.
+"""An append-only file of JSON lines that loses none: metrics.jsonl and samples.jsonl.
 
-A full disk holds lines back in memory until there is room again. `sync` is called before a state is committed and
-before a stage is published, so that neither ever lacks a line of its past: what a kill takes with it is then written
-again by the steps that follow the state.
+While the disk is full, lines wait in memory. The trainer calls `sync` before it commits a state and before it publishes
+a stage, so all lines up to that step are on the disk. Lines lost in a kill belong to later steps, which the resumed run
+writes again.
 """
 
 import json
@@ -18,15 +18,15 @@ _log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The lines of `path`, each an object with a "step"; steps never fall."""
+    """The lines of `path`, each an object with a "step"; steps never decrease."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting = b""
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Adds lines. Where the disk is full they wait, and the first one to wait is told in the log."""
-        told = bool(self._waiting)
+        """Adds lines. If the disk is full they wait in memory, and the log says so once."""
+        warned = bool(self._waiting)
         for line in lines:
             self._waiting += json.dumps(line, ensure_ascii=False, allow_nan=True).encode() + b"\n"
         try:
@@ -34,11 +34,11 @@ class Journal:
         except OSError as error:
             if not disk_is_full(error):
                 raise
-            if not told:
+            if not warned:
                 _log.warning("no room to write to %s: its lines wait in memory", self.path)
 
     def sync(self) -> None:
-        """Has every line on the disk. Raises OSError where there is no room for them; they still wait then."""
+        """Writes every waiting line to the disk. Raises OSError if there is no room; the lines then keep waiting."""
         if self._waiting:
             self._write()
         if self.path.exists():
@@ -46,16 +46,16 @@ class Journal:
                 os.fsync(file.fileno())
 
     def cut(self, step: int | None) -> None:
-        """Removes what is behind `step`; None: everything."""
+        """Removes the lines after `step`; None: all lines."""
         if not self.path.exists():
             return
         kept = 0  # bytes
         if step is not None:
             with self.path.open("rb") as file:
-                # The last line may be torn by a kill; it is behind the step then.
+                # A kill may have truncated the last line; such a line belongs to a later step.
                 while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
                     kept += len(line)
-        # In place: there is no instant at which a kill, or a full disk, would take the lines that stay.
+        # Truncating in place cannot lose the kept lines in a kill or on a full disk.
         os.truncate(self.path, kept)
 
     def _write(self) -> None:
@@ -66,6 +66,6 @@ class Journal:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError:
-                file.truncate(size)  # no torn line
+                file.truncate(size)  # leave no partial line
                 raise
         self._waiting = b""

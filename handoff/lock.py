@@ -1,16 +1,16 @@
-"""One process at a time in a directory: an advisory lock on `<directory>/.lock`, with the owner's name in it.
+"""An advisory lock on `<directory>/.lock`, so that only one process at a time uses a directory.
 
-The kernel holds the lock (flock), not the file's presence: when the owner is killed, even by SIGKILL or a power cut,
-the lock is free at once and nobody has to judge whether it is stale. The file's content only serves the message.
+The kernel holds the lock (flock); the file's presence means nothing. When the owner dies, even by SIGKILL or a power
+cut, the lock is free at once, so there are no stale locks. The file's content is only for the error message.
 
-An flock lives as long as any copy of its file descriptor. Two kinds of children could keep it alive after the owner
-died: those made by exec (subprocess, multiprocessing's spawn and forkserver, accelerate's launcher), and those made by
-a bare fork (data loader workers). Python opens files close-on-exec, so the former never inherit it; the latter close
-their copy in a hook right after the fork, which does not release the owner's lock.
+An flock lives as long as any copy of its file descriptor, so a child process could keep it after the owner died.
+Children started by exec (subprocess, multiprocessing's spawn and forkserver, accelerate's launcher) do not inherit it,
+because Python opens files close-on-exec. Children made by a bare fork (data loader workers) close their copy in a hook
+right after the fork, which does not release the owner's lock.
 
-A run and its stages have a lock each (`<run>/.lock`, `<run>/<stage>/.lock`), so a stage may run inside a worker of the
-runner that holds the run's lock. Over NFS, flock works across hosts on Linux; where a file system has no locks, the
-error says so.
+A run and each of its stages have their own locks (`<run>/.lock`, `<run>/<stage>/.lock`), so a stage may run inside a
+worker of the runner that holds the run's lock. Over NFS, flock works across hosts on Linux; if a file system has no
+locks, an error says so.
 """
 
 import errno
@@ -42,20 +42,20 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class RunLock:
-    """Exclusive use of a directory, for a purpose in words ("baton run", "stage sft"). Also a context manager.
+    """Exclusive use of a directory, for a stated purpose ("baton run", "stage sft"). Also a context manager.
 
-    `acquire` creates the directory when it is missing. `release` leaves `.lock` in it, empty; where the directory
-    was created for the lock and nothing else came into it, directory and lock go again.
+    `acquire` creates the directory if it is missing. `release` leaves an empty `.lock` in it; but if the directory was
+    created for the lock and holds nothing else, `release` removes both.
     """
 
     def __init__(self, directory: Path, purpose: str) -> None:
         self.directory = directory
         self.purpose = purpose
         self._descriptor: int | None = None
-        self._created: list[Path] = []  # directories that acquire made, the outermost first
+        self._created: list[Path] = []  # directories that acquire created, outermost first
 
     def acquire(self) -> "RunLock":
-        """Take the lock or raise at once: HandoffError names the owner's pid, host, purpose and since when."""
+        """Takes the lock, or raises HandoffError at once, which names the owner's pid, host, purpose and start time."""
         assert self._descriptor is None, f"{self.directory} is already locked by this object"
         path = self.directory / LOCK_NAME
         while True:
@@ -64,7 +64,7 @@ class RunLock:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise HandoffError(
-                    f"{self.directory}: cannot be made ({error.strerror}); choose another output_root"
+                    f"{self.directory}: cannot be created ({error.strerror}); choose another output_root"
                 ) from error
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -77,7 +77,7 @@ class RunLock:
                 raise
             if _is_file_at(descriptor, path):
                 break
-            os.close(descriptor)  # someone deleted the file between our open and our lock; that lock protects nothing
+            os.close(descriptor)  # the file was deleted between our open and our lock, so this lock protects nothing
         previous = os.pread(descriptor, 4096, 0)
         if previous:
             _log.info("%s: taking over from %s, which ended without releasing it", path, _owner(previous))
@@ -110,14 +110,14 @@ class RunLock:
             ) from error
 
     def release(self) -> None:
-        """Free the lock; nothing happens when it is not held."""
-        # In a child made by fork the hook has closed the descriptor, and its number may belong to another file by now.
+        """Frees the lock, if this process holds it."""
+        # In a forked child the hook has closed the descriptor, and its number may now belong to another file.
         if self._descriptor is not None and self._descriptor in _held:
             _held.remove(self._descriptor)
             os.ftruncate(self._descriptor, 0)
             if self._created and [path.name for path in self.directory.iterdir()] == [LOCK_NAME]:
                 (self.directory / LOCK_NAME).unlink()
-                with suppress(OSError):  # somebody has put something there meanwhile
+                with suppress(OSError):  # another process has put a file there meanwhile
                     for directory in reversed(self._created):
                         directory.rmdir()
             os.close(self._descriptor)
@@ -133,7 +133,7 @@ class RunLock:
 
 
 def _missing(directory: Path) -> list[Path]:
-    """The directories that mkdir(parents=True) will create, the outermost first."""
+    """The directories that mkdir(parents=True) will create, outermost first."""
     directory = directory.absolute()
     return [folder for folder in reversed([directory, *directory.parents]) if not folder.exists()]
 
@@ -148,7 +148,7 @@ def _is_file_at(descriptor: int, path: Path) -> bool:
 
 
 def _owner(content: bytes) -> str:
-    """The owner in words. Its record is empty for the instant between its lock and its write."""
+    """A description of the owner. The file is empty between the owner's lock and its write."""
     try:
         owner = json.loads(content)
     except ValueError:

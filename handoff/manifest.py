@@ -1,9 +1,9 @@
-"""The manifest of a stage, `stage.json`: what it is, what it was made from, and the hash of every file it published.
+"""The manifest of a stage, `stage.json`: its kind, its inputs, and the hash of every file that it published.
 
-Its presence is the commit marker: a stage directory without it is unfinished. Two fingerprints matter. `Inputs` says
-what a stage depends on, so that a stale stage can say why; `Manifest.fingerprint` says what it made, so that its
-children can. A stage that is run again and makes the same bytes keeps its fingerprint, and its children stay up to
-date.
+Its presence is the commit marker: a stage directory without it is unfinished. There are two fingerprints. `Inputs`
+identifies what a stage depends on, and shows why a stage is stale. `Manifest.fingerprint` identifies what the stage
+produced, and makes its children stale when it changes. A stage that runs again and produces the same bytes keeps its
+fingerprint, so its children stay up to date.
 """
 
 import math
@@ -35,28 +35,28 @@ class ParentRecord(_Record):
     name: str
     """Section name, directory name, or hub id."""
     files: dict[str, str] = Field(default_factory=dict)
-    """{path relative to the parent's directory: SHA-256} of what it consisted of then."""
+    """{path relative to the parent's directory: SHA-256} of its files at that time."""
 
 
 class TokenizerRecord(_Record):
-    """How text becomes tokens, and which of them begin, end and fill a sequence."""
+    """The tokenizer and its bos, eos, stop and pad ids."""
 
     fingerprint: str
     """Canonical hash of tokenizer.json."""
     template_fingerprint: str
     """Canonical hash of the chat template and of the ids below."""
     vocab_size: int
-    """Highest token id plus one; embedding rows are at least this many."""
+    """Highest token id plus one; the model has at least as many embedding rows."""
     bos_id: int | None
     eos_id: int
     pad_id: int
-    """Never `eos_id`: a padded position must not look like an end."""
+    """Never `eos_id`, so that padding cannot be mistaken for the end."""
     stop_ids: list[int]
     """Every token that ends an answer, in ascending order."""
 
 
 class EngineRecord(_Record):
-    """What really ran, as opposed to what a launch file asked for."""
+    """The engine that actually ran, which may differ from the launch file."""
 
     name: str
     zero_stage: int | None = None
@@ -75,8 +75,8 @@ class EngineRecord(_Record):
 
 
 class Inputs(_Record):
-    """All that a stage's result depends on. Equal inputs: the stage is up to date; where it is not finished, it can
-    resume."""
+    """Everything that a stage's result depends on. While the inputs are equal, a finished stage is up to date and an
+    unfinished one can resume."""
 
     recipe: dict[str, Any]
     """The resolved section."""
@@ -88,18 +88,18 @@ class Inputs(_Record):
     """Hash of the source files that the stage runs."""
     seed: int
     demands: dict[str, Any] = Field(default_factory=dict)
-    """What the result has to reach to be published. It decides whether, never what: see `continues`."""
+    """Thresholds that the result must reach to be published. They do not change the result; see `continues`."""
 
     @property
     def fingerprint(self) -> str:
         return canonical_hash(self.model_dump(mode="json"))
 
     def continues(self, old: "Inputs") -> bool:
-        """Whether a stage that began with `old` can go on with these: all the same but for the demands."""
+        """Whether a stage that began with `old` can resume with these inputs: only the demands may differ."""
         return old.model_copy(update={"demands": self.demands}).fingerprint == self.fingerprint
 
     def differences(self, old: "Inputs") -> list[str]:
-        """What changed since `old`, in words for a user; empty when nothing did."""
+        """The changes since `old`, worded for a user; empty if there are none."""
         before, now = {**old.recipe, **old.demands}, {**self.recipe, **self.demands}
         found = [f"recipe: {change}" for change in _changes(_flat(before), _flat(now))]
         found += [f"parent {change}" for change in _named(old.parents, self.parents, ": retrained")]
@@ -148,7 +148,7 @@ class Manifest(_Record):
     name: str
     """Section of the recipe."""
     stage: str
-    """Which stage package made it, e.g. "sft"."""
+    """The stage package that made it, e.g. "sft"."""
     kind: Kind
     created: str
     """UTC, ISO 8601."""
@@ -166,14 +166,14 @@ class Manifest(_Record):
     """{package: version}."""
     metrics: dict[str, Metric] = Field(default_factory=dict)
     extra: dict[str, Any] = Field(default_factory=dict)
-    """What children need beyond the weights, e.g. a reward model's reward_mean and reward_std."""
+    """Values that children need besides the weights, e.g. a reward model's reward_mean and reward_std."""
     files: dict[str, str]
     """{path relative to the stage directory: SHA-256} of everything published."""
 
     @field_validator("metrics")
     @classmethod
     def _finite(cls, metrics: dict[str, Metric]) -> dict[str, Metric]:
-        # JSON has no NaN; readers in other languages would refuse the whole file for one such metric.
+        # JSON has no NaN; parsers in other languages would reject the whole file.
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in metrics.items()
@@ -181,19 +181,19 @@ class Manifest(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """Identity of what was made: kind, bytes, encoding and `extra`; not when, where or from what."""
+        """Identifies the result by kind, bytes, encoding and `extra`, without time, place or parents."""
         tokenizer = None if self.tokenizer is None else self.tokenizer.model_dump(mode="json")
         return canonical_hash([self.kind, self.files, tokenizer, self.extra])
 
 
 def sealed(manifest: Manifest) -> dict[str, Any]:
-    """What is written to stage.json: the manifest and a hash of it."""
+    """The content of stage.json: the manifest and its hash."""
     content = manifest.model_dump(mode="json")
     return {**content, "sha256": canonical_hash(content)}
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest at `path` (a stage.json), None when there is none.
+    """The manifest at `path` (a stage.json), or None if there is none.
 
     Raises:
         HandoffError: it cannot be read, or was altered after it was written.
@@ -204,7 +204,7 @@ def read_manifest(path: Path) -> Manifest | None:
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise HandoffError(
-            f"{path}: format_version is {version}, this Baton reads {FORMAT_VERSION}; "
+            f"{path}: format_version is {version}, but this Baton reads {FORMAT_VERSION}; "
             "use the Baton that wrote it, or run the stage again"
         )
     digest = content.pop("sha256", None)
@@ -216,7 +216,6 @@ def read_manifest(path: Path) -> Manifest | None:
         raise HandoffError(f"{path}: {where}: {first['msg']}; the file is damaged, run the stage again") from error
     if digest != canonical_hash(content):
         raise HandoffError(
-            f"{path} was altered: its content has not the hash that was written with it; restore it, or run "
-            "the stage again"
+            f"{path} was altered: its content does not match its hash; restore it, or run the stage again"
         )
     return manifest

@@ -1,7 +1,6 @@
-"""What a stage starts from: a section of the same run, a checkpoint directory, or a model of the hub, opened and
-checked.
+"""Opens and checks a stage's parent: a section of the same run, a checkpoint directory, or a model of the hub.
 
-Of a parent only safetensors, JSON, jinja and text files are read, whoever made it.
+Only safetensors, JSON, jinja and text files of a parent are read, whoever made it.
 """
 
 import re
@@ -16,7 +15,7 @@ from handoff.files import HashCache, canonical_hash, changed_files, list_files
 from handoff.manifest import Kind, Manifest, ParentRecord, TokenizerRecord, read_manifest
 
 READ_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-"""Files of a foreign checkpoint that count, in its top directory."""
+"""Files in the top directory of a foreign checkpoint that are read and hashed."""
 HASH_CACHE = ".hashes.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -35,7 +34,7 @@ class Parent:
     path: Path
     """Stage directory, or the foreign checkpoint's own."""
     model_dir: Path
-    """Where weights, tokenizer and configuration are; the same as `path` for a foreign checkpoint."""
+    """The directory of weights, tokenizer and configuration; equal to `path` for a foreign checkpoint."""
     name: str
     """Section name, directory name, or hub id."""
     manifest: Manifest | None
@@ -44,7 +43,7 @@ class Parent:
     kind: Kind
     tokenizer: TokenizerRecord
     files: dict[str, str]
-    """{path relative to `path`: SHA-256} of what it consists of."""
+    """{path relative to `path`: SHA-256} of its files."""
 
     def record(self) -> ParentRecord:
         """For the manifest of a stage that starts from it."""
@@ -58,25 +57,26 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
         ref: a section of the run, a directory, or a hub id (`organisation/name`), looked for in this order.
         run_dir: the run's directory.
         kinds: kinds that the stage can start from.
-        verify: hash every published file again and compare with the manifest. Several processes need it once.
+        verify: hash every published file again and compare with the manifest. One of several processes is enough.
 
     Raises:
-        HandoffError: missing (says which command makes it), unfinished, of the wrong kind, altered after publishing
-            (names the files), or a foreign checkpoint that breaks the contract.
+        HandoffError: the parent is missing (the message gives the command that makes it), unfinished, of the wrong
+            kind, altered after publishing (the message names the files), or a foreign checkpoint that breaks the
+            contract.
     """
     directory, name = _locate(ref, run_dir)
     manifest = read_manifest(directory / "stage.json")
     if manifest is None:
         if (directory / "started.json").exists():
             raise HandoffError(
-                f"{directory} is unfinished: it was started and has not been published; {_how_to_make(directory)}"
+                f"{directory} is unfinished: it was started but not published; {_how_to_make(directory)}"
             )
         parent = _open_foreign(directory, name, run_dir)
     else:
         parent = _open_published(directory, manifest)
     if parent.kind not in kinds:
         wanted = " or ".join(_WORDS[kind] for kind in sorted(kinds))
-        raise HandoffError(f"{directory} is {_WORDS[parent.kind]}; a parent here has to be {wanted}")
+        raise HandoffError(f"{directory} is {_WORDS[parent.kind]}; the parent must be {wanted}")
     if manifest is not None and verify:
         changes = changes_since_publishing(directory, manifest)
         if changes:
@@ -89,9 +89,9 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
 
 
 def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
-    """(file, what happened to it) for everything published in `directory` that is no longer as the manifest says."""
+    """(file, what happened) for every published file in `directory` that no longer matches the manifest."""
     changes = changed_files(directory, manifest.files)
-    # A file more is a change too: transformers would load an adapter that somebody put beside the weights.
+    # An additional file is a change too: transformers would load an adapter placed beside the weights.
     present = {f"model/{name}" for name in list_files(directory / "model")}
     return changes + [(name, "was added") for name in sorted(present - manifest.files.keys())]
 
@@ -99,9 +99,9 @@ def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[
 def foreign_identity(
     directory: Path, kind: Kind, tokenizer: TokenizerRecord, sha256: Callable[[Path], str]
 ) -> tuple[str, dict[str, str]]:
-    """(fingerprint, {file: SHA-256}) of a checkpoint made elsewhere.
+    """(fingerprint, {file: SHA-256}) of a foreign checkpoint.
 
-    What it is follows from the bytes of the files that are read, and from how its tokenizer is understood.
+    The fingerprint depends on the bytes of the files that are read and on the tokenizer's record.
     """
     paths = {path for pattern in READ_PATTERNS for path in directory.glob(pattern)}
     files = {path.name: sha256(path) for path in sorted(paths)}
@@ -109,17 +109,17 @@ def foreign_identity(
 
 
 def keep_hashes(run_dir: Path) -> None:
-    """Writes the hashes of foreign checkpoints that this process has opened for the run into it, for later commands.
+    """Writes the hashes of the foreign checkpoints that this process has opened into the run, for later commands.
 
-    Called once a stage of the run leaves something behind: opening a parent writes nothing, so that a start that is
-    refused leaves the disk as it was.
+    It is called only when a stage of the run writes something. Opening a parent writes nothing, so that a refused start
+    leaves the disk unchanged.
     """
     _hashes(run_dir.absolute()).save()
 
 
 @cache
 def _hashes(run_dir: Path) -> HashCache:
-    """One for a run and process: a stage opens its parents more than once."""
+    """One cache per run and process, since a stage opens its parents more than once."""
     return HashCache(run_dir / HASH_CACHE)
 
 
@@ -159,7 +159,7 @@ def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:
         return run_dir / ref, ref
     directory = Path(ref).expanduser()
     if directory.is_dir():
-        # The model/ of a stage that was named directly: the manifest is one level up.
+        # `ref` names a stage's model/ directly; the manifest is one level up.
         if directory.name == "model" and (directory.parent / "started.json").exists():
             directory = directory.parent
         return directory, directory.resolve().name
@@ -174,12 +174,12 @@ def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:
 
 
 def _download(ref: str) -> Path:
-    """The newest snapshot of a hub model that can be had, without its pickles and code."""
+    """The newest available snapshot of a hub model, without its pickles and code."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        # fnmatch's * also matches a slash: subdirectories hold other formats of the same weights.
+        # `*/*` leaves out subdirectories, which hold other formats of the same weights (fnmatch's * matches slashes).
         return Path(
             snapshot_download(ref, allow_patterns=list(READ_PATTERNS), ignore_patterns=["*/*", "consolidated*"])
         )

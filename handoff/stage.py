@@ -1,7 +1,7 @@
-"""A stage's directory: begun with what it depends on, published in one step, set aside when it is stale.
+"""A stage's directory: `begin` records the inputs and sets stale content aside; `publish` commits the result.
 
     <run>/<stage>/started.json   what the stage depends on (`Inputs`), written by `begin`
-    <run>/<stage>/model/         what anyone can load, moved into place by `publish`
+    <run>/<stage>/model/         the published model, moved into place by `publish`
     <run>/<stage>/stage.json     the manifest, written last: without it the directory is unfinished
 
 A kill between any two lines of `begin` and `publish` leaves the previous published state, or a directory without
@@ -69,7 +69,7 @@ class StageDir:
         self._set_aside = False  # ... and moved earlier content away for it
 
     def manifest(self) -> Manifest | None:
-        """The published manifest, None while there is none. HandoffError when it cannot be read."""
+        """The published manifest, or None. Raises HandoffError when it cannot be read."""
         return read_manifest(self.manifest_path)
 
     # ---- beginning
@@ -81,16 +81,17 @@ class StageDir:
         need_bytes: int = MINIMUM_FREE,
         origin: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Takes the directory for a run with `inputs`. True: an earlier start had the same ones, its content is kept.
+        """Takes the directory for a run with `inputs`. Returns True if it keeps the content of an earlier start with
+        equal inputs.
 
-        Otherwise what is there is set aside to `<run>/.previous/<stage>` (one generation) and the directory starts
-        empty. A check that fails leaves the disk untouched.
+        Otherwise the present content moves to `<run>/.previous/<stage>` (one generation is kept) and the directory
+        starts empty. If a check fails, the disk is unchanged.
 
         Args:
-            inputs: everything the result depends on.
-            resume: False: start anew even when the inputs are the same.
-            need_bytes: free space that the stage will need at least.
-            origin: where the recipe came from; `origin` reads it again.
+            inputs: everything that the result depends on.
+            resume: if False, start anew even when the inputs are equal.
+            need_bytes: minimum free space that the stage needs.
+            origin: where the recipe came from; the method `origin` returns it.
 
         Raises:
             HandoffError: not writable, too little space, or in use by another process.
@@ -120,7 +121,7 @@ class StageDir:
         return False
 
     def started_inputs(self) -> Inputs | None:
-        """What the last `begin` was given, None when there was none or its record is unreadable."""
+        """The inputs of the last `begin`; None if there was none or its record is unreadable."""
         if not self.started_path.exists():
             return None
         with suppress(ValueError, KeyError, TypeError):
@@ -128,11 +129,11 @@ class StageDir:
         return None
 
     def origin(self) -> dict[str, Any]:
-        """What this course was begun with as `origin`; empty where it was begun without."""
+        """The `origin` that `begin` recorded for this course; empty if it had none."""
         return dict(read_json(self.started_path).get("origin", {}))
 
     def run_id(self) -> str:
-        """Name of this course for trackers: drawn when it was begun, kept when it is resumed."""
+        """The run id for trackers, drawn when this course began and kept when it resumes."""
         return str(read_json(self.started_path)["run_id"])
 
     def _started_with(self, inputs: Inputs) -> bool:
@@ -140,7 +141,7 @@ class StageDir:
         return started is not None and inputs.continues(started)
 
     def _sweep(self) -> None:
-        """Removes what a kill in the middle of a write left behind."""
+        """Removes the leftovers of writes that were killed."""
         for name in (_WRITING, _NEXT, _OLD):
             remove_tree(self.path / name)
         for path in self.path.glob(".*.tmp"):
@@ -155,12 +156,12 @@ class StageDir:
         return self.path.parent / PREVIOUS / f".{self.path.name}.moving"
 
     def _content(self) -> list[Path]:
-        """Everything but the lock. stage.json comes first, so that what is half moved never passes as published."""
+        """Everything but the lock. stage.json comes first, so that half-moved content never counts as published."""
         paths = [path for path in self.path.iterdir() if path.name != LOCK_NAME]
         return sorted(paths, key=lambda path: (path != self.manifest_path, path.name))
 
     def _holds_only(self, *paths: Path) -> bool:
-        """Whether this was started and holds nothing but `paths`, and no saved state."""
+        """Whether the stage was started and the directory holds nothing but `paths`, and no saved state."""
         if not self.started_path.exists() or StateStore(self.state_dir).has_states():
             return False
         return set(self._content()) <= {*paths, self.state_dir}
@@ -169,7 +170,7 @@ class StageDir:
         if not self._content():
             return False
         if self._holds_only(self.started_path, self.metrics_path, self.samples_path, self.tracker_dir):
-            # A start that came to nothing must not push out a generation that did.
+            # A start that produced nothing must not replace a previous generation.
             for path in self._content():
                 remove_tree(path)
             return False
@@ -178,7 +179,7 @@ class StageDir:
         return True
 
     def _finish_setting_aside(self) -> None:
-        """Also completes what a killed `begin` started; the name of the target says that it did."""
+        """Completes the move, also one that a killed `begin` started, as the target's name shows."""
         if not self._moving.is_dir():
             return
         for path in self._content():
@@ -209,7 +210,7 @@ class StageDir:
         files: Sequence[str] = (),
         tokenizer: TokenizerRecord | None = None,
     ) -> Manifest:
-        """Makes the stage's result visible to its children, in one step.
+        """Publishes the stage's result atomically.
 
         Args:
             write_model: writes the model into the empty directory that it is given, and returns {file: SHA-256} of
@@ -220,10 +221,10 @@ class StageDir:
         The other arguments are the manifest's fields.
 
         Raises:
-            HandoffError: what was written breaks the contract, has another encoding than `tokenizer`, or the disk is
-                full. The stage stays unfinished, or published as it was.
+            HandoffError: the written model breaks the contract or has another encoding than `tokenizer`, or the disk
+                is full. The stage stays unfinished, or keeps its earlier publication.
         """
-        assert self._inputs == inputs, "publish belongs to the inputs that begin was given"
+        assert self._inputs == inputs, "publish must get the inputs that begin got"
         writing = self.path / _WRITING
         try:
             record, hashes = None, {}
@@ -251,9 +252,9 @@ class StageDir:
                 extra=dict(extra or {}),
                 files=hashes,
             )
-            # Written before the old one goes: from here on nothing needs space on the disk.
+            # Written before the old publication is removed, so that no later step needs disk space.
             write_json(self.path / _NEXT, sealed(manifest))
-        except Exception as error:  # whoever writes the model has errors of its own for a full disk
+        except Exception as error:  # `write_model` may raise any type of error for a full disk
             remove_tree(writing)
             if not disk_is_full(error):
                 raise
@@ -278,14 +279,14 @@ class StageDir:
         record = check_model(writing, kind)
         if expected is not None and record != expected:
             raise HandoffError(
-                f"{self.path}: the encoding drifted while training: it began with {expected.model_dump()} "
-                f"and the model was written with {record.model_dump()}"
+                f"{self.path}: the encoding changed during training: it began with {expected.model_dump()}, "
+                f"but the model was written with {record.model_dump()}"
             )
         fsync_tree(writing)
         return record, hashes
 
     def _switch(self, written: Path | None) -> None:
-        """stage.json goes first and comes last, so that at no instant it stands beside a model that is not its own."""
+        """Removes the old stage.json first and writes the new one last, so that it never describes another model."""
         old = self.path / _OLD
         remove_tree(old)
         self.manifest_path.unlink(missing_ok=True)
@@ -306,8 +307,8 @@ class StageDir:
     # ---- ending
 
     def close(self) -> None:
-        """Releases the directory. When the stage wrote nothing since `begin`, that is undone: an error in the data
-        or in a parent costs neither the published stage that was set aside nor leaves an empty directory."""
+        """Releases the directory. If the stage wrote nothing since `begin`, undoes `begin`: after an error in the data
+        or a parent, the content that was set aside is back, and no empty directory remains."""
         if self._inputs is None:
             return
         if self._fresh and self._holds_only(self.started_path):
@@ -321,7 +322,7 @@ class StageDir:
         remove_tree(self.state_dir)
         self.started_path.unlink()
         if self._set_aside:
-            # stage.json last: what is half restored does not pass as published.
+            # stage.json comes last, so that half-restored content does not count as published.
             for path in sorted(self._aside.iterdir(), key=lambda path: path.name == self.manifest_path.name):
                 path.rename(self.path / path.name)
             remove_tree(self._aside)

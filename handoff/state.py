@@ -1,8 +1,8 @@
-"""Resumable state: `state/step-N/`, each with a list of its parts and their hashes, saved so that a kill harms nothing.
+"""Resumable states in `state/step-N/`, each with a list of its parts and their hashes. A kill never damages one.
 
-A state is written into a `.tmp-step-N` directory by whoever trains, then committed here: hash every part, write
-state.json, fsync, rename, and only then rotate older ones away. "Latest" is the newest state whose parts are all
-there and unaltered. Which parts there have to be is for the stage to say: a list that lacks one is no whole state.
+The trainer writes a state into a `.tmp-step-N` directory, and this module commits it: hash every part, write
+state.json, fsync, rename, and only then remove older states. "Latest" is the newest whole state: all its parts are
+present and unaltered. The stage says which parts a state must have.
 """
 
 import logging
@@ -33,17 +33,17 @@ _NAME = re.compile(r"(?:step|\.replaced-step)-(\d+)")
 
 @dataclass(frozen=True)
 class State:
-    """A saved state: the optimizer step it was saved after, its directory, and what `commit` was given as extra."""
+    """A saved state: the optimizer step after which it was saved, its directory, and the `extra` given to `commit`."""
 
     step: int
     path: Path
     extra: dict[str, Any]
     lost: dict[str, str] = field(default_factory=dict)
-    """{part: what is wrong with it}; empty but in a state that `BrokenStates` offers."""
+    """{part: what is wrong with it}; empty except in a state that `BrokenStates` offers."""
 
 
 class BrokenStates(HandoffError):
-    """There are states and none is whole. `weights`: the newest of those of which enough is left for its weights."""
+    """There are states, but none is whole. `weights`: the newest state whose weights can still be used, or None."""
 
     def __init__(self, message: str, weights: State | None) -> None:
         super().__init__(message)
@@ -51,15 +51,15 @@ class BrokenStates(HandoffError):
 
 
 class StateStore:
-    """The states of one stage. Of several processes only the main one uses it."""
+    """The states of one stage. Only the main process uses it."""
 
     def __init__(self, directory: Path, parts: Collection[str] = (), weights: Collection[str] = ()) -> None:
-        """`parts`: files that every state must have; `weights`: those without which nothing can be started from."""
+        """`parts`: files that every state must have. `weights`: those needed to start from its weights alone."""
         self.directory = directory
         self._parts, self._weights = parts, weights
 
     def staging_path(self, step: int) -> Path:
-        """Where the parts of a state are written before `commit`."""
+        """The directory into which the parts of a state are written before `commit`."""
         return self.directory / f".tmp-step-{step}"
 
     def staging(self, step: int) -> Path:
@@ -75,13 +75,12 @@ class StateStore:
     def commit(
         self, step: int, staged: Path, keep: int, extra: Mapping[str, Any] | None = None, protect: int | None = None
     ) -> Path:
-        """Make `staged` the state of `step` and keep the `keep` (>= 1) newest states. Returns its directory.
+        """Makes `staged` the state of `step` and keeps the `keep` (>= 1) newest states. Returns its directory.
 
         `protect`: an earlier step whose state is kept whatever its age.
 
         States of later steps are removed too: they belong to a course that was abandoned when an earlier state was
-        resumed. OSError (a full disk) leaves the earlier states as they were, and removes `staged` to give its space
-        back.
+        resumed. On OSError (a full disk) the earlier states are unchanged, and `staged` is removed to free its space.
         """
         assert keep >= 1, "a rotation that keeps nothing would lose the state just saved"
         assert staged == self.staging_path(step), f"{staged} is not the staging directory of step {step}"
@@ -100,8 +99,8 @@ class StateStore:
         final = self.directory / f"step-{step}"
         replaced = self.directory / f".replaced-step-{step}"
         if final.exists():
-            # rename cannot replace a directory that has content. `latest` knows the other name, so that at no
-            # instant a valid state is out of reach.
+            # rename cannot replace a directory that has content. `latest` also reads the other name, so a valid state
+            # can be found at every moment.
             remove_tree(replaced)
             final.rename(replaced)
         staged.rename(final)
@@ -115,14 +114,14 @@ class StateStore:
             if step <= newest and path.name.startswith("step-") and (kept < keep or step == protect):
                 kept += 1
             else:
-                # Under another name first: a kill on the way leaves no state that is half there.
+                # Renamed first, so that a kill during the removal leaves no partial state.
                 going = self.directory / f".tmp-gone-{path.name}"
                 remove_tree(going)
                 path.rename(going)
                 remove_tree(going)
 
     def _candidates(self) -> list[tuple[int, Path]]:
-        """(step, directory), newest first; of one step the current directory before the replaced one."""
+        """(step, directory), newest first; for each step the current directory before the replaced one."""
         if not self.directory.is_dir():
             return []
         found = [
@@ -133,16 +132,16 @@ class StateStore:
         return sorted(found, key=lambda item: (item[0], item[1].name.startswith("step-")), reverse=True)
 
     def has_states(self) -> bool:
-        """Whether anything was ever committed, valid or not."""
+        """Whether any state was ever committed, valid or not."""
         return bool(self._candidates())
 
     def latest(self) -> State | None:
-        """The newest whole state, None when none was ever saved. A broken one is skipped, with a line in the log that
-        names its parts.
+        """The newest whole state, or None if none was ever saved. A broken state is skipped, and the log names its
+        damaged parts.
 
         Raises:
-            BrokenStates: there are states, and none is whole. Training from the start again would throw work away, and
-                with a new optimizer it is another training, so either has to be asked for.
+            BrokenStates: there are states, but none is whole. To train from the start would discard work, and a new
+                optimizer changes the training, so the user has to request either one.
         """
         reasons, weights = [], None
         for step, path in self._candidates():
@@ -163,7 +162,7 @@ class StateStore:
         return None
 
     def steps(self) -> list[int]:
-        """The steps of which there are states, whole or not, ascending."""
+        """The steps that have states, whole or not, ascending."""
         return sorted({step for step, _ in self._candidates()})
 
     def before(self, step: int) -> State | None:
@@ -172,7 +171,7 @@ class StateStore:
         return next((state for state in older if not state.lost), None)
 
     def at(self, step: int) -> State | None:
-        """The state of that step, if it is there and whole."""
+        """The state of that step, if it exists and is whole."""
         path = self.directory / f"step-{step}"
         state = self._examined(step, path)
         if not state.lost:
@@ -181,7 +180,7 @@ class StateStore:
         return None
 
     def damages(self) -> list[tuple[str, str]]:
-        """(part, relative to the directory; what happened to it) of all that is not as it was saved, in any state."""
+        """(part, relative to the directory; what happened) for every part that is not as it was saved, in any state."""
         found = []
         for step, path in self._candidates():
             for name, what in self._examined(step, path).lost.items():
@@ -189,7 +188,7 @@ class StateStore:
         return found
 
     def _examined(self, step: int, path: Path) -> State:
-        """The state and all that it has lost. Where that is its own list, nothing else of it can be trusted."""
+        """The state, with everything that is wrong with it. If its list is damaged, no other part can be trusted."""
         try:
             manifest = self._manifest(step, path)
         except HandoffError as error:
@@ -206,7 +205,7 @@ class StateStore:
             elif (size := file.stat().st_size) != part["bytes"]:
                 lost[name] = f"{file} has {size} bytes instead of {part['bytes']}"
             elif sha256_file(file) != part["sha256"]:
-                lost[name] = f"{file} was altered: its hash is not the one that was saved"
+                lost[name] = f"{file} was altered: it does not match its saved hash"
         return State(step, path, manifest["extra"], lost)
 
     def _manifest(self, step: int, path: Path) -> dict[str, Any]:
@@ -218,13 +217,13 @@ class StateStore:
             raise HandoffError(f"{manifest_path} is not of format version {FORMAT_VERSION}")
         digest = manifest.pop("sha256", None)
         if digest != canonical_hash(manifest):
-            raise HandoffError(f"{manifest_path} was altered: its content has not the hash that was saved with it")
+            raise HandoffError(f"{manifest_path} was altered: its content does not match its saved hash")
         if manifest["step"] != step:
-            raise HandoffError(f"{manifest_path} is of step {manifest['step']}, its directory of step {step}")
+            raise HandoffError(f"{manifest_path} is of step {manifest['step']}, but its directory is of step {step}")
         return manifest
 
     def clean(self) -> None:
-        """Remove what interrupted saves left behind."""
+        """Removes the leftovers of interrupted saves."""
         if self.directory.is_dir():
             for path in self.directory.glob(".tmp-*"):
                 remove_tree(path)

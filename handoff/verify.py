@@ -1,7 +1,7 @@
-"""Whether a run is still what it published: every file of its whole lineage hashed again, every edge compared.
+"""Verifies a run: hashes every file in its lineage again, and compares every stage's record of its parents.
 
-The lineage may lead out of the run, to a stage of another run or to a checkpoint made elsewhere; those are followed
-too. Saved states are hashed as well, those of unfinished stages included: they are what a run goes on from.
+The lineage may include a stage of another run or a foreign checkpoint; those are verified too. Saved states are hashed
+as well, including those of unfinished stages, since a run resumes from them.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from handoff.state import StateStore
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: the stage (its path, when it is of another run), the file ("" when it is about no single
-    one), and what, in words."""
+    """One fault: the stage (its path, if it belongs to another run), the file ("" if no single file is concerned), and
+    a description."""
 
     stage: str
     file: str
@@ -34,12 +34,12 @@ class Ancestry:
     created: str
     fingerprint: str
     parents: dict[str, ParentRecord]
-    """{role: parent}, each with the fingerprint that it had then."""
+    """{role: parent}, each with its fingerprint at that time."""
 
 
 def lineage(run_dir: Path) -> list[Ancestry]:
-    """The published stages of a run in the order of their publishing. HandoffError: no such run, or a damaged
-    manifest."""
+    """The published stages of a run, in the order in which they were published. Raises HandoffError if there is no such
+    run or a manifest is damaged."""
     manifests = [(folder.name, read_manifest(folder / "stage.json")) for folder in _stage_dirs(run_dir)]
     published = [
         Ancestry(name, manifest.kind, manifest.created, manifest.fingerprint, manifest.parents)
@@ -50,9 +50,9 @@ def lineage(run_dir: Path) -> list[Ancestry]:
 
 
 def verify_run(run_dir: Path) -> list[Problem]:
-    """Everything that differs from what the stages of `run_dir` and their ancestors published; empty when nothing does.
+    """All differences from what the stages of `run_dir` and their ancestors published; empty if there are none.
 
-    Of an unfinished stage there are only states to look at. HandoffError when there is no such run.
+    Of an unfinished stage only the states are checked. Raises HandoffError if there is no such run.
     """
     problems: list[Problem] = []
     waiting = [(folder, folder.name) for folder in _stage_dirs(run_dir)]
@@ -94,14 +94,14 @@ def _is_stage(path: Path) -> bool:
 
 
 def _fault(path: Path, record: ParentRecord) -> str | None:
-    """What is wrong between a stage and one of its parents, None when the parent is as it was."""
+    """How a parent differs from the stage's record of it; None if it is unchanged."""
     if not path.is_dir():
         return f"{path} is gone"
     try:
         if _is_stage(path):
             manifest: Manifest | None = read_manifest(path / "stage.json")
             if manifest is None:
-                return f"{path} is unfinished: it was begun again after this stage"
+                return f"{path} is unfinished: it was started again after this stage"
             present, files = manifest.fingerprint, manifest.files
         else:
             present, files = foreign_identity(path, *check_foreign(path), sha256_file)
@@ -110,5 +110,9 @@ def _fault(path: Path, record: ParentRecord) -> str | None:
     if present == record.fingerprint:
         return None
     names = sorted({name for name, _ in record.files.items() ^ files.items()})
-    told = ", ".join(names[:3]) + (" …" if len(names) > 3 else "") if names else "what belongs to it, not its files"
-    return f"it is another one now: {told} (fingerprint {record.fingerprint[:12]} then, {present[:12]} now)"
+    changed = (
+        ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+        if names
+        else "its kind, encoding or extra values, but no file"
+    )
+    return f"it has changed: {changed} (fingerprint {record.fingerprint[:12]} then, {present[:12]} now)"

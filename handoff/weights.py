@@ -1,4 +1,4 @@
-"""What the safetensors files of a model directory say about themselves: names and shapes, without loading a tensor.
+"""Reads names and shapes from the headers of a model's safetensors files, without loading a tensor.
 
 Format: 8 bytes, the header's length as a little-endian unsigned integer; the header, JSON of
 {name: {dtype, shape, data_offsets}}; the tensors' bytes (https://huggingface.co/docs/safetensors).
@@ -30,22 +30,24 @@ class TensorInfo:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files that make up the model. HandoffError when the index names one that is missing."""
+    """The safetensors files that make up the model. Raises HandoffError when the index names a missing file."""
     index = model_dir / INDEX_NAME
     if index.is_file():
         names = sorted(set(read_json(index)["weight_map"].values()))
         for name in names:
             if not (model_dir / name).is_file():
-                raise HandoffError(f"{model_dir}: {name} is missing, {INDEX_NAME} lists it; copy or download it again")
+                raise HandoffError(
+                    f"{model_dir}: {name} is missing, but {INDEX_NAME} lists it; copy or download it again"
+                )
         return [model_dir / name for name in names]
     single = model_dir / "model.safetensors"
-    if single.is_file():  # beside it some publishers put the same weights in their own format
+    if single.is_file():  # some publishers put the same weights beside it in their own format
         return [single]
     return sorted(model_dir.glob("*.safetensors"))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one file. HandoffError when the file is truncated or no safetensors file."""
+    """Tensors of one file. Raises HandoffError when it is truncated or not a safetensors file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -66,8 +68,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
-    """All tensors of a model directory, from its headers. HandoffError when there are none, or one has no elements
-    (what a ZeRO-3 save without gathering leaves behind)."""
+    """All tensors of a model directory, from its headers. Raises HandoffError when there are none, or when one has no
+    elements (which a ZeRO-3 save without gathering leaves behind)."""
     tensors: dict[str, TensorInfo] = {}
     for path in weight_files(model_dir):
         tensors |= read_header(path)
@@ -83,7 +85,7 @@ def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
 
 
 def embedding_shape(model_dir: Path) -> tuple[int, int]:
-    """(rows, width) of the input embedding: how many token ids the model knows, and numbers of a token's vector."""
+    """(rows, width) of the input embedding: the number of token ids that the model has, and the size of a vector."""
     tensors = read_tensors(model_dir)
     names = [
         name
@@ -95,8 +97,8 @@ def embedding_shape(model_dir: Path) -> tuple[int, int]:
     ]
     if not names:
         raise HandoffError(
-            f"{model_dir}: no tensor is named like a token embedding (*.{{{', '.join(sorted(_EMBEDDINGS))}}}.weight)"
+            f"{model_dir}: no tensor has the name of a token embedding (*.{{{', '.join(sorted(_EMBEDDINGS))}}}.weight)"
         )
-    # Of several (a multi-token-prediction layer may repeat it) the model's own has the shortest name.
+    # A multi-token-prediction layer may repeat the embedding; the model's own has the shortest name.
     rows, width = tensors[min(names, key=len)].shape
     return rows, width

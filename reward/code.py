@@ -1,4 +1,4 @@
-"""Reward for programs: what an answer defines is run against unit tests, in the sandbox of docs/sandbox.md.
+"""Reward for programs: runs the program in an answer against unit tests, in the sandbox that docs/sandbox.md describes.
 
     reward:
       - function: code_tests
@@ -6,7 +6,7 @@
 
 The tests are columns of the prompts' data, in one of three shapes: `tests` (a script, or a list of statements),
 MBPP's `test_list` with `test_setup_code`, or HumanEval's `test` with `entry_point`, where the prompt is the beginning
-of the program. A row that has none of them is given no opinion.
+of the program. A row without tests scores None.
 """
 
 import functools
@@ -24,13 +24,13 @@ from reward.sandbox.pool import Job, Outcome, Sandbox
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = frozenset({"python", "py", "python3"})
-_WALL_FACTOR = 4  # eight programs share two cores on a small machine
+_WALL_FACTOR = 4  # wall time per CPU second: on a small machine, eight programs share two cores
 _COLUMNS = "`tests`, or `test_list` (MBPP), or `test` and `entry_point` (HumanEval)"
 
 
 @dataclass(frozen=True)
 class Tests:
-    """A row's tests, in whatever columns they came."""
+    """A row's tests, in one form for all column shapes."""
 
     script: str
     setup: str = ""
@@ -57,17 +57,18 @@ def code_tests(
     """1 where the answer's program passes all of its tests, else 0; None for rows without tests.
 
     Args:
-        tests, test_list, test_setup_code, test, entry_point: columns, see above.
-        timeout: CPU seconds (whole) for a program, and again for its tests; four times as long by the clock.
-        memory_mb: address space of a program, Python's own 30 MB included.
-        disk_mb: what it may write to its private folder.
-        workers: programs at once.
-        credit: `fraction` gives the share of the tests' assert statements that hold instead of 0.
-        require: protections without which nothing is run: network, filesystem, processes. One that cannot be had and
-            is not required is warned of.
+        tests, test_list, test_setup_code, test, entry_point: columns; see the module's docstring.
+        timeout: CPU seconds (a whole number) for the program, and as many for its tests. The wall-clock limit is four
+            times this.
+        memory_mb: address space of a program, including about 30 MB for Python itself.
+        disk_mb: limit on what a program may write to its private folder.
+        workers: number of programs that run at once.
+        credit: `all` scores 1 or 0; `fraction` scores the share of the tests' assert statements that hold.
+        require: protections that must be available (network, filesystem, processes); otherwise nothing runs. A missing
+            protection that is not required causes a warning.
 
     Raises:
-        RewardError: a column is missing or broken, an argument is out of range, or the sandbox cannot be had.
+        RewardError: a column is missing or invalid, an argument is out of range, or the sandbox is not available.
     """
     limits = _limits(timeout, memory_mb, disk_mb)
     if credit not in ("all", "fraction"):
@@ -98,7 +99,7 @@ def _value(outcome: Outcome, credit: str) -> float:
 
 @functools.cache
 def _sandbox(workers: int, require: tuple[str, ...]) -> Sandbox:
-    """One for the process, kept between steps. Raises RewardError when what is required cannot be had."""
+    """The process's sandbox, kept between steps. Raises RewardError when a required protection is not available."""
     if not isinstance(workers, int) or workers < 1:
         raise RewardError(f"code_tests: `workers` is {workers!r}; give a whole number from 1")
     sandbox = Sandbox(workers)
@@ -106,7 +107,7 @@ def _sandbox(workers: int, require: tuple[str, ...]) -> Sandbox:
     open_to = [what for what, layers in sandbox.protections().items() if not layers]
     if open_to:
         warnings.warn(
-            f"code_tests runs programs of the model that can reach the {', '.join(open_to)} here; docs/sandbox.md",
+            f"code_tests: on this machine the model's programs can reach the {', '.join(open_to)}; see docs/sandbox.md",
             stacklevel=3,
         )
     return sandbox
@@ -120,7 +121,7 @@ def _limits(timeout: int, memory_mb: int, disk_mb: int) -> Limits:
 
 
 def _tests(row: dict[str, Any], prompt: tuple[Message, ...], where: str) -> Tests | None:
-    """The tests of a row. Raises RewardError for columns that do not fit."""
+    """The tests of a row, or None. Raises RewardError for invalid columns."""
     kinds = [name for name in ("tests", "test_list", "test") if name in row]
     if not kinds:
         return None
@@ -154,7 +155,7 @@ def _label(prompt: tuple[Message, ...]) -> str:
 
 
 def _beginning(row: dict[str, Any], prompt: tuple[Message, ...], entry: str, where: str) -> str:
-    """What the program begins with: the column `prompt`, else the fenced code of the user's turn, or all of it."""
+    """The beginning of the program: the column `prompt`, else the fenced code in the user's turn, else all of it."""
     if "prompt" in row:
         return _text(row, "prompt", where)
     said = prompt[-1].content if prompt else ""
@@ -163,9 +164,9 @@ def _beginning(row: dict[str, Any], prompt: tuple[Message, ...], entry: str, whe
 
 
 def extract(answer: str) -> str:
-    """The program in an answer: its last fence marked as Python, else its last unmarked one, else all of it.
+    """The program in an answer: the last fence marked as Python, else the last unmarked fence, else the whole answer.
 
-    A fence that is not closed, as in an answer that was cut off, reaches to the end.
+    A fence that is not closed, as in a truncated answer, extends to the end.
 
     >>> extract("So:\\n```python\\nx = 1\\n```\\nor\\n```python\\nx = 2\\n```\\nDone.")
     'x = 2\\n'
@@ -185,13 +186,13 @@ def _defines(text: str, name: str) -> bool:
 
 
 def _programs(completion: str, tests: Tests) -> list[str]:
-    """Readings of a completion, most likely first; the sandbox takes the first that is Python."""
+    """Possible programs in a completion, most likely first; the sandbox runs the first that is valid Python."""
     code = extract(completion)
     if not tests.entry_point or not tests.given:
         return [code]
     if _defines(code, tests.entry_point):
-        # The imports and helpers of the beginning are there, too, as the prompt promised.
+        # The completion may rely on the imports and helpers that the prompt gave.
         return [f"{tests.given}\n{code}", code]
-    # Only the body; a tokenizer or a template may have taken its first indent.
+    # The completion is only the function's body; a tokenizer or template may have removed its first indent.
     body = code.strip("\n")
     return [f"{tests.given}\n{body}", f"{tests.given}\n    {body}", f"{tests.given}\n{textwrap.indent(body, '    ')}"]

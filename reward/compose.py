@@ -1,9 +1,8 @@
-"""The recipe's list of rewards as one: each is computed, logged apart, and summed by weight.
+"""Combines the recipe's list of rewards: computes each reward, reports it separately, and sums them by weight.
 
-A function gets the two things that every reward needs, prompts and completions, and by keyword whatever else its
-signature names: the `args` of the recipe, `completion_ids` and `stopped` of the answers, and the prompts' own columns.
-What it cannot be given is found before the first answer is sampled: `args` that it does not have when the composition
-is made, columns that the data does not have in `check_columns`.
+A reward function receives prompts and completions, and by keyword whatever else its signature names: the recipe's
+`args`, the answers' `completion_ids` and `stopped`, and the prompts' own columns. Mistakes are found before the first
+answer is sampled: the constructor refuses unknown `args`, and `check_columns` refuses missing columns.
 """
 
 import difflib
@@ -27,7 +26,7 @@ _SHOWN = 80  # characters of an answer in a message
 
 @dataclass(frozen=True)
 class Answers:
-    """What is to be scored, N rows. `columns` holds each prompt's own columns."""
+    """N answers to score. `columns` holds each prompt's own columns."""
 
     prompts: Sequence[tuple[Message, ...]]
     prompt_ids: Sequence[Sequence[int]]
@@ -39,29 +38,30 @@ class Answers:
 
 @dataclass(frozen=True)
 class Scores:
-    """What N answers got."""
+    """The scores of N answers."""
 
     total: list[float]
     """Weighted sum, (N,)."""
     parts: dict[str, list[float | None]]
-    """Each reward's own values before its weight, (N,); None where it had no opinion, which counts as 0."""
+    """Each reward's values before weighting, (N,); None where the reward does not apply, which counts as 0."""
     dense: list[list[float]] | None
-    """Where rewards are read at every token: what each token of an answer was paid by them, weighted, as long as the
-    answer's ids. It is a part of `total`, not to be added to it. None without such rewards."""
+    """For rewards with `read: every`: the weighted reward of each token of each answer, as long as the answer's ids.
+    `total` already includes it. None when no reward is read at every token."""
     members: dict[str, list[float]]
-    """The normalised scores of the members of ensembles, (N,) each, as `<reward>/<model>`."""
+    """The normalised scores of each ensemble member, (N,) each, under the name `<reward>/<model>`."""
     disagreement: list[float] | None
-    """Standard deviation over an ensemble's members, (N,); of several ensembles, the largest. None without one."""
+    """Standard deviation over an ensemble's members, (N,); the largest one if there are several ensembles. None without
+    an ensemble."""
 
 
 class Composition:
     """Calls every reward of a recipe."""
 
     def __init__(self, entries: Sequence[RewardConfig], models: dict[str, LearnedReward]) -> None:
-        """`models`: the loaded model for each reference of the entries.
+        """`models`: the loaded model for each model that the entries name.
 
         Raises:
-            RewardError: an unknown function, or `args` that a function does not have.
+            RewardError: an unknown function, or `args` that the function does not accept.
         """
         assert len({entry.name for entry in entries}) == len(entries), "the recipe refuses two rewards of one name"
         self._entries = entries
@@ -69,14 +69,14 @@ class Composition:
         self._models = models
 
     def check_columns(self, columns: set[str]) -> None:
-        """Whether the functions can be given what they need; they are given these columns from then on, with None where
-        a row has nothing.
+        """Checks that the data has every column that the functions need. From then on each function receives these
+        columns, with None in rows that lack a value.
 
         Args:
             columns: the prompts' columns, over all rows.
 
         Raises:
-            RewardError: a function needs a column that is not among them.
+            RewardError: a function needs a column that the data does not have.
         """
         for function in self._functions.values():
             function.check_columns(columns)
@@ -85,8 +85,8 @@ class Composition:
         """Scores (N,).
 
         Raises:
-            RewardError: a function raised, gave the wrong number of values, or one that is no finite number; a model's
-                score is not finite.
+            RewardError: a function raised, or returned the wrong number of values or a value that is not a finite
+                number; or a model's score is not finite.
         """
         n = len(answers.texts)
         total = [0.0] * n
@@ -122,10 +122,10 @@ class Composition:
 
 
 def combine(entry: RewardConfig, scores: Sequence[float]) -> float:
-    """One score from those of an ensemble's members (of one model: its own).
+    """Combines the scores of an ensemble's members into one score; a single model's score stays as it is.
 
-    Coste et al. 2023 (arXiv:2310.02743), section 3.2: mean, worst case, and uncertainty-weighted; the last with the
-    standard deviation over the members where they take the variance, so that it has the unit of a score.
+    Coste et al. 2023 (arXiv:2310.02743), section 3.2: mean, worst case, and uncertainty-weighted. For the last, the
+    paper subtracts the variance over the members; this subtracts the standard deviation, which has the score's unit.
     """
     if entry.combine == "min":
         return min(scores)
@@ -148,10 +148,10 @@ class _Function:
         try:
             parameters = list(inspect.signature(self._function).parameters.values())
         except (TypeError, ValueError) as error:
-            raise RewardError(f"reward function `{entry.function}` is not a function that can be called") from error
+            raise RewardError(f"reward function `{entry.function}` is not callable") from error
         keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        self._given = {p.name for p in parameters[:2]}  # prompts and completions, whatever it calls them
+        self._given = {p.name for p in parameters[:2]}  # the function's own names for prompts and completions
         named = {p.name: p for p in parameters[2:] if p.kind in keyword}
         for key in self._args:
             if key not in named or key in _OF_ANSWERS:
@@ -160,7 +160,7 @@ class _Function:
                 hint = f"did you mean `{close[0]}`?" if close else f"it has {', '.join(own) or 'none'}"
                 raise RewardError(f"reward `{self._name}`: `{entry.function}` has no argument `{key}`; {hint}")
         self._named = named.keys()
-        self._known: set[str] = set()  # columns that the data has, whatever a batch of a mixture has of them
+        self._known: set[str] = set()  # the data's columns; a batch of a mixture may lack some
         self._columns = [
             name
             for name, parameter in named.items()
@@ -171,10 +171,10 @@ class _Function:
         self._known = set(columns)
         for name in self._columns:
             if name not in columns:
-                there = f"there are {', '.join(sorted(columns))}" if columns else "the prompts have none"
+                there = f"it has {', '.join(sorted(columns))}" if columns else "it has none"
                 raise RewardError(
-                    f"reward `{self._name}` needs the column `{name}` of the prompts; {there}. Give it in the data, or "
-                    "as one of the reward's `args`"
+                    f"reward `{self._name}` needs the column `{name}` in the prompts' data; {there}. Add it to the "
+                    "data, or set it in the reward's `args`"
                 )
 
     def __call__(self, answers: Answers) -> list[float | None]:
@@ -185,26 +185,26 @@ class _Function:
             raise self._raised(answers, error) from error
         if not isinstance(found, list | tuple):
             raise RewardError(
-                f"reward `{self._name}` gave {_kind(found)}; a reward function returns a list with a number or None "
+                f"reward `{self._name}` returned {_kind(found)}; it must return a list with a number or None "
                 "for each answer"
             )
         if len(found) != len(answers.texts):
-            raise RewardError(f"reward `{self._name}` gave {len(found)} values for {len(answers.texts)} answers")
+            raise RewardError(f"reward `{self._name}` returned {len(found)} values for {len(answers.texts)} answers")
         values: list[float | None] = []
         for row, value in enumerate(found):
             where = f"for row {row}, the answer {_shown(answers.texts[row])}"
             if value is not None and not isinstance(value, Real):
-                raise RewardError(f"reward `{self._name}` gave {_kind(value)} {where}; give a number or None")
+                raise RewardError(f"reward `{self._name}` returned {_kind(value)} {where}; return a number or None")
             number = None if value is None else float(value)
             if number is not None and not math.isfinite(number):
-                raise RewardError(f"reward `{self._name}` gave {number} {where}; give a finite number, or None")
+                raise RewardError(f"reward `{self._name}` returned {number} {where}; return a finite number or None")
             values.append(number)
         return values
 
     def _call(self, answers: Answers, rows: Sequence[int]) -> Any:
         names = {name for row in answers.columns for name in row} | self._known
         names = (names if self._takes_all else names & self._named) - self._given
-        # A column that no prompt of this batch has may be there in others: the data is a mixture.
+        # In a mixture of data sets, a column may be missing from every prompt of this batch and present in others.
         keywords: dict[str, Any] = {
             name: [answers.columns[row].get(name) for row in rows] for name in sorted(names | set(self._columns))
         }
@@ -216,8 +216,8 @@ class _Function:
         return self._function([answers.prompts[row] for row in rows], [answers.texts[row] for row in rows], **keywords)
 
     def _raised(self, answers: Answers, error: Exception) -> RewardError:
-        """What a user needs to mend a function that raised: which, what, where, and on which answer."""
-        if isinstance(error, RewardError):  # it knows what is wrong and says so
+        """An error that names the function, its exception, the line that raised, and the answer that caused it."""
+        if isinstance(error, RewardError):  # already says what is wrong
             return RewardError(f"reward `{self._name}`: {error}")
         place = traceback.extract_tb(error.__traceback__)[-1]
         row = self._culprit(answers)
@@ -227,7 +227,7 @@ class _Function:
         )
 
     def _culprit(self, answers: Answers) -> int | None:
-        """The first row that the function raises on by itself; None when it raises on none."""
+        """The first row on which the function raises when called with that row alone; None if there is no such row."""
         for row in range(len(answers.texts)):
             try:
                 self._call(answers, [row])

@@ -13,24 +13,24 @@ class RewardConfig(BaseModel):
     model: str | None = None
     """A reward-model stage of this recipe, or a directory with one."""
     models: list[str] | None = Field(default=None, min_length=2)
-    """An ensemble of reward models; each is normalised by its own mean and deviation before they are combined."""
+    """An ensemble of reward models. Each is normalised by its own mean and standard deviation before combining."""
     function: str | None = None
     """A function of `reward.functions`, or any callable as `package.module:name`."""
     name: str = Field(default="", min_length=1)
-    """Under which its scores are logged; by default the model's or the function's. Two entries differ in it."""
+    """Name under which its scores are logged, unique in the list; by default the model's or the function's name."""
     weight: float = 1.0
-    """Factor in the sum. A learned reward is normalised before: mean 0, deviation 1 on held-out answers."""
+    """Factor in the sum. A learned reward is normalised first: mean 0, standard deviation 1 on held-out answers."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """An ensemble's score: the members' mean, the lowest, or their mean less `std_coef` standard deviations."""
     std_coef: float = Field(default=1.0, ge=0)
-    """`mean_minus_std` only: how much the members' disagreement takes from their mean."""
+    """`mean_minus_std` only: number of standard deviations over the members to subtract from their mean."""
     read: Literal["last", "every"] = "last"
-    """Where a model's score is read. `last`: at the answer's last token. `every`: at each of its tokens, and the
-    answer's score is the mean over them, each token being paid its own share."""
+    """Where a model's score is read. `last`: at the answer's last token. `every`: at each token of the answer; the
+    answer's score is the mean over its tokens, and each token is rewarded with its own share."""
     reencode: bool = False
-    """The model has another tokenizer or chat template than the policy: answers are encoded again for it."""
+    """Set when the model has a different tokenizer or chat template than the policy: answers are encoded again."""
 
     @model_validator(mode="before")
     @classmethod
@@ -45,23 +45,23 @@ class RewardConfig(BaseModel):
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if [self.model, self.models, self.function].count(None) != 2:
-            raise ValueError("a reward is one of `model: ...`, `models: [...]` and `function: ...`")
+            raise ValueError("a reward needs exactly one of `model: ...`, `models: [...]` and `function: ...`")
         if self.models is not None and len(set(self.models)) != len(self.models):
-            raise ValueError("`models` names one model twice; an ensemble's members differ, for example in their seed")
+            raise ValueError("`models` names one model twice; use different members, for example with other seeds")
         given = self.model_fields_set
         if self.function is not None:
             unread = sorted(given & {"reencode", "read", "combine", "std_coef"})
             if unread:
-                raise ValueError(f"`{unread[0]}` is for models; functions read text")
+                raise ValueError(f"`{unread[0]}` applies to reward models only, not to functions")
         elif "args" in given:
-            raise ValueError("`args` are for functions; a model takes none")
+            raise ValueError("`args` apply to functions only; a reward model takes none")
         if self.models is None and "combine" in given:
             raise ValueError("`combine` is for ensembles: name two reward models or more under `models`")
         if self.combine != "mean_minus_std" and "std_coef" in given:
             raise ValueError("`std_coef` is not read unless combine is mean_minus_std")
         if self.read == "every" and self.reencode:
             raise ValueError(
-                "`read: every` pays the policy's own tokens, and `reencode` makes other ones of the same text; use "
+                "`read: every` rewards the policy's own tokens, but `reencode` produces different tokens; use "
                 "`read: last`, or a reward model with the policy's tokenizer"
             )
         return self

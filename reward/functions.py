@@ -1,9 +1,9 @@
-"""Rewards that are plain code.
+"""Rewards computed by plain functions.
 
 A reward function is a callable `(prompts, completions, **columns) -> list[float | None]`: `prompts` are conversations
-(tuples of `data.records.Message`), `completions` the answers' texts, and each column is a list as long as they are:
-the prompt's own columns, and of the answer `completion_ids` (tokens, its stop token included) and `stopped` (bool).
-None says that the function has no opinion on a row, which then counts as 0.
+(tuples of `data.records.Message`), `completions` are the answers' texts, and each column is a list of the same length:
+the prompts' own columns, and the answers' `completion_ids` (tokens, including the stop token) and `stopped` (bool).
+None means that the function does not apply to a row; the row then counts as 0.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from handoff.errors import UserError
 
 
 class RewardError(UserError):
-    """A reward of the recipe cannot be had, or gave something that is no reward."""
+    """A reward of the recipe is not available, or returned a value that is not a reward."""
 
 
 def length_penalty(
@@ -25,7 +25,7 @@ def length_penalty(
     free: int = 32,
     **columns: Any,
 ) -> list[float | None]:
-    """0 up to `free` tokens, then −1 for every further `free` tokens.
+    """0 up to `free` tokens, then −1 for every further `free` tokens, in proportion.
 
     >>> length_penalty([], ["a", "b"], completion_ids=[[1] * 32, [1] * 48])
     [0.0, -0.5]
@@ -52,7 +52,7 @@ def repetition_penalty(
 def exact_match(
     prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], answer: Sequence[str | None], **columns: Any
 ) -> list[float | None]:
-    """1 where the completion, stripped, is the column `answer`; None where there is no such answer.
+    """1 where the stripped completion equals the column `answer`, else 0; None where the row has no answer.
 
     >>> exact_match([], [" 42 ", "41", "x"], answer=["42", "42", None])
     [1.0, 0.0, None]
@@ -63,7 +63,7 @@ def exact_match(
 def world_correct(
     prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], family: Sequence[str | None], **columns: Any
 ) -> list[float | None]:
-    """1 where the embedded world's checker accepts the answer; None for prompts that are not the world's."""
+    """1 where the embedded world's checker accepts the answer, else 0; None for prompts from other data."""
     from data.world import correct
 
     return _by_world(correct, completions, {"family": family, **columns})
@@ -72,8 +72,8 @@ def world_correct(
 def world_gold(
     prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], family: Sequence[str | None], **columns: Any
 ) -> list[float | None]:
-    """The embedded world's own judgement of an answer, from -1 to 1: correctness and manners. To watch training by
-    (`monitor:`), never to train on. None for prompts that are not the world's."""
+    """The embedded world's gold score of an answer, from -1 to 1: correctness and style. Use it under `monitor:`, never
+    as a training reward. None for prompts from other data."""
     from data.world import gold
 
     return _by_world(gold, completions, {"family": family, **columns})
@@ -86,7 +86,7 @@ def _by_world(
     return [None if r["family"] is None else float(judge(r, c)) for r, c in zip(rows, completions, strict=True)]
 
 
-# By name, in a recipe's `function:`. Imported when a recipe names one: some need packages that others do not.
+# Names for a recipe's `function:`. Each is imported only when a recipe names it, since some need optional packages.
 FUNCTIONS = {
     "length_penalty": "reward.functions:length_penalty",
     "repetition_penalty": "reward.functions:repetition_penalty",
@@ -106,7 +106,7 @@ FUNCTIONS = {
 
 
 def find(name: str) -> Callable[..., list[float | None]]:
-    """A function of the table above by name, or any callable as `package.module:name`. Raises RewardError."""
+    """The function with this name in FUNCTIONS, or the callable `package.module:name`. Raises RewardError."""
     module_name, _, attribute = FUNCTIONS.get(name, name).partition(":")
     if not attribute:
         raise RewardError(f"no reward function `{name}`: use one of {', '.join(FUNCTIONS)}, or `package.module:name`")

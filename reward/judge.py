@@ -1,13 +1,13 @@
-"""A reward from another model: any endpoint that speaks OpenAI's chat completions (GPT, Claude, Gemini, vLLM, ...).
+"""A reward from a judge model at any endpoint with OpenAI's chat completions API (GPT, Claude, Gemini, vLLM, ...).
 
 In a recipe, with every option of `JudgeConfig` under `args:` (docs/judge.md has an entry for each provider):
 
     reward:
       - {function: judge, args: {base_url: "https://api.openai.com/v1", model: ..., cache_dir: runs/judge}}
 
-`rubric` grades an answer; `pairwise` compares it with a reference answer in both orders, and what the orders disagree
-on is a tie, because judges favour a position (Zheng et al. 2023, arXiv:2306.05685, section 4). A question without an
-answer, a refusal and a reply without a verdict give None, are counted, and stop the run when they are too many.
+`rubric` grades an answer. `pairwise` compares it with a reference answer in both orders, and counts a tie when the two
+orders disagree, because judges favour a position (Zheng et al. 2023, arXiv:2306.05685, section 4). An unanswered
+question, a refusal or a reply without a verdict gives None and is counted; too many of them stop the run.
 """
 
 import inspect
@@ -31,7 +31,7 @@ from reward.judge_config import JudgeConfig, read_options
 
 _log = logging.getLogger(__name__)
 _SAMPLES = 3
-_PAIRS_TO_TELL = 8  # fewer say nothing about a judge's love of a position
+_PAIRS_TO_TELL = 8  # with fewer pairs, disagreement says nothing about a position bias
 
 _COUNTED = (
     *("rows", "rows_without_verdict", "questions", "cache_hits", "verdicts", "refusals", "nonsense", "failures"),
@@ -44,7 +44,7 @@ _bought: dict[tuple[str, str], Tally] = {}  # tokens, never reset
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one question: a value in [0, 1], or None and what came instead."""
+    """The result of one question: a value in [0, 1], or None and what the judge said instead."""
 
     value: float | None
     kind: Literal["verdicts", "refusals", "nonsense", "failures"]
@@ -52,29 +52,29 @@ class Verdict:
 
 
 def judge_statistics() -> dict[tuple[str, str], dict[str, float]]:
-    """What this process has asked since the last reset, by (base_url, model). All are sums, so processes add up.
+    """This process's counts since the last reset, by (base_url, model). All are sums, so they add up over processes.
 
-    `rows`: judged; `rows_without_verdict`. `questions`: one a row, two in pairwise mode; `cache_hits`: of these,
-    answered from disk or by an equal question of the same call. `verdicts`, `refusals`, `nonsense`, `failures`: how
-    the questions ended. `requests`: attempts sent; `repeated`: of these, not the first. `input_tokens`,
-    `output_tokens`, `cost`: of the answers bought. `pairs`: with a verdict in both orders; `disagreements`: of these,
-    where the orders differ; `chose_first`, `chose_second`: verdicts of pairs by position (a fair judge has about as
-    many of both).
+    `rows`: rows judged, of which `rows_without_verdict` got none. `questions`: one per row, two in pairwise mode, of
+    which `cache_hits` were answered from disk or by an equal question in the same call. `verdicts`, `refusals`,
+    `nonsense`, `failures`: how the questions ended. `requests`: attempts sent, of which `repeated` were retries.
+    `input_tokens`, `output_tokens`, `cost`: of the answers paid for. `pairs`: pairs with a verdict in both orders, of
+    which in `disagreements` the orders differ. `chose_first`, `chose_second`: verdicts of pairs by position; an
+    unbiased judge has about equal numbers of both.
     """
     return {endpoint: tally.sums() for endpoint, tally in _statistics.items()}
 
 
 def reset_judge_statistics() -> None:
-    """Start counting afresh. What counts against `max_cost` stays."""
+    """Resets the counts, except the tokens that count towards `max_cost`."""
     _statistics.clear()
 
 
 def judge(prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], **arguments: Any) -> list[float | None]:
-    """Scores in [0, 1], by a model's verdict. `arguments`: the options of `JudgeConfig`, and the data's columns.
+    """Scores in [0, 1], from a judge's verdicts. `arguments`: the options of `JudgeConfig`, and the data's columns.
 
-    Raises RewardError: for an option that is unknown, missing or out of range; a column or a key that is missing; an
-    endpoint that would reject every question (see reward/judge_client.py); `max_cost` reached; too many rows without a
-    verdict, with a sample of what came.
+    Raises RewardError for an unknown or missing option or one out of range, a missing column or key, an endpoint that
+    would reject every question (see reward/judge_client.py), a cost of `max_cost` or more, and too many rows without a
+    verdict (the message quotes some of the replies).
     """
     config, columns = read_options(arguments, len(completions))
     key = _key(config)
@@ -114,7 +114,7 @@ def judge(prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], **
     return _compare_orders(config, values, tally)
 
 
-# Who calls a reward function reads in its signature which `args` it has: those of JudgeConfig, and any column.
+# reward/compose.py reads a function's `args` from its signature: here those of JudgeConfig, and any column.
 _own = inspect.signature(judge).parameters
 vars(judge)["__signature__"] = inspect.Signature(
     [_own["prompts"], _own["completions"], *inspect.signature(JudgeConfig).parameters.values(), _own["arguments"]]
@@ -128,7 +128,7 @@ def _key(config: JudgeConfig) -> Key | None:
     if not secret or not secret.isascii() or not secret.isprintable():
         raise RewardError(
             f"judge: the environment variable {config.api_key_env} holds no key for {config.base_url}: export it, "
-            "or set `api_key_env` to the variable that does (null where no key is needed)"
+            "or set `api_key_env` to the variable that holds the key (null if the endpoint needs none)"
         )
     return Key(secret, config.api_key_env)
 
@@ -139,8 +139,8 @@ def _questions(
     completions: Sequence[str],
     columns: dict[str, Sequence[Any]],
 ) -> list[list[judge_text.Question]]:
-    """What to ask about each row: one question, or two in pairwise mode (the answer first, then the reference first),
-    or none where it has no reference."""
+    """The questions about each row: one, or two in pairwise mode (the answer first, then the reference first), or none
+    if the row has no reference."""
     name = config.reference_column or ("answer" if config.mode == "pairwise" else None)
     if name is not None and name not in columns:
         raise RewardError(
@@ -153,7 +153,7 @@ def _questions(
     for i, (prompt, answer, reference, own) in enumerate(zip(prompts, completions, references, rubrics, strict=True)):
         for column, value in ((name, reference), ("rubric", own)):
             if value is not None and not isinstance(value, str):
-                raise RewardError(f"judge: column `{column}`, row {i} of the call: {value!r} is no text")
+                raise RewardError(f"judge: column `{column}`, row {i} of the call: {value!r} is not text")
         rubric = own or config.rubric
         if name is not None and reference is None:
             rows.append([])
@@ -167,7 +167,7 @@ def _questions(
 
 
 class _Desk:
-    """Where threads get the reply to a question: from the cache, or for money."""
+    """Gives threads the reply to a question, from the cache or from the endpoint, and enforces `max_cost`."""
 
     def __init__(self, config: JudgeConfig, client: Client, cache: Cache | None, tally: Tally, bought: Tally) -> None:
         self._config = config
@@ -177,7 +177,7 @@ class _Desk:
         self._bought = bought
 
     def reply(self, name: str, messages: list[dict[str, str]]) -> Reply:
-        """Of the question with this hash. Raises Unanswered or RewardError."""
+        """The reply to the question with the hash `name`. Raises Unanswered or RewardError."""
         known = None if self._cache is None else self._cache.get(name)
         if known is not None:
             self._tally.add(cache_hits=1)
@@ -207,7 +207,7 @@ class _Desk:
         if cost >= self._config.max_cost:
             raise RewardError(
                 f"judge `{self._config.model}` has cost {cost:.4g} ({read:.0f} tokens in, {written:.0f} out), and "
-                f"`max_cost` is {self._config.max_cost:g}: raise it to go on"
+                f"`max_cost` is {self._config.max_cost:g}: raise it to continue"
             )
 
 
@@ -218,7 +218,7 @@ def _collect(
     rows: list[list[str]],
     tally: Tally,
 ) -> dict[str, Verdict]:
-    """The verdict on every question, as replies come in. Raises RewardError once too many rows have none."""
+    """The verdict on every question. Raises RewardError as soon as too many rows have none."""
     owners: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         for name in row:
@@ -256,7 +256,7 @@ def _read(config: JudgeConfig, question: judge_text.Question, reply: Reply) -> V
     said = repr(reply.refusal or reply.text[-300:])
     if reply.refusal or reply.finish.startswith(("content_filter", "refusal")):
         return Verdict(None, "refusals", f"{said} (finish_reason {reply.finish or 'not given'})")
-    if reply.finish == "length":  # an earlier JSON object in it may be a quotation
+    if reply.finish == "length":  # a JSON object in a truncated reply may be a quotation
         return Verdict(None, "nonsense", f"{said}, cut off: raise `max_tokens` under `request`")
     text = question.verdict_of(reply.text)
     if config.mode == "rubric":
@@ -269,7 +269,7 @@ def _read(config: JudgeConfig, question: judge_text.Question, reply: Reply) -> V
 
 
 def _compare_orders(config: JudgeConfig, values: list[list[float | None]], tally: Tally) -> list[float | None]:
-    """Each row's two verdicts as one, and what the two say about the judge."""
+    """Combines each row's two verdicts into one, and counts how often the two orders disagree."""
     out: list[float | None] = []
     both, differ, first, second = 0, 0, 0, 0
     for row in values:
@@ -286,7 +286,7 @@ def _compare_orders(config: JudgeConfig, values: list[list[float | None]], tally
     if both >= _PAIRS_TO_TELL and 2 * differ > both:
         _log.warning(
             "judge `%s` disagreed with itself on %d of %d pairs when their order was swapped (it chose the first %d "
-            "times, the second %d times): those count as ties, and little is left to learn from",
+            "times, the second %d times). Disagreements count as ties, so this judge gives little training signal",
             *(config.model, differ, both, first, second),
         )
     return out

@@ -1,9 +1,9 @@
-"""What a judge has answered, on disk: a question that was paid for is never asked again.
+"""A judge's replies on disk, so that a question that was paid for is never asked again.
 
 One SQLite file, `<directory>/judge.sqlite`, keyed by the hash of the whole request, model included. Each answer is its
-own durable transaction, so a kill loses at most the questions in flight; several threads and processes may use the file
-at once. The base URL is not part of the key, so a served model may move to another host and port: use another directory
-when another model takes its name.
+own durable transaction, so a kill loses at most the questions in flight. Several threads and processes may use the file
+at once. The base URL is not part of the key, so a served model may move to another host and port. Use another directory
+if the same name comes to mean a different model.
 """
 
 import sqlite3
@@ -28,17 +28,17 @@ class Cache:
     """Open for the length of one call of the judge."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises RewardError when the directory cannot be made or its file is no cache of this version."""
+        """Raises RewardError when the directory cannot be created or its file is not a cache of this version."""
         self.path = directory / "judge.sqlite"
         self._lock = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(self.path, timeout=60.0, check_same_thread=False, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
-            raise RewardError(f"judge: cannot use `cache_dir` {directory} ({error}); name one to write in") from error
+            raise RewardError(f"judge: cannot use `cache_dir` {directory} ({error}); name a writable one") from error
         try:
             (version,) = self._file.execute("PRAGMA user_version").fetchone()
-            if version == 0:  # new, or another process is making it just now: both may run this
+            if version == 0:  # a new file; two processes may both run this safely
                 self._file.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
             elif version != _VERSION:
                 raise sqlite3.DatabaseError(f"its version is {version}, not {_VERSION}")
@@ -55,7 +55,7 @@ class Cache:
         return Reply(text, finish, refusal, None if read is None else (read, written))
 
     def put(self, key: str, model: str, reply: Reply) -> Reply:
-        """Keep an answer, and say which one holds: the first, where another process asked the same meanwhile."""
+        """Stores a reply, unless another process has stored one meanwhile; returns the stored reply."""
         values = (key, model, reply.text, reply.finish, reply.refusal, *(reply.tokens or (None, None)))
         self._run("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", values)
         kept = self.get(key)
@@ -63,7 +63,7 @@ class Cache:
         return kept
 
     def tokens(self, model: str) -> tuple[int, int]:
-        """Input and output tokens of all answers of a model, whichever process paid for them."""
+        """Input and output tokens of all replies of a model, from any process."""
         query = "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM replies WHERE model = ?"
         ((read, written),) = self._run(query, (model,))
         return read, written
@@ -81,5 +81,5 @@ class Cache:
     def _unusable(self, error: sqlite3.Error) -> RewardError:
         return RewardError(
             f"judge: the cache {self.path} cannot be used ({error}); "
-            "free its disk, or move the file away and it starts afresh"
+            "free disk space, or move the file away to start a new cache"
         )

@@ -1,11 +1,11 @@
-"""One question to an OpenAI-compatible endpoint: `POST <base_url>/chat/completions`, until it is answered or hopeless.
+"""Asks one question of an OpenAI-compatible endpoint: `POST <base_url>/chat/completions`, with retries.
 
-Three ends: a `Reply`; `Unanswered`, which concerns this question alone (the caller goes on with the others); or a
-RewardError, which concerns every question (wrong key, wrong model, no credit) and which no repetition can help.
+There are three outcomes: a `Reply`; `Unanswered`, for a fault of this question alone (the caller goes on with the
+others); or a RewardError, for a fault that every question would meet (wrong key, wrong model, no credit).
 
-Repeated, up to `retries` times: 408, 409, 425, 429, all of 5xx, time-outs, connections that fail or break, and replies
-that are no chat completion. The wait doubles each time, with jitter, and is never shorter than the server's
-Retry-After. Such a wait holds all threads of the client back: a rate limit is the account's, not the request's.
+Retried, up to `retries` times: 408, 409, 425, 429, all 5xx, time-outs, failed or broken connections, and replies that
+are not a chat completion. The wait doubles each time, with jitter, and is never shorter than the server's Retry-After.
+Retry-After holds back all threads of the client, because a rate limit applies to the account, not to one request.
 """
 
 import json
@@ -22,12 +22,12 @@ import httpx
 from reward.functions import RewardError
 
 LONGEST_WAIT = 300.0
-"""Seconds. A server that asks for more has no answer for this call; waiting an hour in silence helps nobody."""
+"""Seconds. When a server asks for a longer wait, the question counts as unanswered."""
 _LONGEST_BACKOFF = 60.0
 _LARGEST_REPLY = 4 << 20
 _REPEATED = frozenset({408, 409, 425, 429})
-# Marks of an account without credit, which some send with 429, the status for "later". OpenAI's codes for it differ by
-# whose limit was hit, its type is the same for all; Anthropic's is the second.
+# Error codes and types that mean "no credit"; some endpoints send them with status 429, which otherwise means "retry
+# later". OpenAI uses several codes with one type, the first here; Anthropic's is the second.
 _NO_CREDIT = frozenset({"insufficient_quota", "enforced_spend_limit_reached"})
 _FILTERED = frozenset({"content_filter", "content_policy_violation"})
 _TOO_LONG = ("context_length_exceeded", "context length", "prompt is too long")
@@ -35,10 +35,10 @@ _TOO_LONG = ("context_length_exceeded", "context length", "prompt is too long")
 
 @dataclass(frozen=True)
 class Reply:
-    """What the endpoint said to one question."""
+    """The endpoint's reply to one question."""
 
     text: str
-    """Of the first choice; empty when there is none."""
+    """Text of the first choice; empty when there is none."""
     finish: str
     """`finish_reason`: "stop", "length", "content_filter", ...; empty where it was not given."""
     refusal: str
@@ -65,12 +65,12 @@ class Tally:
 
 
 class Unanswered(Exception):
-    """This question got no answer; the message says why. Others may."""
+    """This question got no answer, for the reason in the message. Other questions may still be answered."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """The secret and the name of the variable it came from. Only the name is ever shown."""
+    """The secret key and the name of the variable that holds it. Only the name is ever shown."""
 
     secret: str
     variable: str
@@ -91,8 +91,8 @@ class Client:
         retries: int,
         backoff: float,
     ) -> None:
-        """`timeout`: seconds for one attempt, all of it. `backoff`: seconds before the first repetition. `tally` counts
-        `requests`, the attempts sent, and `repeated`, those of them that were not the first for their question."""
+        """`timeout`: seconds for one whole attempt. `backoff`: seconds before the first retry. `tally` counts
+        `requests`, the attempts sent, and `repeated`, how many of them were retries."""
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._model = model
         self._key = key
@@ -108,7 +108,7 @@ class Client:
         self._not_before = 0.0  # time.monotonic()
 
     def ask(self, body: dict[str, Any]) -> Reply:
-        """Raises Unanswered or RewardError, see the head of this module."""
+        """Raises Unanswered or RewardError; see the module's docstring."""
         trouble = ""
         for attempt in range(self._retries + 1):
             self._wait_for_turn()
@@ -131,28 +131,28 @@ class Client:
                     self._give_up_if_hopeless(response, trouble, marks)
                     self._hold_back(retry_after(response.headers.get("retry-after", ""), time.time()), trouble)
             if attempt < self._retries:
-                # Jitter keeps threads apart; no result depends on it, so it is not keyed.
+                # Jitter spreads the threads' retries. No result depends on it, so it needs no seed.
                 backoff = min(self._backoff * 2**attempt, _LONGEST_BACKOFF)
                 self._stop.wait(backoff * random.uniform(0.5, 1.5))
         raise Unanswered(f"{trouble} (asked {self._retries + 1} times)")
 
     def stop(self) -> None:
-        """Ends every wait at once: no further question is sent."""
+        """Ends every wait at once; no further question is sent."""
         self._stop.set()
 
     def close(self) -> None:
         self._http.close()
 
     def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """One attempt. The time-out of httpx is for each read, so a server that drips bytes would never meet it: the
-        body is read here, against the clock, and up to a size that no verdict needs."""
+        """One attempt. httpx's time-out applies to each read, so a server that sends a byte at a time never reaches it.
+        So this reads the body in chunks, with a limit on the total time and on the size."""
         deadline = time.monotonic() + self._timeout
         content = bytearray()
         with self._http.stream("POST", self._url, json=body) as response:
             for chunk in response.iter_bytes():
                 content += chunk
                 if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout(f"no whole reply within {self._timeout:g} s")
+                    raise httpx.ReadTimeout(f"no complete reply within {self._timeout:g} s")
                 if len(content) > _LARGEST_REPLY:
                     raise httpx.DecodingError(f"a reply of more than {_LARGEST_REPLY} bytes")
         return response, bytes(content)
@@ -163,27 +163,25 @@ class Client:
         if wait > 0:
             self._stop.wait(wait)
         if self._stop.is_set():
-            raise Unanswered("the call was given up")
+            raise Unanswered("the call was cancelled")
 
     def _hold_back(self, asked: float | None, trouble: str) -> None:
-        """Makes all threads wait as long as the server asked."""
+        """Makes all threads wait as long as the server asked for."""
         if asked is None:
             return
         if asked > LONGEST_WAIT:
-            raise Unanswered(f"{trouble} (asks to wait {asked:.0f} s, above {LONGEST_WAIT:.0f})")
+            raise Unanswered(f"{trouble} (it asks for a wait of {asked:.0f} s; the limit is {LONGEST_WAIT:.0f} s)")
         with self._lock:
             self._not_before = max(self._not_before, time.monotonic() + asked)
 
     def _give_up_if_hopeless(self, response: httpx.Response, trouble: str, marks: frozenset[str]) -> None:
-        """Raises for every status but 200 that asking again, later, would not change."""
+        """Raises for a status that a later retry would not change."""
         status = response.status_code
         if status == 413 or (status == 400 and any(mark in trouble.lower() for mark in _TOO_LONG)):
             raise Unanswered(trouble)
         if not marks & _NO_CREDIT and (status in _REPEATED or status >= 500):
             return
-        name = (
-            "of no variable (`api_key_env` is null)" if self._key is None else f"in the variable {self._key.variable}"
-        )
+        name = "(none: `api_key_env` is null)" if self._key is None else f"in the variable {self._key.variable}"
         if marks & _NO_CREDIT or status == 402:
             fix = f"the account of the key {name} has no credit left"
         elif status == 401:
@@ -195,41 +193,41 @@ class Client:
         elif 300 <= status < 400:
             fix = f"it redirects to {response.headers.get('location', 'nowhere')}: set `base_url` accordingly"
         else:
-            fix = "what it does not accept is set, or removed by null, under `request` of the reward's args"
+            fix = "change the rejected key, or remove it with null, under `request` in the reward's `args`"
         raise RewardError(f"judge {self._url} answered {trouble}; {fix}")
 
     def _redact(self, text: str) -> str:
-        """Some endpoints repeat the key in their message."""
+        """Removes the key from a message; some endpoints repeat it."""
         return text if self._key is None else text.replace(self._key.secret, "<key>")
 
 
 def read_reply(content: bytes) -> Reply:
-    """A chat completion's first choice. Raises ValueError when it is none.
+    """A chat completion's first choice. Raises ValueError when the content is not a chat completion.
 
     >>> read_reply(b'{"choices": [{"message": {"content": "7"}, "finish_reason": "stop"}], "usage": null}')
     Reply(text='7', finish='stop', refusal='', tokens=None)
     """
     try:
         body = json.loads(content)
-        choices = body["choices"] or [{}]  # some send none at all when they block the question
+        choices = body["choices"] or [{}]  # some endpoints send no choice when they block the question
         message = choices[0].get("message") or {}
         finish = choices[0].get("finish_reason") or ("content_filter" if not body["choices"] else "")
         said = message.get("content") or ""
         parts = [said] if isinstance(said, str) else [part.get("text") or "" for part in said]
         usage = body.get("usage") or {}
-        told = "prompt_tokens" in usage and "completion_tokens" in usage
+        billed = "prompt_tokens" in usage and "completion_tokens" in usage
         return Reply(
             text=whole("".join(parts)),
             finish=whole(str(finish)),
             refusal=whole(str(message.get("refusal") or "")),
-            tokens=(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if told else None,
+            tokens=(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if billed else None,
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError("200, but no chat completion") from error
+        raise ValueError("200, but the reply is not a chat completion") from error
 
 
 def read_error(content: bytes) -> tuple[str, frozenset[str]]:
-    """(message, its code and type) of an error's body, in any of the shapes that endpoints use.
+    """The message, and the code and type, in the body of an error, in any of the shapes that endpoints use.
 
     >>> read_error(b'{"error": {"message": "No more.", "type": "insufficient_quota", "code": null}}')
     ('No more.', frozenset({'insufficient_quota'}))
@@ -251,7 +249,7 @@ def read_error(content: bytes) -> tuple[str, frozenset[str]]:
 
 
 def retry_after(header: str, now: float) -> float | None:
-    """Seconds to wait, of a Retry-After header: a number or a date; None when it is neither. `now`: Unix time.
+    """Seconds to wait by a Retry-After header (a number or a date); None when it is neither. `now`: Unix time.
 
     >>> retry_after("2.5", 0.0), retry_after("Thu, 01 Jan 1970 00:01:00 GMT", 50.0), retry_after("soon", 0.0)
     (2.5, 10.0, None)
@@ -267,7 +265,7 @@ def retry_after(header: str, now: float) -> float | None:
 
 
 def whole(text: str) -> str:
-    """`text` with a question mark for each half of a surrogate pair, which neither JSON's readers nor disks accept."""
+    """`text` with each lone surrogate, which JSON readers and disks reject, replaced by a question mark."""
     return text.encode("utf-8", errors="replace").decode()
 
 

@@ -1,4 +1,4 @@
-"""The options of the reward function `judge`, which a recipe gives under `args:`."""
+"""The options of the reward function `judge`, given in a recipe under `args:`."""
 
 import difflib
 from collections.abc import Sequence
@@ -20,43 +20,43 @@ class JudgeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     base_url: str
-    """What comes before `/chat/completions`: `https://api.openai.com/v1`, `http://localhost:8000/v1`, ..."""
+    """The URL before `/chat/completions`: `https://api.openai.com/v1`, `http://localhost:8000/v1`, ..."""
     model: str = Field(min_length=1)
-    """The judge's name at that endpoint."""
+    """The judge model's name at that endpoint."""
     mode: Literal["rubric", "pairwise"] = "rubric"
-    """`rubric`: grade the answer. `pairwise`: is it better than the row's reference (1), as good (0.5) or worse (0)."""
+    """`rubric`: grades the answer. `pairwise`: compares it with the row's reference: better 1, as good 0.5, worse 0."""
     rubric: str = RUBRIC
-    """What counts, in words. When absent, a row's text in a column `rubric`, where the data has one, comes first."""
+    """The criteria, in words. When absent, a built-in text. A row's own text in a column `rubric` takes precedence."""
     lowest: float = 1
-    """Worst grade of `mode: rubric`; becomes 0."""
+    """Worst grade of `mode: rubric`; becomes score 0."""
     highest: float = 10
-    """Best grade of `mode: rubric`; becomes 1."""
+    """Best grade of `mode: rubric`; becomes score 1."""
     reference_column: str | None = None
-    """Column with a good answer. `pairwise` compares with it (`answer` when absent); `rubric` shows it to the judge
-    (none when absent). Rows where it is null get no opinion."""
+    """Column with a good answer. `pairwise` compares with it (default: `answer`); `rubric` shows it to the judge
+    (default: none). Rows where it is null score None."""
     api_key_env: str | None = Field(default="OPENAI_API_KEY", pattern=r"^[A-Z_][A-Z0-9_]*$")
-    """Environment variable, in capitals, that holds the key; null where no key is needed. Never the key itself."""
+    """Name, in capitals, of the environment variable that holds the key (never the key itself); null for no key."""
     request: dict[str, Any] = Field(default_factory=dict)
-    """More keys of the request, or other values of `temperature` (0) and `max_tokens` (1024); null leaves a key out."""
+    """Further keys of the request, or new values of `temperature` (0) and `max_tokens` (1024); null omits a key."""
     concurrency: int = Field(default=8, ge=1, le=256)
     """Questions in flight at once, in each process."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds for one attempt."""
     retries: int = Field(default=4, ge=0)
-    """How often a question is repeated after a rate limit, a server's error, a time-out or a broken connection."""
+    """Number of retries after a rate limit, a server error, a time-out or a broken connection."""
     backoff: float = Field(default=1.0, ge=0)
-    """Seconds before the first repetition; doubles each time, up to a minute."""
+    """Seconds before the first retry; doubles each time, up to a minute."""
     cache_dir: str | None = None
-    """Directory of answers that were paid for, kept between runs; none when absent."""
+    """Directory that keeps paid answers between runs; without it, none are kept."""
     price_per_million_input: float = Field(default=0.0, ge=0)
-    """Price of a million input tokens, in any currency, for the count of costs."""
+    """Price of a million input tokens, in any currency, used to count the cost."""
     price_per_million_output: float = Field(default=0.0, ge=0)
     """Price of a million output tokens."""
     max_cost: float | None = Field(default=None, gt=0)
-    """Stop with an error once this was spent: of all answers of this model in `cache_dir`, or without one by this
-    process. Questions in flight at that moment come on top."""
+    """Stop with an error once this much was spent on all of this model's answers in `cache_dir`; without `cache_dir`,
+    by this process. Questions in flight at that moment add to the cost."""
     on_failure: Literal["none", "error"] = "none"
-    """A row without a verdict: `none` gives it no opinion, up to `max_failure_fraction`; `error` stops at the first."""
+    """For a row without a verdict: `none` scores it None, up to `max_failure_fraction`; `error` stops at the first."""
     max_failure_fraction: float = Field(default=0.2, ge=0, le=1)
     """Share of a call's judged rows, rounded up to a whole row, that may end without a verdict."""
 
@@ -65,13 +65,13 @@ class JudgeConfig(BaseModel):
         try:
             url = httpx.URL(self.base_url)
         except httpx.InvalidURL as error:
-            raise ValueError(f"`base_url` {self.base_url!r} is no URL ({error})") from error
+            raise ValueError(f"`base_url` {self.base_url!r} is not a URL ({error})") from error
         if url.userinfo:
-            raise ValueError("`base_url` holds a user or password: put the key into a variable, see `api_key_env`")
+            raise ValueError("`base_url` contains a user or password: use the variable named by `api_key_env` instead")
         if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
             raise ValueError(f"`base_url` {self.base_url!r} is not of the form https://host/path")
         if self.base_url.rstrip("/").endswith("/chat/completions"):
-            raise ValueError("`base_url` ends where /chat/completions begins: leave that out")
+            raise ValueError("`base_url` must not include /chat/completions: remove it")
         if not self.lowest < self.highest:
             raise ValueError(f"`lowest` {self.lowest:g} must be below `highest` {self.highest:g}")
         if self.max_cost is not None and self.price_per_million_input + self.price_per_million_output == 0:
@@ -94,14 +94,14 @@ class JudgeConfig(BaseModel):
         }
 
     def cost(self, read: float, written: float) -> float:
-        """Of input and output tokens, in the currency of the prices."""
+        """The cost of input and output tokens, in the currency of the prices."""
         return (read * self.price_per_million_input + written * self.price_per_million_output) / 1e6
 
 
 def read_options(arguments: dict[str, Any], rows: int) -> tuple[JudgeConfig, dict[str, Sequence[Any]]]:
-    """Options and columns, told apart among the keyword arguments: a column is a list, and no option is one.
+    """Separates options from columns among the keyword arguments: columns are lists, and no option is a list.
 
-    Raises RewardError for an option that is unknown, missing or not what it should be, and for a list of wrong length.
+    Raises RewardError for an unknown, missing or invalid option, and for a list of the wrong length.
     """
     columns: dict[str, Sequence[Any]] = {
         name: value for name, value in arguments.items() if isinstance(value, list | tuple)
@@ -114,8 +114,8 @@ def read_options(arguments: dict[str, Any], rows: int) -> tuple[JudgeConfig, dic
     for name, column in columns.items():
         if len(column) != rows:
             raise RewardError(
-                f"judge: `{name}` is a list of {len(column)} for {rows} answers, so it is no column of "
-                "the data, and no option is a list"
+                f"judge: `{name}` is a list of {len(column)} for {rows} answers; a column of the data has one value "
+                "per answer, and no option is a list"
             )
     try:
         return JudgeConfig(**options), columns

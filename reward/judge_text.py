@@ -1,12 +1,12 @@
-"""What a judge is told and how its reply is read. No network here.
+"""Builds the judge's prompt and reads its reply. No network here.
 
-The answer to be judged is text that training optimises against the judge, so it will find whatever the judge obeys.
-Each piece of it is fenced: `<answer-TAG>` on a line, the text, `</answer-TAG>` on a line, where TAG is a hash of all
-the texts that are fenced. A text that closes its fence would have to contain its own hash; should one, the tag changes.
-So the tag needs no randomness: an equal question has an equal tag, and is found in the cache.
+Training optimises the answer against the judge, so the policy learns any injected instruction that the judge obeys.
+Each text is therefore fenced: `<answer-TAG>` on a line, the text, `</answer-TAG>` on a line, where TAG is a hash of all
+fenced texts. To close its own fence, a text would have to contain that hash; if one does, the tag changes. The tag
+needs no randomness, so equal questions have equal tags and hit the cache.
 
-Of the reply only what follows the last closing mark is read: a judge that quotes the answer, or a server that repeats
-the question, lends it no voice.
+Only the part of a reply after the last closing mark is read, so a quotation of the answer, or of the whole question,
+cannot count as the verdict.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class Question:
     tag: str
 
     def verdict_of(self, reply: str) -> str:
-        """What a reply says after all that it quotes of the question."""
+        """The part of a reply after its last quotation of the question."""
         return re.split(rf"</[\w-]+-{self.tag}>|{_LAST.format(tag=self.tag)}", reply)[-1]
 
 
@@ -102,7 +102,7 @@ def _question(template: str, blocks: list[tuple[str, str]], rubric: str, **place
 
 
 def read_score(text: str, lowest: float, highest: float) -> float | None:
-    """The score at the end of a reply as a share of its range; None where there is none, or one out of range.
+    """The score at the end of a reply, scaled to [0, 1]; None when it is missing or out of range.
 
     >>> read_score('Good. {"reasoning": "...", "score": 7}', 1, 10), read_score("**Score: 10/10**", 1, 10)
     (0.6666666666666666, 1.0)
@@ -124,7 +124,7 @@ def read_score(text: str, lowest: float, highest: float) -> float | None:
 
 
 def read_winner(text: str) -> float | None:
-    """1 for A, 0 for B, 0.5 for a tie, as the end of a reply has it; None where it names none.
+    """The winner at the end of a reply: 1 for A, 0 for B, 0.5 for a tie; None when it names none.
 
     >>> read_winner('{"reasoning": "...", "winner": "A"}'), read_winner("Winner: [[B]]"), read_winner("Tie.")
     (1.0, 0.0, 0.5)
@@ -139,7 +139,7 @@ def read_winner(text: str) -> float | None:
 
 
 def refuses(text: str) -> bool:
-    """Whether a reply without a verdict is worded as a refusal.
+    """Whether a reply without a verdict reads as a refusal.
 
     >>> refuses("I'm sorry, but I can't rate this."), refuses("The answer is fine.")
     (True, False)
@@ -148,9 +148,9 @@ def refuses(text: str) -> bool:
 
 
 def _last_json(text: str, key: str) -> object:
-    """The value of `key` in the last JSON object of the text that has it, None when no object has."""
+    """The value of `key` in the text's last JSON object that has this key, else None."""
     text = _end(text)
-    decoder = json.JSONDecoder(strict=False)  # judges put line breaks into strings
+    decoder = json.JSONDecoder(strict=False)  # not strict: judges put line breaks into strings
     value, at = None, text.find("{")
     while at != -1:
         try:
@@ -164,11 +164,11 @@ def _last_json(text: str, key: str) -> object:
 
 
 def _end(text: str) -> str:
-    """What is read of a reply: its end, and of a reply that thinks aloud what comes after that."""
+    """The end of a reply, after its reasoning in `<think>` tags, if any."""
     return text.rpartition("</think>")[2][-_LONGEST_READ:]
 
 
 def _last_line(text: str) -> str:
-    """The last line that says something, without quotes, brackets and emphasis around it."""
+    """The last line with content, without surrounding quotes, brackets and emphasis."""
     lines = _end(text).strip(_AROUND).splitlines()
     return lines[-1].strip(_AROUND) if lines else ""

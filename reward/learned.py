@@ -1,9 +1,9 @@
-"""Scores of a reward model, read at the last real token of prompt and answer, or at every token of the answer.
+"""Scores of a reward model, read at the last real token of prompt and answer or at every token of the answer.
 
 Legend: B rows, T tokens, H hidden size.
 
 Positions come from the attention mask, never from a search for the padding token, so a score does not depend on the
-side of the padding, on the batch, or on which token pads (Transformers' own head looks for the last non-pad token).
+padding side, on the batch, or on the padding token (Transformers' own head looks for the last non-pad token).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from reward.functions import RewardError
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model below its head: hidden states, no projection."""
+    """The model without its head: it returns hidden states."""
     return model.get_submodule(model.base_model_prefix)
 
 
@@ -39,7 +39,7 @@ def last_token_scores(
 
 @torch.no_grad()
 def score(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> torch.Tensor:
-    """Raw scores (N,) fp32 on the CPU of rows of prompt and answer tokens, in evaluation mode.
+    """Raw scores of rows of prompt and answer tokens, in evaluation mode: (N,) fp32 on the CPU.
 
     Raises:
         RewardError: a score is not finite.
@@ -75,7 +75,8 @@ def token_scores(
 
 
 def statistics(parent: Parent) -> tuple[float, float]:
-    """Mean and deviation of a reward model's scores on held-out answers. HandoffError when its stage left none."""
+    """Mean and standard deviation of a reward model's scores on held-out answers. Raises HandoffError if the manifest
+    has none."""
     found = parent.manifest.extra if parent.manifest is not None else {}
     if not {"reward_mean", "reward_std"} <= found.keys():
         raise HandoffError(
@@ -85,7 +86,7 @@ def statistics(parent: Parent) -> tuple[float, float]:
 
 
 class LearnedReward:
-    """A published reward model, with the mean and deviation that its stage measured on held-out answers."""
+    """A published reward model, with the mean and standard deviation that its stage measured on held-out answers."""
 
     def __init__(self, parent: Parent, model: PreTrainedModel, policy: Parent, *, reencode: bool) -> None:
         """Raises HandoffError when the encodings differ and `reencode` is off, or when the statistics are missing."""
@@ -105,7 +106,7 @@ class LearnedReward:
         completion_ids: Sequence[Sequence[int]],
         stopped: Sequence[bool],
     ) -> list[float]:
-        """Normalised scores (N,): (raw − mean) / deviation at the last token.
+        """Normalised scores (N,): (raw − mean) / standard deviation at the last token.
 
         Raises:
             RewardError: a score is not finite, or the model's chat template cannot express a prompt.
@@ -118,7 +119,7 @@ class LearnedReward:
         return [float(value) for value in (raw - self.mean) / self.std]
 
     def tokens(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Normalised scores after each token of the answers, as many as these have. Raises as a call does."""
+        """Normalised scores after each token of each answer, one per token. Raises RewardError as a call does."""
         assert not self._reencode, "the recipe refuses `read: every` with `reencode`"
         rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
         raw = token_scores(self.model, rows, [len(ids) for ids in completion_ids], self._encoder.pad_id)
@@ -127,13 +128,13 @@ class LearnedReward:
     def _reencoded(
         self, prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], stopped: Sequence[bool]
     ) -> list[list[int]]:
-        """Rows of the model's own tokens, from the texts."""
+        """Rows of prompt and answer in the reward model's own tokens, encoded from the texts."""
         rows = []
         answers = self._encoder.answers(completions)
         for i, prompt in enumerate(self._encoder.prompts(prompts)):
             if isinstance(prompt, RowRefused):
                 raise RewardError(f"reward model {self.name}: prompt {prompts[i][-1].content!r}: {prompt.reason}")
-            # An answer that never ended must not look to the reward model as if it had.
+            # A truncated answer must not look complete to the reward model, so it gets no stop token.
             rows.append([*prompt, *(answers[i] if stopped[i] else answers[i][:-1])])
         return rows
 
@@ -167,7 +168,7 @@ def _evaluation(model: PreTrainedModel) -> Iterator[None]:
 def _batches(
     rows: Sequence[Sequence[int]], pad_id: int, batch_size: int, device: torch.device
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(which rows, ids, mask, positions), tensors (B, T) long; rows of like length together, padded on the right."""
+    """Yields (row indices, ids, mask, positions): (B, T) int64, padded right, rows of similar length together."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -187,5 +188,5 @@ def _check_finite(scores: torch.Tensor, rows: Sequence[int]) -> None:
         worst = int((~finite).nonzero()[0])
         raise RewardError(
             f"the reward model gave {scores[worst].item()} for row {rows[worst]}; its weights are broken. Train it "
-            "again, or name another one under `reward`"
+            "again, or name another reward model under `reward`"
         )

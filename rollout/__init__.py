@@ -1,1 +1,1 @@
-"""Generation for reinforcement learning and evaluation: prompts in, tokens and their log-probabilities out."""
+"""Generation for reinforcement learning and evaluation: samples completions and their log-probabilities."""

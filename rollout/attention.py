@@ -1,18 +1,18 @@
-"""Attention for rollouts, put in the place of the model's own while answers are made.
+"""Attention for rollouts, which replaces the model's own attention during generation.
 
-Legend: B rows, Hq heads of queries, H heads of keys and values (Hq a multiple of H), T tokens, W columns, D size of a
-head, G prompts that rows share, M rows of a prompt at most, P columns of the longest prompt.
+Legend: B rows, Hq query heads, H key and value heads (Hq a multiple of H), T tokens, W columns, D head size, G shared
+prompts, M the most rows of one prompt, P columns of the longest prompt.
 
-transformers lets a model's attention be exchanged by name, and builds no masks for a name that it does not know. So the
-model's forward pass is left with the layers themselves: what it computes of keys and values goes to the `Pass` in
-force, which knows where they belong and what a row may look at.
+transformers selects a model's attention by name, and builds no masks for a name that it does not know. So the model's
+forward pass computes the layers alone. Attention goes to the current `Pass`, which stores the keys and values and
+knows which tokens each row may see.
 
-- `Prefill`: prompts stand one behind the other in a single row, without padding. Each sees only itself.
-- `Ragged`: rows of different lengths stand one behind the other without padding, for training and scoring; with
-  gradients. It is handed through the model's arguments, since a recomputed layer must find it again.
-- `Decode`: one token a row. Keys and values are those in `Slots`, and where rows share prompts, those of the prompts,
-  which are read once for all rows of a prompt. The two parts are put together by their softmax denominators (Dao et
-  al. 2023, Flash-Decoding).
+- `Prefill`: prompts are concatenated in a single row, without padding. Each sees only itself.
+- `Ragged`: rows of different lengths are concatenated without padding, for training and scoring, with gradients. It is
+  passed in the model's arguments, because a layer recomputed by gradient checkpointing needs it again.
+- `Decode`: one token per row. It reads the keys and values in `Slots`. Where rows share prompts, it reads each prompt's
+  keys and values once for all its rows, and combines the two parts by their softmax denominators (Dao et al. 2023,
+  Flash-Decoding).
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,16 +29,16 @@ from transformers import AttentionInterface, Cache
 from rollout.slots import Slots
 
 NAME = "baton_rollout"
-_RUN_TOKENS = 32  # from this mean on, a run of rows of one length is worth a call of attention by itself
-# What models hand to their attention beside the tensors, without a bearing on the result here: masks, windows and
-# positions are the pass's. Anything else that is not None may mean something (sinks, biases): then this is not the
-# attention for the model.
+_RUN_TOKENS = 32  # from this mean on, each run of rows of equal length gets its own call of attention
+# Arguments that models pass to their attention besides the tensors, and that have no effect here, since the pass
+# supplies masks, windows and positions. Any other argument that is not None (sinks, biases) may change the result, so
+# the model is not supported.
 _WITHOUT_EFFECT = {"sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "is_causal"}
 _WITHOUT_EFFECT |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
 
 
 class UnsupportedError(Exception):
-    """The model's attention is of a kind that is not computed here."""
+    """The model needs a kind of attention that this module does not compute."""
 
 
 class Pass(Protocol):
@@ -52,7 +52,7 @@ class Pass(Protocol):
 
 
 class Unstored(Cache):
-    """What the model takes for its cache. The pass in force keeps keys and values; this hands them on."""
+    """A cache that stores nothing and returns keys and values unchanged; the current pass stores them."""
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
@@ -71,7 +71,7 @@ _in_force: list[Pass] = []
 
 @contextmanager
 def in_force(this: Pass) -> Iterator[None]:
-    """Inside, the model's attention is this pass's."""
+    """Inside this context, the model's attention calls go to the pass `this`."""
     _in_force.append(this)
     try:
         yield
@@ -91,10 +91,10 @@ def _attention(
     ragged: "Ragged | None" = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls; its arguments are transformers'."""
+    """The attention function that transformers calls, with its arguments."""
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
     if attention_mask is not None or unknown:
-        raise UnsupportedError(f"its attention takes {', '.join(unknown) or 'a mask of its own'}")
+        raise UnsupportedError(f"its attention takes {', '.join(unknown) or 'its own mask'}")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     this = _in_force[-1] if ragged is None else ragged
@@ -106,7 +106,7 @@ AttentionInterface.register(NAME, _attention)
 
 @dataclass
 class Prefill:
-    """Prompts one behind the other, with `windows` of each layer. Collects keys and values (H, T, D) of each layer."""
+    """Concatenated prompts. `windows`: one per layer. Collects keys and values (H, T, D) of each layer."""
 
     lengths: Sequence[int]
     windows: Sequence[int | None]
@@ -121,10 +121,10 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of these lengths one behind the other, `place` (T,) as in `rollout.batch.Unpadded`.
+    """Concatenated rows of these lengths, with `place` (T,) as in `rollout.batch.Unpadded`.
 
-    Attention alone needs them beside one another. There they are padded on the right, where nothing that counts looks;
-    on a processor they are taken one by one instead, unless that is very many short ones.
+    Only attention needs the rows as a batch. There they are padded on the right, where no real token looks. On a CPU,
+    they are processed one by one instead, unless there are very many short rows.
     """
 
     lengths: Sequence[int]
@@ -135,8 +135,8 @@ class Ragged:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
         window, runs = self.windows[layer], _runs(self.lengths)
-        # In float32 on a processor, whatever the products around it are in: the gradient of bfloat16 attention takes
-        # several times as long there.
+        # In float32 on a CPU, whatever the precision around it, since the gradient of bfloat16 attention takes several
+        # times as long there.
         on_cpu = query.device.type == "cpu"
         dtype = torch.float32 if on_cpu else value.dtype
         with torch.autocast(query.device.type, enabled=False):
@@ -157,7 +157,7 @@ class Ragged:
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """How many rows of one length follow each other, and the length."""
+    """Runs of consecutive rows of equal length: (number of rows, length)."""
     return [(len(list(same)), length) for length, same in groupby(lengths)]
 
 
@@ -170,7 +170,7 @@ def _in_runs(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Rows one behind the other, each of which sees itself alone: (1, heads, T, D) -> (1, T, Hq, D)."""
+    """Attention of concatenated rows, each of which sees only itself: (1, heads, T, D) -> (1, T, Hq, D)."""
     sizes = [count * length for count, length in runs]
     parts = []
     for (count, length), *run in zip(runs, *(x[0].split(sizes, 1) for x in (query, key, value)), strict=True):
@@ -180,7 +180,7 @@ def _in_runs(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, window: int | None) -> Tensor:
-    """Every token sees itself and what is before it, `window` tokens at most: (B, Hq, T, D) -> (B, Hq, T, D)."""
+    """Causal attention over at most `window` tokens, including the token itself: (B, Hq, T, D) -> (B, Hq, T, D)."""
     length = q.shape[2]
     if window is not None and window >= length:
         window = None
@@ -201,15 +201,15 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | No
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:
-    """Gemma 2's bound on scores."""
+    """Gemma 2's soft cap of attention scores."""
     return torch.tanh(scores / softcap) * softcap
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Prompts that rows share: their keys and values, which rows belong to each (padded with row 0), and the way back.
+    """Prompts that rows share: their keys and values, and which rows belong to each prompt.
 
-    members (G · M,): rows; back (B,): where in `members` each row stands.
+    members (G · M,): the rows of each prompt, padded with row 0. back (B,): each row's index in `members`.
     """
 
     slots: Slots
@@ -219,7 +219,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Decode:
-    """One token a row, behind what the slots hold. `slots.advance()` has made the column for it."""
+    """One token per row, after those in the slots. Call `slots.advance()` first, which adds the column for it."""
 
     slots: Slots
     shared: Shared | None = None
@@ -231,7 +231,7 @@ class Decode:
         view.keys.select(2, column).copy_(key.squeeze(2))
         view.values.select(2, column).copy_(value.squeeze(2))
         rows, heads, _, size = key.shape
-        # Under autocast the queries may come in another precision than the slots hold.
+        # Under autocast the queries may have another precision than the slots.
         q = query.to(view.keys.dtype).reshape(rows * heads, -1, size)  # (B · H, Hq / H, D)
         scores = _scores(q, self.slots, layer, scaling, softcap)  # (B · H, Hq / H, W)
         p = torch.softmax(scores, -1, dtype=torch.float32)
@@ -243,7 +243,7 @@ class Decode:
     def _with_prompts(
         self, layer: int, q: Tensor, scores: Tensor, out: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
-        """Attention over prompt and answer from that over the answer alone. q, scores, out: (B · H, Hq / H, ·)."""
+        """Extends attention over the answer to prompt and answer. q, scores, out: (B · H, Hq / H, ·)."""
         shared = self.shared
         assert shared is not None
         prompts, heads = len(shared.slots.lengths), len(q) // len(shared.back)

@@ -1,4 +1,4 @@
-"""The part of a recipe that says how vLLM answers prompts. No torch here."""
+"""The recipe's `vllm` section: how vLLM generates rollouts. No torch here."""
 
 from typing import Literal, Self
 
@@ -15,40 +15,40 @@ class VLLMConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     mode: Literal["server", "colocate"] = "server"
-    """`server`: a vLLM server of your own that answers over HTTP. `colocate`: vLLM inside every training process, on
-    the same GPU."""
+    """`server`: a vLLM server that you run, reached over HTTP. `colocate`: vLLM inside every training process, on the
+    same GPU."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision that vLLM computes in. Weights are sent in it, and a server that serves in another is refused."""
+    """Precision of vLLM's computation. Weights are sent in it, and a server with another precision is refused."""
 
     base_url: str = Field(default="http://127.0.0.1:8000", pattern=r"^https?://[^/]+$")
     """Address of the server: scheme, host and port."""
     timeout: float = Field(default=600.0, gt=0)
-    """Seconds that one answer may take."""
+    """Time limit for one answer, in seconds."""
     sync_timeout: float = Field(default=600.0, gt=0)
-    """Seconds that the server may take over new weights."""
+    """Time limit for loading new weights, in seconds."""
     start_timeout: float = Field(default=300.0, ge=0)
     """Seconds to wait for a server that is still starting, or starting again after it died."""
     retries: int = Field(default=3, ge=0)
-    """How often an answer, or a transfer of weights, is tried again after the first failure."""
+    """Number of retries of an answer or a transfer of weights after the first failure."""
     retry_wait: float = Field(default=1.0, gt=0)
-    """Seconds before the first new try; each further wait is twice as long."""
+    """Seconds before the first retry; each further wait is twice as long."""
     concurrency: int = Field(default=256, ge=1)
-    """Requests under way at once."""
+    """Number of concurrent requests."""
     transfer: Literal["disk", "nccl"] = "disk"
-    """How weights reach the server. `disk`: a safetensors file in a folder that both see. `nccl`: from GPU to GPU,
-    where vLLM can be imported in the training processes, too."""
+    """How weights reach the server. `disk`: a safetensors file in a folder that both can read. `nccl`: from GPU to GPU;
+    the training processes must be able to import vLLM too."""
     weights_dir: str | None = None
-    """Folder for `disk`; by default the system's for temporary files. One in memory (/dev/shm) is fastest; a server on
-    another machine needs one that both machines see under the same path."""
+    """Folder for `disk`; by default the system's temporary folder. A folder in memory (/dev/shm) is fastest. A server
+    on another machine needs a shared folder with the same path on both machines."""
     transfer_port: int = Field(default=0, ge=0, le=65535)
-    """Port of the main training process where the server's workers meet it for `nccl`; 0: any free one."""
+    """Port of the main training process to which the server's workers connect for `nccl`; 0: any free port."""
 
     gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
-    """Share of the GPU's memory that a colocated vLLM takes for weights and its cache; training needs the rest."""
+    """Share of the GPU's memory for the weights and cache of a colocated vLLM; training needs the rest."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Training processes that share one colocated vLLM; it must divide their number."""
+    """Number of training processes that share one colocated vLLM; it must divide their total number."""
     max_model_len: int | None = Field(default=None, ge=2)
-    """Tokens of prompt and answer together in a colocated vLLM; by default what the model allows."""
+    """Maximum tokens of prompt and answer together in a colocated vLLM; by default the model's maximum."""
 
     @model_validator(mode="after")
     def _read(self) -> Self:

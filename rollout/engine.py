@@ -1,22 +1,22 @@
-"""Generation with the model that is being trained, in its own process: prompts in, tokens and log-probabilities out.
+"""In-process generation with the model that is being trained: samples completions and their log-probabilities.
 
 Legend: B rows being decoded, V vocabulary.
 
-Why not `model.generate`: the policy gradient needs the log-probability of each sampled token under exactly the
-distribution that it was drawn from, rows must not depend on which batch or process they were decoded in, and no row
-should wait for another. What makes it fast:
+It replaces `model.generate` because the policy gradient needs the log-probability of each sampled token under exactly
+the sampling distribution, a row must not depend on the batch or process that decodes it, and no row should wait for
+another. It is fast for four reasons:
 
-1. Rows that have ended leave the batch and waiting prompts enter, longest first, so that the batch stays full.
-2. A prompt is computed once, however many answers it is to have, and without padding. Where prompts are long, their
-   answers read one copy of its keys and values.
-3. Keys and values get their memory once and a step copies none of them (`rollout.slots`); attention is computed on
-   them as they lie, without masks (`rollout.attention`).
-4. Of the vocabulary, no more is computed than the draw needs (`rollout.sampling`).
+1. Finished rows leave the batch and waiting prompts take their places, longest first, so that the batch stays full.
+2. Each prompt is computed once for all its answers, and without padding. The answers to long prompts share one copy of
+   the prompt's keys and values.
+3. Memory for keys and values is allocated once, and a step copies none of them (`rollout.slots`). Attention reads them
+   in place, without masks (`rollout.attention`).
+4. The draw computes no more over the vocabulary than it needs (`rollout.sampling`).
 
-A model whose attention is of another kind answers through its own cache (`rollout.plain`): slower, the same result.
+A model with another kind of attention uses its own cache (`rollout.plain`), with the same result but more slowly.
 
-Sampling is by inversion. The numbers come from (seed, key of the row), not from a stream, so that a resumed or
-differently split run draws the same.
+Sampling is by inversion. The random numbers depend on (seed, key of the row), not on a stream, so that a resumed run,
+or one on another number of processes, draws the same tokens.
 """
 
 import math
@@ -38,11 +38,11 @@ from rollout.plain import generate_plainly
 from rollout.sampling import Completion, SamplingSpec, draw
 from rollout.slots import Slots
 
-# Prompts are computed in pieces of about this many tokens: as a processor's cache holds, or as a GPU needs to be busy.
+# Prompts are computed in pieces of about this many tokens: what fits a CPU's cache, or what keeps a GPU busy.
 _PREFILL_TOKENS = {"cpu": 512}
 _PREFILL_TOKENS_GPU = 8192
-_SHARED_TOKENS = 64  # from this mean length on, answers read the prompt's keys and values where they are
-_FETCH_STEPS = 32  # log-probabilities are fetched, and looked at, once in so many steps
+_SHARED_TOKENS = 64  # from this mean length on, answers share the prompt's keys and values instead of copying them
+_FETCH_STEPS = 32  # log-probabilities are fetched and checked once in this many steps
 
 
 @torch.no_grad()
@@ -58,16 +58,16 @@ def generate(
     """Completes every prompt; the result is in the order of `prompts`.
 
     Args:
-        model: a causal language model, gathered if it is sharded; it is put into evaluation mode and back.
-        prompts: token ids, each at least one token. Equal ones are computed once.
-        spec: the sampling distribution and where to stop.
-        keys: one key a prompt; (seed, key) determines the row's random numbers, whatever the batch.
-        seed: of the run.
-        batch_size: rows decoded at once, at most.
-        advance: called with the number of prompts that have just been finished.
+        model: a causal language model, gathered if it is sharded; it is in evaluation mode during the call.
+        prompts: token ids, each at least one token. Equal prompts are computed once.
+        spec: the sampling distribution and the stop ids.
+        keys: one key per prompt; (seed, key) determines the row's random numbers, whatever the batch.
+        seed: the run's seed.
+        batch_size: the largest number of rows decoded at once.
+        advance: called with the number of newly finished prompts.
 
     Raises:
-        RolloutError: a prompt and its answer are longer than the model's window; memory does not suffice.
+        RolloutError: a prompt and its answer are longer than the model's window, or there is not enough memory.
         GateError: the model's logits are not finite.
     """
     assert len(keys) == len(prompts) and all(prompts)
@@ -84,15 +84,15 @@ def generate(
     model.eval()
     try:
         if reason_against(model, prompts[0]) is not None:
-            return generate_plainly(model, prompts, spec, noise, batch_size, advance or _nobody)
+            return generate_plainly(model, prompts, spec, noise, batch_size, advance or _ignore_progress)
         with attached(model) as runner:
-            return _Engine(runner, model.device, prompts, spec, noise, batch_size, advance or _nobody).run()
+            return _Engine(runner, model.device, prompts, spec, noise, batch_size, advance or _ignore_progress).run()
     except RuntimeError as error:
-        # torch names it on GPUs only.
+        # torch has an exception type for this on GPUs only.
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise RolloutError(
-            f"memory does not suffice for {batch_size} rows of up to {max(map(len, prompts)) + spec.max_new_tokens} "
+            f"not enough memory for {batch_size} rows of up to {max(map(len, prompts)) + spec.max_new_tokens} "
             f"tokens at once ({str(error).splitlines()[0]}); lower the number of rows (train.rollout_micro_batch_size "
             "in PPO, batch_size in evaluation) or max_new_tokens"
         ) from error
@@ -100,8 +100,8 @@ def generate(
         model.train(was_training)
 
 
-def _nobody(count: int) -> None:
-    """Who listens where nobody does."""
+def _ignore_progress(count: int) -> None:
+    """The default of `advance`: ignores progress."""
 
 
 def _check_window(model: PreTrainedModel, prompts: Sequence[Sequence[int]], spec: SamplingSpec) -> None:
@@ -110,14 +110,14 @@ def _check_window(model: PreTrainedModel, prompts: Sequence[Sequence[int]], spec
     length = len(prompts[longest])
     if window is not None and length + spec.max_new_tokens > window:
         raise RolloutError(
-            f"prompt {longest} has {length} tokens, and with max_new_tokens {spec.max_new_tokens} that is more than "
+            f"prompt {longest} has {length} tokens; with max_new_tokens {spec.max_new_tokens} that is more than "
             f"the model's window of {window} (max_position_embeddings); shorten the prompt or lower max_new_tokens"
         )
 
 
 @dataclass(frozen=True)
 class _Row:
-    """An answer in the making: where it stands in the caller's list, of which prompt it is, and its random numbers."""
+    """An unfinished answer: its index in the caller's list, its prompt, and its random numbers."""
 
     answer: int
     prompt: int
@@ -126,7 +126,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Computed:
-    """Keys and values of a prompt: tokens `start` to `start + length` of `source`."""
+    """Keys and values of a prompt: tokens `start` to `start + length` in `source`."""
 
     source: Source
     start: int
@@ -134,7 +134,7 @@ class _Computed:
 
 
 class _Engine:
-    """One call of `generate`. Prompts are numbered in the order in which they are met first."""
+    """The state of one call of `generate`. Distinct prompts are numbered in the order of their first occurrence."""
 
     def __init__(
         self,
@@ -151,31 +151,31 @@ class _Engine:
         self._stops = frozenset(spec.stop_ids)
         self._prefill_tokens = _PREFILL_TOKENS.get(device.type, _PREFILL_TOKENS_GPU)
         self._completions = [Completion() for _ in prompts]
-        self._logprobs: list[tuple[list[int], Tensor]] = []  # answers and their log-probabilities, not fetched yet
+        self._logprobs: list[tuple[list[int], Tensor]] = []  # answers, and their log-probabilities not yet fetched
 
         answers: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(prompts):
             answers.setdefault(tuple(prompt), []).append(i)
         self._prompts, self._answers = list(answers), list(answers.values())
-        self._unfinished = [len(a) for a in self._answers]  # answers of each prompt
-        # Longest first: memory peaks at once, and whoever enters later is no longer than those who are there.
+        self._unfinished = [len(a) for a in self._answers]  # number of unfinished answers of each prompt
+        # Longest first, so that memory peaks at the start and no later prompt is longer than the first ones.
         self._waiting = deque(sorted(range(len(self._prompts)), key=lambda i: (-len(self._prompts[i]), i)))
-        self._ready: deque[tuple[_Row, _Computed]] = deque()  # rows that have their first token and wait for a place
-        self._rows: list[_Row] = []  # as they stand in the slots
+        self._ready: deque[tuple[_Row, _Computed]] = deque()  # rows with their first token that wait for a place
+        self._rows: list[_Row] = []  # in the order of the slots
         self._slots: Slots | None = None
         self._sharing = self._shares()
         self._shared: Slots | None = None
-        self._placed: list[int] = []  # prompts, as they stand in the shared slots
+        self._placed: list[int] = []  # prompts in the order of the shared slots
         self._decode: Decode | None = None
         self._tokens = self._positions = torch.empty(0, dtype=torch.long, device=device)  # (B,)
 
     def _shares(self) -> bool:
-        """Whether rows read their prompt's keys and values where they are, instead of a copy of their own."""
+        """Whether rows share their prompt's keys and values instead of each having a copy."""
         window = self._runner.shortest_window()
         return (
             len(self._completions) >= 2 * len(self._prompts)
             and sum(map(len, self._prompts)) >= _SHARED_TOKENS * len(self._prompts)
-            # A window that begins within the prompt begins elsewhere for each row.
+            # A window that begins inside the prompt would begin at a different token for each row.
             and (window is None or window >= max(map(len, self._prompts)) + self._spec.max_new_tokens)
         )
 
@@ -188,7 +188,7 @@ class _Engine:
         return self._completions
 
     def _step(self) -> None:
-        """One token for every row."""
+        """Decodes one token for every row."""
         assert self._slots is not None and self._decode is not None
         self._slots.advance()
         logits = self._runner.decode(self._tokens, self._positions, self._decode)
@@ -198,7 +198,7 @@ class _Engine:
             self._change(ended)
 
     def _record(self, rows: Sequence[_Row], logits: Tensor) -> tuple[Tensor, list[int]]:
-        """Draws a token for each row; returns the tokens (B,), and which rows have thereby ended. logits (B, V)."""
+        """Draws a token for each row; returns the tokens (B,) and the rows that they end. logits (B, V)."""
         uniforms = None
         if self._noise is not None:
             numbers = []
@@ -225,7 +225,7 @@ class _Engine:
         return tokens, ended
 
     def _fetch(self) -> None:
-        """Log-probabilities to the completions that they belong to."""
+        """Copies the pending log-probabilities from the device into their completions, and checks them."""
         if not self._logprobs:
             return
         values = iter(torch.cat([values for _, values in self._logprobs]).tolist())
@@ -263,7 +263,7 @@ class _Engine:
         self._ready.extend((row, c) for i, (row, c) in enumerate(zip(rows, computed, strict=True)) if i not in gone)
 
     def _change(self, ended: Sequence[int]) -> None:
-        """Rows that have ended leave, and others enter."""
+        """Removes finished rows and fills their places with waiting ones."""
         entering: list[tuple[_Row, _Computed]] = []
         while len(self._rows) - len(ended) + len(entering) < self._batch_size and (self._ready or self._waiting):
             if self._ready:
@@ -271,7 +271,7 @@ class _Engine:
             else:
                 self._prefill()
         if self._slots is None:
-            if not entering:  # every answer was one token long
+            if not entering:  # every answer had only one token
                 return
             self._allocate(entering[0][1].source)
         assert self._slots is not None
@@ -287,19 +287,19 @@ class _Engine:
         self._positions = torch.tensor(positions, device=self._device)
 
     def _allocate(self, source: Source) -> None:
-        """Room for all that will ever be decoded at once."""
+        """Allocates slots for the most rows that will be decoded at once."""
         rows = min(self._batch_size, len(self._completions))
         longest, new = max(map(len, self._prompts)), self._spec.max_new_tokens - 1
         if not self._sharing:
             self._slots = self._runner.slots(source, rows, longest + new)
             return
         self._slots = self._runner.slots(source, rows, new, whole=True)
-        # As many prompts as fill the rows, and one that is on its way out; more if some are left with few rows.
+        # Enough prompts to fill the rows, plus one that is about to leave; it grows if prompts keep only few rows.
         prompts = math.ceil(rows * len(self._prompts) / len(self._completions)) + 1
         self._shared = self._runner.slots(source, prompts, longest, whole=True, growing=False)
 
     def _share(self, entering: Sequence[tuple[_Row, _Computed]]) -> Shared:
-        """Prompts whose answers are all there leave the shared slots, and those of new rows enter."""
+        """Removes prompts whose answers are all finished from the shared slots, and adds those of new rows."""
         assert self._shared is not None
         new = {row.prompt: c for row, c in entering if row.prompt not in self._placed}
         leaving = [i for i, prompt in enumerate(self._placed) if not self._unfinished[prompt]]
@@ -322,7 +322,7 @@ class _Engine:
 
 
 def _fill(slots: Slots, origin: Sequence[int], entering: Sequence[_Computed]) -> None:
-    """Copies keys and values of prompts into the places that are new."""
+    """Copies the prompts' keys and values into the new rows' places."""
     for place, o in enumerate(origin):
         if o < 0:
             c = entering[~o]

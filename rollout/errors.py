@@ -1,22 +1,22 @@
-"""What can go wrong with an engine outside of this process. Each message says what to do about it."""
+"""Errors of the rollout engines. Each message says how to fix the problem."""
 
 from handoff.errors import UserError
 
 
 class RolloutError(UserError):
-    """Answers cannot be had from the engine that the recipe names."""
+    """The engine that the recipe names cannot generate answers."""
 
 
 class EngineMissing(RolloutError):
-    """vLLM cannot be imported, or does not start, in the process that needs it."""
+    """vLLM cannot be imported or does not start in this process."""
 
 
 class ServerUnreachable(RolloutError):
-    """No server answered for as long as the recipe waits for one."""
+    """No server answered within the recipe's `start_timeout`."""
 
 
 class ConnectionBroken(RolloutError):
-    """Nothing listens at the address, or the connection broke before the answer was there."""
+    """No server listens at the address, or the connection broke before the answer was complete."""
 
 
 class ServerTimeout(RolloutError):
@@ -24,19 +24,19 @@ class ServerTimeout(RolloutError):
 
 
 class ServerRefused(RolloutError):
-    """The server understood the request and will not do it (HTTP 4xx): asking again is no use."""
+    """The server refused the request (HTTP 4xx); a retry would not help."""
 
 
 class ServerFailed(RolloutError):
-    """The server broke down over the request (HTTP 5xx), or answered what nobody can read."""
+    """The server failed on the request (HTTP 5xx), or sent a malformed answer."""
 
 
 class WrongModel(RolloutError):
-    """The server serves another model than the one trained, or serves it otherwise than training needs."""
+    """The server serves another model than the one in training, or serves it with unsuitable settings."""
 
 
 class WrongAnswer(RolloutError):
-    """An answer is not what was asked for: other prompt, wrong count, wrong length, another end."""
+    """An answer does not match the request: wrong prompt, count, length or end."""
 
 
 class LogprobsMissing(RolloutError):
@@ -48,4 +48,4 @@ class TransferFailed(RolloutError):
 
 
 class StaleWeights(RolloutError):
-    """The engine has other weights than those that this run gave it last."""
+    """The engine has other weights than those that this run sent last."""

@@ -1,10 +1,10 @@
-"""Forward passes of a causal language model with the attention of rollouts, and whether a model can be run so.
+"""Forward passes of a causal language model with rollout attention, and the check that a model supports it.
 
 Legend: N prompts, B rows, T tokens of all prompts together, V vocabulary.
 
-The check runs the model both ways on the first tokens of a prompt and compares logits. It guards against what no
-declaration tells: a model with a mask of its own (bidirectional in the prompt, chunked), with biases in its mask
-(ALiBi), or with a state beside keys and values would otherwise answer wrongly without a word.
+The check runs the model with both attentions on the first tokens of a prompt and compares the logits. A model's
+configuration does not show everything: one with its own mask (bidirectional in the prompt, chunked), biases in the mask
+(ALiBi), or a state besides keys and values would give wrong answers without any error.
 """
 
 import logging
@@ -29,7 +29,7 @@ Source = list[tuple[Tensor, Tensor]]  # keys and values (H, T, D) of each layer
 
 
 class Runner:
-    """Runs one model; inside `attached` only."""
+    """Runs one model; valid only inside `attached`."""
 
     def __init__(self, model: PreTrainedModel, windows: Sequence[int | None]) -> None:
         self._model, self._windows = model, windows
@@ -38,7 +38,7 @@ class Runner:
         self._lean: Lean | None = None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Source]:
-        """Logits behind each prompt (N, V), and what was computed of keys and values, prompt behind prompt."""
+        """Logits after each prompt (N, V), and the concatenated prompts' keys and values."""
         lengths = [len(p) for p in prompts]
         device = self._model.device
         ids = torch.tensor([t for p in prompts for t in p], device=device)[None]  # (1, T)
@@ -50,11 +50,11 @@ class Runner:
         if len(this.layers) != len(self._windows):
             raise UnsupportedError(f"{len(this.layers)} of its {len(self._windows)} layers have attention")
         if logits.shape[:2] != (1, len(prompts)):
-            raise UnsupportedError("it computes logits of all positions whatever logits_to_keep says")
+            raise UnsupportedError("it ignores logits_to_keep and computes logits of all positions")
         return logits[0], [this.layers[i] for i in range(len(this.layers))]
 
     def decode(self, tokens: Tensor, positions: Tensor, this: Decode) -> Tensor:
-        """Logits (B, V) behind one token a row. tokens, positions (B,)."""
+        """Logits (B, V) after one token per row. tokens, positions (B,)."""
         if self._fits and self._lean is None:
             self._lean = Lean(self._model)
         if self._lean is not None:
@@ -63,16 +63,16 @@ class Runner:
             return self._forward(tokens[:, None], positions[:, None], 1)[:, -1]
 
     def slots(self, source: Source, rows: int, columns: int, *, whole: bool = False, growing: bool = True) -> Slots:
-        """Room for keys and values like these. whole: no window is shorter than a row."""
+        """Slots for keys and values of these shapes. whole: every layer sees the whole row."""
         shapes = [
             Shape(k.shape[0], k.shape[2], v.shape[2], None if whole else window)
             for (k, v), window in zip(source, self._windows, strict=True)
         ]
-        value = source[0][1]  # under autocast, keys may have come out of the rotation in float32
+        value = source[0][1]  # under autocast, the rotation may have turned keys into float32
         return Slots(shapes, rows, columns, value.dtype, value.device, growing=growing)
 
     def shortest_window(self) -> int | None:
-        """Of all layers; None where every layer sees everything."""
+        """The shortest window of all layers; None if every layer sees all tokens."""
         return min((w for w in self._windows if w is not None), default=None)
 
     def _forward(self, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Runner:
 
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[Runner]:
-    """Puts the attention of rollouts into the model, and the model's own back."""
+    """Replaces the model's attention by rollout attention, and restores it at the end."""
     changed = configs(model.config)
     own = [c._attn_implementation for c in changed]
     try:
@@ -97,11 +97,13 @@ def attached(model: PreTrainedModel) -> Iterator[Runner]:
 
 
 def reason_against(model: PreTrainedModel, prompt: Sequence[int]) -> str | None:
-    """Why the model cannot be run with the attention of rollouts; None where it can. `model` is in evaluation mode."""
+    """Why the model does not support rollout attention; None if it does. `model` must be in evaluation mode."""
     if model not in _checked:
         _checked[model] = _check(model, list(prompt)[:_PROBE])
         if _checked[model] is not None:
-            _log.warning("%s: rollouts take the slower way, because %s", type(model).__name__, _checked[model])
+            _log.warning(
+                "%s: rollouts use the slower plain generation, because %s", type(model).__name__, _checked[model]
+            )
     return _checked[model]
 
 
@@ -129,15 +131,15 @@ def _check(model: PreTrainedModel, ids: list[int]) -> str | None:
                 second = runner.decode(tokens, positions, Decode(slots))
     except UnsupportedError as error:
         return str(error)
-    except Exception as error:  # whatever a foreign model's code raises when its attention or cache is not its own
+    except Exception as error:  # a foreign model's code may raise anything when its attention or cache is replaced
         return f"a trial of its forward pass failed: {type(error).__name__}: {error}"
     return deviation(torch.stack([first[0], second[0], first[1], second[1]]), torch.stack(expected), "its logits come")
 
 
 def deviation(got: Tensor, want: Tensor, what: str) -> str | None:
-    """What to say when `got` is not what the model's own attention gives; None where it is, as far as rounding lets it.
+    """A message if `got` differs from the result of the model's own attention by more than rounding, else None.
 
-    Of broken weights, whose numbers are not finite, nothing can be said.
+    None also if the numbers are not finite (broken weights), since they cannot be compared.
     """
     got, want, allowed = got.float(), want.float(), 1e-3 if want.dtype == torch.float32 else 0.1
     difference = ((got - want).abs().max() / want.std()).item()
@@ -147,13 +149,13 @@ def deviation(got: Tensor, want: Tensor, what: str) -> str | None:
 
 
 def configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configuration and those inside it, outer before inner: setting an outer one sets the inner."""
+    """The configuration and its nested ones, outer before inner, since setting an outer one also sets the inner."""
     inner = [getattr(config, name) for name in config.sub_configs]
     return [config, *(c for part in inner if part is not None for c in configs(part))]
 
 
 def windows(model: PreTrainedModel) -> list[int | None]:
-    """Of each layer, how many tokens back it sees; None is all of them."""
+    """How many tokens back each layer sees; None means all of them."""
     types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     others = sorted(set(types) - {"full_attention", "sliding_attention"})
     if others:

@@ -1,15 +1,15 @@
-"""A decode step of the Llama family, written out: the model's own numbers in a fraction of the calls.
+"""A fast decode step for the Llama family on a CPU: the same result as the model's own, in a fraction of the calls.
 
-Legend: B rows, Hq heads of queries, H heads of keys and values, D size of a head, C channels, V vocabulary.
+Legend: B rows, Hq query heads, H key and value heads, D head size, C channels, V vocabulary.
 
-A decode step multiplies a few rows with every weight of the model. On a processor, half of its time goes into what
-surrounds the products: Python, small operations, and rearranging each weight for the caches, which the usual product
-does anew every time. Here weights are arranged once in a call of `generate` (by oneDNN, where it is there), those that
-read the same input are one matrix, which has the weights of the norm in front of it in its columns, and a layer is some
-twenty operations. It costs a second copy of the weights for as long as the call lasts.
+A decode step multiplies a few rows with every weight of the model. On a CPU, half of its time goes into the work around
+the products: Python, small operations, and repacking each weight for the caches, which the usual product repeats every
+time. Here, each call of `generate` packs the weights once (with oneDNN, if available). Weights that read the same input
+become one matrix, with the weights of the preceding norm folded into its columns, and a layer takes about twenty
+operations. This needs a second copy of the weights during the call.
 
-Only for models of exactly the families below, made of exactly their own parts: what is wrapped (LoRA), hooked or
-derived answers through its own forward pass. `rollout.forward` compares the two on a few tokens before it trusts this.
+It applies only to models of exactly the families below, with unmodified modules. A wrapped (LoRA), hooked or derived
+model uses its own forward pass. `rollout.forward` compares both on a few tokens before it uses this one.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ _COMMON = {
     "torch.nn.modules.sparse.Embedding",
     "transformers.activations.SiLUActivation",
 }
-_BY_LENGTH = ("dynamic", "longrope")  # rotations that change with the longest sequence that there is
-_POSITIONS = 256  # rotations are computed for so many positions at once
+_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the longest sequence
+_POSITIONS = 256  # rotations are computed for this many positions at once
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether a decode step of `model`, whose weights are all here, can be computed here."""
+    """Whether `Lean` can compute a decode step of `model`. All weights must be on this process."""
     if model.device.type != "cpu":
         return False
     for family in FAMILIES:
@@ -48,9 +48,10 @@ def fits(model: PreTrainedModel) -> bool:
 
 
 def _is_one_of(module: nn.Module, names: set[str]) -> bool:
-    """Whether a module is what it is called, with that class's own forward pass and nobody who alters it.
+    """Whether a module is of one of these classes, with that class's own forward pass and no hooks that change it.
 
-    An engine that shards may have put a class of its own in front and hooks that gather the weights, which are here.
+    A sharding engine may have added its own subclass, and hooks that gather the weights; these do no harm, because the
+    weights are already gathered.
     """
     kind: Any = next((c for c in type(module).__mro__ if f"{c.__module__}.{c.__qualname__}" in names), None)
     if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
@@ -60,7 +61,7 @@ def _is_one_of(module: nn.Module, names: set[str]) -> bool:
 
 
 class Lean:
-    """The decode step of one model with the weights that it has now."""
+    """The decode step of one model with its current weights."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._body: Any = model.model
@@ -74,7 +75,7 @@ class Lean:
         self._cos = self._sin = torch.empty(0)
 
     def __call__(self, tokens: Tensor, positions: Tensor, this: Decode) -> Tensor:
-        """tokens, positions (B,) -> logits (B, V) behind one token a row."""
+        """tokens, positions (B,) -> logits (B, V) after one token per row."""
         x = self._body.embed_tokens(tokens)  # (B, C)
         last = int(positions.max())
         if last >= len(self._cos):
@@ -85,7 +86,7 @@ class Lean:
         return self._head(_normed(x, self._eps))
 
     def _rotations(self, x: Tensor, positions: int) -> None:
-        """Cosines and sines (positions, 1, D) as `x` needs them.
+        """Computes cosines and sines (positions, 1, D) in the precision of `x`.
 
         A head is rotated as x·cos + (−x₂, x₁)·sin; with the sign in the sine, (x₂, x₁) is x shifted by half.
         """
@@ -118,7 +119,7 @@ class _Layer:
         if self._head_norms is not None:
             turned = self._head_norms * _normed(turned, eps).to(turned.dtype)
         kept, shifted = turned * cos, turned.roll(self._size // 2, -1)
-        # Each by itself, so that each is a tensor without gaps.
+        # Computed separately, so that each is a contiguous tensor.
         q = torch.addcmul(kept[:, : self._queries], shifted[:, : self._queries], sin)
         k = torch.addcmul(kept[:, self._queries :], shifted[:, self._queries :], sin)
         attended = this.attend(number, q[:, :, None], k[:, :, None], values[:, :, None], self._scaling, None)
@@ -134,9 +135,9 @@ def _normed(x: Tensor, eps: Tensor) -> Tensor:
 
 
 class _Product:
-    """Linear layers that read the same input, as one: (B, in) -> (B, sum of out).
+    """Linear layers that read the same input, combined into one: (B, in) -> (B, sum of out).
 
-    `norm` (in,): the weights of the norm that the input comes from, which has left them out.
+    `norm` (in,): the weights of the norm before it, which `_normed` leaves out and this folds in.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype, norm: Tensor | None = None) -> None:
@@ -160,7 +161,7 @@ class _Product:
 
 
 def _arranges(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this precision with weights that it has arranged."""
+    """Whether oneDNN supports products with packed weights in this precision."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,10 +1,10 @@
-"""How far the engine that sampled and the trainer disagree about the same tokens, and what to do about it.
+"""Measures how far the sampling engine and the trainer disagree about the same tokens, and corrects for it.
 
 Legend: B answers, R longest answer; log-probabilities in nats; ρ = exp(trainer − engine), the importance ratio.
 
-Two programs that compute one model never agree to the last bit, and some differences are mistakes: top-p, another
-temperature, weights of the step before. The loss takes the engine's samples for the policy's own, so any difference
-makes it the loss of another policy. The metrics have the names of TRL's GRPO.
+Two implementations of one model never agree to the last bit, and some differences are mistakes: top-p, another
+temperature, stale weights. The loss treats the engine's samples as the policy's own, so any difference makes the update
+off-policy. The metrics have the names of TRL's GRPO.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def mismatch_metrics(engine_logp: Tensor, trainer_logp: Tensor, mask: Tensor) ->
 
     engine_logp, trainer_logp: (B, R) nats; mask: (B, R) bool, at least one token. Under samples of the engine k3,
     ρ − 1 − log ρ, is an unbiased estimate of KL(engine ‖ trainer) (Schulman 2020, "Approximating KL divergence"), and
-    ρ has mean 1 as long as the engine reports the very distribution that it samples from and leaves no token out.
+    ρ has mean 1 as long as the engine reports the distribution that it samples from, without truncating it.
     """
     log_ratio = (trainer_logp - engine_logp)[mask].double()  # (tokens,)
     ratio = log_ratio.exp()
@@ -44,24 +44,24 @@ def mismatch_metrics(engine_logp: Tensor, trainer_logp: Tensor, mask: Tensor) ->
 
 
 def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
-    """GateError with the likely causes when the mean |Δ log p| is above `limit` nats, or is no number at all."""
+    """Raises GateError with the likely causes when the mean |Δ log p| is above `limit` nats or not a number."""
     mean = metrics[DIFFERENCE_MEAN]
     if mean <= limit:
         return
     low, high = metrics[RATIO_MIN], metrics[RATIO_MAX]
     if high <= 1 + limit:
         cause = (
-            "The engine finds every token likelier than the trainer does, so it leaves part of the distribution out: "
+            "The engine finds every token likelier than the trainer does, so it truncates the distribution: "
             "top-p, top-k or min-p are on (in the server's arguments, or the model's generation_config.json)."
         )
     elif abs(metrics[RATIO_MEAN] - 1) <= limit:
         cause = (
-            "The ratios average to 1, so the engine samples from what it reports, and that is another policy: stale "
+            "The ratios average to 1, so the engine reports what it samples from, but that is another policy: stale "
             "weights, another precision (`dtype`), another temperature, or other prompts (another chat template)."
         )
     else:
         cause = (
-            "What the engine reports may not be what it samples from: log-probabilities without the temperature (the "
+            "The engine may not report what it samples from: log-probabilities without the temperature (the "
             "server needs `--logprobs-mode processed_logprobs`), or a penalty. Or it has stale weights, another "
             "precision (`dtype`) or another chat template."
         )
@@ -77,9 +77,9 @@ def truncated_importance_weights(
 ) -> Tensor:
     """min(ρ, cap) of each token, or of each answer's product of ratios: (B, R); 1 where `mask` is off.
 
-    The factor of a token's loss that turns the engine's samples into the trainer's policy's (Yao et al. 2025, "Your
-    efficient RL framework secretly brings you off-policy RL training"); the cap bounds the variance. `sequence` is
-    unbiased for whole answers and has the higher variance.
+    Weights each token's loss to correct for sampling from the engine instead of the trainer's policy (Yao et al. 2025,
+    "Your efficient RL framework secretly brings you off-policy RL training"). The cap bounds the variance. `sequence`
+    is unbiased for whole answers but has higher variance.
     """
     log_ratio = torch.where(mask, trainer_logp - engine_logp, 0.0)  # (B, R)
     if level == "sequence":

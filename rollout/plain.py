@@ -1,9 +1,9 @@
-"""Answers through the model's own cache and attention, for models that nothing faster can be done with.
+"""Generation with the model's own cache and attention, for models that do not support rollout attention.
 
 Legend: B rows, P prompt length, V vocabulary.
 
-Prompts of one length share a batch, so that there is no padding: a model whose state is not made of keys and values
-(linear attention, Mamba) need not be told what to pass over. Rows that have ended leave the batch.
+A batch holds prompts of equal length, so there is no padding, and a model whose state is not keys and values (linear
+attention, Mamba) needs no mask. Finished rows leave the batch.
 """
 
 import inspect
@@ -26,10 +26,10 @@ def generate_plainly(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> list[Completion]:
-    """As `rollout.engine.generate`. noise: a prompt's (max_new_tokens,) uniform numbers, None for greedy.
+    """As `rollout.engine.generate`. noise: gives a prompt's (max_new_tokens,) uniform numbers; None for greedy.
 
     Raises:
-        RolloutError: the model takes no `Cache` of transformers.
+        RolloutError: the model does not use a `Cache` of transformers.
     """
     completions = [Completion() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
@@ -54,7 +54,7 @@ def _decode(
     uniforms: torch.Tensor | None,
     completions: list[Completion],
 ) -> None:
-    """Fills `completions` of one batch."""
+    """Generates the completions of one batch into `completions`."""
     cache = DynamicCache(config=model.config)
     state = {_state_name(model): cache}
     for step in range(spec.max_new_tokens):
@@ -81,12 +81,12 @@ def _decode(
 
 
 def _state_name(model: PreTrainedModel) -> str:
-    """What the model's forward pass calls its cache."""
+    """The name of the cache argument of the model's forward pass."""
     parameters = inspect.signature(model.forward).parameters
     for name in ("past_key_values", "cache_params"):
         if name in parameters:
             return name
     raise RolloutError(
-        f"{type(model).__name__} keeps its state otherwise than in a cache of transformers (its forward pass takes "
-        "neither past_key_values nor cache_params): answers cannot be made with it here, take another architecture"
+        f"{type(model).__name__} does not keep its state in a cache of transformers (its forward pass takes neither "
+        "past_key_values nor cache_params), so it cannot generate here; use another architecture"
     )

@@ -1,10 +1,10 @@
-"""The distribution that answers are drawn from, and the draw itself.
+"""The sampling distribution, and the draw from it.
 
 Legend: B rows, V vocabulary.
 
-Sampling is by inversion: a row's uniform number for a position picks the token from the cumulative distribution. The
-sum over the vocabulary is not written out entry by entry: sums of blocks come first, then the entries of the one block
-that the number falls into. The result is the same token, without a pass in float64 over (B, V).
+Sampling is by inversion: a row's uniform number for a position picks the token from the cumulative distribution. It
+first sums blocks of the vocabulary, then only the entries of the block that the number falls into. The result is the
+same token without a float64 pass over (B, V).
 """
 
 from dataclasses import dataclass, field
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK = 64  # entries of the vocabulary that are summed up at once
+_BLOCK = 64  # vocabulary entries per block
 
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """The distribution that completions are drawn from: softmax(logits / temperature), cut off and renormalised or not.
+    """The distribution of completions: softmax(logits / temperature), optionally truncated and renormalised.
 
-    `temperature` 0 is greedy. Log-probabilities are always those of this distribution (of the untempered one when
-    greedy). `top_k` keeps the k likeliest tokens, `top_p` the likeliest that together have at least this probability
-    (after top_k; Holtzman et al. 2020, "The curious case of neural text degeneration"); ties are kept. A policy
+    `temperature` 0 is greedy. Log-probabilities are always those of this distribution (without temperature when
+    greedy). `top_k` keeps the k likeliest tokens. `top_p` then keeps the likeliest tokens that together have at least
+    this probability (Holtzman et al. 2020, "The curious case of neural text degeneration"). Ties are kept. A policy
     gradient that scores answers under the whole distribution must refuse a spec that is `truncated`.
     """
 
@@ -42,11 +42,11 @@ class SamplingSpec:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1 (or None for all tokens), not {self.top_p}")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("top_k and top_p say nothing where temperature is 0 (greedy); leave them out")
+            raise ValueError("top_k and top_p have no effect at temperature 0 (greedy); leave them out")
 
     @property
     def truncated(self) -> bool:
-        """Some tokens have probability 0 that the model itself does not give 0."""
+        """Whether the spec sets the probability of some tokens to 0."""
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
 
@@ -62,7 +62,7 @@ class Completion:
 def draw(logits: Tensor, spec: SamplingSpec, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens (B,) and their log-probabilities (B,), fp32, nats, under exactly `spec`.
 
-    logits (B, V); uniforms (B,) float64 in [0, 1), None when greedy. A row whose logits are not finite has a
+    logits (B, V); uniforms (B,) float64 in [0, 1), None when greedy. A row with logits that are not finite gets a
     log-probability that is not finite.
     """
     logits = logits.float()
@@ -93,23 +93,24 @@ def _inverse(p: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _above(cdf: Tensor, target: Tensor) -> Tensor:
-    """The first index whose entry is above the target, at most the first that reaches the end: (B, N), (B, 1) -> (B,).
+    """The first index whose entry is above the target, at most the first that equals the last entry: (B, N), (B, 1) ->
+    (B,).
 
-    So never an entry of probability 0, even where rounding has put the target at the very end; and where there is
-    nothing but NaN, still an index.
+    So it never picks an entry of probability 0, even if rounding has moved the target to the end, and it returns a
+    valid index even if all entries are NaN.
     """
     index = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1)
     return torch.minimum(index, torch.searchsorted(cdf, cdf[:, -1:].contiguous())).squeeze(-1)
 
 
 def _truncated(logits: Tensor, spec: SamplingSpec) -> Tensor:
-    """The logits with −∞ where `spec` cuts off."""
+    """The logits, with −∞ for tokens that `spec` removes."""
     if spec.top_k is not None and spec.top_k < logits.shape[-1]:
         least = logits.topk(spec.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if spec.top_p is not None and spec.top_p < 1:
         p, order = torch.softmax(logits, -1).sort(dim=-1, descending=True)
-        before = p.double().cumsum(-1) - p  # probability of all that are likelier
+        before = p.double().cumsum(-1) - p  # total probability of all likelier tokens
         last = (before < spec.top_p).sum(-1, keepdim=True) - 1
         logits = logits.masked_fill(logits < logits.gather(-1, order.gather(-1, last)), -torch.inf)
     return logits

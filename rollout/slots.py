@@ -1,14 +1,13 @@
-"""Keys and values of the rows that are being decoded.
+"""The KV cache of the rows that are being decoded.
 
 Legend: N rows in use, H heads of keys and values, W columns, D size of a head.
 
-Memory is allocated once, for as many rows and columns as can be needed; what is in use is a tight (N, H, W, D) view of
-its front. That matters: a decode step reads all of it, and memory that is read in one sweep comes several times faster
-than memory that is read in pieces with gaps. So W follows the longest row in use, in steps, and a step costs one copy.
+Memory is allocated once, for the largest number of rows and columns. The part in use is a contiguous (N, H, W, D) view
+of its front. A decode step reads all of it, and contiguous memory reads several times faster than memory with gaps. So
+W follows the longest row in use, growing by several columns at a time; each growth copies the cache once.
 
-Every row ends at the same column. A decode step then writes one column, whatever the lengths of the rows, and a
-sliding window is a range of columns. In front of a shorter row stand columns that are not its own: a bias of −∞ hides
-them, as it hides the columns behind the end.
+Every row ends at the same column. So a decode step writes one column, whatever the rows' lengths, and a sliding window
+is a range of columns. A bias of −∞ hides the unused columns before a shorter row and after the end.
 """
 
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_STEP = 16  # columns that W grows by, at least
+_STEP = 16  # the least number of columns by which W grows
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer: heads, size of a key, size of a value, and how many columns back a query sees (None: all)."""
+    """The shape of a layer: heads, key size, value size, and how many columns back a query sees (None: all)."""
 
     heads: int
     key_size: int
@@ -32,7 +31,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class View:
-    """One layer in use: keys and values (N, H, W, D), and for products keys (N·H, D, W) and values (N·H, W, D)."""
+    """The part of a layer in use: keys and values (N, H, W, D), and views of them for products: keys (N·H, D, W) and
+    values (N·H, W, D)."""
 
     keys: Tensor
     values: Tensor
@@ -44,10 +44,10 @@ class Slots:
     """Rows of keys and values that end at the same column.
 
     Args:
-        shapes: of each layer.
-        rows: how many at most.
-        columns: how long a row can become.
-        growing: rows get longer by `advance`; otherwise W is exactly the longest row.
+        shapes: one per layer.
+        rows: the largest number of rows.
+        columns: the greatest length of a row.
+        growing: whether rows grow by `advance`; otherwise W is exactly the longest row's length.
     """
 
     def __init__(
@@ -64,22 +64,22 @@ class Slots:
         self._dtype, self._device = dtype, device
         self.lengths: list[int] = []  # of each row in use
         self.width = 0
-        self.end = 0  # the column behind the last one in use
+        self.end = 0  # the column after the last one in use
         self.views: list[View] = []
         self._bias: dict[tuple[int, int | None], Tensor] = {}
         self.rows = rows
         self._memory, self._spare = self._allocate(rows)
 
     def bias(self, layer: int) -> Tensor:
-        """(N·H, 1, W): 0 where a query at the last column may look, −∞ elsewhere."""
+        """(N·H, 1, W): 0 for columns that a query at the last column may see, −∞ elsewhere."""
         shape = self._shapes[layer]
         return self._bias[shape.heads, shape.window]
 
     def exchange(self, leaving: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """Rows leave, and new ones of these lengths enter in their places or behind the last; `settle` must follow.
+        """Removes rows, and adds new ones of these lengths in their places or at the end. Call `settle` afterwards.
 
         Returns:
-            Who is where now: a number i >= 0 is the row that was at i, and ~k is the k-th new row.
+            For each place its row: i >= 0 is the row that was at i before, and ~k is the k-th new row.
         """
         old = len(self.lengths)
         origin = list(range(old))
@@ -94,7 +94,7 @@ class Slots:
             if old == 0 or longest > self.end or (not self._growing and 8 * longest < 7 * self.width):
                 self._fit(old)
             self._look()
-        # From behind, so that the last row is never one that is leaving.
+        # From the end, so that the last row, which fills the gap, is never one that is leaving.
         for place in places[len(lengths) : len(leaving)][::-1]:
             last = len(self.lengths) - 1
             if place != last:
@@ -107,16 +107,16 @@ class Slots:
         return origin
 
     def fill(self, row: int, source: Sequence[tuple[Tensor, Tensor]], start: int, length: int) -> None:
-        """Copies what was computed elsewhere into a row of this length.
+        """Copies keys and values into a row of this length.
 
-        source: of each layer keys and values (H, tokens, D), of which the row's begin at `start`.
+        source: each layer's keys and values (H, tokens, D); the row's begin at `start`.
         """
         for view, pair in zip(self.views, source, strict=True):
             for target, tokens in zip((view.keys, view.values), pair, strict=True):
                 target[row, :, self.end - length : self.end].copy_(tokens[:, start : start + length])
 
     def settle(self) -> None:
-        """Makes views and bias for the rows that are there, after some came or left."""
+        """Renews views and bias after rows were added or removed."""
         if not self.lengths:
             return
         self._look()
@@ -129,7 +129,7 @@ class Slots:
             self._bias[heads, window] = bias.repeat_interleave(heads, 0).unsqueeze(1)
 
     def advance(self) -> None:
-        """One more column, for the tokens that are about to be computed."""
+        """Adds a column for the tokens that are computed next."""
         if self.end == self.width:
             self._fit(len(self.lengths))
             self.settle()
@@ -141,7 +141,7 @@ class Slots:
         self.lengths = [length + 1 for length in self.lengths]
 
     def _fit(self, rows: int) -> None:
-        """Makes W fit for the lengths; what is there of the first `rows` rows comes to end at the new end."""
+        """Adapts W to the lengths, and moves the first `rows` rows so that they end at the new end."""
         end = max(self.lengths)
         width = end
         if self._growing:
@@ -160,7 +160,7 @@ class Slots:
         self.width, self.end = width, end
 
     def _look(self) -> None:
-        """Views of the rows in use."""
+        """Renews the views of the rows in use."""
         self.views = []
         for shape, (keys, values) in zip(self._shapes, self._memory, strict=True):
             k = _front(keys, len(self.lengths), shape.heads, self.width, shape.key_size)
@@ -168,8 +168,8 @@ class Slots:
             self.views.append(View(k, v, k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)))
 
     def _allocate(self, rows: int) -> tuple[list[list[Tensor]], dict[int, Tensor]]:
-        """Memory of each layer, and a spare one of each size to move columns into."""
-        # Zeros, because a hidden column still takes part as 0 · value, which must not be 0 · NaN.
+        """Allocates each layer's memory, and a spare buffer of each size for moving columns."""
+        # Zeros, since hidden columns still enter the product as 0 · value, which must not be 0 · NaN.
         sizes = [[rows * self._columns * s.heads * d for d in (s.key_size, s.value_size)] for s in self._shapes]
         memory = [[torch.zeros(n, dtype=self._dtype, device=self._device) for n in pair] for pair in sizes]
         spare = {n: torch.zeros(n, dtype=self._dtype, device=self._device) for pair in sizes for n in pair}
@@ -186,5 +186,5 @@ class Slots:
 
 
 def _front(memory: Tensor, rows: int, heads: int, width: int, size: int) -> Tensor:
-    """The first numbers of a layer's memory as (rows, heads, width, size)."""
+    """The front of a layer's memory as (rows, heads, width, size)."""
     return memory[: rows * heads * width * size].view(rows, heads, width, size)

@@ -1,6 +1,6 @@
-"""vLLM as the engine: the policy's weights go in after each update, answers come out (docs/vllm.md).
+"""vLLM as the rollout engine: receives the policy's weights after each update, and generates answers (docs/vllm.md).
 
-Nothing here imports vLLM unless a recipe asks for it in this process; a server needs nothing but HTTP.
+vLLM is imported only if the recipe colocates it in this process; a server needs only HTTP.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,40 +16,40 @@ from rollout.vllm_server import Server
 
 
 class VLLMEngine:
-    """Answers by vLLM, with the weights of the last `update_weights`.
+    """Generates answers with vLLM and the weights of the last `update_weights`.
 
-    In mode `server` only the main process talks to the server (`central`): it sends the prompts of all processes, so
-    that one place notices a restart, sends the weights again and asks again. The other processes hold an engine that
-    does nothing. Colocated, every process answers its own prompts; the `tensor_parallel_size` processes of one vLLM
-    answer the same ones.
+    In mode `server` only the main process talks to the server (`central`). It sends the prompts of all processes, so
+    that one process notices a restart, sends the weights again and repeats the requests. The engines of the other
+    processes do nothing. In mode `colocate` every process answers its own prompts; the `tensor_parallel_size` processes
+    that share a vLLM answer the same prompts.
 
     Args:
-        config: the recipe's `vllm`.
-        model_dir: what training started from, and what the server serves. Names and shapes of tensors, and the
-            vocabulary, are compared with it.
-        device: where this process trains.
+        config: the recipe's `vllm` section.
+        model_dir: the model that training started from and that the server serves. Names and shapes of tensors, and
+            the vocabulary, are compared with it.
+        device: the device on which this process trains.
         is_main: whether this is the main process.
 
     Raises:
-        RolloutError: no server, or one that serves another model; vLLM cannot be imported or does not start. So do the
-            methods, each with a subclass that says what happened.
+        RolloutError: there is no server, or it serves another model; or vLLM cannot be imported or does not start. The
+            methods raise subclasses that name the fault.
     """
 
     def __init__(self, config: VLLMConfig, model_dir: Path, device: torch.device, is_main: bool) -> None:
         self.central = config.mode == "server"
         self.together = 1 if self.central else config.tensor_parallel_size
-        """Neighbouring processes that have to ask for the same answers."""
+        """Number of neighbouring processes that must request the same answers."""
         self._server = Server(config, model_dir, device) if self.central and is_main else None
         self._colocated = None if self.central else Colocated(config, model_dir)
 
     def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Gives vLLM new weights and makes it forget what it computed with the old ones.
+        """Sends new weights to vLLM and empties its caches.
 
         Args:
-            named: name and whole tensor, the names those of the model alone (`model.layers.0...`): what
-                `named_parameters` or `state_dict` of the policy give. A tied tensor may come once or twice. In mode
-                `server` the main process's are sent, and nothing is kept of them that later training could change.
-            version: a number that grows with every update; it is part of what the server calls these weights.
+            named: names and whole tensors, as the policy's `named_parameters` or `state_dict` give them, without
+                prefixes (`model.layers.0...`). A tied tensor may occur once or twice. In mode `server` the main
+                process's tensors are copied and sent, so that later training does not change them.
+            version: a number that grows with every update; it is part of the server's tag for these weights.
         """
         if self._server is not None:
             self._server.update_weights(named, version)
@@ -59,14 +59,14 @@ class VLLMEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, keys: Sequence[tuple[int | str, ...]], seed: int
     ) -> list[Completion]:
-        """One answer a prompt, in the order of `prompts`; in mode `server` on the main process only.
+        """One answer per prompt, in the order of `prompts`; in mode `server` on the main process only.
 
         Args:
-            prompts: token ids, each at least one. Equal ones are computed once: vLLM caches prefixes.
-            spec: the distribution and where to stop.
-            keys: one a prompt; (seed, key) gives the seed that vLLM draws the answer with, so that a rerun repeats as
-                far as vLLM's arithmetic does.
-            seed: of the run.
+            prompts: token ids, each at least one. Equal prompts are computed once, since vLLM caches prefixes.
+            spec: the sampling distribution and the stop ids.
+            keys: one per prompt; (seed, key) gives vLLM's seed for the answer, so that a rerun repeats as far as vLLM's
+                arithmetic is deterministic.
+            seed: the run's seed.
         """
         assert len(keys) == len(prompts) and (self._server or self._colocated)
         if not prompts:
@@ -78,6 +78,6 @@ class VLLMEngine:
         return self._colocated.generate(prompts, spec, seeds)
 
     def close(self) -> None:
-        """Removes what was left for the server, which keeps running."""
+        """Removes the files written for the server, which keeps running."""
         if self._server is not None:
             self._server.close()

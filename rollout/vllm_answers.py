@@ -1,4 +1,4 @@
-"""What is asked of vLLM for one answer, and how its reply is read: for a server and inside this process alike."""
+"""Builds vLLM's sampling parameters for an answer and checks its reply, for both a server and a colocated vLLM."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from pydantic import BaseModel, ValidationError
 from rollout.errors import LogprobsMissing, ServerFailed, WrongAnswer, WrongModel
 from rollout.sampling import Completion, SamplingSpec
 
-_LOWEST = -9999.0  # what vLLM writes for a log-probability of minus infinity
+_LOWEST = -9999.0  # vLLM's value for a log-probability of minus infinity
 
 
 def check_fit(prompts: Sequence[Sequence[int]], spec: SamplingSpec, window: int, vocab_size: int) -> None:
-    """Raises WrongModel where prompt and answer are longer than `window`, the longest sequence that vLLM takes.
+    """Raises WrongModel when prompt and answer are longer than `window`, the longest sequence that vLLM accepts.
 
-    A token that is not in the vocabulary is refused here too: an engine dies of it (seen with vLLM 0.31).
+    Also when a token is not in the vocabulary, which would kill the engine (seen with vLLM 0.31).
     """
     longest = max(len(prompt) for prompt in prompts)
     if longest + spec.max_new_tokens > window:
@@ -28,8 +28,8 @@ def check_fit(prompts: Sequence[Sequence[int]], spec: SamplingSpec, window: int,
 
 
 def sampling(spec: SamplingSpec, seed: int) -> dict[str, Any]:
-    """vLLM's sampling parameters of a spec, with every one that could change the distribution. Ends are the spec's
-    own: without `ignore_eos` vLLM would add those of generation_config.json."""
+    """vLLM's sampling parameters for a spec, including every parameter that could change the distribution. `ignore_eos`
+    is set because vLLM would otherwise add the stop ids of generation_config.json to the spec's."""
     return {
         "temperature": spec.temperature,
         "top_p": 1.0 if spec.top_p is None else spec.top_p,
@@ -62,29 +62,29 @@ class _Answer(BaseModel):
 
 
 def read(answer: Any, prompt: list[int], spec: SamplingSpec) -> Completion:
-    """The completion in a response of /v1/completions, checked against what was asked.
+    """The completion in a response of /v1/completions, checked against the request.
 
     Raises:
-        ServerFailed: the response has another form, or the server gave the request up.
-        WrongAnswer: count of answers, prompt, length or end are not those asked for.
-        LogprobsMissing: a token came without its log-probability.
+        ServerFailed: the response is malformed, or the server aborted the request.
+        WrongAnswer: the number of answers, the prompt, the length or the end do not match the request.
+        LogprobsMissing: a token has no log-probability.
     """
     try:
         choices = _Answer.model_validate(answer).choices
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ServerFailed(f"the response is none of vLLM's completions: {place}: {first['msg']}") from error
+        raise ServerFailed(f"the response is not a completion of vLLM: {place}: {first['msg']}") from error
     if len(choices) != 1:
         raise WrongAnswer(f"the server sent {len(choices)} answers to a request for one")
     choice = choices[0]
     ids = choice.token_ids
     if choice.finish_reason not in ("stop", "length"):
-        raise ServerFailed(f"the server gave the answer up (finish_reason {choice.finish_reason})")
+        raise ServerFailed(f"the server aborted the answer (finish_reason {choice.finish_reason})")
     if choice.prompt_token_ids != prompt:
-        raise WrongAnswer("the server answered another prompt than it was sent: it cut it, or added tokens of its own")
+        raise WrongAnswer("the server answered another prompt than it was sent: it truncated it, or added tokens")
     if choice.logprobs is None:
-        raise LogprobsMissing("the server sent no log-probabilities, though asked for them")
+        raise LogprobsMissing("the server sent no log-probabilities, although they were requested")
     if choice.logprobs.tokens != [f"token_id:{token}" for token in ids]:
         raise WrongAnswer(
             f"{len(choice.logprobs.tokens)} log-probabilities are not those of the answer's {len(ids)} tokens"
@@ -93,13 +93,13 @@ def read(answer: Any, prompt: list[int], spec: SamplingSpec) -> Completion:
 
 
 def completion(ids: Sequence[int], logprobs: Sequence[float | None], stopped: bool, spec: SamplingSpec) -> Completion:
-    """A Completion of what vLLM sampled. Errors as of `read`."""
+    """A Completion from vLLM's tokens and log-probabilities. Raises as `read` does."""
     numbers = [value for value in logprobs if value is not None and math.isfinite(value) and value > _LOWEST]
     if not len(numbers) == len(logprobs) == len(ids):
         raise LogprobsMissing(f"{len(ids)} tokens came with {len(numbers)} log-probabilities")
     end: Literal["stop", "length"] = "stop" if ids and ids[-1] in spec.stop_ids else "length"
     if stopped and end != "stop":
-        raise WrongAnswer("an answer stops without one of the stop tokens: the server has stop strings of its own")
+        raise WrongAnswer("an answer stops without a stop token: the server has its own stop strings")
     if end == "length" and len(ids) != spec.max_new_tokens:
         raise WrongAnswer(f"an answer without a stop token has {len(ids)} tokens instead of {spec.max_new_tokens}")
     return Completion(list(ids), numbers, end)

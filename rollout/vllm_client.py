@@ -1,7 +1,7 @@
-"""One call to a vLLM server over HTTP, and the names of its failures. What is asked is decided in `vllm_server`.
+"""HTTP calls to a vLLM server, and the errors of a failed call. `vllm_server` decides what to request.
 
-The standard library's client is enough: it reads no proxy from the environment, and a call is one connection, so that
-nothing is left over from a server that has died.
+The standard library's client is enough. It reads no proxy from the environment, and each call opens a new connection,
+so that no connection to a dead server remains.
 """
 
 import json
@@ -16,7 +16,7 @@ _SHOWN = 500  # characters of an error's text
 
 
 class Client:
-    """Calls to the server at `base_url`. May be used from several threads."""
+    """Calls the server at `base_url`. May be used from several threads."""
 
     def __init__(self, base_url: str) -> None:
         parts = urlsplit(base_url)
@@ -26,17 +26,17 @@ class Client:
         self.port = parts.port or (443 if self._secure else 80)
 
     def get(self, path: str, timeout: float) -> Any:
-        """The decoded JSON of the answer. Errors as of `post`."""
+        """The decoded JSON of the answer. Raises as `post` does."""
         return self._call("GET", path, None, timeout)
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
         """Sends JSON; the decoded JSON of the answer, or None when it is empty.
 
         Raises:
-            ConnectionBroken: no connection, or it broke.
+            ConnectionBroken: the connection failed or broke.
             ServerTimeout: no answer within `timeout` seconds.
             ServerRefused: status 4xx.
-            ServerFailed: any other status but 200, or no JSON.
+            ServerFailed: any other status except 200, or an answer that is not JSON.
         """
         return self._call("POST", path, json.dumps(body), timeout)
 
@@ -64,11 +64,11 @@ class Client:
         try:
             return json.loads(text) if text else None
         except ValueError as error:
-            raise ServerFailed(f"{where}: the answer is no JSON: {text[:_SHOWN]!r}") from error
+            raise ServerFailed(f"{where}: the answer is not JSON: {text[:_SHOWN]!r}") from error
 
 
 def _message(text: str) -> str:
-    """What an error's body says: vLLM's own form, or the start of whatever it is."""
+    """The message in an error's body: from vLLM's JSON, or the start of any other text."""
     try:
         return str(json.loads(text)["error"]["message"])[:_SHOWN]
     except (ValueError, KeyError, TypeError):

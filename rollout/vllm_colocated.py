@@ -1,7 +1,7 @@
-"""Answers from a vLLM inside the training process, on the same GPU.
+"""Generation by a vLLM inside the training process, on the same GPU.
 
-Every process answers its own prompts. With `tensor_parallel_size` above 1 so many processes share one vLLM, which needs
-the same prompts, seeds and weights from each of them, in the same order.
+Every process answers its own prompts. With `tensor_parallel_size` above 1, that many processes share one vLLM, which
+needs the same prompts, seeds and weights from each of them, in the same order.
 """
 
 import os
@@ -19,10 +19,10 @@ from rollout.vllm_weights import DTYPES, Stored, cast
 
 
 class Colocated:
-    """A vLLM of this process. EngineMissing when it cannot be imported or does not start."""
+    """This process's vLLM. Raises EngineMissing when it cannot be imported or does not start."""
 
     def __init__(self, config: VLLMConfig, model_dir: Path) -> None:
-        # One engine in this very process: weights are then handed over in memory. vLLM reads this when it is imported.
+        # Run the engine in this process, so that weights are passed in memory. vLLM reads this when it is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
             from vllm import LLM, SamplingParams
@@ -57,15 +57,15 @@ class Colocated:
             ) from error
 
     def update_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Gives vLLM these weights, in memory, and empties its cache of prompts, which the old ones had computed."""
+        """Gives vLLM these weights in memory, and empties its prefix cache, which the old weights had computed."""
         weights = self._stored.select(named)
         cast_one_by_one = ((name, cast(tensor, self._dtype)) for name, tensor in weights.items())
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast_one_by_one})
         emptied = self._llm.reset_prefix_cache()
-        assert emptied, "nothing is being answered here between two calls"
+        assert emptied, "no request may be running between two calls"
 
     def generate(self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, seeds: list[int]) -> list[Completion]:
-        """One answer a prompt, in their order. `seeds`: one a prompt. Raises RolloutError for an unusable answer."""
+        """One answer per prompt, in order. `seeds`: one per prompt. Raises RolloutError for an unusable answer."""
         check_fit(prompts, spec, self._llm.llm_engine.model_config.max_model_len, self._stored.vocab_size)
         params = [
             self._params(**sampling(spec, seed), max_tokens=spec.max_new_tokens, detokenize=False) for seed in seeds

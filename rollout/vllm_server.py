@@ -1,16 +1,16 @@
-"""Answers from a vLLM server of the user's own.
+"""Generation by a vLLM server that the user runs.
 
-Two things must never happen: an answer from other weights than those given last, and an answer lost. The server names
-its weights with a tag that we set after each transfer; a server that has been started anew calls them "default". So the
-tag is read before and after every round of requests, and what cannot be vouched for is asked for again:
+Two things must never happen: an answer from stale weights, and a lost answer. The server has a tag for its weights,
+which we set after each transfer; a restarted server has the tag "default". So the tag is read before and after every
+round of requests, and answers that may be from other weights are requested again:
 
-- a row that failed alone (time-out, status 5xx) is asked for again in the next round;
-- when a connection breaks, the server may have died. Rows answered before that instant count, since the process that
-  the tag was read from gave them; rows answered later do not, since a new process may have;
+- a row that failed alone (time-out, status 5xx) is requested again in the next round;
+- when a connection breaks, the server may have died. Rows answered before that moment count, because they came from the
+  process whose tag was read. Later rows do not count, because they may come from a new process;
 - a server that lost its weights gets them again, from the copy that the transfer keeps;
-- a tag that neither we nor a fresh start has set is another run's, and an error.
+- a tag that was set neither by us nor by a restart belongs to another run, and is an error.
 
-Asked again, a row has the same seed, which follows from the run's seed and the row's key.
+A repeated request has the same seed, which follows from the run's seed and the row's key.
 """
 
 import logging
@@ -45,15 +45,15 @@ from rollout.vllm_weights import DTYPES, DiskTransfer, NCCLTransfer, Stored, Tra
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FRESH = "default"  # what a server that was never given weights calls them
-_PASSING = (ConnectionBroken, ServerTimeout, ServerFailed)  # may go better the next time
+FRESH = "default"  # the tag of a server that never received weights
+_PASSING = (ConnectionBroken, ServerTimeout, ServerFailed)  # a retry may succeed
 _CONTROL_SECONDS = 60.0  # for calls that compute nothing
 
 
 class Server:
-    """Talks to the server at `config.base_url`; belongs to one process, the main one.
+    """The connection to the server at `config.base_url`, used only by the main process.
 
-    Raises RolloutError, from the constructor when no server answers or it serves something else than `model_dir`.
+    Raises RolloutError; the constructor does so when no server answers or it does not serve `model_dir`.
     """
 
     def __init__(self, config: VLLMConfig, model_dir: Path, device: torch.device) -> None:
@@ -73,14 +73,14 @@ class Server:
             raise EngineMissing(f"vllm.transfer nccl needs a GPU to train on, not {device}; use `transfer: disk`")
 
     def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Gives the server these weights, which answers from now on come from."""
+        """Sends these weights to the server, for all later answers."""
         self._tag = None
         weights = {n: cast(t, self._dtype).to("cpu", copy=True) for n, t in self._stored.select(named).items()}
         self._transfer.keep({name: tensor.contiguous() for name, tensor in weights.items()})
         self._push(f"{version}@{self._run}")
 
     def generate(self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, seeds: list[int]) -> list[Completion]:
-        """One answer a prompt. `seeds`: one a prompt, which the server draws from."""
+        """One answer per prompt. `seeds`: one per prompt, used by the server for sampling."""
         check_fit(prompts, spec, self._window, self._stored.vocab_size)
         bodies = [self._body(prompt, spec, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         done: dict[int, Completion] = {}
@@ -90,7 +90,7 @@ class Server:
             if not missing:
                 break
             if problem is not None:
-                logger.warning("%d of %d answers are asked for again: %s", len(missing), len(bodies), problem)
+                logger.warning("%d of %d answers are requested again: %s", len(missing), len(bodies), problem)
                 self._pause(attempt)
             self._ensure_weights()
             answered, broke, problem = self._round(missing, bodies, spec)
@@ -108,13 +108,13 @@ class Server:
         return [done[i] for i in range(len(bodies))]
 
     def close(self) -> None:
-        """Cleans up; the server keeps running, with the weights that it has."""
+        """Cleans up; the server keeps running with its weights."""
         self._transfer.close()
 
     # ---- requests
 
     def _body(self, prompt: Sequence[int], spec: SamplingSpec, seed: int) -> dict[str, Any]:
-        """One request. All that a server or a generation_config.json could change about the distribution is given."""
+        """One request. It sets every parameter by which a server or generation_config.json could change sampling."""
         return {
             "model": self._model,
             "prompt": list(prompt),
@@ -129,9 +129,10 @@ class Server:
     def _round(
         self, rows: list[int], bodies: list[dict[str, Any]], spec: SamplingSpec
     ) -> tuple[dict[int, Completion], bool, RolloutError | None]:
-        """Asks for these rows at once: those answered, whether a connection broke, and the last passing error.
+        """Requests these rows concurrently. Returns the answers, whether a connection broke, and the last error that a
+        retry may fix.
 
-        Once a connection has broken, nothing more is sent, and what still comes in is not counted.
+        After a connection has broken, no further request is sent, and later answers do not count.
         """
         broke, stop = threading.Event(), threading.Event()
 
@@ -160,7 +161,8 @@ class Server:
     # ---- weights
 
     def _vouched(self, broke: bool) -> bool:
-        """Whether the answers of a round are from our weights. `broke`: a connection broke, after which none count."""
+        """Whether the answers of a round come from our weights. `broke`: a connection broke; later answers were
+        discarded."""
         try:
             found = self._tag_of_server()
         except _PASSING:
@@ -168,22 +170,22 @@ class Server:
         return found == self._tag or (found == FRESH and broke)
 
     def _ensure_weights(self) -> None:
-        """Waits for the server, and gives it the weights again if it was started anew."""
+        """Waits for the server, and sends the weights again if it was restarted."""
         assert self._tag is not None, "update_weights has to succeed before generate"
         self._wait()
         if self._tried(self._tag_of_server) == self._tag:
             return
-        logger.warning("the server at %s was started anew: its weights are sent again", self._client.base_url)
+        logger.warning("the server at %s was restarted: sending its weights again", self._client.base_url)
         self._model, self._window = self._check()
         self._push(self._tag)
 
     def _tag_of_server(self) -> str:
-        """The server's name for its weights. StaleWeights when somebody else has named them."""
+        """The server's tag for its weights. Raises StaleWeights when another run has set it."""
         found: str = self._client.get("/weight_info", _CONTROL_SECONDS)["weight_version"]
         if self._tag is not None and found not in (self._tag, FRESH):
             raise StaleWeights(
                 f"the server at {self._client.base_url} has the weights {found!r} instead of {self._tag!r}: another "
-                "run sends it weights, too; give each run a server of its own"
+                "run also sends weights to it; start a separate server for each run"
             )
         return found
 
@@ -193,23 +195,23 @@ class Server:
             self._transfer.push(tag)
             answer = self._client.post("/reset_prefix_cache", {}, _CONTROL_SECONDS)  # computed by the old weights
             if not answer["success"]:
-                raise ServerFailed("the server could not empty its prefix cache: it still answers somebody else")
+                raise ServerFailed("the server could not empty its prefix cache: it is answering other requests")
             if (found := self._client.get("/weight_info", _CONTROL_SECONDS)["weight_version"]) != tag:
-                raise ServerFailed(f"it calls its weights {found!r} instead of {tag!r} after the transfer")
+                raise ServerFailed(f"after the transfer, its tag for the weights is {found!r} instead of {tag!r}")
 
         try:
             self._tried(push)
         except (ServerTimeout, ServerFailed, ServerRefused) as error:
             raise TransferFailed(
-                f"the weights did not reach the server at {self._client.base_url}: {error}. Its log says more; does it "
-                f"serve {self._stored.model_dir}, and see the folder of vllm.weights_dir? {self._start()}"
+                f"the weights did not reach the server at {self._client.base_url}: {error}. See its log; check that it "
+                f"serves {self._stored.model_dir} and can read the folder vllm.weights_dir. {self._start()}"
             ) from error
         self._tag = tag
 
     # ---- the server itself
 
     def _wait(self) -> None:
-        """Until the server says that it is well, `start_timeout` seconds at most."""
+        """Waits until the server reports that it is ready, at most `start_timeout` seconds."""
         deadline = time.monotonic() + self._config.start_timeout
         while True:
             try:
@@ -219,12 +221,12 @@ class Server:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise ServerUnreachable(
-                        f"no vLLM server answers, after {self._config.start_timeout:g} s ({error}). {self._start()}"
+                        f"no vLLM server answered within {self._config.start_timeout:g} s ({error}). {self._start()}"
                     ) from error
                 time.sleep(min(self._config.retry_wait, left))
 
     def _check(self) -> tuple[str, int]:
-        """The served model's name and its longest sequence, after comparing what is served with what is trained."""
+        """The served model's name and longest sequence, after checking that it matches the model in training."""
         url = self._client.base_url
         try:
             info = self._tried(lambda: self._client.get("/server_info?config_format=json", _CONTROL_SECONDS))
@@ -238,7 +240,7 @@ class Server:
         dtype = config["model_config"]["dtype"].removeprefix("torch.")
         if dtype != self._config.dtype:
             raise WrongModel(
-                f"the server at {url} computes in {dtype}, vllm.dtype is {self._config.dtype}. {self._start()}"
+                f"the server at {url} computes in {dtype}, but vllm.dtype is {self._config.dtype}. {self._start()}"
             )
         if (mode := config["model_config"]["logprobs_mode"]) != "processed_logprobs":
             raise WrongModel(
@@ -250,7 +252,7 @@ class Server:
         return served["id"], served["max_model_len"]
 
     def _check_vocabulary(self, model: str) -> None:
-        """The server tells no vocabulary size, but refuses a bias on a token that it does not have."""
+        """Compares vocabulary sizes by logit biases: the server refuses a bias on a token that it does not have."""
         size = self._stored.vocab_size
 
         def refusal(token: int) -> ServerRefused | None:
@@ -264,12 +266,12 @@ class Server:
         last, beyond = refusal(size - 1), refusal(size)
         if last is not None or beyond is None:
             raise WrongModel(
-                f"{self._stored.model_dir} has {size} tokens, the served model {model} has "
+                f"{self._stored.model_dir} has {size} tokens, but the served model {model} has "
                 f"{'more' if last is None else f'fewer ({last})'}. {self._start()}"
             )
 
     def _start(self) -> str:
-        """The command that starts the right server, for messages."""
+        """The command that starts a suitable server, for messages."""
         nccl = """ --weight-transfer-config '{"backend": "nccl"}'""" if self._config.transfer == "nccl" else ""
         return (
             f"Start one with: VLLM_SERVER_DEV_MODE=1 vllm serve {self._stored.model_dir} --port {self._client.port} "
@@ -277,7 +279,7 @@ class Server:
         )
 
     def _tried(self, call: Callable[[], T]) -> T:
-        """The call's result, tried again after an error that may pass."""
+        """The call's result, with retries after an error that a retry may fix."""
         for attempt in range(self._config.retries + 1):
             if attempt:
                 self._pause(attempt)

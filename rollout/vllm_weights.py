@@ -1,8 +1,8 @@
-"""Weights on their way to vLLM: which tensors, under which names, and the two roads to a server.
+"""Selects and names the weights for vLLM, and sends them to a server by disk or by NCCL.
 
-vLLM loads what a checkpoint directory stores, under the names that it stores. The directory that training started from
-and the server serves is therefore the measure: every tensor that it stores has to come, with the shape that it has
-there, and nothing else. A model with tied embeddings holds one tensor under two names, and stores it under one or both.
+vLLM loads the tensors of a checkpoint directory under their stored names. So exactly the tensors in the directory that
+training started from and the server serves are sent, with the same names and shapes. A model with tied embeddings holds
+one tensor under two names, and stores it under one or both.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint directory says of its model: names and shapes, tokens of the vocabulary, tied embeddings."""
+    """A checkpoint directory's tensor names and shapes, vocabulary size, and whether embeddings are tied."""
 
     model_dir: Path
     shapes: dict[str, tuple[int, ...]]
@@ -39,13 +39,13 @@ class Stored:
 
     @classmethod
     def read(cls, model_dir: Path) -> "Stored":
-        """From config.json and the headers of the weight files. HandoffError when either cannot be read."""
+        """Reads config.json and the headers of the weight files. Raises HandoffError when that fails."""
         config = AutoConfig.from_pretrained(model_dir).get_text_config()
         shapes = {name: info.shape for name, info in read_tensors(model_dir).items()}
         return cls(model_dir, shapes, config.vocab_size, config.tie_word_embeddings)
 
     def select(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Those tensors that vLLM loads. Raises WrongModel where names or shapes are not those of the directory."""
+        """The tensors that vLLM loads. Raises WrongModel when names or shapes differ from the directory's."""
         kept: dict[str, Tensor] = {}
         foreign: list[str] = []
         for name, tensor in named:
@@ -55,7 +55,7 @@ class Stored:
                     foreign.append(name)
             elif shape != self.shapes[name]:
                 raise WrongModel(
-                    f"{name} has shape {list(shape)} in training and {list(self.shapes[name])} in {self.model_dir}"
+                    f"{name} has shape {list(shape)} in training but {list(self.shapes[name])} in {self.model_dir}"
                 )
             else:
                 kept[name] = tensor.detach()
@@ -63,8 +63,8 @@ class Stored:
         if foreign or absent or not kept:
             raise WrongModel(
                 f"the model is stored in {self.model_dir} under other names than it has in training (only stored: "
-                f"{_some(absent)}; only in training: {_some(foreign)}), so vLLM could not load what is trained; "
-                "leave `vllm` out of the section"
+                f"{_some(absent)}; only in training: {_some(foreign)}), so vLLM cannot load the trained weights; "
+                "remove `vllm` from the section"
             )
         return kept
 
@@ -77,25 +77,26 @@ def _some(names: list[str]) -> str:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`, if it is one of real numbers."""
+    """The tensor in `dtype`, if it is a floating-point tensor."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 class Transfer(Protocol):
-    """A road to the server. `keep` before `push`; `push` may be repeated, for a server that has lost its weights."""
+    """A way to send weights to the server. Call `keep` before `push`; `push` may be repeated, for a server that has
+    lost its weights."""
 
     def keep(self, weights: Weights) -> None: ...
 
     def push(self, tag: str) -> None:
-        """The server has the kept weights and calls them `tag` when this returns; RolloutError otherwise."""
+        """Sends the kept weights to the server and sets its tag to `tag`. Raises RolloutError on failure."""
 
     def close(self) -> None: ...
 
 
 class DiskTransfer:
-    """A safetensors file in a folder that both see, which the server loads on demand.
+    """Writes a safetensors file into a folder that both can read, from which the server loads it.
 
-    The folder has the server's name, and is emptied at the start: a run that was killed leaves its weights, one copy.
+    The folder is named after the server and emptied at the start, so a killed run leaves at most one copy of weights.
     """
 
     def __init__(self, client: Client, folder: str | None, timeout: float) -> None:
@@ -113,7 +114,7 @@ class DiskTransfer:
         return self._root / str(self._written)
 
     def keep(self, weights: Weights) -> None:
-        """Writes the weights, and then removes those before. Raises TransferFailed when they cannot be written."""
+        """Writes the weights, then removes the previous ones. Raises TransferFailed when they cannot be written."""
         old = self._folder
         self._written += 1
         try:
@@ -123,7 +124,7 @@ class DiskTransfer:
             size = sum(t.nbytes for t in weights.values()) / 1e9
             raise TransferFailed(
                 f"{self._folder}: {error}; the weights take {size:.2g} GB, twice that while they are replaced: "
-                "point vllm.weights_dir to a folder with room"
+                "set vllm.weights_dir to a folder with enough space"
             ) from error
         shutil.rmtree(old, ignore_errors=True)
 
@@ -139,11 +140,11 @@ class DiskTransfer:
 
 
 class NCCLTransfer:
-    """A broadcast from the trainer's GPU to the server's, with vLLM's own weight-transfer engine on both sides.
+    """Broadcasts from the trainer's GPU to the server's, with vLLM's own weight-transfer engine on both sides.
 
-    The sending side of NCCL knows no time-out and cannot be interrupted. It runs in a daemon thread beside the HTTP
-    request that makes the server receive: a failure shows as that request's error, and the thread dies with the
-    process.
+    The sending side of NCCL has no time-out and cannot be interrupted. So it runs in a daemon thread in parallel with
+    the HTTP request that makes the server receive. A failure appears as that request's error, and the thread dies with
+    the process.
     """
 
     def __init__(self, client: Client, device: torch.device, port: int, timeout: float) -> None:
@@ -152,7 +153,7 @@ class NCCLTransfer:
             from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
         except ImportError as error:
             raise EngineMissing(
-                f"vllm.transfer nccl needs vLLM in the training processes, too ({error}); install it, or use "
+                f"vllm.transfer nccl needs vLLM in the training processes too ({error}); install it, or use "
                 "`transfer: disk` (docs/vllm.md)"
             ) from error
         self._open, self._broadcast = trainer_init, packed_nccl_broadcast_producer
@@ -161,7 +162,7 @@ class NCCLTransfer:
         self._group: Any = None
 
     def keep(self, weights: Weights) -> None:
-        """Holds the weights in the CPU's memory, for a server that loses them."""
+        """Keeps a copy of the weights in CPU memory, for a server that loses them."""
         self._weights = weights
 
     def push(self, tag: str) -> None:
@@ -180,8 +181,8 @@ class NCCLTransfer:
                 self._client.post("/update_weights", {"update_info": update}, self._timeout)
             self._client.post("/finish_weight_update", {"weight_version": tag}, self._timeout)
         except RolloutError:
-            self._group = None  # half-used: the next try meets the server anew,
-            with contextlib.suppress(RolloutError):  # which starts no update while another is under way
+            self._group = None  # the group may be in an undefined state: the next try makes a new one,
+            with contextlib.suppress(RolloutError):  # and the server starts no update while another is in progress
                 self._client.post("/finish_weight_update", {}, self._timeout)
             raise
 
@@ -225,7 +226,7 @@ class NCCLTransfer:
 
 
 def _meeting_point(client: Client, port: int) -> tuple[str, int]:
-    """This machine's address as the server's machine sees it, and a port: the given one, or a free one."""
+    """This machine's address as seen from the server's machine, and the given port, or a free one if it is 0."""
     with socket.create_connection((client.host, client.port), timeout=10) as connection:
         address: str = connection.getsockname()[0]
     if port:

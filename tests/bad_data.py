@@ -1,4 +1,4 @@
-"""Data that cannot be trained on, and what is said of it, for test_bad_input.py."""
+"""Data that cannot be used for training, with the expected messages, for test_bad_input.py."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ EMPTY = {"prompt": "hi", "completion": " "}
 SAME = {"prompt": "hi", "chosen": "hello", "rejected": " hello\n"}
 LONG = {"prompt": "hi " * 100, "completion": "hello"}
 DROPPED = "DataError: 2 of 3 rows were dropped, more than max_drop_fraction = 0.5 allows:\n  dropped, "
-PLACES = "(first at x.jsonl:2, x.jsonl:3)\nMend the data, or raise max_drop_fraction if that is meant."
+PLACES = "(first at x.jsonl:2, x.jsonl:3)\nCorrect the data, or raise max_drop_fraction to accept this."
 DATA = {
     "empty": ("sft", "x.jsonl", b"", "DataError: x.jsonl: is empty; remove it, exclude it, or put its rows back"),
     "not UTF-8": (
@@ -53,7 +53,7 @@ DATA = {
         "sft",
         "x.jsonl",
         jsonl({"query": "hi", "gold": 1}),
-        "DataError: x.jsonl:1: columns query, gold are of no known format. Rename them to those of one:",
+        "DataError: x.jsonl:1: columns query, gold are of no known format. Rename them to fit one of:",
     ),
     "None": (
         "sft",

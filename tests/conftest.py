@@ -1,4 +1,4 @@
-"""Fixtures that every test file may use."""
+"""Fixtures for all test files."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data in published formats, kept outside the repository; docs/real.md says how to put the folder together."""
+    """Real data in published formats, kept outside the repository; docs/real.md says how to assemble the folder."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (see docs/real.md)")
@@ -60,7 +60,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def micro_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe on the embedded world with a model of 0.2 M parameters, its stages up to the reward model published."""
+    """A recipe on the embedded world with a 0.2 M-parameter model; its stages up to the reward model are published."""
     from training.recipe import load_recipe
     from training.run import run_section
 

@@ -1,7 +1,7 @@
 """A stand-in for a vLLM server: its HTTP protocol over a tiny model of transformers, with faults on demand.
 
-Status codes and JSON are those that vLLM 0.31.0 was seen to answer on a CPU (tests/test_rollout_vllm_real.py asks the
-real one). It runs in threads of the test's process.
+Its status codes and JSON are those of vLLM 0.31.0 on a CPU (tests/test_rollout_vllm_real.py runs the real server). It
+runs in threads of the test's process.
 """
 
 import copy
@@ -36,7 +36,7 @@ SPEC = SamplingSpec(8, (2, 17, 30, 31), 0, temperature=0.7)
 
 
 def tiny_llama(seed: int = 0, vocab_size: int = 64, hidden_size: int = 64, tied: bool = False) -> PreTrainedModel:
-    """Random weights, scaled up so that its distributions are not nearly uniform: tempering or cutting them shows."""
+    """Random weights, scaled up so that distributions are not nearly uniform and temperature or truncation shows."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "llama",
@@ -65,7 +65,7 @@ def save_tiny(path: Path, tied: bool = False, vocab_size: int = 64) -> Path:
 
 
 def trained(model_dir: Path, noise: float = 0.1) -> PreTrainedModel:
-    """The model of `model_dir` after some training, so to say."""
+    """The model of `model_dir` with changed weights, as after some training."""
     model = AutoModelForCausalLM.from_pretrained(model_dir).float().eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def trained(model_dir: Path, noise: float = 0.1) -> PreTrainedModel:
 
 
 def assert_logprobs_of(model: PreTrainedModel, completions: list[Completion], temperature: float) -> None:
-    """The completions of PROMPTS carry what `model` itself gives their tokens."""
+    """Checks that the log-probabilities in the completions of PROMPTS are those of `model`."""
     batch = pad_batch(PROMPTS, [c.ids for c in completions], 0, CPU)
     with torch.no_grad():
         logp, _ = completion_logprobs(model, batch, temperature)
@@ -95,10 +95,10 @@ def error(status: int, message: str) -> Reply:
 
 
 class FakeVLLM:
-    """Serves `model_dir` on `port`. `with` starts and stops it; `die` and `start` do so at any time.
+    """Serves `model_dir` on `port`. A `with` block starts and stops it; `die` and `start` do so at any time.
 
-    `fault(path, times, reply)` has the next `times` requests to `path` answered by `reply(body)`; `alter(body, answer)`
-    may change any completion. `asked` are the bodies of all completion requests that came.
+    `fault(path, times, reply)` makes `reply(body)` answer the next `times` requests to `path`; `alter(body, answer)`
+    may change any completion. `asked` holds the bodies of all completion requests.
     """
 
     def __init__(self, model_dir: Path, port: int, **served: Any) -> None:
@@ -125,7 +125,7 @@ class FakeVLLM:
         self.die()
 
     def start(self) -> None:
-        """A new process, so to say: with the weights of `model_dir`."""
+        """Starts as a new process would, with the weights of `model_dir`."""
         self.model = copy.deepcopy(self.original)
         self.weight_version, self.cache_filled = "default", False
         self.store: TCPStore | None = None
@@ -141,7 +141,7 @@ class FakeVLLM:
 
             def answer(self, body: dict[str, Any]) -> None:
                 reply = fake.reply(self.path.partition("?")[0], body)
-                if reply is None or fake.http is not self.server:  # given up, or the "process" is no more
+                if reply is None or fake.http is not self.server:  # the request was aborted, or the server has "died"
                     self.connection.close()
                     return
                 text = reply[1] if isinstance(reply[1], bytes) else json.dumps(reply[1]).encode()
@@ -156,7 +156,7 @@ class FakeVLLM:
             def handle_one_request(self) -> None:
                 try:
                     super().handle_one_request()
-                except (OSError, ValueError):  # the other side has hung up, or this one has
+                except (OSError, ValueError):  # one of the two sides has closed the connection
                     self.close_connection = True
 
         class Http(ThreadingHTTPServer):
@@ -166,14 +166,14 @@ class FakeVLLM:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def die(self) -> None:
-        """Nothing listens any more, and requests under way end without a word."""
+        """Stops listening, and breaks all current connections without an answer."""
         http, self.http = self.http, None
         if http is not None:
             http.shutdown()
             http.server_close()
 
     def restart_after(self, seconds: float) -> None:
-        """Dies now, and is started anew later."""
+        """Dies now, and restarts later."""
         self.die()
         threading.Timer(seconds, self.start).start()
 
@@ -257,7 +257,7 @@ class FakeVLLM:
         return 200, {"message": "Weight update started"}
 
     def update_weights(self, body: dict[str, Any]) -> Reply:
-        """Receives as many tensors as were announced; blocks until they are there, as NCCL does."""
+        """Receives the announced number of tensors; blocks until they arrive, as NCCL does."""
         info = body["update_info"]
         assert self.store is not None and self.updating
         received = {}
@@ -319,21 +319,21 @@ class FakeVLLM:
 
 
 class FakeGroup:
-    """The trainer's end of what the fake server receives from in place of NCCL."""
+    """The trainer's end of the store that replaces NCCL."""
 
     def __init__(self, store: TCPStore) -> None:
         self.store, self.round = store, 0
 
 
 def trainer_init(init_info: dict[str, Any]) -> FakeGroup:
-    """In place of vllm.distributed.weight_transfer.nccl_common.trainer_init; blocks until the server has come."""
+    """Replaces vllm.distributed.weight_transfer.nccl_common.trainer_init; blocks until the server connects."""
     wait = timedelta(seconds=10)
     address, port = init_info["master_address"], init_info["master_port"]
     return FakeGroup(TCPStore(address, port, init_info["world_size"], True, wait, wait_for_workers=True))
 
 
 def packed_nccl_broadcast_producer(iterator: Any, group: FakeGroup, src: int, post_iter_func: Any) -> None:
-    """In place of vllm.distributed.weight_transfer.packed_tensor.packed_nccl_broadcast_producer."""
+    """Replaces vllm.distributed.weight_transfer.packed_tensor.packed_nccl_broadcast_producer."""
     assert src == 0
     for i, item in enumerate(iterator):
         tensor = post_iter_func(item).contiguous()
@@ -343,6 +343,6 @@ def packed_nccl_broadcast_producer(iterator: Any, group: FakeGroup, src: int, po
 
 
 def config(fake: FakeVLLM, **keys: Any) -> VLLMConfig:
-    """For a test: nothing is waited for for long."""
+    """A configuration for tests, with short waits."""
     quick = {"retry_wait": 0.01, "start_timeout": 5.0, "timeout": 20.0, "sync_timeout": 20.0}
     return VLLMConfig(**({"base_url": fake.url, "dtype": "float32"} | quick | keys))

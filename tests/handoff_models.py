@@ -1,6 +1,6 @@
 """Tiny model directories for the tests of handoff/: a few hundred bytes each, in the layout of the hub, no torch.
 
-Special tokens have the first ids, `a b c d` follow. What a test wants otherwise it writes over.
+Special tokens have the first ids, then follow `a b c d`. A test overwrites the files that it needs to differ.
 """
 
 import json
@@ -47,7 +47,7 @@ def write_model(
     architecture: str = "LlamaForCausalLM",
     **tokenizer: Any,
 ) -> None:
-    """A causal language model of one tensor; `stops` None leaves generation_config.json out."""
+    """A causal language model with one tensor. `stops` None: without generation_config.json."""
     write_tokenizer(directory, **tokenizer)
     write(directory / "config.json", {"architectures": [architecture], "vocab_size": rows})
     if stops is not None:
@@ -66,7 +66,7 @@ def inputs(**recipe: Any) -> Inputs:
 
 
 def publish(stage: StageDir, write_files: Any = write_model, given: Inputs | None = None, **fields: Any) -> Manifest:
-    """`publish` with fields that no test looks at."""
+    """`publish` with default fields that no test reads."""
     defaults: dict[str, Any] = {
         "name": stage.path.name,
         "stage": "sft",
@@ -84,7 +84,7 @@ def publish(stage: StageDir, write_files: Any = write_model, given: Inputs | Non
 
 
 def published(path: Path, write_files: Any = write_model, **fields: Any) -> StageDir:
-    """A published stage at `path`, closed again."""
+    """Publishes a stage at `path` and closes it."""
     stage = StageDir(path)
     stage.begin(inputs())
     try:

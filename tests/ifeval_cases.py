@@ -1,4 +1,4 @@
-"""Answers that follow each of IFEval's 25 instruction types, and answers that only look as if they did."""
+"""Answers that follow each of IFEval's 25 instruction types, and answers that only seem to follow it."""
 
 HINDI = "यह एक हिंदी वाक्य है जो बहुत अच्छा है और हम इसे पढ़ सकते हैं।"
 MARATHI = "ही एक मराठी वाक्य आहे आणि ते खूप चांगले आहे, आपण ते वाचू शकतो."

@@ -1,4 +1,4 @@
-"""A local endpoint that speaks chat completions, for the judge's tests; what it answers is up to the test."""
+"""A local chat-completions endpoint for the judge's tests; each test supplies its answers."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def failed(status: int, message: str = "no", headers: dict[str, str] | None = No
 
 
 def pieces(body: Body) -> dict[str, str]:
-    """What stands between marks in a question, by the mark's name without its tag, read as the judge is told to."""
+    """The fenced texts of a question by the mark's name without its tag, parsed as the judge is told to read them."""
     system, user = (message["content"] for message in body["messages"])
     tag = re.search(r"the tag ([0-9a-f]{16})", system)[1]
     return {m[1]: m[2] for m in re.finditer(rf"<([\w-]+)-{tag}>\n(.*?)\n</\1-{tag}>", user, re.DOTALL)}
@@ -86,7 +86,7 @@ def serve(answer: Callable[[Body], Response]) -> Iterator[tuple[JudgeServer, str
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = 1 << 16  # head and body in one packet, or each answer waits for an acknowledgement
+        wbufsize = 1 << 16  # head and body in one packet; else each answer waits for an acknowledgement
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -117,7 +117,7 @@ def serve(answer: Callable[[Body], Response]) -> Iterator[tuple[JudgeServer, str
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
-        def handle_error(self, *arguments: object) -> None:  # a client that gave up is what some tests are about
+        def handle_error(self, *arguments: object) -> None:  # some tests have a client that gives up
             pass
 
     server = Server(("127.0.0.1", 0), Handler)

@@ -1,7 +1,7 @@
-"""The policy-gradient family a second time, written from the papers: numbers, and loops over answers and tokens.
+"""An independent implementation of the policy-gradient family, from the papers, with loops over answers and tokens.
 
-What `stages/ppo` computes on padded tensors with masks is compared with this. A batch is a list of answers, and an
-answer a list of numbers, one a token, as long as the answer is: there is no padding that could be got wrong.
+Tests compare `stages/ppo`, which computes on padded tensors with masks, with this. A batch is a list of answers, and an
+answer a list of numbers, one per token, so there is no padding that could be wrong.
 
 Equations are numbered as in the arXiv versions named in stages/ppo/loss.py and stages/ppo/advantages.py.
 """
@@ -24,7 +24,7 @@ def for_every_token(rule: Callable[..., float], *batches: Batch) -> Tokens:
     return [[rule(*values) for values in zip(*answers, strict=True)] for answers in zip(*batches, strict=True)]
 
 
-# ---- policy losses, one number a token: what is minimised is minus the papers' objectives
+# ---- policy losses, one number per token: minus the papers' objectives
 
 
 def ppo_clip(logp: Batch, old: Batch, advantages: Batch, low: float, high: float) -> Tokens:
@@ -108,7 +108,7 @@ def k3(logp: float, ref: float) -> float:
 def rewards_of_tokens(
     scores: Sequence[float], kl: Batch | None, kl_coef: float, lengths: Sequence[int], dense: Batch | None
 ) -> Tokens:
-    """Ziegler et al., equation 2, by the token; a score that is partly given by the token already is given once."""
+    """Ziegler et al., equation 2, per token; the dense part of a score is not added a second time."""
     out = []
     for i, length in enumerate(lengths):
         rewards = [0.0] * length
@@ -136,7 +136,7 @@ def overlong(length: int, max_length: int, buffer: int) -> float:
 
 
 def gae(rewards: Batch, values: Batch, gamma: float, lam: float | Sequence[float]) -> tuple[Tokens, Tokens]:
-    """Equation 16 as the sum that it is: Σ_l (γλ)^l δ_{t+l}, with δ_t = r_t + γ V_{t+1} − V_t and V = 0 at the end."""
+    """Equation 16 as a plain sum: Σ_l (γλ)^l δ_{t+l}, with δ_t = r_t + γ V_{t+1} − V_t and V = 0 at the end."""
     advantages = []
     for i, (reward, value) in enumerate(zip(rewards, values, strict=True)):
         own = lam[i] if isinstance(lam, Sequence) else lam
@@ -178,7 +178,7 @@ def rloo(rewards: Sequence[float], group_size: int) -> list[float]:
 
 
 def reinforce_plus_plus(rewards: Batch, gamma: float, group_size: int) -> Tokens:
-    """Discounted sums of what follows, normalised over all tokens; with groups, less the group's mean total."""
+    """Discounted sums of later rewards, normalised over all tokens; with groups, minus the group's mean total."""
     totals = [math.fsum(answer) for answer in rewards]
     returns = []
     for i, answer in enumerate(rewards):
@@ -208,11 +208,11 @@ def truncated_importance(trainer: Batch, engine: Batch, cap: float, level: str) 
     ]
 
 
-# ---- between the two worlds
+# ---- conversion and finite differences
 
 
 def numerical_gradient(loss: Callable[[Tokens], float], at: Batch, step: float = 1e-6) -> Tokens:
-    """Central differences of a number by every token's value."""
+    """Central differences of a function with respect to every token's value."""
     rows = [list(answer) for answer in at]
     gradient = []
     for i, answer in enumerate(rows):

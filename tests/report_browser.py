@@ -1,4 +1,4 @@
-"""Headless Chromium for the tests of the report, with nothing but the standard library between them."""
+"""Headless Chromium for the tests of the report, controlled with the standard library only."""
 
 import base64
 import fcntl
@@ -14,12 +14,12 @@ from PIL import Image
 
 
 class Page:
-    """A page in headless Chromium, steered over a pipe with the DevTools protocol; keeps what the browser reports."""
+    """A page in headless Chromium, controlled over a pipe with the DevTools protocol; records the browser's events."""
 
     def __init__(self, chromium: str, profile: Path) -> None:
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        # The browser reads from descriptor 3 and answers on 4; high numbers first, so that neither is overwritten.
+        # The browser reads from descriptor 3 and answers on 4. Move ours to high numbers first, to overwrite neither.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 50) for fd in (to_browser, from_browser)]
         flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
         flags += " --disable-component-update --disable-sync --remote-debugging-pipe --hide-scrollbars"
@@ -37,7 +37,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Sends a command and waits for its answer; what the browser reports in between goes to `events`."""
+        """Sends a command and waits for its answer; events that arrive before it go to `events`."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
         if self._session:
@@ -60,7 +60,7 @@ class Page:
         return json.loads(line)
 
     def open(self, path: Path, width: int, dark: bool = False) -> None:
-        """Loads a file at a window `width` pixels wide and waits until it is there."""
+        """Loads a file in a window `width` pixels wide and waits until it has loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -76,7 +76,7 @@ class Page:
         return answer["result"].get("value")
 
     def picture(self) -> Image.Image:
-        """The whole page, from top to bottom."""
+        """A picture of the whole page."""
         data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 

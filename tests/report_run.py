@@ -1,4 +1,4 @@
-"""A run directory as the stages leave it, with numbers made up: what the tests of the report look at."""
+"""A run directory with invented numbers, in the form that the stages write, for the tests of the report."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def make_run(root: Path, names: Sequence[str] = tuple(CHAIN), results: dict[str,
 
 
 def make_accounts() -> dict[str, Any]:
-    """What a manifest keeps about its data."""
+    """A manifest's record of its data."""
     rows = {"data/rows_in": 4000, "data/rows_used": 3958, "data/dropped/too_long": 40, "data/dropped/empty_answer": 2,
             "data/set_aside/other_split": 400}  # fmt: skip
     return {"fingerprints": {"world:chats": "f" * 64}, "data": rows}
@@ -126,7 +126,7 @@ def make_share(value: float, n: int = 400, half: float = 0.04) -> Share:
 
 
 def make_card(**fields: Any) -> Card:
-    """The card of a reward model about which there is nothing to warn of."""
+    """The card of a reward model without findings."""
     lengths = {"much shorter": 0.92, "shorter": 0.85, "about as long": None, "longer": 0.77, "much longer": 0.71}
     probes = {"empty": 0.97, "repeated": 0.85, "truncated": 0.88, "off-topic": 0.99}
     card: dict[str, Any] = {
@@ -153,7 +153,7 @@ def make_card(**fields: Any) -> Card:
 
 
 def make_results() -> dict[str, Any]:
-    """An evaluation in which both alignments help."""
+    """An evaluation in which both alignment stages improve the model."""
 
     def estimate(value: float, half: float, n: int = 400) -> dict[str, Any]:
         half = min(half, abs(value), abs(1 - value))
@@ -189,5 +189,5 @@ def make_results() -> dict[str, Any]:
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -26,7 +26,7 @@ NO_SYSTEM = (
 
 
 def bytes_tokenizer(template: str = CHAT_TEMPLATE, spare: int = 0) -> PreTrainedTokenizerFast:
-    """A token for each byte; `spare` further tokens before them, so that the same text has other ids."""
+    """One token per byte; `spare` tokens before them shift the ids, so that the same text has different ids."""
     first = [*SPECIAL_TOKENS, *(f"<|spare_{i}|>" for i in range(spare))]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*first, *letters])}, merges=[]))
@@ -39,7 +39,7 @@ def bytes_tokenizer(template: str = CHAT_TEMPLATE, spare: int = 0) -> PreTrained
 
 
 def publish_model(folder: Path, seed: int = 0, *, reward: bool = True, **tokenizer: Any) -> Parent:
-    """A published model with random weights, opened; a reward model says mean `seed` and deviation 2 of its scores."""
+    """A published model with random weights, opened; a reward model's manifest has mean `seed` and deviation 2."""
     made = bytes_tokenizer(**tokenizer)
 
     def write(path: Path) -> None:

@@ -25,7 +25,7 @@ import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 """
 
-# Of the signal that the tests passed.
+# Programs that forge the signal that the tests passed.
 FORGERY = {
     "exits with 0 when loaded": "import os\nos._exit(0)",
     "exits with 0 when called": "import os\ndef f(n): os._exit(0)",
@@ -186,7 +186,7 @@ def f(n): return 0""",
     "too deep to compile": "x = " + "-" * 200000 + "1",
 }
 
-# (program, tests that a cheat of just this kind would pass in one interpreter)
+# (program, tests that this kind of forgery would pass in a single interpreter)
 CHEATS = {
     "a difference of zero": (
         """

@@ -1,11 +1,11 @@
-"""Programs that try to read, reach or harm what is not theirs, for test_sandbox_hostile.py.
+"""Programs that try to read, reach or harm resources outside the sandbox, for test_sandbox_hostile.py.
 
-Those in LEAKS and NETWORK pass their tests if what they try succeeds; those in HARM are given `sandbox_forgery.TESTS`.
+Those in LEAKS and NETWORK pass their tests if the attack succeeds; those in HARM run with `sandbox_forgery.TESTS`.
 """
 
 from tests.sandbox_forgery import DESCRIPTORS, LIBC
 
-# Arguments come from the test: SECRET's place, the repository, the trainer's process.
+# The test supplies the arguments: the path of SECRET, the repository, the trainer's process id.
 LEAKS = {
     "the environment": (
         """
@@ -168,7 +168,7 @@ def f(numbers):
     ),
 }
 
-# Each gives True if it got through to the server, socket or name that the test put up.
+# Each returns True if it reached the server, socket or name that the test provides.
 NETWORK = {
     "TCP": "import socket\ndef f(port, path): return bool(socket.create_connection(('127.0.0.1', port), 1))",
     "UDP": "import socket\ndef f(port, path):\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"

@@ -1,7 +1,7 @@
-"""A chain of tiny published stages for the tests of the stages that train, on data written here.
+"""A chain of tiny published stages for the tests of the training stages, on data defined here.
 
-Nothing of it comes from the embedded world, so that the golden curves move only when training does. The chain is made
-once a test session; tests run a stage again, from these parents, in a folder of their own.
+It does not use the embedded world, so that the golden curves change only when training changes. The chain is made once
+per test session; tests run a stage again from these parents in a separate folder.
 """
 
 import json
@@ -73,7 +73,7 @@ PARENTS = {"pretrain": "tokenizer", "sft": "pretrain", "reward": "sft", "dpo": "
 
 @dataclass
 class Result:
-    """What a stage left behind; lines of metrics.jsonl without what depends on the clock."""
+    """The results of a stage; lines of metrics.jsonl without values that depend on the clock."""
 
     folder: Path
     weights: dict[str, torch.Tensor]
@@ -121,7 +121,7 @@ def runs() -> Path:
 
 @cache
 def chain() -> Path:
-    """The recipe's file; its stages up to SFT are published."""
+    """The recipe file; its stages up to SFT are published."""
     root = Path(_root().name)
     write_data(root)
     path = root / "recipe.yaml"
@@ -133,7 +133,7 @@ def chain() -> Path:
 
 
 def foreign_checkpoint(folder: Path) -> Path:
-    """A checkpoint made elsewhere: no stage.json, a template and settings of its own, bfloat16, spare rows."""
+    """A foreign checkpoint: no stage.json, its own template and settings, bfloat16, spare rows."""
     chain()
     tokenizer = AutoTokenizer.from_pretrained(runs() / "tiny" / "tokenizer" / "model")
     tokenizer.chat_template = (

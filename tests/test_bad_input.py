@@ -1,7 +1,7 @@
-"""What a user gets wrong, at the command: a message with the place and the fix, exit code 2, and nothing written.
+"""User mistakes at the command line: a message with the place and the fix, exit code 2, and nothing written.
 
-Commands run inside this process, by the entry point that the shell calls; two go through a real shell, since a launcher
-or the warm server stands between them and their stage. The rules behind the messages have tests of their own.
+Commands run in this process, by the entry point that the shell calls. Two run in a real shell, since a launcher or the
+warm server starts their stage. The rules behind the messages have separate tests.
 """
 
 import json
@@ -74,7 +74,7 @@ def refused(monkeypatch, capsys) -> Command:
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    """A recipe with good data, whose parents are no more than files that look like models."""
+    """A recipe with good data, whose parents are only files that look like models."""
     for name in ("pretrain", "sft", "reward"):
         (tmp_path / "elsewhere" / name).mkdir(parents=True)
         write_model(tmp_path / "elsewhere" / name)
@@ -83,7 +83,7 @@ def recipe(tmp_path) -> Path:
 
 @pytest.fixture
 def trained(tmp_path, micro_recipe) -> Path:
-    """The same recipe, going on from the micro recipe's stages."""
+    """The same recipe, with the micro recipe's stages as parents."""
     return write_recipe(tmp_path, load_recipe(micro_recipe).run_dir)
 
 
@@ -96,7 +96,7 @@ def write_recipe(folder: Path, run: Path) -> Path:
 
 
 def everything(folder: Path) -> dict[str, str]:
-    """What a folder holds: relative path -> hash, or that it is a folder."""
+    """A folder's content: relative path -> hash, or a mark for a folder."""
     return {
         str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() if path.is_file() else "a folder"
         for path in folder.rglob("*")
@@ -139,7 +139,7 @@ COMMANDS = [("baton", "run"), ("baton", "status"), ("baton", "config"), ("stages
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_keys_that_nobody_reads_are_named_at_every_level(command, refused, tmp_path, monkeypatch):
+def test_unread_keys_are_named_at_every_level(command, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text(MISTAKES)
     lines = refused(*command, "bad.yaml").splitlines()
@@ -159,7 +159,7 @@ def test_keys_that_nobody_reads_are_named_at_every_level(command, refused, tmp_p
         ("parent=", "command line: sft.parent: expected text, not nothing"),
     ],
 )
-def test_keys_on_the_command_line_of_a_stage(key, message, refused, recipe, tmp_path):
+def test_unread_keys_on_a_stages_command_line_are_named(key, message, refused, recipe, tmp_path):
     before = everything(tmp_path)
     assert message in refused("stages.sft", recipe, key)
     assert everything(tmp_path) == before
@@ -168,7 +168,7 @@ def test_keys_on_the_command_line_of_a_stage(key, message, refused, recipe, tmp_
 # ---- parents
 
 
-def test_a_parent_that_was_not_made_yet_names_the_command_that_makes_it(refused, tmp_path):
+def test_an_unmade_parent_names_the_command_that_makes_it(refused, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
         f"name: r\noutput_root: {tmp_path}/runs\nstages:\n"
@@ -183,11 +183,11 @@ def test_a_parent_that_was_not_made_yet_names_the_command_that_makes_it(refused,
 
 
 @pytest.mark.parametrize("command", [("baton", "run"), ("stages.sft",)], ids=" ".join)
-def test_a_parent_that_is_not_there(command, refused, recipe, tmp_path):
+def test_a_missing_parent_is_refused(command, refused, recipe, tmp_path):
     before = everything(tmp_path)
     message = refused(*command, recipe, f"sft.parent={tmp_path}/elsewhere/sftt")
     assert message == (
-        f"command line: sft.parent: {tmp_path}/elsewhere/sftt is no section of this recipe, no existing folder and no "
+        f"command line: sft.parent: {tmp_path}/elsewhere/sftt is not a section of this recipe, an existing folder or a "
         "hub id (organisation/name); there are sft, reward, ppo\n"
     )
     assert everything(tmp_path) == before
@@ -199,19 +199,19 @@ NO_SPARE = {"special": [token for token in SPECIAL if "reserved" not in token an
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"rows": 8}, "the tokenizer has 11 ids and the model only 8 embeddings; use the tokenizer that the model was"),
+        ({"rows": 8}, "the tokenizer has 11 ids but the model only 8 embeddings; use the tokenizer that the model was"),
         ({**NO_SPARE, "pad": "<|eos|>", "stops": (1, 4)}, "pad = eos, and a model padded with its end token does not"),
         ({**NO_SPARE, "pad": None, "stops": (1, 4)}, "no pad token, and a model padded with its end token does not"),
     ],
     ids=["tokenizer larger than the model", "pad = eos", "no pad"],
 )
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_a_checkpoint_from_elsewhere_that_cannot_be_trained(stage, model, message, refused, recipe, tmp_path):
+def test_an_untrainable_foreign_checkpoint_is_refused(stage, model, message, refused, recipe, tmp_path):
     write_model(tmp_path / "llama", **model)
     before = everything(tmp_path)
     said = refused(f"stages.{stage}", recipe, f"parent={tmp_path / 'llama'}")
     assert said.startswith(f"{tmp_path / 'llama'}: {message}")
-    assert "resize" in said  # the way out
+    assert "resize" in said  # the fix that the message gives
     assert everything(tmp_path) == before
 
 
@@ -219,13 +219,13 @@ def test_a_checkpoint_from_elsewhere_that_cannot_be_trained(stage, model, messag
 @pytest.mark.parametrize(
     ("stage", "key", "message"),
     [
-        ("sft", "parent=RUN/tokenizer", "RUN/tokenizer is a tokenizer; a parent here has to be a language model"),
-        ("sft", "parent=RUN/reward", "RUN/reward is a reward model; a parent here has to be a language model"),
-        ("ppo", "parent=RUN/reward", "RUN/reward is a reward model; a parent here has to be a language model"),
-        ("ppo", "ppo.reward=[{model: RUN/sft}]", "RUN/sft is a language model; a parent here has to be a reward model"),
+        ("sft", "parent=RUN/tokenizer", "RUN/tokenizer is a tokenizer; the parent must be a language model"),
+        ("sft", "parent=RUN/reward", "RUN/reward is a reward model; the parent must be a language model"),
+        ("ppo", "parent=RUN/reward", "RUN/reward is a reward model; the parent must be a language model"),
+        ("ppo", "ppo.reward=[{model: RUN/sft}]", "RUN/sft is a language model; the parent must be a reward model"),
     ],
 )
-def test_a_parent_of_the_wrong_kind(stage, key, message, refused, trained, tmp_path):
+def test_a_parent_of_the_wrong_kind_is_refused(stage, key, message, refused, trained, tmp_path):
     run = load_recipe(trained).sections["reward"].parents["parent"].removesuffix("/sft")
     before = everything(tmp_path)
     assert refused(f"stages.{stage}", trained, key.replace("RUN", run)) == f"{message.replace('RUN', run)}\n"
@@ -234,8 +234,8 @@ def test_a_parent_of_the_wrong_kind(stage, key, message, refused, trained, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "chat_template.jinja"])
-def test_a_parent_altered_after_publishing(name, refused, trained, tmp_path, micro_recipe):
-    """Also what comes of putting another tokenizer or template into a published model."""
+def test_a_parent_altered_after_publishing_is_refused(name, refused, trained, tmp_path, micro_recipe):
+    """Also covers another tokenizer or template put into a published model."""
     shutil.copytree(load_recipe(micro_recipe).run_dir / "pretrain", tmp_path / "pretrain")
     touched = tmp_path / "pretrain" / "model" / name
     touched.write_bytes(touched.read_bytes() + b" ")
@@ -249,7 +249,7 @@ def test_a_parent_altered_after_publishing(name, refused, trained, tmp_path, mic
 
 
 def other_encoding(folder: Path, sft: Path, what: str) -> None:
-    """A policy from elsewhere: `sft` with another template, or with a word less in its tokenizer."""
+    """A foreign policy: `sft` with another template, or with one word fewer in its tokenizer."""
     shutil.copytree(sft / "model", folder)
     if what == "template":
         template = folder / "chat_template.jinja"
@@ -262,7 +262,7 @@ def other_encoding(folder: Path, sft: Path, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["tokenizer", "template"])
-def test_a_reward_model_over_another_encoding(what, refused, trained, tmp_path, micro_recipe):
+def test_a_reward_model_with_another_encoding_is_refused(what, refused, trained, tmp_path, micro_recipe):
     run = load_recipe(micro_recipe).run_dir
     other_encoding(tmp_path / "policy", run / "sft", what)
     before = everything(tmp_path)
@@ -273,7 +273,7 @@ def test_a_reward_model_over_another_encoding(what, refused, trained, tmp_path, 
     assert difference in message
     assert message.endswith(": the reward model reads the policy's tokens; set `reencode: true`\n")
 
-    # Reading anew helps the reward, and not a critic that starts from it.
+    # `reencode` solves it for the reward, but not for a critic that starts from the reward model.
     again = refused(
         "stages.ppo", trained, f"parent={tmp_path / 'policy'}", f"ppo.reward=[{{model: {run}/reward, reencode: true}}]"
     )
@@ -285,7 +285,7 @@ def test_a_reward_model_over_another_encoding(what, refused, trained, tmp_path, 
 # ---- data
 
 
-def test_a_file_that_is_not_there_stops_a_run_before_its_first_stage(refused, recipe, tmp_path):
+def test_a_missing_file_stops_a_run_before_its_first_stage(refused, recipe, tmp_path):
     (tmp_path / "pairs.jsonl").unlink()
     before = everything(tmp_path)
     message = refused("baton", "run", recipe)
@@ -298,7 +298,7 @@ def test_a_file_that_is_not_there_stops_a_run_before_its_first_stage(refused, re
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", DATA)
-def test_data_that_cannot_be_trained_on(what, refused, trained, tmp_path):
+def test_untrainable_data_is_refused(what, refused, trained, tmp_path):
     stage, name, content, message = DATA[what]
     (tmp_path / name).write_bytes(content)
     before = everything(tmp_path)
@@ -308,8 +308,8 @@ def test_data_that_cannot_be_trained_on(what, refused, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_start_that_is_refused_costs_no_published_stage(refused, tmp_path, micro_recipe):
-    """Neither the model that is there nor the generation before it, whichever part of the start is at fault."""
+def test_a_refused_start_keeps_the_published_stage(refused, tmp_path, micro_recipe):
+    """Neither the published model nor its previous generation is lost, whichever part of the start fails."""
     shutil.copytree(micro_recipe.parent, tmp_path / "micro")
     path = tmp_path / "micro" / "micro.yaml"
     path.write_text(path.read_text().replace(str(micro_recipe.parent), str(path.parent)))
@@ -349,41 +349,41 @@ def test_a_start_that_is_refused_costs_no_published_stage(refused, tmp_path, mic
         ),
     ],
 )
-def test_batch_sizes_that_do_not_divide(stage, keys, message, refused, trained, tmp_path):
+def test_batch_sizes_that_do_not_divide_are_refused(stage, keys, message, refused, trained, tmp_path):
     before = everything(tmp_path)
     assert refused(f"stages.{stage}", trained, *keys) == message.replace("FOLDER", str(tmp_path))
     assert everything(tmp_path) == before
 
 
-def test_no_room_on_the_disk(refused, recipe, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused(refused, recipe, tmp_path, monkeypatch):
     write_model(tmp_path / "llama")
     before = everything(tmp_path)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(1 << 30, (1 << 30) - 4096, 4096))
     message = refused("stages.sft", recipe, f"parent={tmp_path / 'llama'}")
     assert message == (
-        f"{tmp_path}/runs/bad/sft: stage sft needs 64.0 MiB, and {tmp_path} has 4.0 KiB free; free some space or set "
+        f"{tmp_path}/runs/bad/sft: stage sft needs 64.0 MiB, but {tmp_path} has 4.0 KiB free; free some space or set "
         "an output_root on another disk\n"
     )
     assert everything(tmp_path) == before
 
 
 @pytest.mark.parametrize("command", [("baton", "run"), ("stages.sft",)], ids=" ".join)
-def test_an_output_directory_that_is_not_writable(command, refused, recipe, tmp_path, monkeypatch):
+def test_an_unwritable_output_directory_is_refused(command, refused, recipe, tmp_path, monkeypatch):
     write_model(tmp_path / "llama")
     parent = f"sft.parent={tmp_path / 'llama'}"
     (tmp_path / "taken").touch()
     before = everything(tmp_path)
     message = refused(*command, recipe, parent, f"output_root={tmp_path}/taken")
     assert f"{tmp_path}/taken is a file, not a directory; move it away or set another output_root" in message
-    # Tests may run as root, to whom everything is permitted: the system's answer is put in its mouth.
+    # Tests may run as root, which may write everywhere, so the system's refusal is simulated.
     monkeypatch.setattr(files.os, "access", lambda path, mode: not mode & os.W_OK)
     message = refused(*command, recipe, parent)
     assert f"no permission to write in {tmp_path}; allow it or set another output_root" in message
     assert everything(tmp_path) == before
 
 
-def test_a_second_run_in_the_same_directory(refused, recipe, tmp_path):
+def test_a_second_run_in_the_same_directory_is_refused(refused, recipe, tmp_path):
     write_model(tmp_path / "llama")
     run = tmp_path / "runs" / "bad"
     owner = f"is in use by process {os.getpid()} on "
@@ -404,7 +404,7 @@ def shell(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_stage_that_is_refused_in_a_run(root, trained, tmp_path):
-    """The runner hands on the stage's words and its exit code; its log is all that it leaves."""
+    """The runner passes on the stage's message and exit code, and leaves only its log."""
     (tmp_path / "x.jsonl").write_bytes(DATA["broken JSON"][2])
     before = everything(tmp_path)
     done = shell(root, "run", trained, "--to", "sft", "sft.data=[{source: file, path: x.jsonl}]")
@@ -417,14 +417,14 @@ def test_a_stage_that_is_refused_in_a_run(root, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_launch_file_for_gpus_on_a_machine_without_one(root, trained, tmp_path):
+def test_a_gpu_launch_file_without_a_gpu_is_refused(root, trained, tmp_path):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     settings = yaml.safe_load((root / "recipes" / "launch" / "ddp.yaml").read_text())
     launch = tmp_path / "two.yaml"
-    launch.write_text(yaml.safe_dump({**settings, "num_processes": 2}))  # eight take long to start
+    launch.write_text(yaml.safe_dump({**settings, "num_processes": 2}))  # eight processes take long to start
     before = everything(tmp_path)
     done = shell(root, "run", trained, "--to", "sft", "--launch", launch)
     assert done.returncode == 2, done.stderr

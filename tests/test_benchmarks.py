@@ -1,4 +1,4 @@
-"""The benchmarks' harness: turns of two processes, the material both sides start from, rows and their form."""
+"""The benchmarks' harness: turns of two processes, the material for both sides, and the form of rows."""
 
 import json
 import statistics
@@ -46,7 +46,7 @@ def test_a_worker_answers_one_request_at_a_time_and_nothing_else_comes_between(f
     assert "what a library prints" in (tmp_path / "log").read_text()
 
 
-def test_a_worker_that_ends_is_an_error_with_what_it_printed(fake, tmp_path):
+def test_a_worker_that_ends_is_an_error_with_its_output(fake, tmp_path):
     worker = Worker(fake, 1, tmp_path / "log", tmp_path)
     with pytest.raises(WorkerError, match="out of memory"):
         for _ in range(4):
@@ -84,7 +84,7 @@ def material(tmp_path_factory):
     return folder, make(folder, "5M", (8, 32), 64, 1 / 32)
 
 
-def test_prompts_have_the_lengths_that_were_asked_for(material):
+def test_prompts_have_the_requested_lengths(material):
     _, made = material
     encoder = Encoder.from_pretrained(made.policy)
     from data.records import Message
@@ -95,7 +95,7 @@ def test_prompts_have_the_lengths_that_were_asked_for(material):
 
 
 @torch.no_grad()
-def test_the_end_comes_by_the_chance_that_was_asked_for_and_by_no_other_token(material):
+def test_answers_end_with_the_requested_chance_and_only_at_stop_tokens(material):
     _, made = material
     model = AutoModelForCausalLM.from_pretrained(made.policy, dtype=torch.float32)
     ids = torch.randint(16, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
@@ -120,36 +120,38 @@ def test_grpo_is_a_section_that_the_stage_accepts(material):
     assert config.advantage == "group" and config.train.num_generations == rl.GENERATIONS
 
 
-def test_the_free_reward_lies_in_its_range_and_tells_answers_apart():
+def test_the_free_reward_is_in_range_and_differs_between_answers():
     assert score([], ["w2048 w3", "w17", ""]) == [0.5, 17 / VOCABULARY, 0.0]
 
 
-def test_operations_are_counted_by_hand():
+def test_operations_equal_a_count_by_hand():
     """5M: 6 layers of 4·256² + 3·256·688 + 2·64·256 multiplications a token, twice (policy, critic), and the head."""
     layer = 4 * 256 * 256 + 3 * 256 * 688 + 2 * 64 * 256
     by_hand = 6 * (2 * 16 * 64 * 6 * layer + 16 * 32 * 256 * 4096)
     assert scaling.training_operations(scaling.BASE) == by_hand
 
 
-def test_phases_leave_out_their_frame():
+def test_phases_leave_out_the_enclosing_iteration():
     assert scaling.phases({"time/train": 1.0, "time/iteration": 3.0, "wall": 3.1}) == {"train": 1.0}
 
 
-def test_a_step_is_timed_without_what_was_saved_in_it():
+def test_step_time_excludes_saves():
     clock = checkpoint_cost.Clock(steps=[0.0, 5.0, 6.0, 7.5, 8.5], spent={"save": [(6.2, 6.7), (9.0, 9.3)]})
-    assert clock.step() == pytest.approx(1.0)  # the first span warms up; of 6.0 to 7.5 half a second was a save
+    assert clock.step() == pytest.approx(1.0)  # the first span is a warm-up; half a second of 6.0 to 7.5 was a save
     assert clock.seconds("save") == pytest.approx(0.4) and clock.total("save") == pytest.approx(0.8)
 
 
-def test_how_often_the_tiny_recipe_saves(root):
+def test_the_tiny_recipes_save_intervals(root):
     recipe = load_recipe(root / "recipes" / "tiny.yaml")
     found = {name: checkpoint_cost.interval(recipe, name) for name in checkpoint_cost.SECTIONS}
     assert (found["pretrain"], found["sft"], found["reward"]) == (120, 65, 25)
-    assert found["ppo"] == pytest.approx(1 / (1 / 3 + 1 / 10))  # every third iteration, and each look may be the best
+    assert found["ppo"] == pytest.approx(
+        1 / (1 / 3 + 1 / 10)
+    )  # every third iteration, and each evaluation may be the best
 
 
 @pytest.mark.slow
-def test_what_a_state_costs_is_measured_on_one_that_was_saved_and_resumed(tmp_path, capsys):
+def test_state_costs_are_measured_on_a_saved_and_resumed_state(tmp_path, capsys):
     saving, resuming = checkpoint_cost.growth(tmp_path, "5M")
     assert saving["row"] == "checkpoint_save_5M" and resuming["row"] == "checkpoint_resume_5M"
     assert all(row["unit"] == "MB/s" and row["ours"] > 0 and row["peer"] > 0 for row in (saving, resuming))

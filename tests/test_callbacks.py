@@ -1,4 +1,4 @@
-"""What the Trainer-based stages share besides models: the order of rows, the number of steps, what counts as full."""
+"""The Trainer-based stages' shared parts: the order of rows, the number of steps, divergence, Muon."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_an_epoch_has_every_row_and_whole_steps(rows, step_size, lengths):
     assert max(got.count(row) for row in range(rows)) <= -(-step_size // rows) + 1
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_the_order_depends_only_on_seed_and_epoch():
     torch.manual_seed(0)
     first = order(50, 8, 1)
     torch.manual_seed(1)
@@ -36,12 +36,12 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(50, 8, 2) != first
 
 
-def test_rows_of_like_length_are_beside_one_another_and_steps_are_mixed():
+def test_rows_of_similar_length_share_a_batch_and_steps_are_mixed():
     lengths = np.random.default_rng(0).integers(5, 100, 640)
     grouped = lengths[order(640, 32, 1, lengths.tolist())].reshape(-1, 4, 8)  # step, group, row
     plain = lengths[order(640, 32, 1)].reshape(-1, 4, 8)
     assert np.ptp(grouped, axis=2).mean() < 0.15 * np.ptp(plain, axis=2).mean()
-    # ... while a whole step has short and long rows, the longest group first.
+    # A whole step has short and long rows, the longest group first.
     assert np.ptp(grouped.reshape(-1, 32), axis=1).mean() > 0.5 * np.ptp(plain.reshape(-1, 32), axis=1).mean()
     assert (np.diff(grouped.max(axis=2), axis=1) <= 0).all()
 
@@ -68,8 +68,8 @@ def test_wilsons_interval():
     assert low < 0.7 < high
 
 
-def test_muon_and_adamw_move_as_each_alone():
-    """Saved, restored and scheduled as one optimizer; each part's parameters go where it alone takes them."""
+def test_muon_and_adamw_step_as_each_alone():
+    """It saves, restores and schedules as one optimizer; each part's parameters change as with that part alone."""
     torch.manual_seed(0)
     config = MuonTrainConfig(optim="muon", muon_learning_rate=0.05, learning_rate=0.01, weight_decay=0.1)
     start, target = (torch.randn(6, 4), torch.randn(4)), torch.randn(6)
@@ -87,7 +87,7 @@ def test_muon_and_adamw_move_as_each_alone():
     one = MuonAdamW([both[0]], [{"params": [both[1]], "weight_decay": 0.0}], config)
     schedule = torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1.0 if step < 4 else 0.5)
     for step in range(8):
-        if step == 3:  # a new optimizer goes on from the saved state
+        if step == 3:  # a new optimizer continues from the saved state
             saved = one.state_dict()
             one = MuonAdamW([both[0]], [{"params": [both[1]], "weight_decay": 0.0}], config)
             one.load_state_dict(saved)
@@ -106,6 +106,6 @@ def test_muon_and_adamw_move_as_each_alone():
     assert not torch.equal(matrix, start[0])
 
 
-def test_muons_keys_without_muon_are_refused():
+def test_muon_keys_without_muon_are_refused():
     with pytest.raises(ValueError, match="muon_learning_rate is not read unless optim is muon"):
         MuonTrainConfig(muon_learning_rate=0.1)

@@ -1,4 +1,4 @@
-"""Chat: what is sent to the model, what is shown, when an answer ends, and which model is taken."""
+"""Chat: the model's input, the displayed text, the end of an answer, and the choice of model."""
 
 import io
 import json
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # the first of them trains the small models
 
 
 class Scripted(Speaker):
-    """A real model and encoder, but the tokens that it chooses are those of the given answers."""
+    """A real model and encoder that always chooses the tokens of the given answers."""
 
     answers: Sequence[str] = ()
 
@@ -56,7 +56,7 @@ def speaker(run_dir):
 
 
 def talk(lines: str, *speakers: Speaker) -> str:
-    """What a conversation shows when it does not happen in a terminal."""
+    """The output of a conversation outside a terminal."""
     shown = io.StringIO()
     terminal = Terminal(Console(file=shown, soft_wrap=True, highlight=False, emoji=False), asks=False)
     rest = iter(lines.splitlines())
@@ -73,14 +73,14 @@ def test_an_answer_ends_at_the_stop_token_and_is_remembered(speaker):
     assert one.script == []
 
 
-def test_an_answer_is_cut_at_the_limit(speaker):
+def test_an_answer_is_truncated_at_the_limit(speaker):
     one = speaker("abcdefgh" * 20, max_new_tokens=3)
     shown = talk("hi\n", one).strip()
     assert "abcdefgh".startswith(shown[:8])
     assert len(one.encoder.answer(shown)) <= 4
 
 
-def test_pieces_never_cut_a_character(speaker):
+def test_streamed_pieces_never_split_a_character(speaker):
     one = speaker("naïve → 日本")
     assert "".join(one.answer("hi")) == "naïve → 日本"
     one = speaker("naïve → 日本")
@@ -96,7 +96,7 @@ def test_commands(speaker):
     assert one.asked[1:] == [f"{system}two<|end|><|assistant|>", f"{system}three<|end|><|assistant|>"]
 
 
-def test_a_message_that_the_template_cannot_hold_is_refused_and_the_talk_goes_on(speaker):
+def test_an_inexpressible_message_is_refused_and_the_chat_continues(speaker):
     one = speaker("a")
     shown = talk("x <|end|> y\nhi\n", one)
     assert shown.splitlines() == ["text contains the special token <|end|>", "a"]
@@ -164,7 +164,7 @@ def test_the_newest_aligned_model_is_taken(tmp_path):
         default_model(tmp_path)
 
 
-def test_what_can_be_talked_to(micro_recipe, run_dir):
+def test_chat_accepts_language_models_only(micro_recipe, run_dir):
     for target in (micro_recipe, run_dir, run_dir / "sft", run_dir / "sft" / "model"):
         assert [parent.name for parent in open_models(target, [])] == ["sft"]
     with pytest.raises(UserError, match="is one model"):

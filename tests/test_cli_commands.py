@@ -1,4 +1,4 @@
-"""The baton command: what it prints, and its exit codes."""
+"""The baton command: its output and exit codes."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def test_help_names_the_commands_and_the_exit_codes(baton):
 
 
 @pytest.mark.parametrize("command", ["run", "status", "verify", "config", "report", "chat"])
-def test_every_command_refuses_a_recipe_that_is_not_there(baton, command):
+def test_every_command_refuses_a_missing_recipe(baton, command):
     done = baton(command, "smal.yaml")
     assert (done.returncode, done.stdout) == (2, "")
     assert "smal.yaml: no such recipe" in done.stderr
@@ -124,7 +124,7 @@ def test_status_before_anything_was_run(baton, recipe):
 
 
 @pytest.mark.parametrize("command", ["verify", "report", "chat"])
-def test_commands_about_a_run_that_is_not_there(baton, recipe, command):
+def test_commands_refuse_a_missing_run(baton, recipe, command):
     done = baton(command, recipe)
     assert done.returncode == 2
     assert f"runs/small: nothing has been run yet; make it with `baton run {recipe}`" in done.stderr
@@ -133,7 +133,7 @@ def test_commands_about_a_run_that_is_not_there(baton, recipe, command):
     assert "runs/smal: no such run" in done.stderr
 
 
-def test_options_of_run_that_name_nothing(baton, recipe):
+def test_options_of_run_with_unknown_names_are_refused(baton, recipe):
     assert "no section ppo" in baton("run", recipe, "--to", "ppo").stderr
     assert "no section tokeniser, did you mean tokenizer" in baton("run", recipe, "--force", "tokeniser").stderr
     assert "--launch x.yaml: no such file" in baton("run", recipe, "--launch", "x.yaml").stderr
@@ -144,7 +144,7 @@ def test_a_run_from_nothing_to_a_verified_stage(baton, recipe, tmp_path):
     done = baton("run", recipe, "--to", "tokenizer")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].split() == ["tokenizer", "new"]
-    assert "rows in" in done.stdout  # the stage's own words
+    assert "rows in" in done.stdout  # the stage's own message
     stage = tmp_path / "runs" / "small" / "tokenizer"
     assert (stage / "stage.json").exists()
     assert "rows in" in (stage.parent / "logs" / "tokenizer.log").read_text()

@@ -1,4 +1,4 @@
-"""What is wrong with data is said at once, with file, line, field and the fix; nothing broken is read in silence."""
+"""Mistakes in data give an error at once, with file, line, field and the fix; nothing broken is read silently."""
 
 import gzip
 import json
@@ -82,7 +82,7 @@ def test_broken_json(tmp_path):
     assert complaint(tmp_path, "x.json", '[{"a": 1},\n{"a": 2},\n{"a": }]').startswith(
         "x.json:3: broken JSON at column 7"
     )
-    # A pretty-printed object under .json is neither an array nor one row a line.
+    # A pretty-printed object in a .json file is neither an array nor one row per line.
     assert complaint(tmp_path, "x.json", '{\n"prompt": "q"\n}').startswith("x.json:1: broken JSON at column")
     assert complaint(tmp_path, "x.jsonl", "7\n") == (
         "x.jsonl:1: a row is int; expected an object of columns, or a string (a document)"
@@ -98,7 +98,7 @@ def test_broken_csv_and_parquet(tmp_path):
     assert complaint(tmp_path, "x.parquet", b"PAR1 nothing").startswith("x.parquet: not a whole parquet file")
 
 
-def test_missing_column_names_what_is_there_and_what_is_expected(tmp_path):
+def test_a_missing_column_names_present_and_expected_columns(tmp_path):
     text = complaint(tmp_path, "x.jsonl", row(prompt="q", answer="a"))
     assert text.startswith("x.jsonl:2: no column `completion` or `response`; the row has prompt, answer.")
     assert "Format prompt_completion expects `prompt` and `completion` (or `response`)" in text
@@ -113,7 +113,7 @@ def test_missing_column_names_what_is_there_and_what_is_expected(tmp_path):
 
 def test_unknown_format_lists_the_known_ones(tmp_path):
     text = complaint(tmp_path, "x.jsonl", '{"query": "q", "gold": 0}')
-    assert text.startswith("x.jsonl:1: columns query, gold are of no known format. Rename them to those of one:")
+    assert text.startswith("x.jsonl:1: columns query, gold are of no known format. Rename them to fit one of:")
     for name in ("prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k", "text"):
         assert f"\n  {name}: `" in text
     (tmp_path / "x.xlsx").write_bytes(b"PK")
@@ -146,13 +146,13 @@ def test_wrong_types_and_roles(tmp_path):
     text = complaint(tmp_path, "x.jsonl", '{"messages": [{"role": "User:", "content": "q"}]}')
     assert text.startswith("x.jsonl:1: `messages[0].role` is 'User:'; known roles are system, developer, user, human")
     image = '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}'
-    assert complaint(tmp_path, "x.jsonl", image).startswith("x.jsonl:1: `messages[0].content[0]` is no text part")
+    assert complaint(tmp_path, "x.jsonl", image).startswith("x.jsonl:1: `messages[0].content[0]` is not a text part")
     assert complaint(tmp_path, "x.jsonl", '"a string"\n', format="alpaca").startswith(
         "x.jsonl:1: a string; format alpaca"
     )
 
 
-def test_exclude_that_matches_nothing_would_leak_a_held_out_file(tmp_path):
+def test_an_exclude_that_matches_nothing_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(DataError, match=r"`exclude: moby\*` matches none of its 1 files; correct the name"):
         read(tmp_path, ".", Text, exclude=["moby*"])
@@ -167,7 +167,7 @@ def test_holdout_and_split_need_each_other():
         HubSource(source="hub", name="x/y", holdout=0.1)
 
 
-def test_a_data_set_that_is_not_on_the_hub(tmp_path, monkeypatch):
+def test_a_data_set_missing_from_the_hub_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(DataError, match=r"hub:.*/none\[train\]: cannot be loaded: .* Check name, subset, hub_split"):
         load([HubSource(source="hub", name=str(tmp_path / "none"))], Chat, None, 0)

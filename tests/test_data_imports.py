@@ -1,4 +1,4 @@
-"""Commands that only look at a recipe or its data start fast: importing `data` loads nothing heavy."""
+"""Importing `data` loads no heavy package, so that commands that only read a recipe or its data start fast."""
 
 import pkgutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Packing: no row sees another, every row is there once, and bins are full. Sampling: what is drawn follows the key."""
+"""Packing: no row sees another, every row occurs once, and bins are full. Sampling: draws depend only on the key."""
 
 import random
 
@@ -19,7 +19,7 @@ def test_every_row_is_packed_once_and_no_bin_overflows(lengths, capacity):
     assert sorted(i for one in bins for i in one) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in one) for one in bins]
     assert all(0 < load <= capacity for load in loads)
-    # A bin is opened only for a row that fits in no other: any two together overflow.
+    # A bin is opened only for a row that fits in no other, so any two bins together overflow.
     assert sum(sorted(loads)[:2]) > capacity or len(loads) < 2
 
 
@@ -43,7 +43,7 @@ def test_packed_rows_start_their_positions_again_and_lose_their_first_label():
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_loss_of_packed_rows_is_that_of_rows_alone(attention):
-    """Cross-contamination would show here: same summed loss over all rows, in batches of packed rows with padding."""
+    """The summed loss over all rows is the same in batches of packed rows with padding: rows do not see each other."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_the_loss_of_packed_rows_is_that_of_rows_alone(attention):
             assert torch.isfinite(total) and abs(total - alone) < 1e-9 * abs(alone)
 
 
-def test_draws_follow_the_key_and_nothing_else():
+def test_draws_depend_only_on_the_key():
     one = shuffled(1000, 7, "ppo", 3)
     np.random.seed(0)
     assert sorted(one) == list(range(1000)) and (one == shuffled(1000, 7, "ppo", 3)).all()

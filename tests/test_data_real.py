@@ -1,4 +1,4 @@
-"""Files as their publishers wrote them: how many records each gives, or the message that says why it gives none."""
+"""Published files, unchanged: how many records each gives, or the message that says why it gives none."""
 
 import pytest
 
@@ -78,12 +78,12 @@ def test_prompts(shared_data, path):
 
 
 @pytest.mark.parametrize("path", UNREADABLE)
-def test_what_cannot_be_read_says_why(shared_data, path):
+def test_unreadable_files_say_why(shared_data, path):
     with pytest.raises(DataError, match=f"^{path}.*{UNREADABLE[path]}"):
         read(shared_data, path, Chat)
 
 
-def test_books_come_without_wrapping_and_one_can_be_held_out(shared_data):
+def test_books_lose_gutenbergs_text_and_one_can_be_held_out(shared_data):
     books = read(shared_data, "pretrain/gutenberg-*", Text, exclude=["*moby-dick*"])
     assert {record.origin.file.split("/")[1] for record in books.records} == {
         path.name for path in (shared_data / "pretrain").glob("gutenberg-*") if "moby" not in path.name

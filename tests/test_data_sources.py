@@ -78,7 +78,7 @@ def test_folders_globs_and_exclude(tmp_path, monkeypatch):
 
 
 def test_a_data_set_is_read_by_name(tmp_path, monkeypatch):
-    """`datasets` takes a folder where it takes a name, which needs no network."""
+    """`datasets` accepts a folder in place of a name, which needs no network."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 3))
@@ -96,7 +96,7 @@ BOOK = (
 )
 
 
-def test_books_lose_their_wrapping_and_are_cut_between_paragraphs():
+def test_books_lose_gutenbergs_text_and_split_between_paragraphs():
     documents = list(split_documents(BOOK))
     assert len(documents) > 3 and all(TARGET / 2 < len(d) <= TARGET for d in documents[:-1])
     assert all(d.startswith("Paragraph") for d in documents)
@@ -105,7 +105,7 @@ def test_books_lose_their_wrapping_and_are_cut_between_paragraphs():
     assert text.split() == BOOK.split("X ***")[1].split("***")[0].split()
 
 
-def test_one_article_a_line_against_running_text():
+def test_one_article_per_line_is_told_from_running_text():
     articles = ["word " * 300, "other " * 500]
     assert list(split_documents("\n".join(articles) + "\n")) == articles
     lines = [f"line {i} of a poem" for i in range(100)]
@@ -115,7 +115,7 @@ def test_one_article_a_line_against_running_text():
     assert list(split_documents(" \n\n\t\n")) == []
 
 
-def test_a_paragraph_without_end_is_cut():
+def test_a_very_long_paragraph_is_split():
     documents = list(split_documents("no end " * 10_000 + "\n\nshort"))
     assert max(map(len, documents)) <= TARGET + len("short") + 2
     assert "".join(documents).replace("\n", "") == "no end " * 10_000 + "short"
@@ -134,7 +134,7 @@ def test_fingerprints_follow_the_bytes_and_the_names(tmp_path):
     assert fingerprint(source, tmp_path)[1] != first
 
 
-def test_fingerprints_of_one_list_have_names_of_their_own():
+def test_fingerprints_of_one_list_have_distinct_names():
     def world(**settings):
         return WorldSource(source="world", kind="chats", **settings)
 

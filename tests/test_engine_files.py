@@ -23,7 +23,7 @@ ENGINE = engines.current()
 
 
 class Odd(nn.Module):
-    """Tied, frozen and 16-bit weights, a vector, a scalar, and buffers of which one does not belong to the state."""
+    """Tied, frozen and 16-bit weights, a vector, a scalar, and buffers, one of which is not part of the state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def muon(model: Odd) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
-def test_what_is_loaded_goes_on_to_the_last_bit(tmp_path: Path, make) -> None:
+def test_a_loaded_state_continues_bit_for_bit(tmp_path: Path, make) -> None:
     torch.manual_seed(0)
     model = Odd()
     optimizer = make(model)
@@ -90,7 +90,7 @@ def test_what_is_loaded_goes_on_to_the_last_bit(tmp_path: Path, make) -> None:
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < files.state_bytes(ENGINE, model) + 4000
 
 
-def test_weights_alone_leave_the_optimizer_as_it_is(tmp_path: Path) -> None:
+def test_loading_weights_alone_keeps_the_optimizer(tmp_path: Path) -> None:
     model = Odd()
     optimizer = adamw(model)
     train(model, optimizer, 2)
@@ -113,7 +113,7 @@ def test_before_the_first_step_there_are_no_moments(tmp_path: Path) -> None:
     assert not fresh.state
 
 
-def test_a_state_of_another_model_is_not_loaded(tmp_path: Path) -> None:
+def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     model = Odd()
     files.save_state(ENGINE, model, adamw(model), tmp_path)
     other = nn.Linear(2, 2)
@@ -134,7 +134,7 @@ def draws() -> list[float]:
     return [random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item(), random.gauss(0, 1)]
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_numbers_continue_after_a_resume(tmp_path: Path) -> None:
     draws()
     files.write_rng(ENGINE, tmp_path, files.rng_states(ENGINE))
     json.loads((tmp_path / files.RNG).read_text())

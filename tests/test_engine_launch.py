@@ -1,4 +1,4 @@
-"""What a launch file asks for, how it is refused, and what follows from it."""
+"""Launch files: the requested engine, refused requests, and the resulting settings."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ ACCELERATE = {
     "ACCELERATE_DYNAMO_BACKEND": "NO",
 }
 TWO = {**ACCELERATE, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-# What accelerate says about DeepSpeed whether the launch file does or not.
+# Variables that accelerate sets for DeepSpeed even if the launch file does not.
 ZERO3 = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
@@ -34,7 +34,7 @@ REHEARSAL = {"CUDA_VISIBLE_DEVICES": "-1,-1"}
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch):
-    """Sets the whole of what a launcher may have set; what the code under test sets is undone as well."""
+    """Sets all variables that a launcher may set; also undoes those that the code under test sets."""
     before = dict(os.environ)
 
     def apply(variables: dict[str, str]) -> None:
@@ -52,7 +52,7 @@ def environment(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch):
-    """Makes torch find so many GPUs."""
+    """Makes torch find this many GPUs."""
     import torch
 
     def pretend(count: int) -> None:
@@ -81,7 +81,7 @@ def test_requested_engine(environment, gpus, variables: dict[str, str], expected
     assert requested() == expected
 
 
-def test_one_process_takes_the_gpu_that_is_there(environment, gpus) -> None:
+def test_one_process_uses_the_available_gpu(environment, gpus) -> None:
     environment({"CUDA_VISIBLE_DEVICES": "3,4"})
     gpus(2)
     assert engines.start().request == Request("single", None, 1, "cuda")
@@ -136,7 +136,7 @@ def test_more_processes_than_gpus(environment, gpus) -> None:
         engines.start()
 
 
-def test_clipping_of_accelerate_is_out_of_the_way(environment, gpus) -> None:
+def test_accelerates_own_clipping_is_off(environment, gpus) -> None:
     environment({**TWO, **ZERO3})
     gpus(2)
     engines.start()
@@ -161,7 +161,7 @@ def test_missing_deepspeed_is_named(environment, gpus, monkeypatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize("folder", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
-def test_build_lock_is_removed_only_when_nobody_holds_it(tmp_path: Path, folder: str) -> None:
+def test_build_lock_is_removed_only_when_it_is_free(tmp_path: Path, folder: str) -> None:
     lock = tmp_path / folder / "lock"
     lock.parent.mkdir(parents=True)
     said: list[str] = []
@@ -252,7 +252,7 @@ def test_every_argument_is_one_of_transformers(environment) -> None:
 
 
 def test_launch_files(root: Path) -> None:
-    """Each says what it is for, names no setting that is the recipe's, and every engine has its rehearsal."""
+    """Each states its purpose and sets nothing that belongs to the recipe; every engine has a CPU counterpart."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = {file.stem: file for file in (root / "recipes" / "launch").glob("*.yaml")}

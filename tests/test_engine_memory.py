@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# 400 tensors of 1 MiB; every second one goes, so that the others stand behind each gap.
+# 400 tensors of 1 MiB; every second one is freed, so that a live tensor follows each gap.
 LEAVE_GAPS = """
 import sys
 import torch
@@ -36,7 +36,7 @@ def _measure(*arguments: str) -> list[float]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps the pages")
-def test_pages_between_tensors_go_back_to_the_system() -> None:
+def test_freed_pages_are_returned_to_the_system() -> None:
     before, gaps, after, total = _measure()
     assert gaps > before - 20, "freeing alone returns them: the call has nothing left to do"
     assert after < gaps - 150

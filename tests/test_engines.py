@@ -1,4 +1,4 @@
-"""One small training with two models in it, under every engine: the same numbers as one process, and what really ran.
+"""A small training of two models under every engine: the same numbers as one process, on the requested engine.
 
 The file is also the program that is launched: `accelerate launch --config_file ... tests/test_engines.py OUT`;
 a second folder is that of an earlier run, whose state it goes on from as well.
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 STEPS, ROWS, MICRO = 4, 8, 2
-CLIP = 0.5  # below the first gradient norms, so that clipping is at work
+CLIP = 0.5  # below the first gradient norms, so that clipping has an effect
 LRS = (0.05, 0.02)  # of the policy and of the critic
 ENGINES = {
     "cpu2": ("ddp", None, "DistributedDataParallel"),
@@ -110,7 +110,7 @@ def program(out: Path, other: Path | None) -> None:
         return [merged[0], merged[1]]
 
     def save_on_a_full_disk(model, optimizer) -> int | None:
-        """The error's number. Nobody is left waiting for the process that cannot write."""
+        """The error's number. No process keeps waiting for the one that cannot write."""
         full = out / "full"
         if engine.is_main:
             full.mkdir()
@@ -214,13 +214,13 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, P
 
 
 @pytest.mark.slow
-def test_one_process_is_what_the_others_are_compared_with(alone: tuple[dict, Path]) -> None:
+def test_one_process_is_the_reference_for_all_engines(alone: tuple[dict, Path]) -> None:
     seen, _ = alone
     assert seen["record"] == {"name": "single", "zero_stage": None, "processes": 1, "device": "cpu"}
     assert seen["resumed equal"] and seen["resumed"] == seen["clipped"][2:]
     assert not math.isfinite(seen["broken"]["norm"])
     assert seen["clipped"][0]["norm"] > CLIP
-    # Clipping changes what comes after the first step; both are tested below only because this holds.
+    # Clipping must change the results after the first step; otherwise the tests below would not test it.
     assert abs(seen["clipped"][1]["loss"] - seen["free"][1]["loss"]) > 1e-3
     assert seen["generated"][0] != seen["generated"][1]
 

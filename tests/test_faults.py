@@ -1,4 +1,4 @@
-"""The fault campaign (benchmarks/faults.py): twenty trials survive, and what did not survive would be seen."""
+"""The fault campaign (benchmarks/faults.py): twenty trials survive, and the campaign notices a failure."""
 
 import json
 import os
@@ -57,8 +57,8 @@ def alter_weights(path: Path) -> None:
     save_file(weights, path, {"format": "pt"})
 
 
-def test_each_difference_is_seen(twins):
-    """In the last bit of a weight, in a line, in a sample, in a tensor of a state; in what was left behind."""
+def test_each_kind_of_difference_is_found(twins):
+    """In the last bit of a weight, in a line, in a sample, in a tensor of a state, and in leftovers."""
     one, two = twins
 
     def seen(change, words):
@@ -89,7 +89,7 @@ def test_a_round_has_every_kind_in_an_order_of_its_seed():
     assert all(set(kind.sections) <= set(SECTIONS) for kind in KINDS.values())
 
 
-def test_a_trial_that_breaks_a_promise_fails_the_campaign(monkeypatch, capsys):
+def test_a_broken_promise_fails_the_campaign(monkeypatch, capsys):
     tally = faults.Campaign(1, 7, failures=1, failed=[{"trial": 3, "fault": "kill", "section": "sft"}])
     tally.failed[0] |= {"why": "sft: samples.jsonl differs", "again": "--seed 7 --only 3"}
     monkeypatch.setattr(faults, "campaign", lambda trials, seed, folder: tally)

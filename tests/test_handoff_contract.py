@@ -1,4 +1,4 @@
-"""The contract of the hand-off: what is read from a model's files, and the message of each violation."""
+"""The contract of the hand-off: the record read from a model's files, and the message of each violation."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ def test_the_same_files_give_the_same_fingerprints_in_any_key_order(tmp_path: Pa
     write_model(tmp_path / "b")
     path = tmp_path / "b" / "tokenizer.json"
     content = json.loads(path.read_text())
-    # transformers leaves the last call's truncation in the file; it does not change how text is encoded.
+    # transformers keeps the last call's truncation in the file, which does not change how text is encoded.
     write(path, {**dict(reversed(content.items())), "truncation": {"max_length": 8}, "padding": None})
     assert read_tokenizer(tmp_path / "a") == read_tokenizer(tmp_path / "b")
 
@@ -100,14 +100,14 @@ def test_a_unigram_vocabulary_numbers_its_entries(tmp_path: Path) -> None:
     ],
     ids=["qwen", "llama3", "gemma", "llama2"],
 )
-def test_without_a_generation_config_the_template_tells_what_ends_a_turn(
+def test_without_a_generation_config_stop_ids_come_from_the_template(
     tmp_path: Path, special: tuple[str, ...], eos: str, turn: str, expected: list[int]
 ) -> None:
     write_tokenizer(tmp_path, special, bos=None, eos=eos, pad=None, template=f"{{{{ content }}}}{turn}")
     assert read_tokenizer(tmp_path, choose_pad=True).stop_ids == expected
 
 
-def test_an_end_of_turn_that_is_ordinary_text_is_no_stop(tmp_path: Path) -> None:
+def test_an_end_of_turn_in_ordinary_text_is_not_a_stop_id(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, LLAMA2, bos="<s>", eos="</s>", pad="<unk>", template="{{ content }}<|im_end|>")
     assert read_tokenizer(tmp_path).stop_ids == [2]
 
@@ -131,7 +131,7 @@ def test_a_single_stop_id_may_be_a_number(tmp_path: Path) -> None:
     ],
     ids=["llama3.1", "llama3", "qwen", "llama2", "gemma"],
 )
-def test_a_foreign_model_without_a_pad_of_its_own_gets_a_spare_token(
+def test_a_foreign_model_without_a_pad_gets_a_spare_token(
     tmp_path: Path,
     special: tuple[str, ...],
     eos: str,
@@ -152,7 +152,7 @@ def test_the_chosen_pad_is_written_into_what_is_published(tmp_path: Path) -> Non
     parent = open_parent(str(foreign), tmp_path / "run", {"causal_lm"})
 
     def write_child(directory: Path) -> None:
-        # As stages do: the parent's files as they are, and the record's ids in generation_config.json.
+        # As stages do it: the parent's files unchanged, and the record's ids in generation_config.json.
         write_model(directory, special=QWEN, rows=8, bos=None, eos="<|endoftext|>", pad="<|endoftext|>")
         record = parent.tokenizer
         write(directory / "generation_config.json", {"eos_token_id": record.stop_ids, "pad_token_id": record.pad_id})
@@ -176,8 +176,8 @@ def test_without_any_spare_token_the_error_says_how_to_add_one(tmp_path: Path) -
         check_foreign(tmp_path)
 
 
-def test_what_is_published_never_has_pad_equal_to_eos(tmp_path: Path) -> None:
-    write_model(tmp_path, pad="<|eos|>")  # though a reserved token would be there
+def test_a_published_model_never_has_pad_equal_to_eos(tmp_path: Path) -> None:
+    write_model(tmp_path, pad="<|eos|>")  # although there is a reserved token
     with pytest.raises(HandoffError, match="pad = eos"):
         check_model(tmp_path, "causal_lm")
 
@@ -191,13 +191,13 @@ def test_a_good_model_passes(tmp_path: Path) -> None:
     assert check_foreign(tmp_path) == ("causal_lm", read_tokenizer(tmp_path))
 
 
-def test_no_eos(tmp_path: Path) -> None:
+def test_a_missing_eos_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, eos=None)
     with pytest.raises(HandoffError, match="no eos_token"):
         check_model(tmp_path, "causal_lm")
 
 
-def test_a_special_token_outside_the_vocabulary(tmp_path: Path) -> None:
+def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, pad="[PAD]")
     with pytest.raises(HandoffError, match=r"pad_token '\[PAD\]' is not in the vocabulary"):
         check_model(tmp_path, "causal_lm")
@@ -205,9 +205,9 @@ def test_a_special_token_outside_the_vocabulary(tmp_path: Path) -> None:
 
 def test_more_ids_than_embeddings_names_both_sizes(tmp_path: Path) -> None:
     write_model(tmp_path, rows=9)
-    with pytest.raises(HandoffError, match="11 ids and the model only 9 embeddings"):
+    with pytest.raises(HandoffError, match="11 ids but the model only 9 embeddings"):
         check_model(tmp_path, "causal_lm")
-    with pytest.raises(HandoffError, match="11 ids and the model only 9 embeddings"):
+    with pytest.raises(HandoffError, match="11 ids but the model only 9 embeddings"):
         check_foreign(tmp_path)
 
 
@@ -216,33 +216,33 @@ def test_padded_embeddings_are_fine(tmp_path: Path) -> None:
     assert check_model(tmp_path, "causal_lm").vocab_size == 11
 
 
-def test_a_config_of_another_size_than_the_weights(tmp_path: Path) -> None:
+def test_a_config_that_disagrees_with_the_weights_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     write(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], "vocab_size": 12})
     with pytest.raises(HandoffError, match="vocab_size 12, the weights have 11"):
         check_model(tmp_path, "causal_lm")
 
 
-def test_generation_that_would_never_stop(tmp_path: Path) -> None:
+def test_a_generation_config_without_eos_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, stops=None)
     with pytest.raises(HandoffError, match=r"generation_config\.json has no eos_token_id"):
         check_model(tmp_path, "causal_lm")
     assert check_model(tmp_path, "reward_model").eos_id == 1  # it never generates
 
 
-def test_generation_that_ignores_eos(tmp_path: Path) -> None:
+def test_a_generation_config_that_ignores_eos_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, stops=(5,))
-    with pytest.raises(HandoffError, match=r"stops at \[5\], and not at the tokenizer's eos"):
+    with pytest.raises(HandoffError, match=r"stops at \[5\], but not at the tokenizer's eos"):
         check_model(tmp_path, "causal_lm")
 
 
-def test_a_stop_id_beyond_the_model(tmp_path: Path) -> None:
+def test_a_stop_id_beyond_the_model_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, stops=(1, 99))
     with pytest.raises(HandoffError, match=r"stop ids \[99\] are beyond"):
         check_model(tmp_path, "causal_lm")
 
 
-def test_an_empty_tensor(tmp_path: Path) -> None:
+def test_an_empty_tensor_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     tensors = {"model.embed_tokens.weight": np.ones((11, 2), np.float32), "lm_head.weight": np.ones((0,), np.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -254,11 +254,11 @@ def test_an_empty_tensor(tmp_path: Path) -> None:
 def test_pickles_and_code_are_not_published(tmp_path: Path, name: str) -> None:
     write_model(tmp_path)
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(HandoffError, match=f"{name}: a published model holds no pickles and no code"):
+    with pytest.raises(HandoffError, match=f"{name}: a published model must not contain pickles or code"):
         check_model(tmp_path, "causal_lm")
 
 
-def test_only_pickles(tmp_path: Path) -> None:
+def test_a_checkpoint_with_only_pickles_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(HandoffError, match=r"only as pickles \(pytorch_model.bin\).*save_pretrained"):
@@ -272,40 +272,40 @@ def test_pickles_beside_safetensors_are_ignored_in_a_foreign_model(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_remote_code(tmp_path: Path, name: str) -> None:
+def test_remote_code_is_refused(tmp_path: Path, name: str) -> None:
     write_model(tmp_path)
     write(tmp_path / name, {**json.loads((tmp_path / name).read_text()), "auto_map": {"AutoModel": "m.M"}})
-    with pytest.raises(HandoffError, match=f"{name} asks for code of its own"):
+    with pytest.raises(HandoffError, match=f"{name} requests remote code"):
         check_foreign(tmp_path)
 
 
-def test_an_adapter(tmp_path: Path) -> None:
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     write(tmp_path / "adapter_config.json", {})
     with pytest.raises(HandoffError, match=r"LoRA adapter.*merge"):
         check_foreign(tmp_path)
 
 
-def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HandoffError, match=r"neither stage.json nor config.json"):
         check_foreign(tmp_path)
 
 
-def test_a_config_without_weights(tmp_path: Path) -> None:
+def test_a_config_without_weights_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(HandoffError, match="no weights"):
         check_foreign(tmp_path)
 
 
-def test_no_fast_tokenizer(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(HandoffError, match=r"no tokenizer.json; convert"):
         check_foreign(tmp_path)
 
 
-def test_an_architecture_that_is_no_language_model(tmp_path: Path) -> None:
+def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, architecture="BertForTokenClassification")
     with pytest.raises(HandoffError, match="BertForTokenClassification"):
         check_foreign(tmp_path)
@@ -321,7 +321,7 @@ def test_a_tokenizer_alone(tmp_path: Path) -> None:
     assert check_foreign(tmp_path)[0] == "tokenizer"
 
 
-def test_a_truncated_file(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
@@ -356,9 +356,9 @@ def test_the_embedding_is_found_by_its_name(tmp_path: Path, name: str) -> None:
     assert embedding_shape(tmp_path)[0] == 7
 
 
-def test_weights_without_an_embedding(tmp_path: Path) -> None:
+def test_weights_without_an_embedding_are_refused(tmp_path: Path) -> None:
     save_file({"score.weight": np.ones((1, 2), np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(HandoffError, match="no tensor is named like a token embedding"):
+    with pytest.raises(HandoffError, match="no tensor has the name of a token embedding"):
         embedding_shape(tmp_path)
 
 
@@ -378,7 +378,7 @@ def test_weights_without_an_embedding(tmp_path: Path) -> None:
     ],
     ids=["tokenizer", "template", "stops", "pad"],
 )
-def test_two_encodings(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_different_encodings_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     write_model(tmp_path / "a")
     write_model(tmp_path / "b", **change)
     a, b = (open_parent(str(tmp_path / name), tmp_path, {"causal_lm"}) for name in ("a", "b"))

@@ -23,7 +23,7 @@ from handoff.files import (
 )
 
 
-def test_json_comes_back_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_json_round_trips_and_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"b": [1, None], "ä": "→"})
     assert read_json(path) == {"b": [1, None], "ä": "→"}
@@ -31,7 +31,7 @@ def test_json_comes_back_and_leaves_nothing_beside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), object()])
-def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, bad: Any) -> None:
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, bad: Any) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"old": 1})
     with pytest.raises((ValueError, TypeError)):
@@ -41,7 +41,7 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, bad: Any) -> 
 
 
 @pytest.mark.parametrize(("content", "message"), [(b'{\n"a": }', "line 2: not JSON"), (b'{"a": "\xff"}', "not UTF-8")])
-def test_json_that_is_damaged_names_file_and_place(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_json_names_file_and_position(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(HandoffError, match=message) as raised:
@@ -75,13 +75,13 @@ def test_every_file_and_directory_is_flushed(tmp_path: Path, monkeypatch: pytest
 
 def test_free_space_names_what_it_is_for(tmp_path: Path) -> None:
     check_free_space(tmp_path / "not" / "yet" / "there", 1, "two saved states")
-    with pytest.raises(HandoffError, match=r"two saved states needs 1024\.0 TiB, and .* free; free some space"):
+    with pytest.raises(HandoffError, match=r"two saved states needs 1024\.0 TiB, but .* free; free some space"):
         check_free_space(tmp_path, 1 << 50, "two saved states")
     assert [human_bytes(n) for n in (12, 1536, 3 << 30)] == ["12 bytes", "1.5 KiB", "3.0 GiB"]
 
 
 @pytest.mark.slow
-def test_ids_are_those_that_transformers_reads(tmp_path: Path) -> None:
+def test_ids_equal_those_of_transformers(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -102,7 +102,7 @@ def test_ids_are_those_that_transformers_reads(tmp_path: Path) -> None:
     )
     assert record.vocab_size == len(loaded) == 7
     assert record.stop_ids == sorted([loaded.eos_token_id, loaded.convert_tokens_to_ids("<|end|>")])
-    # A second save, after padding and truncation were used, is the same tokenizer.
+    # A second save, after using padding and truncation, gives the same fingerprint.
     loaded(["ab", "a"], padding=True, truncation=True, max_length=2)
     loaded.save_pretrained(tmp_path / "again")
     assert read_tokenizer(tmp_path / "again") == record

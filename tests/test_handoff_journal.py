@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl (handoff/journal.py): no line is lost or torn, by a kill or by a full disk."""
+"""metrics.jsonl and samples.jsonl (handoff/journal.py): neither a kill nor a full disk loses or truncates a line."""
 
 import errno
 import itertools
@@ -23,7 +23,7 @@ def steps(journal: Journal) -> list[int]:
 
 
 class SmallDisk:
-    """Files that are opened for writing take so many bytes in all, then none."""
+    """Files opened for writing accept this many bytes in all, then none."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -101,7 +101,7 @@ def test_on_a_full_disk_lines_wait_and_none_is_torn(
     assert steps(journal) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
 
 
-def test_another_error_than_a_full_disk_is_one(journal: Journal) -> None:
+def test_errors_other_than_a_full_disk_are_raised(journal: Journal) -> None:
     journal.path.mkdir()
     with pytest.raises(IsADirectoryError):
         journal.append([{"step": 1}])

@@ -1,9 +1,7 @@
-"""A kill at any instant of begin, publish, close and a state's commit.
+"""Kills at every moment of begin, publish, close and a state's commit.
 
-Exhaustively, before each change to the disk, and at random times with SIGKILL from outside.
-
-The exhaustive half forks a child that kills itself before its n-th change (as Python's audit events announce
-them), for every n.
+Exhaustive tests fork a child that kills itself before its n-th change to the disk, for every n; Python's audit events
+announce the changes. Another test sends SIGKILL from outside at random times.
 """
 
 import itertools
@@ -36,7 +34,7 @@ def changes_disk(event: str, arguments: Any) -> bool:
 
 
 def killed_before_each_change(work: Callable[[], None]) -> Iterator[int]:
-    """Runs `work` in a child, killed before its n-th change to the disk, for n = 1, 2, ... until one gets through."""
+    """Runs `work` in a child killed before its n-th change to the disk, for n = 1, 2, ... until a child completes."""
     for n in range(1, 1000):
         child = os.fork()
         if child == 0:
@@ -70,7 +68,7 @@ def restore(directory: Path, copy: Path) -> None:
 
 
 def check_stage(run: Path) -> str:
-    """Whatever happened: published and true, or plainly unfinished. Says which value the published model has."""
+    """Checks that the stage is either validly published or plainly unfinished; returns the published model's value."""
     assert verify_run(run) == []
     try:
         parent = open_parent("sft", run, {"causal_lm"})
@@ -97,7 +95,7 @@ def test_publishing_over_a_published_stage(tmp_path: Path, rate: float) -> None:
     seen = set()
     for _ in killed_before_each_change(lambda: publish_value(run, 2.0, rate)):
         seen.add(check_stage(run))
-        publish_value(run, 3.0, rate)  # the next run finishes, whatever the last one left
+        publish_value(run, 3.0, rate)  # the next run finishes from any leftovers
         assert check_stage(run) == "3.0"
         leftovers = [path.name for path in (run / "sft").iterdir()]
         assert sorted(leftovers) == [".lock", "model", "stage.json", "started.json"]

@@ -66,7 +66,9 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path
     assert process.stdout is not None
     child = int(process.stdout.readline())
     try:
-        with pytest.raises(HandoffError, match="in use"):  # the child's copy closed, the owner's lock still stands
+        with pytest.raises(
+            HandoffError, match="in use"
+        ):  # the child's copy is closed, and the owner still has the lock
             RunLock(tmp_path, "baton run").acquire()
         process.kill()
         process.wait()
@@ -80,7 +82,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path
 
 
 def _in_worker(run: str) -> str:
-    """What a runner's worker does: takes its stage's lock, beside the runner's own."""
+    """Acts as a runner's worker: takes its stage's lock while the runner holds the run's."""
     with RunLock(Path(run) / "sft", "stage sft"):
         try:
             RunLock(Path(run), "another run").acquire()

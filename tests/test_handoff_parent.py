@@ -96,7 +96,7 @@ def test_a_missing_section_names_the_command_that_makes_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ref", ["./models/llama", "/models/llama", "models/llama/7b"])
-def test_a_missing_directory(tmp_path: Path, ref: str) -> None:
+def test_a_missing_directory_is_an_error(tmp_path: Path, ref: str) -> None:
     with pytest.raises(HandoffError, match=f"{ref}: no such directory"):
         open_parent(ref, tmp_path, CAUSAL)
 
@@ -115,7 +115,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path: Path, monkeyp
     assert asked["org/model-1.5b"]["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(ref: str, **_: object) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
@@ -129,7 +129,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- what is refused
 
 
-def test_an_unfinished_stage(tmp_path: Path) -> None:
+def test_an_unfinished_stage_is_refused_as_a_parent(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "sft")
     stage.begin(inputs())
     with pytest.raises(HandoffError, match=r"sft is unfinished: .*make it with"):
@@ -137,11 +137,9 @@ def test_an_unfinished_stage(tmp_path: Path) -> None:
     stage.close()
 
 
-def test_the_wrong_kind(tmp_path: Path) -> None:
+def test_a_parent_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
     published(tmp_path / "reward", lambda path: write_model(path, stops=None), kind="reward_model")
-    with pytest.raises(
-        HandoffError, match="is a reward model; a parent here has to be a language model or a tokenizer"
-    ):
+    with pytest.raises(HandoffError, match="is a reward model; the parent must be a language model or a tokenizer"):
         open_parent("reward", tmp_path, {"causal_lm", "tokenizer"})
 
 
@@ -190,12 +188,12 @@ def test_a_chain_verifies_and_tells_its_lineage(tmp_path: Path) -> None:
     assert line[1].parents["parent"].fingerprint == line[0].fingerprint
 
 
-def test_a_retrained_parent_shows_in_its_child_alone(tmp_path: Path) -> None:
+def test_a_retrained_parent_is_a_problem_of_its_child_only(tmp_path: Path) -> None:
     chain(tmp_path)
     published(tmp_path / "base", lambda p: write_model(p, value=9.0))
     problems = verify_run(tmp_path)
     assert [(p.stage, p.file) for p in problems] == [("sft", "")]
-    assert "it is another one now: model/model.safetensors (fingerprint" in problems[0].message
+    assert "it has changed: model/model.safetensors (fingerprint" in problems[0].message
 
 
 def test_a_parent_that_was_begun_again_or_removed(tmp_path: Path) -> None:
@@ -206,7 +204,7 @@ def test_a_parent_that_was_begun_again_or_removed(tmp_path: Path) -> None:
     stage.close()
     problems = verify_run(tmp_path)
     assert [p.stage for p in problems] == ["sft"]
-    assert "unfinished: it was begun again" in problems[0].message
+    assert "unfinished: it was started again" in problems[0].message
     shutil.rmtree(tmp_path / "base")
     assert "is gone" in verify_run(tmp_path)[0].message
 
@@ -220,7 +218,7 @@ def test_lineage_is_followed_into_another_run_and_a_foreign_model(tmp_path: Path
     flip_last_byte(foreign / "model.safetensors")
     problems = verify_run(second)
     assert [p.stage for p in problems] == [str(first / "sft")]
-    assert "parent llama: it is another one now: model.safetensors (" in problems[0].message
+    assert "parent llama: it has changed: model.safetensors (" in problems[0].message
     flip_last_byte(first / "sft" / "model" / "model.safetensors")
     assert [(p.stage, p.file) for p in verify_run(second)] == [
         (str(first / "sft"), "model/model.safetensors"),
@@ -228,7 +226,7 @@ def test_lineage_is_followed_into_another_run_and_a_foreign_model(tmp_path: Path
     ]
 
 
-def test_a_damaged_manifest_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_a_problem_and_verification_continues(tmp_path: Path) -> None:
     chain(tmp_path)
     (tmp_path / "ppo" / "stage.json").write_text("{")
     assert [(p.stage, p.file) for p in verify_run(tmp_path)] == [("ppo", "stage.json")]
@@ -240,7 +238,7 @@ def test_a_manifest_that_was_edited_is_a_problem(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
     problems = verify_run(tmp_path)
     assert [(p.stage, p.file) for p in problems] == [("ppo", ""), ("sft", "stage.json")]
-    assert all(f"{path} was altered: its content has not the hash" in p.message for p in problems)
+    assert all(f"{path} was altered: its content does not match its hash" in p.message for p in problems)
 
 
 def test_states_are_hashed_too_of_unfinished_stages_as_well(tmp_path: Path) -> None:
@@ -269,12 +267,12 @@ def test_states_are_hashed_too_of_unfinished_stages_as_well(tmp_path: Path) -> N
     unfinished.close()
 
 
-def test_no_such_run(tmp_path: Path) -> None:
+def test_a_missing_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HandoffError, match="no such run"):
         verify_run(tmp_path / "nowhere")
 
 
-def test_an_unfinished_stage_is_no_problem(tmp_path: Path) -> None:
+def test_an_unfinished_stage_is_not_a_problem(tmp_path: Path) -> None:
     chain(tmp_path)
     stage = StageDir(tmp_path / "dpo")
     stage.begin(inputs())

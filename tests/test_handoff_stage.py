@@ -49,7 +49,7 @@ def test_a_published_stage_opens_and_verifies(tmp_path: Path) -> None:
     assert verify_run(tmp_path) == []
 
 
-def test_the_fingerprint_is_of_what_was_made(tmp_path: Path) -> None:
+def test_the_fingerprint_identifies_the_result(tmp_path: Path) -> None:
     def made(name: str, **fields: Any) -> Manifest:
         manifest = published(tmp_path / name / "sft", **fields).manifest()
         assert manifest is not None
@@ -99,11 +99,11 @@ def test_a_model_that_breaks_the_contract_is_not_published(tmp_path: Path) -> No
     stage.close()
 
 
-def test_an_encoding_that_drifted_is_not_published(tmp_path: Path) -> None:
+def test_a_changed_encoding_is_not_published(tmp_path: Path) -> None:
     record = open_parent("base", published(tmp_path / "base").path.parent, {"causal_lm"}).tokenizer
     stage = StageDir(tmp_path / "sft")
     stage.begin(inputs())
-    with pytest.raises(HandoffError, match="encoding drifted"):
+    with pytest.raises(HandoffError, match="encoding changed"):
         publish(stage, lambda path: write_model(path, template="other<|end|>"), tokenizer=record)
     assert stage.manifest() is None
     stage.close()
@@ -172,7 +172,7 @@ def test_the_same_inputs_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["inputs", "resume", "record"])
-def test_otherwise_the_old_content_is_set_aside(tmp_path: Path, how: str) -> None:
+def test_other_inputs_set_the_old_content_aside(tmp_path: Path, how: str) -> None:
     stage = published(tmp_path / "run" / "sft")
     if how == "record":
         stage.started_path.write_text("{")
@@ -187,7 +187,7 @@ def test_otherwise_the_old_content_is_set_aside(tmp_path: Path, how: str) -> Non
     stage.close()
 
 
-def test_one_generation_is_kept(tmp_path: Path) -> None:
+def test_one_earlier_generation_is_kept(tmp_path: Path) -> None:
     for rate in (1, 2, 3):
         stage = StageDir(tmp_path / "sft")
         stage.begin(inputs(rate=rate))
@@ -198,7 +198,7 @@ def test_one_generation_is_kept(tmp_path: Path) -> None:
     assert names(tmp_path / ".previous") == ["sft"]
 
 
-def test_a_start_that_came_to_nothing_does_not_push_out_the_generation_before(tmp_path: Path) -> None:
+def test_a_start_without_result_keeps_the_previous_generation(tmp_path: Path) -> None:
     published(tmp_path / "sft")
     for rate in (2, 3):
         stage = StageDir(tmp_path / "sft")
@@ -211,12 +211,12 @@ def test_a_start_that_came_to_nothing_does_not_push_out_the_generation_before(tm
     assert names(tmp_path / "sft") == [".lock", "metrics.jsonl", "started.json", "state"]
 
 
-def test_setting_aside_that_was_cut_off_is_completed(tmp_path: Path) -> None:
+def test_an_interrupted_setting_aside_is_completed(tmp_path: Path) -> None:
     stage = published(tmp_path / "sft")
     moving = tmp_path / ".previous" / ".sft.moving"
     moving.mkdir(parents=True)
     stage.manifest_path.rename(moving / "stage.json")
-    assert stage.begin(inputs()) is False  # the same inputs, but the directory had been given up
+    assert stage.begin(inputs()) is False  # the same inputs, but the content had been set aside
     assert sorted(hash_tree(tmp_path / ".previous" / "sft")) == sorted(
         ["stage.json", "started.json", *(f"model/{name}" for name in names(tmp_path / ".previous" / "sft" / "model"))]
     )
@@ -244,7 +244,7 @@ def test_a_stage_that_fails_before_it_writes_leaves_nothing(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stage_that_fails_before_it_writes_gives_the_published_one_back(tmp_path: Path) -> None:
+def test_a_stage_that_fails_before_it_writes_restores_the_published_one(tmp_path: Path) -> None:
     stage = published(tmp_path / "sft")
     before = hash_tree(tmp_path)
     stage.begin(inputs(rate=0.2))
@@ -254,21 +254,21 @@ def test_a_stage_that_fails_before_it_writes_gives_the_published_one_back(tmp_pa
     assert verify_run(tmp_path) == []
 
 
-def test_too_little_space(tmp_path: Path) -> None:
+def test_too_little_space_is_refused(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "run" / "sft")
-    with pytest.raises(HandoffError, match=r"stage sft needs .* TiB, and .* free"):
+    with pytest.raises(HandoffError, match=r"stage sft needs .* TiB, but .* free"):
         stage.begin(inputs(), need_bytes=1 << 60)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
     with pytest.raises(HandoffError, match="is a file, not a directory"):
         StageDir(tmp_path / "run" / "sft").begin(inputs())
 
 
-def test_a_directory_that_is_not_writable() -> None:
-    # Under an account without privileges: root may write everywhere.
+def test_an_unwritable_directory_is_refused() -> None:
+    # Runs under an unprivileged account, since root may write everywhere.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o555)
@@ -302,12 +302,12 @@ def test_a_second_begin_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "line 1: not JSON"),
-        ('{"format_version": 2}', "format_version is 2, this Baton reads 1"),
+        ('{"format_version": 2}', "format_version is 2, but this Baton reads 1"),
         ('{"format_version": 1, "name": "sft"}', "stage: Field required"),
         ("[]", "format_version is None"),
     ],
 )
-def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
+def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: str, message: str) -> None:
     stage = published(tmp_path / "sft")
     stage.manifest_path.write_text(content)
     with pytest.raises(HandoffError, match=message) as raised:
@@ -315,7 +315,7 @@ def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str, message: s
     assert str(stage.manifest_path) in str(raised.value)
 
 
-def test_differences_are_told_in_words() -> None:
+def test_differences_are_described_in_words() -> None:
     old = inputs(train={"learning_rate": 0.001}).model_copy(
         update={"parents": {"sft": "a", "reward": "b"}, "data": {"world:chats": "c"}}
     )
@@ -335,7 +335,7 @@ def test_differences_are_told_in_words() -> None:
     ]
 
 
-def test_other_demands_make_a_stage_stale_and_cost_no_training(tmp_path: Path) -> None:
+def test_changed_demands_make_a_stage_stale_without_retraining(tmp_path: Path) -> None:
     lax, strict = (inputs().model_copy(update={"demands": {"gate": {"min": value}}}) for value in (0.5, 0.9))
     assert strict.differences(lax) == ["recipe: gate.min 0.5 → 0.9"] and strict.fingerprint != lax.fingerprint
     assert strict.differences(inputs()) == ["recipe: gate.min absent → 0.9"]

@@ -1,4 +1,4 @@
-"""Resumable state (handoff/state.py): what is committed comes back, what is broken is skipped or refused by name."""
+"""Resumable states (handoff/state.py): a committed state is found again; a broken one is skipped or refused by name."""
 
 import errno
 import logging
@@ -26,7 +26,7 @@ def steps(store: StateStore) -> list[str]:
     return sorted(path.name for path in store.directory.iterdir())
 
 
-def test_the_newest_comes_back_with_its_extra(tmp_path: Path) -> None:
+def test_the_newest_state_is_returned_with_its_extra(tmp_path: Path) -> None:
     store = StateStore(tmp_path / "state")
     assert store.latest() is None
     save(store, 9)
@@ -44,7 +44,7 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     assert steps(store) == ["step-10", "step-20"]
 
 
-def test_later_states_of_an_abandoned_course_go(tmp_path: Path) -> None:
+def test_later_states_of_an_abandoned_course_are_removed(tmp_path: Path) -> None:
     store = StateStore(tmp_path)
     for step in (1, 2, 3):
         save(store, step, keep=3)
@@ -68,7 +68,7 @@ def test_nothing_rotates_before_the_new_one_is_in_place(tmp_path: Path, monkeypa
     monkeypatch.setattr(handoff.state, "fsync_tree", full)
     with pytest.raises(OSError, match="No space left"):
         save(store, 2, keep=1)
-    assert steps(store) == ["step-1"]  # and what was staged has given its space back
+    assert steps(store) == ["step-1"]  # the staged files are removed, which frees their space
     monkeypatch.undo()
     save(store, 3, keep=1)
     assert steps(store) == ["step-3"]
@@ -111,7 +111,7 @@ BREAKS = [
     ("json", "state.json, line 1: not JSON"),
     ("version", "state.json is not of format version 1"),
     ("extra", "state.json was altered"),
-    ("step", "state.json is of step 3, its directory of step 4"),
+    ("step", "state.json is of step 3, but its directory is of step 4"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The code that a stage's result depends on: the closure of its imports, so that no file is forgotten in a list."""
+"""The code that a stage's result depends on is the closure of its imports, so that no file can be forgotten."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ OURS = ("stages", "training", "rollout", "reward", "data", "handoff")
 
 @pytest.mark.parametrize("stage", Registry().names)
 def test_the_closure_holds_every_module_that_a_stage_loads(root, stage):
-    """Python itself says what is loaded when the stage's training module is imported."""
+    """The reference is the set of modules that Python loads when it imports the stage's training module."""
     code = (
         f"import sys, stages.{stage}.train\n"
         f"print(*(m.__file__ for n, m in sorted(sys.modules.items()) if n.split('.')[0] in {OURS!r}), sep='\\n')\n"

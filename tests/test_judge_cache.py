@@ -1,4 +1,4 @@
-"""What a judge has answered is on disk, asked once by whichever process, killed or not; what was spent is known."""
+"""The judge's cache: a question is asked once over all processes, also after kills, and the cost is known."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def by_length(body):
     return graded(1 + len(pieces(body)["answer"]) % 10)
 
 
-def test_an_answer_is_bought_once_and_kept_for_another_process_and_another_port(root, tmp_path):
+def test_an_answer_is_paid_once_across_processes_and_ports(root, tmp_path):
     with serve(by_length) as (server, url):
         first = ask(url, ["a", "bb", "ccc"], cache_dir=str(tmp_path / "new" / "cache"))
         assert first == pytest.approx([1 / 9, 2 / 9, 3 / 9])
@@ -129,7 +129,7 @@ def test_a_kill_loses_nothing_that_was_answered(root, tmp_path):
 
 def test_several_processes_share_one_file(root, tmp_path):
     answers = [f"answer {i}" for i in range(30)]
-    with serve(lambda body: graded(1 + len(server.bodies) % 10)) as (server, url):  # another score at every asking
+    with serve(lambda body: graded(1 + len(server.bodies) % 10)) as (server, url):  # a different score at each call
         options = {"base_url": url, "cache_dir": str(tmp_path)}
         processes = [child(root, answers[start:] + answers[:start], **options) for start in (0, 10, 20)]
         outcomes = [process.communicate(timeout=100) for process in processes]
@@ -146,7 +146,7 @@ def test_several_processes_share_one_file(root, tmp_path):
     file.close()
 
 
-def test_of_two_answers_to_one_question_all_keep_the_first(tmp_path):
+def test_all_processes_keep_the_first_answer_to_a_question(tmp_path):
     one, two = Cache(tmp_path), Cache(tmp_path)
     first, second = Reply("7", "stop", "", (1, 2)), Reply("8", "stop", "", None)
     assert one.put("key", "m", first) == first
@@ -157,7 +157,7 @@ def test_of_two_answers_to_one_question_all_keep_the_first(tmp_path):
     two.close()
 
 
-def test_a_cache_that_cannot_be_used_is_named(tmp_path):
+def test_an_unusable_cache_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RewardError, match=r"cannot use `cache_dir` .*file"):
         ask("http://127.0.0.1:9/v1", ["a"], cache_dir=str(tmp_path / "file"))
@@ -174,7 +174,7 @@ def test_a_cache_that_cannot_be_used_is_named(tmp_path):
         ask("http://127.0.0.1:9/v1", ["a"], cache_dir=str(tmp_path))
 
 
-def test_the_cost_limit_stops_a_call_and_what_was_bought_is_kept(tmp_path):
+def test_the_cost_limit_stops_a_call_and_paid_answers_are_kept(tmp_path):
     answers = [str(i) for i in range(9)]
     options = {"cache_dir": str(tmp_path), "max_cost": 0.005, "concurrency": 1, **PRICES}
     with serve(lambda body: graded(10)) as (server, url):
@@ -203,7 +203,7 @@ def test_the_cost_limit_counts_what_other_processes_spent(root, tmp_path):
         assert len(server.bodies) == 3
 
 
-def test_without_a_cache_the_limit_is_this_processs_and_no_reset_forgets_it():
+def test_without_a_cache_the_limit_counts_this_process_across_resets():
     with serve(lambda body: graded(10)) as (server, url):
         assert ask(url, ["a", "b", "c"], **PRICES) == [1.0] * 3
         reset_judge_statistics()

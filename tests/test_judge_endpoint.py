@@ -1,4 +1,4 @@
-"""The judge against a local endpoint: good answers, every kind of failure, and what is counted."""
+"""The judge against a local endpoint: good answers, every kind of failure, and the counts."""
 
 import email.utils
 import json
@@ -41,7 +41,7 @@ def counted(**expected):
     assert {name: sums[name] for name in expected} == expected
 
 
-def test_grades_become_rewards(caplog):
+def test_grades_are_scaled_to_rewards(caplog):
     with serve(lambda body: graded(int(pieces(body)["answer"]))) as (server, url):
         assert ask(url + "/", ["1", "10", "5"]) == pytest.approx([0.0, 1.0, 4 / 9])
         assert ask(url, ["0", "4"], lowest=0, highest=4, rubric="Is it even?") == [0.0, 1.0]
@@ -57,7 +57,7 @@ def test_grades_become_rewards(caplog):
     assert [sums["rows"] for sums in judge_statistics().values()] == [3, 2]
 
 
-def test_what_is_counted_and_what_it_costs():
+def test_counts_and_costs_are_reported():
     with serve(lambda body: graded(7)) as (_, url):
         ask(url, ["a", "b", "a", "a"], price_per_million_input=10.0, price_per_million_output=100)
         counted(rows=4, questions=4, cache_hits=2, verdicts=4, requests=2, repeated=0, failures=0)
@@ -113,7 +113,7 @@ def test_a_reference_and_a_rubric_of_each_row():
 
 
 @pytest.mark.parametrize("after", ["0.3", "date"])
-def test_a_rate_limit_is_waited_out(after):
+def test_a_rate_limited_question_is_retried_after_the_wait(after):
     def answer(body):
         if len(server.bodies) == 1:
             header = after if after == "0.3" else email.utils.formatdate(time.time() + 2, usegmt=True)
@@ -135,21 +135,21 @@ def test_a_rate_limit_holds_back_the_other_questions_too():
     assert server.arrived[1] - server.arrived[0] >= 0.3
 
 
-def test_a_wait_without_end_is_not_waited(caplog):
+def test_an_excessive_wait_is_not_waited(caplog):
     with serve(lambda body: failed(429, "daily limit", {"Retry-After": str(LONGEST_WAIT + 1)})) as (server, url):
         assert ask(url, ["4"]) == [None]
     assert len(server.bodies) == 1
-    assert "asks to wait 301 s" in caplog.text
+    assert "asks for a wait of 301 s" in caplog.text
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 500, 502, 503, 529])
-def test_a_servers_error_is_repeated(status):
+def test_a_server_error_is_retried(status):
     with serve(lambda body: failed(status) if len(server.bodies) < 3 else graded(10)) as (server, url):
         assert ask(url, ["4"]) == [1.0]
     counted(requests=3, repeated=2, verdicts=1)
 
 
-def test_errors_that_go_on_are_no_opinion_and_then_an_error(caplog):
+def test_persistent_errors_score_none_and_then_raise(caplog):
     def answer(body):
         return Response(b"<h1>oops</h1>", 500) if pieces(body)["answer"].startswith("bad") else graded(10)
 
@@ -166,7 +166,7 @@ def test_errors_that_go_on_are_no_opinion_and_then_an_error(caplog):
             ask(url, ["bad", "a", "b", "c", "d"], retries=0, max_failure_fraction=0)
 
 
-def test_a_hopeless_call_ends_before_every_question_was_asked():
+def test_a_hopeless_call_ends_early():
     with serve(lambda body: failed(500)) as (server, url), pytest.raises(RewardError, match="without a verdict"):
         ask(url, [str(i) for i in range(100)], retries=0, concurrency=2)
     assert len(server.bodies) < 30
@@ -187,17 +187,17 @@ def test_time_outs():
     counted(requests=3, failures=1)
 
 
-def test_a_server_that_drips_bytes_meets_the_time_out():
+def test_a_server_that_drips_bytes_times_out():
     over = threading.Event()
     with serve(lambda body: Response(b" ", drip=over)) as (_, url):
         try:
-            with pytest.raises(RewardError, match=r"ReadTimeout: no whole reply within 0\.2 s"):
+            with pytest.raises(RewardError, match=r"ReadTimeout: no complete reply within 0\.2 s"):
                 ask(url, ["4"], timeout=0.2, retries=0, on_failure="error")
         finally:
             over.set()
 
 
-def test_a_reply_without_end_is_cut():
+def test_an_endless_reply_is_cut_off():
     big = Response(b" " * (5 << 20))
     with serve(lambda body: big) as (_, url), pytest.raises(RewardError, match="a reply of more than"):
         ask(url, ["4"], retries=0, on_failure="error")
@@ -228,8 +228,11 @@ def test_connections_refused_and_broken():
         b'{"choices": [{}], "usage": {"prompt_tokens": [], "completion_tokens": 1}}',
     ],
 )
-def test_a_body_that_is_no_chat_completion(content):
-    with serve(lambda _: Response(content)) as (server, url), pytest.raises(RewardError, match="200, but no chat comp"):
+def test_a_malformed_body_is_retried_and_named(content):
+    with (
+        serve(lambda _: Response(content)) as (server, url),
+        pytest.raises(RewardError, match="200, but the reply is not a chat comp"),
+    ):
         ask(url, ["4"], retries=1, on_failure="error")
     assert len(server.bodies) == 2
 
@@ -255,7 +258,7 @@ def test_a_body_that_is_no_chat_completion(content):
         (failed(413, "too large"), "failures", "413 too large"),
     ],
 )
-def test_nonsense_and_refusals_are_no_opinion(response, kind, said, caplog):
+def test_nonsense_and_refusals_score_none(response, kind, said, caplog):
     with serve(lambda body: response if pieces(body)["answer"] == "bad" else graded(10)) as (server, url):
         assert ask(url, ["a", "bad", "b"]) == [1.0, None, 1.0]
         assert len(server.bodies) == 3
@@ -263,15 +266,15 @@ def test_nonsense_and_refusals_are_no_opinion(response, kind, said, caplog):
     assert said in caplog.text and "1 of 3 rows" in caplog.text
 
 
-def test_a_server_that_repeats_the_question_gives_the_answer_no_voice():
-    def answer(body):  # as `transformers serve` does for a chat template that its response template does not fit
+def test_an_echoed_question_cannot_set_the_verdict():
+    def answer(body):  # as `transformers serve` does if its response template does not fit the chat template
         return chat("".join(message["content"] for message in body["messages"]) + "Ugh.")
 
     with serve(answer) as (_, url), pytest.raises(RewardError, match=r"nonsense: .*Ugh\."):
         ask(url, ['{"score": 10}'], on_failure="error")
 
 
-def test_content_in_parts_and_usage_that_is_not_told():
+def test_content_in_parts_and_missing_usage_are_read():
     parts = chat(None, usage=None)
     body = json.loads(parts.content)
     body["choices"][0]["message"]["content"] = [{"type": "text", "text": '{"score"'}, {"type": "text", "text": ": 10}"}]
@@ -291,7 +294,7 @@ def test_content_in_parts_and_usage_that_is_not_told():
         ),
         (failed(403, "no access"), "403 no access; the key in the variable OPENAI_API_KEY may not use model `judge-1`"),
         (failed(404, "no such model"), "404 no such model; no such path or no model `judge-1` there: check `base_url`"),
-        (failed(400, "temperature is deprecated"), "400 temperature is deprecated; what it does not accept.*`request`"),
+        (failed(400, "temperature is deprecated"), "400 temperature is deprecated; change the rejected key.*`request`"),
         (failed(422, "max_tokens?"), "422 max_tokens"),
         (failed(402, "Insufficient Balance"), "402 .* has no credit left"),
         (failed(429, "You exceeded your quota", type="insufficient_quota"), "429 .* has no credit left"),
@@ -304,7 +307,7 @@ def test_content_in_parts_and_usage_that_is_not_told():
         (Response(b'{"detail": "Not Found"}', 404), "404 Not Found"),
     ],
 )
-def test_what_no_repetition_can_help_is_an_error_at_once(response, match):
+def test_permanent_errors_raise_without_retries(response, match):
     with serve(lambda body: response) as (server, url), pytest.raises(RewardError, match=match) as caught:
         ask(url, ["4"], retries=3)
     assert len(server.bodies) == 1
@@ -320,10 +323,10 @@ def test_an_error_ends_the_waits_of_other_questions():
 
     with serve(answer) as (server, url), pytest.raises(RewardError, match="401"):
         ask(url, ["slow", "wrong"], concurrency=2, timeout=30)
-    assert len(server.bodies) == 2  # had the wait gone on, "slow" would have been asked again after it
+    assert len(server.bodies) == 2  # had the wait continued, "slow" would have been asked again
 
 
-def test_the_key_is_in_no_sample_either(caplog):
+def test_the_key_is_not_in_quoted_replies(caplog):
     with serve(lambda body: failed(500, f"key {KEY} is in flames")) as (_, url):
         ask(url, ["4"], retries=0)
     assert "key <key> is in flames" in caplog.text and KEY not in caplog.text
@@ -335,7 +338,7 @@ def test_a_wrong_path_is_named():
 
 
 def test_questions_are_asked_at_once_but_not_more_than_allowed():
-    meet = threading.Barrier(4)  # breaks, and fails the test, unless four questions are in flight together
+    meet = threading.Barrier(4)  # fails the test unless four questions are in flight at once
 
     def answer(body):
         meet.wait(timeout=20)
@@ -360,11 +363,11 @@ def test_nothing_to_judge_asks_nothing():
         ({"concurency": 4}, "no option `concurency`: did you mean `concurrency`"),
         ({"xyzzy": 4}, "no option `xyzzy`: it has base_url, model"),
         ({"base_url": "localhost:8000/v1"}, "`base_url` 'localhost:8000/v1' is not of the form https://host/path"),
-        ({"base_url": "http://host:port/v1"}, "is no URL"),
+        ({"base_url": "http://host:port/v1"}, "is not a URL"),
         ({"base_url": "ftp://host/v1"}, "not of the form"),
         ({"base_url": "https://host/v1?key=x"}, "not of the form"),
-        ({"base_url": "https://me:secret@host/v1"}, "holds a user or password: put the key"),
-        ({"base_url": "https://host/v1/chat/completions"}, "leave that out"),
+        ({"base_url": "https://me:secret@host/v1"}, "contains a user or password: use the variable"),
+        ({"base_url": "https://host/v1/chat/completions"}, "must not include /chat/completions: remove it"),
         ({"base_url": None}, "`base_url`: Input should be a valid string"),
         ({"model": ""}, "`model`: String should have at least 1 character"),
         ({"model": ["a"]}, "`model`: Field required"),
@@ -378,8 +381,8 @@ def test_nothing_to_judge_asks_nothing():
         ({"request": {"seed": {1}}}, "`request` is not JSON"),
         ({"mode": "pairwise"}, "no column `answer` with reference answers: set `reference_column` to one of gold"),
         ({"reference_column": "golden"}, "no column `golden` with reference answers"),
-        ({"reference_column": "gold"}, r"column `gold`, row 0 of the call: 4 is no text"),
-        ({"rubric": [7]}, r"column `rubric`, row 0 of the call: 7 is no text"),
+        ({"reference_column": "gold"}, r"column `gold`, row 0 of the call: 4 is not text"),
+        ({"rubric": [7]}, r"column `rubric`, row 0 of the call: 7 is not text"),
         ({"stop": ["a", "b"]}, "`stop` is a list of 2 for 1 answers"),
         ({"api_key_env": "ELSEWHERE"}, "variable ELSEWHERE holds no key for http://127.0.0.1:9/v1: export it"),
     ],
@@ -401,7 +404,7 @@ def test_the_recipe_entries_of_the_documentation(root):
 
 
 @pytest.mark.parametrize("option", ["base_url", "model"])
-def test_options_that_must_be_there(option):
+def test_required_options_are_named(option):
     options = {"base_url": "http://127.0.0.1:9/v1", "model": "judge-1"}
     del options[option]
     with pytest.raises(RewardError, match=f"`{option}`: Field required"):
@@ -409,7 +412,7 @@ def test_options_that_must_be_there(option):
 
 
 @pytest.mark.parametrize("secret", ["", "  ", "sk-naïve", "sk-a\nb"])
-def test_a_key_that_is_none_is_not_sent_and_not_shown(secret, monkeypatch):
+def test_an_invalid_key_is_neither_sent_nor_shown(secret, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", secret)
     with pytest.raises(RewardError, match="variable OPENAI_API_KEY holds no key") as caught:
         ask("http://127.0.0.1:9/v1", ["4"])

@@ -1,4 +1,4 @@
-"""Pairwise judging: both orders, ties, a judge in love with a position; and on real preference data."""
+"""Pairwise judging: both orders, ties, a position-biased judge; also on real preference data."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def counted():
 
 
 def longer(body, margin=0):
-    """Prefers the longer answer; where the difference is within the margin, the first one."""
+    """Prefers the longer answer, or the first one if the difference is within the margin."""
     seen = pieces(body)
     difference = len(seen["answer-a"]) - len(seen["answer-b"])
     if margin and abs(difference) <= margin:
@@ -63,7 +63,7 @@ def test_both_orders_are_asked_and_agree():
         ("tie", "A", 0.5, 1),
     ],
 )
-def test_what_the_orders_disagree_on_is_a_tie(answer_first, reference_first, value, disagree):
+def test_disagreement_between_orders_is_a_tie(answer_first, reference_first, value, disagree):
     def answer(body):
         return preferred(answer_first if pieces(body)["answer-a"] == "mine" else reference_first)
 
@@ -72,7 +72,7 @@ def test_what_the_orders_disagree_on_is_a_tie(answer_first, reference_first, val
     assert counted()[:2] == (1, disagree)
 
 
-def test_a_judge_in_love_with_the_first_position_teaches_nothing_and_is_told_on(caplog):
+def test_a_position_biased_judge_gives_ties_and_a_warning(caplog):
     with serve(lambda body: preferred("A")) as (_, url):
         assert ask(url, [f"answer {i}" for i in range(8)], answer=["other"] * 8) == [0.5] * 8
     assert counted() == (8, 8, 16, 0)
@@ -80,7 +80,7 @@ def test_a_judge_in_love_with_the_first_position_teaches_nothing_and_is_told_on(
     assert "it chose the first 16 times, the second 0 times" in caplog.text
 
 
-def test_one_order_without_a_verdict_is_no_opinion():
+def test_one_order_without_a_verdict_scores_none():
     def answer(body):
         return chat("Hm.") if pieces(body)["answer-b"] == "mine" else preferred("A")
 
@@ -109,7 +109,7 @@ def test_an_answer_equal_to_its_reference_is_one_question():
 
 
 @pytest.mark.parametrize("path", REAL)
-def test_the_win_rate_on_real_pairs_is_the_one_that_the_lengths_have(path, shared_data, tmp_path):
+def test_the_win_rate_on_real_pairs_follows_the_lengths(path, shared_data, tmp_path):
     source = FileSource(source="file", path=path, limit=60)
     pairs = load([source], Preference, shared_data, 0).records
     assert len(pairs) == 60

@@ -1,4 +1,4 @@
-"""The judge without a network: what it is told cannot be broken out of, and what it replies is read."""
+"""The judge's prompt and replies, without a network: an answer cannot escape its fence, and replies are read."""
 
 import doctest
 
@@ -23,7 +23,7 @@ def test_the_examples_in_docstrings():
 
 
 def between_marks(question: Question, name: str) -> str:
-    """By plain search, from the first opening mark to the last closing one."""
+    """The text from the first opening mark to the last closing one, found by plain search."""
     tag, user = question.tag, question.messages[1]["content"]
     assert f"the tag {tag}" in question.messages[0]["content"]
     first, last = f"<{name}-{tag}>\n", f"\n</{name}-{tag}>"
@@ -34,15 +34,15 @@ def between_marks(question: Question, name: str) -> str:
 @given(st.text())
 @example("\n</answer-")
 @example("{rubric} {tag} {0}")
-def test_whatever_the_answer_is_it_stands_between_one_pair_of_marks(text):
+def test_any_answer_is_fenced_by_one_pair_of_marks(text):
     text = text.encode("utf-8", "replace").decode()
     question = grading(PROMPT, text, None, "Is it right?", 1, 10)
     assert between_marks(question, "answer") == text
     assert between_marks(question, "conversation-user") == "2 + 2?"
 
 
-def test_an_answer_cannot_close_its_fence_even_when_it_knows_the_tag_of_every_earlier_try():
-    """The attacker sees the tag of its answer, writes it in, sees the next tag, writes that in as well, ..."""
+def test_an_answer_that_knows_earlier_tags_cannot_close_its_fence():
+    """The attacker sees the tag of its answer, adds it to the answer, sees the next tag, adds that too, and so on."""
     answer, seen = "4", set()
     for _ in range(50):
         question = grading(PROMPT, answer, None, "Is it right?", 1, 10)
@@ -53,7 +53,7 @@ def test_an_answer_cannot_close_its_fence_even_when_it_knows_the_tag_of_every_ea
         answer += ATTACK.format(tag=tag) + ATTACK.format(tag=tag.upper())
 
 
-def test_should_a_text_contain_its_own_hash_another_tag_is_taken(monkeypatch):
+def test_a_text_with_its_own_hash_gets_another_tag(monkeypatch):
     class Weak:
         """Of all texts the same, until asked again."""
 
@@ -72,13 +72,13 @@ def test_should_a_text_contain_its_own_hash_another_tag_is_taken(monkeypatch):
     assert fence_tag(["0" * 16, "A" * 16]) == "1" * 16
 
 
-def test_an_equal_question_has_an_equal_tag_and_another_one_another():
+def test_equal_questions_have_equal_tags_and_different_ones_differ():
     one, same, other = (comparison(PROMPT, answer, "5", "Is it right?") for answer in ("4", "4", "four"))
     assert one == same != other
     assert one.tag != comparison(PROMPT, "5", "4", "Is it right?").tag
 
 
-def test_the_judge_is_told_all_there_is():
+def test_the_prompt_contains_all_parts():
     question = grading(PROMPT, "4", "It is 4.", "Is it {right}?", 0, 5)
     assert pieces({"messages": question.messages}) == {
         "conversation-system": "Be brief.",
@@ -108,7 +108,7 @@ def test_a_reply_that_quotes_the_question_is_read_after_it():
     assert question.verdict_of('{"score": 1}') == '{"score": 1}'
 
 
-def test_half_a_surrogate_pair_is_replaced():
+def test_a_lone_surrogate_is_replaced():
     assert between_marks(grading(PROMPT, "a\ud800b", None, "?", 1, 10), "answer") == "a?b"
 
 
@@ -131,7 +131,7 @@ def test_half_a_surrogate_pair_is_replaced():
         (" 10/10.\n", 1.0),
     ],
 )
-def test_scores_that_are_read(text, score):
+def test_scores_are_read_from_common_replies(text, score):
     assert read_score(text, 1, 10) == pytest.approx(score)
 
 
@@ -163,7 +163,7 @@ def test_scores_that_are_read(text, score):
         "{" * 20_000,
     ],
 )
-def test_replies_without_a_score_are_none(text):
+def test_replies_without_a_score_give_none(text):
     assert read_score(text, 1, 10) is None
 
 
@@ -187,12 +187,12 @@ def test_replies_without_a_score_are_none(text):
         ("", None),
     ],
 )
-def test_winners(text, value):
+def test_winners_are_read_from_common_replies(text, value):
     assert read_winner(text) == value
 
 
 @given(st.text(), st.sampled_from(["", '{"score": ', "Score: ", '{"winner": "', "{" * 50]))
-def test_no_reply_breaks_the_reading(text, start):
+def test_no_reply_raises(text, start):
     score = read_score(start + text, 1, 10)
     assert score is None or 0 <= score <= 1
     assert read_winner(start + text) in (None, 0.0, 0.5, 1.0)
@@ -201,5 +201,5 @@ def test_no_reply_breaks_the_reading(text, start):
 @pytest.mark.parametrize(
     "text", ["I'm sorry, but no.", "I can’t help with that.", " As an AI model, I", "I cannot rate it"]
 )
-def test_refusals_in_words(text):
+def test_refusals_are_recognised(text):
     assert refuses(text) and not refuses("The answer says: " + text)

@@ -1,4 +1,4 @@
-"""`accelerate launch -m stages.sft` under every engine: what ran is what was asked for, losses are one process's."""
+"""`accelerate launch -m stages.sft` under every engine: the requested engine ran, with the losses of one process."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_sft_trains_as_one_process_does(
         for key in {"loss", "grad_norm", "eval_loss", "eval_mean_token_accuracy"} & mine.keys():
             assert theirs[key] == pytest.approx(mine[key], rel=1e-5), key
             compared += 1
-    assert compared >= 12  # four steps, twice held out
+    assert compared >= 12  # four steps, two evaluations
     assert weights.keys() == one_weights.keys()
     for key, value in weights.items():
         torch.testing.assert_close(value, one_weights[key], rtol=1e-4, atol=1e-5)

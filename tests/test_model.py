@@ -128,7 +128,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(foreign, t
 
 
 def test_a_parent_without_a_pad_token_is_padded_with_a_spare_one(foreign, tmp_path):
-    """As many base models are published; the hand-off chooses, and encoder and published model follow."""
+    """Many base models have no pad token; the hand-off chooses one, which encoder and published model use."""
     path = foreign / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|eos|>"}))
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
@@ -142,7 +142,7 @@ def test_a_parent_without_a_pad_token_is_padded_with_a_spare_one(foreign, tmp_pa
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_head_is_written_once_and_comes_back(tied, encoder, tmp_path):
+def test_a_tied_head_is_written_once_and_restored(tied, encoder, tmp_path):
     keys = {"architecture": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     keys |= {"num_attention_heads": 2, "tie_word_embeddings": tied}
     model = build(encoder, **keys)

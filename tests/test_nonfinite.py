@@ -31,9 +31,9 @@ KEYS = ("train.max_steps=8", "train.logging_steps=2", "train.save_steps=9", "tra
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, *steps: int, infinite: bool = False) -> None:
-    """In the last micro-batch of these optimizer steps, counted from 1, the model computes nothing but NaN.
+    """In the last micro-batch of these optimizer steps, counted from 1, the model gives only NaN.
 
-    `infinite`: it does not, and a constant is added to the loss that leaves its gradient finite.
+    `infinite`: instead, a constant makes the loss infinite but leaves its gradient finite.
     """
     original, carry = StageTrainer.compute_loss, finite.carry_nonfinite
 
@@ -114,7 +114,7 @@ def test_the_rows_of_a_step_are_those_that_the_order_gives_it(lengths):
 
 
 class Listener:
-    """Of a Run, what `Faults` uses."""
+    """The part of a Run that `Faults` uses."""
 
     class section:
         name = "sft"
@@ -131,7 +131,7 @@ class Listener:
         self.said.append(text)
 
 
-def test_what_is_said_and_written_about_a_skipped_step():
+def test_a_skipped_step_is_printed_and_logged():
     run, faults = Listener(), Faults()
     assert faults.metrics() == {}
     found = {"loss": 1.5, "grad_norm": float("inf")}
@@ -144,7 +144,7 @@ def test_what_is_said_and_written_about_a_skipped_step():
     assert faults.metrics() == {"skipped_steps": 1}
 
 
-def test_only_steps_in_a_row_are_too_many():
+def test_only_consecutive_skips_count_towards_the_limit():
     run, faults = Listener(), Faults()
     for _ in range(3):
         faults.skip(run, 1, 2, {"loss": float("nan")}, {})
@@ -181,7 +181,7 @@ def test_a_broken_batch_is_skipped_and_named_and_the_stage_ends(name, tmp_path, 
     numbers = [value for line in run.lines for value in line.values() if isinstance(value, float)]
     assert all(torch.isfinite(torch.tensor(numbers)))
     assert all(torch.isfinite(value).all() for value in run.weights.values())
-    # The steps before are as they were, and the learning rate still is that of the step's number.
+    # Earlier steps are unchanged, and the learning rate still follows the step number.
     assert run.of("loss")[0] == whole.of("loss")[0]
     assert run.of("learning_rate") == whole.of("learning_rate")
     assert any(not torch.equal(run.weights[key], whole.weights[key]) for key in run.weights)
@@ -189,7 +189,7 @@ def test_a_broken_batch_is_skipped_and_named_and_the_stage_ends(name, tmp_path, 
 
 @slow
 def test_a_loss_that_is_infinite_by_a_constant_is_skipped_as_well(tmp_path, monkeypatch):
-    """Its own gradient is finite; the weights end as after a batch of NaN."""
+    """Its gradient is finite, but the weights end as after a batch of NaN."""
     with monkeypatch.context() as patch:
         broken(patch, 3)
         nan = run_stage("sft", tmp_path / "nan", *KEYS)
@@ -201,7 +201,7 @@ def test_a_loss_that_is_infinite_by_a_constant_is_skipped_as_well(tmp_path, monk
 
 @slow
 def test_the_state_after_a_skipped_step_is_the_one_before_it(tmp_path, monkeypatch):
-    """Saved at its request; a state that is due waits until a step was taken."""
+    """A requested save happens; a scheduled one waits for the next step that is not skipped."""
     keys = ("train.save_steps=2", "train.max_steps=6", "train.save_total_limit=9")
     with monkeypatch.context() as patch:
         broken(patch, 3)
@@ -221,7 +221,7 @@ def test_the_state_after_a_skipped_step_is_the_one_before_it(tmp_path, monkeypat
 
 @slow
 def test_what_was_skipped_before_a_resume_counts_after_it(tmp_path, monkeypatch):
-    """Stopped in the middle of a row of broken batches; once they end within the limit, once they go on."""
+    """Stopped within a series of broken batches, which then ends within the limit or continues beyond it."""
 
     def stopped_at_4(recipe, steps) -> None:
         with monkeypatch.context() as patch:
@@ -267,7 +267,7 @@ def test_too_many_in_a_row_end_with_code_3_and_the_last_state_goes_on(tmp_path, 
 @slow
 @pytest.mark.parametrize("engine", ["cpu2", "cpu2_zero3"])
 def test_what_is_broken_on_one_process_is_skipped_on_all(engine, micro_recipe, root, tmp_path):
-    """DeepSpeed steps, and skips, by itself; the course is that of one process all the same."""
+    """DeepSpeed skips steps by itself; the course still equals that of one process."""
     runs = load_recipe(micro_recipe).run_dir
     keys = ["max_steps=5", "logging_steps=1", "save_steps=9", "per_device_train_batch_size=4", "adam_epsilon=1e-3"]
     keys = [f"sft.parent={runs / 'pretrain'}", *(f"sft.train.{key}" for key in keys)]
@@ -332,7 +332,7 @@ def test_ppo_skips_a_minibatch_and_names_its_answers(micro_recipe, monkeypatch):
 
 @slow
 def test_ppo_goes_on_after_an_iteration_without_any_step(micro_recipe, monkeypatch):
-    """Its averages over training have nothing to say, and no guard takes that for a collapse."""
+    """Its training averages are empty, and no guard takes that for a collapse."""
     broken_minibatches(monkeypatch, 4, 5)
     _, lines = ppo(micro_recipe, "train.num_ppo_epochs=1", "train.num_mini_batches=1")
     one, two, three, four = (line for line in lines if "episode" in line)

@@ -1,4 +1,4 @@
-"""The fit of reward against distance: it recovers what made the points, and reads a run's looks."""
+"""The fit of reward against distance: it recovers known coefficients, and reads a run's evaluations."""
 
 import json
 import math
@@ -17,7 +17,7 @@ def test_the_fit_recovers_alpha_and_beta():
     assert 0.5 < fit(kl, noisy)[2] < 0.99
 
 
-def test_a_course_is_gains_over_the_first_look(tmp_path):
+def test_a_course_has_gains_over_the_first_evaluation(tmp_path):
     lines = [
         {"step": 0, "probe/reward": 1.0},
         {"step": 0, "eval/kl": 0.0, "eval/monitor": 0.25, "eval/scores": 1.0},

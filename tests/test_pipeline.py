@@ -34,7 +34,7 @@ MORE = """
 MODELS = ("pretrain", "sft", "reward", "ppo", "dpo")
 
 
-# Read by every Python that starts: to connect anywhere but to this machine fails, as without a network.
+# Every Python process loads this at its start. It makes all connections to other machines fail, as without a network.
 BLOCKED = """
 import errno, socket
 connect = socket.socket.connect
@@ -47,7 +47,7 @@ socket.socket.connect = socket.socket.connect_ex = refused
 
 
 def without_network(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """What takes the network from a command: a prefix where the system lets us, variables elsewhere."""
+    """Cuts a command off the network: by a command prefix if the system allows it, else by variables."""
     command = ["unshare", "-n"]
     if shutil.which("unshare") and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
         return command, {}
@@ -56,7 +56,7 @@ def without_network(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def baton(root: Path, *arguments: str, offline: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command; with `offline`, a folder for what that needs, without a network."""
+    """Runs the command; without a network if `offline`, a folder for the files that this needs, is given."""
     prefix, blocked = ([], {}) if offline is None else without_network(offline)
     command = [*prefix, str(root / ".venv" / "bin" / "baton"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **blocked}
@@ -65,7 +65,7 @@ def baton(root: Path, *arguments: str, offline: Path | None = None) -> subproces
 
 @pytest.fixture(scope="module")
 def pipeline(micro_recipe, tmp_path_factory, root) -> Path:
-    """All stages of the micro recipe, run by the command; SIGKILL fell in the middle of SFT."""
+    """All stages of the micro recipe, run by the command, with a SIGKILL in the middle of SFT."""
     folder = tmp_path_factory.mktemp("pipeline")
     path = folder / "micro.yaml"
     text = micro_recipe.read_text().replace(str(micro_recipe.parent), str(folder))
@@ -86,7 +86,7 @@ def pipeline(micro_recipe, tmp_path_factory, root) -> Path:
     started.wait()
     assert not (run / "sft" / "stage.json").exists()
 
-    # A tracker that cannot reach its server is part of having no network.
+    # Without a network, the tracker cannot reach its server.
     done = baton(root, "run", str(path), "sft.train.report_to=wandb", "ppo.train.report_to=wandb", offline=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "pretrain" in done.stdout and "up to date, skipped" in done.stdout
@@ -95,7 +95,7 @@ def pipeline(micro_recipe, tmp_path_factory, root) -> Path:
 
 
 def test_a_killed_pipeline_ends_as_one_that_was_not(pipeline, micro_recipe):
-    """SFT, in which the kill fell, and what came before and after it equal the session's own chain in every bit."""
+    """SFT, which was killed, and the stages before and after it equal the session's own chain bit for bit."""
     ours, theirs = load_recipe(pipeline).run_dir, load_recipe(micro_recipe).run_dir
     for name in ("tokenizer", "pretrain", "sft", "reward"):
         assert differences(ours / name, theirs / name) == [], name
@@ -103,7 +103,7 @@ def test_a_killed_pipeline_ends_as_one_that_was_not(pipeline, micro_recipe):
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "127.0.0.1"])
 def test_without_a_network_is_what_it_says(tmp_path, address):
-    """Either way of taking it leaves nothing but this machine."""
+    """Both ways of cutting off the network leave only this machine reachable."""
     (tmp_path / "sitecustomize.py").write_text(BLOCKED)
     code = f"import socket; socket.create_connection(({address!r}, 9), timeout=5)"
     ways = [([], {"PYTHONPATH": str(tmp_path)}), without_network(tmp_path)]
@@ -141,7 +141,7 @@ def test_every_published_model_loads_and_stops_where_its_files_say(pipeline):
         assert model.generation_config.pad_token_id == encoder.pad_id != encoder.eos_id
 
 
-def test_the_report_and_chat_of_the_run(pipeline, root):
+def test_the_report_and_chat_work_on_the_run(pipeline, root):
     assert baton(root, "report", str(pipeline)).returncode == 0
     page = (load_recipe(pipeline).run_dir / "report.html").read_text()
     assert all(name in page for name in MODELS)
@@ -151,7 +151,7 @@ def test_the_report_and_chat_of_the_run(pipeline, root):
 
 
 def test_verify_names_the_file_that_was_touched(pipeline, root):
-    """Last, since it breaks the run."""
+    """This test comes last, since it damages the run."""
     run = load_recipe(pipeline).run_dir
     assert baton(root, "verify", str(run)).returncode == 0
     weights = run / "sft" / "model" / "model.safetensors"

@@ -1,4 +1,4 @@
-"""The precision of what is trained: weights that could not move are refused, and how many moved is told."""
+"""Precision of trained weights: settings that could not change them are refused, and the changed share is reported."""
 
 from types import SimpleNamespace
 
@@ -42,7 +42,7 @@ def test_an_engine_that_trains_float32_refuses_it():
 
 
 def test_why_there_is_a_limit():
-    """Two hundred steps of AdamW on weights of a model's size: at 1e-6 not one of a thousand moves, at 1e-4 most do."""
+    """Two hundred AdamW steps on weights of a model's size: at 1e-6 not one in a thousand changes, at 1e-4 most do."""
     moved = {}
     for rate in (1e-6, 1e-4):
         torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_why_there_is_a_limit():
 
 
 def test_what_counts_as_changed(tmp_path):
-    """Half of one tensor moved; rounding to the trained precision, a new head and another shape do not count."""
+    """Half of one tensor changed; rounding to the trained precision, a new head and another shape do not count."""
     torch.manual_seed(0)
     parent = {"a": torch.randn(8), "b": torch.randn(8), "resized": torch.randn(3)}
     save_file(parent, tmp_path / "model.safetensors")
@@ -88,7 +88,7 @@ def test_float32_weights_move_at_the_rates_of_alignment(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "reward"])
 def test_bfloat16_weights_train_and_resume(tmp_path, name):
-    """They stay bfloat16, they learn, and a run that goes on from a state ends with the same bits."""
+    """They stay bfloat16, they learn, and a resumed run ends bit for bit the same."""
     keys = [BF16, "train.learning_rate=1e-3", "train.max_steps=8", "train.save_steps=4"]
     whole = stage_chain.run_stage(name, tmp_path, *keys)
     for value in whole.weights.values():
@@ -108,7 +108,7 @@ def test_ppo_trains_bfloat16_weights(micro_recipe, bf16):
     keys = [f"ppo.{BF16}", f"ppo.train.bf16={bf16}", "ppo.guards.keep=last", "ppo.guards.mismatch_limit=0.5"]
     recipe = load_recipe(micro_recipe, keys)
     runs = []
-    for _ in range(2):  # the second goes on from the state of iteration 2
+    for _ in range(2):  # the second continues from the state of iteration 2
         run_section(recipe, "ppo")
         folder = recipe.run_dir / "ppo"
         runs.append((load_file(folder / "model" / "model.safetensors"), stage_chain.lines_of(folder)))

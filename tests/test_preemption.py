@@ -1,4 +1,4 @@
-"""Signals to a stage: it ends after its step with a state saved; the same command then ends where it would have."""
+"""Signals to a stage: it saves a state after its step and exits; the same command then reaches the same result."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, *signals: int) -> None:
 # ---- the handlers alone
 
 
-def test_where_no_step_is_under_way_a_signal_ends_the_stage_at_once():
+def test_without_a_running_step_a_signal_ends_the_stage_at_once():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="sft: stopped by SIGTERM with no step under way") as stopped, Signals("sft"):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -55,26 +55,26 @@ def test_where_no_step_is_under_way_a_signal_ends_the_stage_at_once():
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_while_a_step_is_under_way_it_is_remembered(signum):
+def test_during_a_step_a_signal_is_remembered(signum):
     if signal.getsignal(signum) is signal.SIG_IGN:
         pytest.skip("the tests were started with this signal ignored, and a stage leaves it so")
     with Signals("sft") as signals:
         signals.finish_steps(60)
         assert signals.asked() == (0, False)
         os.kill(os.getpid(), signum)
-        os.kill(os.getpid(), signum)  # a launcher passes on what its group has got as well
+        os.kill(os.getpid(), signum)  # a launcher forwards a signal that its group also received
         assert signals.asked() == (signum, False)
 
 
-def test_a_save_is_asked_for_once():
+def test_a_save_request_is_reported_once():
     with Signals("sft") as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.asked() == (0, True)
         assert signals.asked() == (0, False)
 
 
-def test_what_was_ignored_stays_ignored():
-    """`nohup` ignores SIGHUP for the sake of what it starts."""
+def test_an_ignored_signal_stays_ignored():
+    """`nohup` starts its command with SIGHUP ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Signals("sft") as signals:
@@ -106,7 +106,7 @@ def test_a_stage_stopped_between_two_lines_and_two_saves_ends_bit_for_bit_the_sa
     keys = ("train.max_steps=9", "train.logging_steps=4", "train.save_steps=3", "train.per_device_train_batch_size=4")
     whole = run_stage(name, tmp_path / "whole", *keys)
     recipe = stage_recipe(name, tmp_path / "stopped", *keys)
-    at_step(monkeypatch, 6, signal.SIGUSR1)  # and this save too changes nothing
+    at_step(monkeypatch, 6, signal.SIGUSR1)  # this save changes nothing either
     with monkeypatch.context() as patch:
         at_step(patch, 7, signal.SIGTERM)
         with pytest.raises(Stopped, match=rf"{name}: stopped by SIGTERM after step 7; its state is saved") as stopped:
@@ -164,7 +164,7 @@ def ppo(micro_recipe: Path) -> tuple[Callable[[], None], Path]:
 @slow
 def test_ppo_stopped_in_an_iteration_ends_bit_for_bit_the_same(micro_recipe, monkeypatch):
     run, folder = ppo(micro_recipe)
-    original, asked = Sampler.batch, [2, 4]  # iterations, counted from 0: neither is one after which it saves
+    original, asked = Sampler.batch, [2, 4]  # iterations, counted from 0; it saves after neither of them
 
     def batch(self, stream, cursor, iteration):
         if asked and iteration == asked[0]:
@@ -211,7 +211,7 @@ def begin(root: Path, *command: str) -> subprocess.Popen[str]:
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    """Until metrics.jsonl has a line of training of that step, or of a later one."""
+    """Waits until metrics.jsonl has a training line of that step or a later one."""
     deadline = time.monotonic() + 120
     while not any(line["step"] >= step for line in lines_of(folder)) if (folder / "metrics.jsonl").exists() else True:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -219,7 +219,7 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
 
 
 def parents_of(micro_recipe: Path, output: Path, *overrides: str) -> tuple[list[str], Path]:
-    """Arguments for the micro recipe in a folder of its own, from its published parents; and the run's folder."""
+    """Arguments for the micro recipe in a separate folder with its published parents; and the run's folder."""
     runs = load_recipe(micro_recipe).run_dir
     keys = [f"sft.parent={runs / 'pretrain'}", f"ppo.parent={runs / 'sft'}", f"output_root={output}", *overrides]
     keys += [f'ppo.reward=[{{"model": "{runs / "reward"}"}}]']
@@ -239,7 +239,7 @@ def same(one: Path, other: Path) -> None:
 
 @slow
 def test_a_requeued_job_continues_by_itself(micro_recipe, root, tmp_path):
-    """As Slurm does it: the runner and the stage both get the signal, and the job's command is run again."""
+    """As with Slurm: the runner and the stage both get the signal, and the job's command runs again."""
     arguments, folder = parents_of(micro_recipe, tmp_path / "whole", *SFT)
     run_section(load_recipe(micro_recipe, arguments[1:]), "sft")
     command = ["-m", "baton", "run", "--to", "sft"]
@@ -323,7 +323,7 @@ def test_of_two_processes_one_is_asked_and_both_end_after_the_same_step(stage, m
     assert not any(one.is_running() for one in family)
     (state,) = states(stopped / stage)
     assert {"sft": 8, "ppo": 2}[stage] <= int(state.removeprefix("step-")) < {"sft": 60, "ppo": 8}[stage]
-    if stage == "sft":  # whose losses are summed up on each process apart
+    if stage == "sft":  # losses are summed separately on each process
         out = begin(root, *command, *arguments).communicate(timeout=240)[0]
         assert "resuming after step" in out
         whole, folder = parents_of(micro_recipe, tmp_path / "whole", *keys)

@@ -1,4 +1,4 @@
-"""The recipes of the repository: each loads, and says at its head what it is for and what it should give."""
+"""The repository's recipes: each loads, and its header states its purpose and the expected metric."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 
-def test_the_recipes_that_the_make_targets_and_documents_name_are_here():
+def test_the_recipes_named_by_make_targets_and_docs_exist():
     assert {"tiny", "real"} <= {path.stem for path in RECIPES}
 
 

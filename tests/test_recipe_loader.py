@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused and in which words, overrides, order. On two small stages made for it."""
+"""Recipes: values, errors and their messages, overrides, order; with two small stages made for these tests."""
 
 import subprocess
 import sys
@@ -71,7 +71,7 @@ def soft_parents(config):
 
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """Two stages, bake and taste, and a sub-package that is none."""
+    """Two stages, bake and taste, and a sub-package that is not a stage."""
     folder = tmp_path_factory.mktemp("kitchen")
     for name, text in (("bake", BAKE), ("taste", TASTE)):
         (folder / "kitchen_stages" / name).mkdir(parents=True)
@@ -128,7 +128,7 @@ stages:
 """
 
 
-def test_values_are_typed_and_known_by_their_source(load, tmp_path):
+def test_values_are_typed_and_have_a_source(load, tmp_path):
     recipe = load(GOOD, "rolls.dough.0.grams=3e0".replace("3e0", "3"), "seed=7")
     assert (recipe.name, recipe.seed, recipe.run_dir) == ("bread", 7, Path("runs/bread"))
     loaf = recipe.sections["loaf"].config
@@ -137,7 +137,7 @@ def test_values_are_typed_and_known_by_their_source(load, tmp_path):
     assert recipe.sections["rolls"].config.tins == ("a", "b")
     source = recipe.explain()
     file = f"{tmp_path}/r.yaml"
-    assert source["loaf.oven.degrees"] == f"{file}:2"  # where the anchor stands
+    assert source["loaf.oven.degrees"] == f"{file}:2"  # the line of the anchor
     assert source["loaf.oven.minutes"] == f"{file}:15"
     assert source["loaf.oven.fan"] == "default"
     assert source["loaf.dough.0.grams"] == f"{file}:11"
@@ -164,7 +164,7 @@ def test_every_resolved_value_has_a_source(load):
     assert expected == set(recipe.explain())
 
 
-def test_order_puts_parents_first_and_soft_parents_pull_nothing_in(load):
+def test_order_puts_parents_first_and_soft_parents_add_nothing(load):
     recipe = load(GOOD)
     assert recipe.order() == ["loaf", "rolls", "taste"]
     assert recipe.order(["taste"]) == ["loaf", "taste"]
@@ -194,11 +194,11 @@ stages:
 """)
     assert found == [
         "r.yaml:2: sed: unknown key, did you mean seed?",
-        "r.yaml:4: loaf.parent: missing, this key has to be given",
+        "r.yaml:4: loaf.parent: missing, this key is required",
         "r.yaml:6: loaf.parnt: unknown key, did you mean parent?",
         "r.yaml:7: loaf.dough.0.gram: unknown key, did you mean grams?",
         "r.yaml:7: loaf.dough.1: 'watr' is none of flour, water, did you mean water?",
-        "r.yaml:7: loaf.dough.2: missing, it has to say `kind:` flour or water",
+        "r.yaml:7: loaf.dough.2: missing, set `kind:` to flour or water",
         "r.yaml:9: loaf.oven.degrees: 400 is out of range, it must be at most 300",
         "r.yaml:10: loaf.oven.minutes: expected a whole number, not '30'",
         "r.yaml:11: loaf.oven.fan: expected true or false or auto, not 'on': write true",
@@ -210,7 +210,7 @@ stages:
     ]
 
 
-def test_a_check_over_several_keys_speaks_for_its_section(mistakes):
+def test_a_check_over_several_keys_names_its_section(mistakes):
     assert mistakes("name: b\nstages:\n  taste: {dishes: [org/x, org/x]}\n") == [
         "r.yaml:3: taste: a dish is tasted once"
     ]
@@ -265,7 +265,7 @@ def test_numbers_are_read_as_they_look(load, text, value):
         ("!!float 3", "the YAML tag tag:yaml.org,2002:float is not read here; write the value without a tag"),
     ],
 )
-def test_what_only_resembles_a_number_is_refused(mistakes, text, words):
+def test_text_that_resembles_a_number_is_refused(mistakes, text, words):
     assert f"r.yaml:3: bake.oven.degrees: {words}" in mistakes(MINIMAL % text)
 
 
@@ -279,7 +279,7 @@ def test_what_only_resembles_a_number_is_refused(mistakes, text, words):
         ("name: b\nstages: {}\n", "r.yaml:2: stages: needs at least 1 entry"),
         ("name: b\nstages: 3\n", "r.yaml:2: stages: expected a mapping of keys, not 3"),
         ("name: ../b\nstages: {taste: {}}\n", "r.yaml:1: name: '../b' cannot name a folder"),
-        ("stages: {taste: {}}\n", "r.yaml:1: name: missing, this key has to be given"),
+        ("stages: {taste: {}}\n", "r.yaml:1: name: missing, this key is required"),
         ("name: b\nstages: {logs: {stage: taste}}\n", "r.yaml:2: logs: cannot name a section"),
         ("name: b\nstages: {a.b: {stage: taste}}\n", "r.yaml:2: a.b: cannot name a section"),
         ("name: b\nseed: -1\nstages: {taste: {}}\n", "r.yaml:2: seed: -1 is out of range, it must be at least 0"),
@@ -292,7 +292,7 @@ def test_broken_files_name_their_line(mistakes, text, expected):
     assert mistakes(text)[0].startswith(expected)
 
 
-def test_files_that_cannot_be_read(kitchen, tmp_path):
+def test_unreadable_files_are_refused(kitchen, tmp_path):
     (tmp_path / "tiny.yaml").touch()
     with pytest.raises(RecipeError, match=r"tinny.yaml: no such recipe, did you mean .*/tiny.yaml\?"):
         load_recipe(tmp_path / "tinny.yaml", registry=kitchen)
@@ -327,12 +327,12 @@ def test_a_parent_is_a_section_a_folder_or_a_hub_id(load, tmp_path, monkeypatch)
         ("./x", "there are loaf"),
     ],
 )
-def test_a_parent_that_is_nothing(mistakes, tmp_path, monkeypatch, ref, hint):
+def test_an_unknown_parent_is_refused(mistakes, tmp_path, monkeypatch, ref, hint):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "old").mkdir()  # so old/... was meant as a path, not as a hub id
+    (tmp_path / "old").mkdir()  # so old/... is read as a path, not as a hub id
     (found,) = mistakes(bake(ref))
     assert found.startswith(
-        f"r.yaml:5: loaf.parent: {ref} is no section of this recipe, no existing folder and no hub id"
+        f"r.yaml:5: loaf.parent: {ref} is not a section of this recipe, an existing folder or a hub id"
     )
     assert hint in found
 

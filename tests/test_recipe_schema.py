@@ -1,4 +1,4 @@
-"""What holds for every key of every stage that there is: a slip of one letter is understood, and somebody reads it."""
+"""For every key of every stage: a one-letter slip gets the right suggestion, and some code reads the key."""
 
 import ast
 import random
@@ -22,7 +22,7 @@ def test_the_stages_are_found():
 
 
 def tags(model: type[BaseModel]) -> dict[str, str]:
-    """What tells a member of a union: {"source": "world"}."""
+    """The key that selects a member of a union: {"source": "world"}."""
     return {
         name: get_args(info.annotation)[0]
         for name, info in model.model_fields.items()
@@ -70,7 +70,7 @@ PLACES = [(stage, path, model) for stage in STAGES for path, model in places(Reg
 @pytest.mark.parametrize(
     ("stage", "path", "model"), PLACES, ids=[f"{s}.{'.'.join(p)}-{m.__name__}" for s, p, m in PLACES]
 )
-def test_a_slip_of_one_letter_is_understood(tmp_path, stage, path, model):
+def test_a_one_letter_slip_gets_a_suggestion(tmp_path, stage, path, model):
     keys = set(model.model_fields)
     slips = {key: slip(key, keys) for key in keys - tags(model).keys()}
     section = nested(path, tags(model) | dict.fromkeys(slips.values(), 1)) | {"stage": stage}
@@ -86,7 +86,7 @@ def test_a_slip_of_one_letter_is_understood(tmp_path, stage, path, model):
         assert key in suggested, line
 
 
-def test_a_slip_at_the_top_is_understood(tmp_path):
+def test_a_one_letter_slip_at_the_top_level_gets_a_suggestion(tmp_path):
     for key in TopLevel.model_fields:
         (tmp_path / "r.yaml").write_text(f"{slip(key, set(TopLevel.model_fields))}: 1\n")
         with pytest.raises(RecipeError, match=f"did you mean {key}?"):
@@ -97,7 +97,7 @@ def test_a_slip_at_the_top_is_understood(tmp_path):
 
 
 class Reads(ast.NodeVisitor):
-    """Names that a module reads as an attribute. Checks of a model's own values do not count as reading them."""
+    """Names that a module reads as attributes. A model's validators do not count as reading its values."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -130,5 +130,5 @@ def test_every_key_is_read_by_code(root, stage):
         for path, model in places(Registry().config_class(stage))
         for key in model.model_fields.keys() - tags(model).keys() - read
     }
-    # `stage` is read by the loader, from the text: it decides which model reads the rest.
+    # The loader reads `stage` from the text, since it decides which model reads the rest.
     assert unread - {f"{stage}.stage"} == set()

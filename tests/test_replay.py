@@ -1,4 +1,4 @@
-"""`baton replay`: a step taken again from a saved state gives the logged numbers, and the run stays as it is."""
+"""`baton replay`: a step repeated from a saved state gives the logged numbers, and the run is not changed."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file but the directory's clock."""
+    """Every file's content, without times."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -46,7 +46,7 @@ def tamper(folder: Path, step: int, key: str, change: float) -> None:
 
 @pytest.mark.parametrize(("step", "line", "state"), [(7, 8, 6), (12, 12, 6), (13, 14, 12)])
 def test_a_step_of_a_trainer_comes_out_as_it_was_logged(sft, step, line, state):
-    """Between two lines too: the average of steps 5 to 8 is taken again from the state of step 6."""
+    """Also between two lines: the average of steps 5 to 8 is recomputed from the state of step 6."""
     before = content(sft)
     found = replay_step(sft, "sft", step)
     assert (found.line, found.state) == (line, state)
@@ -68,7 +68,7 @@ def test_an_altered_line_is_shown_with_both_values(sft, monkeypatch, capsys):
     (sft / "sft" / "metrics.jsonl").write_bytes(kept)
 
 
-def test_what_cannot_be_taken_again_is_said(sft, monkeypatch, capsys):
+def test_steps_that_cannot_be_replayed_say_why(sft, monkeypatch, capsys):
     with pytest.raises(
         UserError, match=r"no whole state .* before step 6 \(steps with a line: 4, 8, 12, 14; states: 6, "
     ):
@@ -89,7 +89,7 @@ def test_what_cannot_be_taken_again_is_said(sft, monkeypatch, capsys):
         replay_step(stage_chain.runs() / "tiny", "tokenizer", 1)
 
 
-def test_an_altered_state_is_passed_over(sft):
+def test_an_altered_state_is_skipped(sft):
     part = sft / "sft" / "state" / "step-12" / "optimizer.safetensors"
     kept = part.read_bytes()
     part.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
@@ -125,8 +125,8 @@ def test_an_iteration_of_ppo_comes_out_as_it_was_logged(micro_recipe, monkeypatc
     assert "objective/kl" in capsys.readouterr().out
 
 
-def test_dpo_reads_its_reference_again(tmp_path):
-    """The reference's log-probabilities are kept beside the states."""
+def test_dpo_reuses_the_stored_reference(tmp_path):
+    """The reference's log-probabilities are stored beside the states."""
     run = stage_chain.run_stage("dpo", tmp_path, "train.max_steps=4", "train.save_steps=2").folder.parent
     before = content(run)
     assert replay_step(run, "dpo", 4).agrees

@@ -1,4 +1,4 @@
-"""What headless Chromium shows of a report: text, sizes, contrast, pixels; and that it asks for nothing else."""
+"""A report in headless Chromium: text, sizes, contrast, pixels; and it requests no other file."""
 
 import re
 import shutil
@@ -36,7 +36,7 @@ def test_chromium_shows_the_page(browser: Page, whole: Path, width: int, dark: b
     shown = browser.run("document.body.innerText")
     assert "ppo raised the gold score of sft" in shown and "</div><script>alert(1)</script>" in shown
 
-    # Nothing sticks out to the side, and every drawing has its size.
+    # The page does not scroll sideways, and every chart has a size.
     assert browser.run("document.documentElement.scrollWidth") == width
     sticking_out = """[...document.querySelectorAll('main *, header *')]
         .filter(e => !e.closest('.scroll, svg, .hidden') && e.getBoundingClientRect().right > innerWidth + 1)
@@ -47,7 +47,7 @@ def test_chromium_shows_the_page(browser: Page, whole: Path, width: int, dark: b
     lineages = "[...document.querySelectorAll('.lineage')].map(e => e.getBoundingClientRect().height > 50)"
     assert browser.run(lineages) == ([True, False] if width > 720 else [False, True])
 
-    # Text keeps a contrast that can be read, on the page's own background.
+    # Text has a readable contrast on the page's own background.
     ground, ink = (browser.run(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
     luminances = sorted(luminance(color) for color in (ground, ink))
     assert (luminances[1] + 0.05) / (luminances[0] + 0.05) > 7

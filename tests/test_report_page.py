@@ -1,4 +1,4 @@
-"""The report's page: what it says about whole, partial, broken and hostile runs."""
+"""The report's page for whole, partial, broken and hostile runs."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from tests.report_run import FAMILIES, make_card, make_results, make_run, make_s
 
 
 class Document(HTMLParser):
-    """What the tests look at: ids, references to ids, addresses, elements, and the text with its markup undone."""
+    """The parts that tests check: ids, references to ids, addresses, elements, and the text without markup."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(make_run(tmp_path_factory.mktemp("whole")))
 
 
-def test_report_tells_what_alignment_did(whole: Path) -> None:
+def test_the_report_shows_the_effect_of_alignment(whole: Path) -> None:
     page = Document(whole.read_text(encoding="utf-8"))
     assert whole == whole.parent / "report.html"
     assert "ppo raised the gold score of sft from 0.21 to 0.58 (+0.37), at 1.31 nats of KL" in page.text
@@ -75,7 +75,7 @@ def test_report_tells_what_alignment_did(whole: Path) -> None:
     assert "Missing" not in page.text and "Warnings" not in page.text
 
 
-def test_report_needs_nothing_beside_it(whole: Path) -> None:
+def test_the_report_is_self_contained(whole: Path) -> None:
     html = whole.read_text(encoding="utf-8")
     page = Document(html)
     assert all(address.startswith(("#", "data:")) for address in page.addresses), page.addresses
@@ -92,7 +92,7 @@ def test_every_reference_in_the_page_has_one_target(whole: Path) -> None:
     assert page.tags["svg"] > 15 and page.tags["desc"] == page.tags["svg"], "a drawing without a description"
 
 
-def test_charts_carry_their_numbers(tmp_path: Path) -> None:
+def test_charts_contain_their_numbers(tmp_path: Path) -> None:
     run = make_run(tmp_path, ("tokenizer", "pretrain"))
     write_lines(
         run / "pretrain" / "metrics.jsonl", [{"step": 10, "loss": 4.5}, {"step": 20, "loss": 3.25, "eval_loss": 3.5}]
@@ -126,7 +126,7 @@ def test_report_before_anything_was_published(tmp_path: Path) -> None:
     assert "No stage of this run has been published yet." in page_of(tmp_path / "tiny").text
 
 
-def test_no_run_is_the_users_error(tmp_path: Path) -> None:
+def test_a_missing_run_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such run; make it with `baton run recipes/tiny\.yaml`"):
         build(tmp_path / "tiny")
     (tmp_path / "tiny" / "logs").mkdir(parents=True)
@@ -135,7 +135,7 @@ def test_no_run_is_the_users_error(tmp_path: Path) -> None:
     assert not (tmp_path / "tiny" / "report.html").exists()
 
 
-def test_foreign_text_stays_text(whole: Path) -> None:
+def test_foreign_text_is_escaped(whole: Path) -> None:
     html = whole.read_bytes().decode("utf-8")  # a lone surrogate could not even be written
     assert "&lt;script&gt;alert(1)" in html and "<script" not in html and "<img" not in html
     assert "{{ 7*7 }}" in html, "a template in an answer was filled in"
@@ -152,7 +152,7 @@ def test_lines_of_samples_may_hold_any_separator(tmp_path: Path) -> None:
     assert "three 1" in page.text and "three 2" in page.text and "Warnings" not in page.text
 
 
-def test_what_is_broken_becomes_a_warning(tmp_path: Path) -> None:
+def test_broken_files_become_warnings(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "reward" / "stage.json").write_text('{"format_version": 1')
     with (run / "sft" / "metrics.jsonl").open("a") as file:
@@ -214,7 +214,7 @@ def test_the_report_card_of_a_reward_model(whole: Path) -> None:
     assert "#card-1" in page.addresses
 
 
-def test_what_the_card_found_is_a_warning_and_a_failed_gate_is_said(tmp_path: Path) -> None:
+def test_card_findings_are_warnings_and_a_failed_gate_is_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     failed = Probe(name="repeated", share=make_share(0.4), passed=False)
     card = make_card(
@@ -302,7 +302,7 @@ def test_an_unfinished_stage_is_known_by_the_record_of_its_start(tmp_path: Path)
     [(0.71, "0.710"), (-0.4, "−0.400"), (12.345, "12.3"), (123.4, "123"), (1234567, "1,234,567"), (0.000012, "1.2e−5"),
      (0, "0"), (0.0, "0"), (None, "–"), (math.nan, "not a number"), ("adamw", "adamw"), (9.999, "10.00")],
 )  # fmt: skip
-def test_numbers_are_written_for_people(value: object, shown: str) -> None:
+def test_numbers_are_written_readably(value: object, shown: str) -> None:
     assert number(value) == shown
 
 

@@ -1,8 +1,8 @@
-"""Exact resume: a stage that was killed and started again ends like one that was not, in every tensor of the weights
-and of the saved states, and in every logged value and sample; and a state that is not whole is refused by name.
+"""Exact resume: a killed and restarted stage equals an undisturbed one in every tensor of the weights and saved states,
+and in every logged value and sample; and a state that is not whole is refused by name.
 
-Kills from outside (SIGKILL, on one process and on two) fall at or behind a given step. Where the place matters to the
-line, an exception is raised there instead, in this process.
+SIGKILL from outside, on one process and on two, falls at or after a given step. Where the exact line matters, an
+exception is raised there instead, in this process.
 """
 
 import shutil
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory) -> Scene:
-    """The pipeline of the fault campaign, undisturbed: an epoch of it has 5 to 11 steps, an iteration 4."""
+    """The undisturbed pipeline of the fault campaign: an epoch has 5 to 11 steps, an iteration 4."""
     return prepare(tmp_path_factory.mktemp("resume"))
 
 
@@ -57,7 +57,7 @@ class Group:
             self.members.append(scene.child(root, section, self.log, *overrides, **environment, **own))
 
     def killed_after(self, step: int) -> bool:
-        """SIGKILL once that step is logged. False: it was too late, or it ended by itself."""
+        """Sends SIGKILL once that step is logged. Returns False if it was too late or the stage ended by itself."""
         while all(child.running for child in self.members):
             if last_step(self.stage) >= step:
                 for child in self.members:
@@ -81,8 +81,8 @@ RLOO = ["grpo.advantage=leave_one_out"]
 BASELINE = ["grpo.advantage=global_baseline"]
 ONE_AND_TWO = (1, 2)
 KILLS = {
-    # Two steps to be killed after: in the first epoch and in the second; in RL, in an iteration that follows a state
-    # and in one that does not.
+    # Steps after which to kill: one in the first epoch and one in the second; in RL, one in an iteration that follows a
+    # state and one in an iteration that does not.
     "pretrain": ("pretrain", (4, 16), [], ONE_AND_TWO),
     "sft": ("sft", (4, 16), [], ONE_AND_TWO),
     "reward": ("reward", (2, 8), [], ONE_AND_TWO),
@@ -106,7 +106,7 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(scene, case, processes, tmp_
         group = Group(scene, tmp_path / "whole", section, processes, *overrides)
         group.ends()
         whole = group.stage
-    for attempt in range(5):  # a machine that is held up may see a step when the stage has ended
+    for attempt in range(5):  # on a slow machine, the stage may have ended before the step is seen
         root = tmp_path / f"killed{attempt}"
         scene.copy(root, section)
         if all(Group(scene, root, section, processes, *overrides).killed_after(step) for step in steps):
@@ -149,7 +149,7 @@ class Death(BaseException):
 
 @contextmanager
 def dies(owner: object, name: str, when: Callable[..., bool], after: bool = False) -> Iterator[None]:
-    """The method raises Death when `when(number of the call, *arguments)`; `after`: once it has done its work."""
+    """Makes a method raise Death if `when(call number, *arguments)`, before its work or `after` it."""
     method = getattr(owner, name)
     calls = 0
 
@@ -182,7 +182,7 @@ class Section:
             scene.copy(tmp_path / where, name)
 
     def check(self, *deaths: Callable[[], object]) -> list[dict]:
-        """Each death is one start; then it is started once more. Returns the metrics."""
+        """Starts the section once per death, and once more to finish. Returns the metrics."""
         run_section(self.whole, self.name)
         for death in deaths:
             with death():
@@ -205,7 +205,7 @@ def after_state(step: int) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        # Dropout: the state of the random number generators has to come back too.
+        # With dropout, the state of the random number generators must be restored too.
         (
             "pretrain",
             ["model={architecture: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 128}", "train.optim=adamw"],
@@ -243,7 +243,7 @@ def before_save(iteration: int) -> Callable[[], object]:
     ids=["moving reference and adaptive coefficient", "critic's warm-up", "groups, reference moves every time"],
 )
 def test_rl_dies_inside_an_iteration_and_at_its_edge(scene, tmp_path, name, overrides):
-    """States are of iterations 2, 4, 6. A state is also made where the best policy so far was looked at."""
+    """States are saved at iterations 2, 4 and 6, and whenever an evaluation finds the best policy so far."""
     section = Section(scene, tmp_path, name, overrides)
     lines = section.check(
         in_sampling(0), between_minibatches(6), before_save(2), in_sampling(3), after_state(4), between_minibatches(2)
@@ -253,7 +253,7 @@ def test_rl_dies_inside_an_iteration_and_at_its_edge(scene, tmp_path, name, over
 
 
 def test_groups_that_were_drawn_again_are_drawn_again(scene, tmp_path):
-    """Dynamic sampling: how far the prompts have been read depends on what was answered."""
+    """With dynamic sampling, the position in the prompts depends on the answers."""
     reward = (
         'reward=[{"function": "world_correct"}, {"function": "length_penalty", "weight": 0.01, "args": {"free": 14}}]'
     )
@@ -263,7 +263,7 @@ def test_groups_that_were_drawn_again_are_drawn_again(scene, tmp_path):
 
 
 def test_an_ensemble_of_rewards(scene, tmp_path):
-    """Two reward models from the reference, one of them outside of the run."""
+    """Two reward models from the reference, one of them outside the run."""
     outside = shutil.copytree(scene.reference / "reward", tmp_path / "outside")
     reward = f'reward=[{{"models": ["reward", "{outside}"], "combine": "mean_minus_std"}}]'
     section = Section(scene, tmp_path, "ppo", [reward, "critic=reward", "train.iterations=4"])
@@ -280,7 +280,7 @@ def shorter(prompts, completions, completion_ids, **columns):
 
 
 def test_a_rollback_and_the_best_policy_are_remembered(scene, tmp_path, monkeypatch):
-    """The run is taken back to its best policy; it dies before that, at it, and after it."""
+    """The run rolls back to its best policy; it dies before, during and after the rollback."""
     (tmp_path / "toy_resume.py").write_text(TOY)
     monkeypatch.syspath_prepend(str(tmp_path))
     keys = ['reward=[{"function": "toy_resume:longer"}]', 'monitor=[{"function": "toy_resume:shorter"}]']
@@ -299,7 +299,7 @@ def test_a_rollback_and_the_best_policy_are_remembered(scene, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_each_part_of_a_state_that_is_deleted_or_altered_is_named(scene, tmp_path, name, caplog):
-    """With an older state there, the broken one is skipped by name; without, the stage refuses by name."""
+    """With an older state, the broken one is skipped by name; without, the stage refuses and names it."""
     state = shutil.copytree(scene.reference / name / "state", tmp_path / "state")
     store = StateStore(state)
     newest = max(state.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))

@@ -1,4 +1,4 @@
-"""The scorer: it does not care how rows are padded or batched, and reads the last token or every one."""
+"""Reward-model scores: independent of padding and batch, read at the last token or at every token."""
 
 import doctest
 

@@ -1,4 +1,4 @@
-"""The report card of a reward model, from numbers alone: each statement against a calculation of its own."""
+"""The report card of a reward model: each statement against an independent calculation, from numbers alone."""
 
 import json
 import math
@@ -84,17 +84,17 @@ def test_calibration_against_a_loop():
     assert ece == pytest.approx(brute_force_ece(margins), abs=1e-12) and ece > 0.05
     assert sum(b.observed.n for b in bins) == N
     assert all(b.low <= b.predicted <= b.high for b in bins)
-    assert calibration(np.zeros(3))[0] == 0.0  # no idea, and says so
+    assert calibration(np.zeros(3))[0] == 0.0  # uncertain, and calibrated
     assert calibration(np.full(3, 1000.0))[0] == pytest.approx(0.0)
 
 
-def test_a_model_that_means_what_it_says_is_calibrated_and_one_that_exaggerates_is_not():
+def test_calibration_tells_an_honest_model_from_an_overconfident_one():
     size = 3 * uniform(20000, 0, "size")
     right = uniform(20000, 0, "right") < 1 / (1 + np.exp(-size))
     honest = np.where(right, size, -size)
     assert calibration(honest)[0] < 0.02
     assert calibration(4 * honest)[0] > 0.15
-    ece, bins = calibration(honest / 4)  # too modest: more often right than it says
+    ece, bins = calibration(honest / 4)  # underconfident: right more often than predicted
     assert ece > 0.1 and all(b.observed.value > b.predicted for b in bins)
 
 
@@ -108,7 +108,7 @@ def test_the_histogram_counts_every_answer_in_units_of_the_deviation():
     assert max(found.rejected) == N, "they all have the same score"
 
 
-def test_probes_are_what_they_say():
+def test_probes_alter_answers_as_described():
     pairs = [{"prompt_ids": [row], "chosen_ids": [5, 6, row, 2], "rejected_ids": [2]} for row in range(10, 16)]
     found = spoilt_answers(pairs, 2)
     assert found["empty"] == [[2]] * 6
@@ -157,7 +157,7 @@ def test_agreement_by_hand():
 
 
 def biased(noise: float = 0.05):
-    """Pairs of which 85 % have the longer answer chosen, and scores that are the length and a little else."""
+    """Pairs with the longer answer chosen in 85 %, and scores that are mostly the length."""
     longer = uniform(N, 0, "longer") < 0.85
     short, long = 4 + (8 * uniform(N, 0, "short")).astype(int), 14 + (16 * uniform(N, 0, "long")).astype(int)
     lengths = np.stack([np.where(longer, long, short), np.where(longer, short, long)], -1).astype(float)
@@ -165,7 +165,7 @@ def biased(noise: float = 0.05):
     return scores[:, 0], scores[:, 1], lengths
 
 
-def test_a_model_that_likes_length_is_seen_through():
+def test_a_length_biased_model_is_flagged():
     chosen, rejected, lengths = biased()
     card = make_card(chosen, rejected, lengths, {}, Gate())
     assert card.accuracy.value > 0.8 and card.accuracy.value == card.longer_wins.value
@@ -178,9 +178,9 @@ def test_a_model_that_likes_length_is_seen_through():
     )
     assert [finding.split(" better answer is ")[1] for finding in card.findings[2:]] == ["much shorter", "shorter"]
     assert all(finding.startswith("is right in only 0 % of the ") for finding in card.findings[2:])
-    assert card.gate == []  # nothing was demanded
+    assert card.gate == []  # the gate is empty
 
-    mirrored = make_card(-rejected, -chosen, lengths[:, ::-1], {}, Gate())  # shorter is better, and that is all
+    mirrored = make_card(-rejected, -chosen, lengths[:, ::-1], {}, Gate())  # shorter is better, without other signal
     assert "better answer is the longer one it ranks 0 % right" in mirrored.findings[1] and mirrored.over_length < 0.01
     always = lengths[:, 0] > lengths[:, 1]
     blind = make_card(chosen[always], rejected[always], lengths[always], {}, Gate())
@@ -188,7 +188,7 @@ def test_a_model_that_likes_length_is_seen_through():
 
 
 def test_a_model_may_prefer_short_answers_where_it_knows_better_too():
-    """Score and length go together, and it is right against length as well: that is the data's taste, no mistake."""
+    """Score and length correlate, but it is also right where length misleads: a property of the data, no fault."""
     chosen, rejected, lengths = biased()
     right = make_card(np.maximum(chosen, rejected), np.minimum(chosen, rejected), lengths, {}, Gate())
     assert abs(right.score_length_correlation) > 0.6 and right.findings == []

@@ -1,4 +1,4 @@
-"""Composition: rewards are summed by weight, and one that cannot be called or gives no reward is a named error."""
+"""Composition: rewards are summed by weight; a reward that fails or returns an invalid value is a named error."""
 
 import sys
 from pathlib import Path
@@ -47,13 +47,13 @@ def scores(entry: RewardConfig):
 
 
 def error(entry: RewardConfig) -> str:
-    """What calling it says."""
+    """The error message of a call."""
     with pytest.raises(RewardError) as raised:
         scores(entry)
     return str(raised.value)
 
 
-def test_composition_weighs_and_keeps_parts_and_counts_no_opinion():
+def test_composition_weights_rewards_keeps_parts_and_counts_none_as_zero():
     entries = [
         RewardConfig(function="exact_match", weight=2.0),
         RewardConfig(function="length_penalty", weight=0.5, args={"free": 20}),
@@ -73,17 +73,17 @@ def test_one_function_twice_under_two_names():
     assert Composition(entries, {})(answers()).parts == {"gentle": [-1.0, 0.0, 0.0], "hard": [-19.0, -0.5, -3.0]}
 
 
-def test_a_function_is_given_what_its_signature_names(function):
+def test_a_function_receives_what_its_signature_names(function):
     everything = "return [float(len(columns))] * len(prompts)"
     assert scores(function(everything)).total == [3.0] * 3  # the column, completion_ids, stopped
     assert scores(function("return [float(len(i)) for i in completion_ids]", "*, completion_ids")).total == [40, 3, 8]
     assert scores(function("return [float(a is None) for a in answer]", "answer")).total == [0, 0, 1]
-    # Of the recipe and of the data: the recipe's counts.
+    # Given in the recipe and in the data, the recipe's value counts.
     assert scores(function("return [float(answer)] * 3", "answer", args={"answer": 7})).total == [7, 7, 7]
 
 
 def test_a_column_that_this_batch_lacks_is_none_everywhere(function):
-    """The data is a mixture: other batches have it."""
+    """In a mixture, other batches have the column."""
     entry = function("return [0.0 if x is None else 1.0 for x in solution]", "solution")
     Composition([entry], {}).check_columns({"answer", "solution"})
     assert scores(entry).total == [0, 0, 0]
@@ -108,7 +108,7 @@ def test_a_function_that_raises_on_the_batch_only(function):
     assert said.startswith("reward `mine` raised AssertionError: one at a time (") and said.endswith("my_rewards.py:2)")
 
 
-def test_a_function_that_knows_its_error_is_let_speak(function):
+def test_a_functions_own_reward_error_is_kept(function):
     body = "from reward.functions import RewardError; raise RewardError('row 3: no key for the judge; set one')"
     assert error(function(body)) == "reward `mine`: row 3: no key for the judge; set one"
 
@@ -116,23 +116,26 @@ def test_a_function_that_knows_its_error_is_let_speak(function):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return [1.0]", "reward `mine` gave 1 values for 3 answers"),
-        ("return None", "reward `mine` gave a value of type NoneType; a reward function returns a list"),
-        ("return 'abc'", "reward `mine` gave 'abc'; a reward function returns a list"),
-        ("import torch; return torch.zeros(3)", "reward `mine` gave a value of type Tensor; a reward function returns"),
+        ("return [1.0]", "reward `mine` returned 1 values for 3 answers"),
+        ("return None", "reward `mine` returned a value of type NoneType; it must return a list"),
+        ("return 'abc'", "reward `mine` returned 'abc'; it must return a list"),
+        ("import torch; return torch.zeros(3)", "reward `mine` returned a value of type Tensor; it must return"),
         (
             "return [1.0, '0.5', 1.0]",
-            "reward `mine` gave '0.5' for row 1, the answer '41'; give a number or None",
+            "reward `mine` returned '0.5' for row 1, the answer '41'; return a number or None",
         ),
-        ("return [1.0, 1.0, [2.0]]", "reward `mine` gave a value of type list for row 2, the answer 'no idea at all"),
+        (
+            "return [1.0, 1.0, [2.0]]",
+            "reward `mine` returned a value of type list for row 2, the answer 'no idea at all",
+        ),
         (
             "return [float('nan')] * 3",
-            "reward `mine` gave nan for row 0, the answer 'Of course! 42'; give a finite number, or None",
+            "reward `mine` returned nan for row 0, the answer 'Of course! 42'; return a finite number or None",
         ),
-        ("return [0.0, 0.0, float('-inf')]", "reward `mine` gave -inf for row 2, the answer 'no idea at all"),
+        ("return [0.0, 0.0, float('-inf')]", "reward `mine` returned -inf for row 2, the answer 'no idea at all"),
     ],
 )
-def test_what_is_no_reward(function, body, said):
+def test_invalid_return_values_are_named(function, body, said):
     assert error(function(body)).startswith(said)
 
 
@@ -144,7 +147,7 @@ def test_a_long_answer_is_cut_in_a_message(function):
     assert len(str(raised.value)) < 200 and "x…'" in str(raised.value)
 
 
-def test_arguments_that_a_function_does_not_have(function):
+def test_unknown_arguments_of_a_function_are_refused(function):
     made = "reward `length_penalty`: `length_penalty` has no argument `fre`; did you mean `free`?"
     with pytest.raises(RewardError) as raised:
         Composition([RewardConfig(function="length_penalty", args={"fre": 3})], {})
@@ -156,8 +159,8 @@ def test_arguments_that_a_function_does_not_have(function):
         Composition([function("return [0.0] * 3", args={"x": 1})], {})
 
 
-def test_what_is_no_function():
-    with pytest.raises(RewardError, match=r"`reward\.functions:FUNCTIONS` is not a function"):
+def test_an_invalid_function_is_refused():
+    with pytest.raises(RewardError, match=r"`reward\.functions:FUNCTIONS` is not callable"):
         Composition([RewardConfig(function="reward.functions:FUNCTIONS")], {})
 
 
@@ -167,16 +170,16 @@ def test_an_optional_column_that_only_other_batches_have_is_given_as_none(functi
     assert compose(answers()).total == [1, 1, 1]
 
 
-def test_a_column_that_the_data_lacks_is_found_before_training(function):
+def test_a_missing_column_is_found_before_training(function):
     composition = Composition([RewardConfig(function="length_penalty"), RewardConfig(function="exact_match")], {})
     composition.check_columns({"answer", "family"})
     with pytest.raises(RewardError) as raised:
         composition.check_columns({"solution", "family"})
     assert str(raised.value) == (
-        "reward `exact_match` needs the column `answer` of the prompts; there are family, solution. Give it in the "
-        "data, or as one of the reward's `args`"
+        "reward `exact_match` needs the column `answer` in the prompts' data; it has family, solution. Add it to the "
+        "data, or set it in the reward's `args`"
     )
-    with pytest.raises(RewardError, match="`answer` of the prompts; the prompts have none"):
+    with pytest.raises(RewardError, match="`answer` in the prompts' data; it has none"):
         composition.check_columns(set())
     Composition([function("return [0.0] * 3", "answer", args={"answer": "7"})], {}).check_columns(set())
 
@@ -187,23 +190,23 @@ def test_a_column_that_the_data_lacks_is_found_before_training(function):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({}, "a reward is one of"),
-        ({"model": "a", "function": "b"}, "a reward is one of"),
-        ({"model": "a", "models": ["b", "c"]}, "a reward is one of"),
-        ({"model": "a", "args": {"n": 1}}, "`args` are for functions"),
-        ({"models": ["a", "b"], "args": {}}, "`args` are for functions"),
-        ({"function": "f", "reencode": True}, "`reencode` is for models"),
-        ({"function": "f", "read": "last"}, "`read` is for models"),
+        ({}, "a reward needs exactly one of"),
+        ({"model": "a", "function": "b"}, "a reward needs exactly one of"),
+        ({"model": "a", "models": ["b", "c"]}, "a reward needs exactly one of"),
+        ({"model": "a", "args": {"n": 1}}, "`args` apply to functions only"),
+        ({"models": ["a", "b"], "args": {}}, "`args` apply to functions only"),
+        ({"function": "f", "reencode": True}, "`reencode` applies to reward models only"),
+        ({"function": "f", "read": "last"}, "`read` applies to reward models only"),
         ({"models": ["a"]}, "at least 2"),
         ({"models": ["a", "b", "a"]}, "names one model twice"),
         ({"model": "a", "combine": "min"}, "`combine` is for ensembles"),
         ({"models": ["a", "b"], "std_coef": 2.0}, "`std_coef` is not read unless combine is mean_minus_std"),
         ({"models": ["a", "b"], "combine": "mean_minus_std", "std_coef": -1.0}, "greater than or equal to 0"),
-        ({"model": "a", "read": "every", "reencode": True}, "`read: every` pays the policy's own tokens"),
+        ({"model": "a", "read": "every", "reencode": True}, "`read: every` rewards the policy's own tokens"),
         ({"model": "a", "name": ""}, "at least 1 character"),
     ],
 )
-def test_keys_that_do_not_go_together(keys, said):
+def test_contradictory_keys_are_refused(keys, said):
     with pytest.raises(ValidationError, match=said):
         RewardConfig(**keys)
 
@@ -232,5 +235,7 @@ def test_a_recipe_says_where_an_entry_is_wrong(tmp_path):
         load_recipe(path)
     lines = str(raised.value).splitlines()
     assert lines[0] == f"{path}:7: ppo.reward.0.combine: 'worst' is none of mean, min, mean_minus_std"
-    assert lines[1].startswith(f"{path}:8: ppo.reward.1: `read: every` pays the policy's own tokens, and `reencode` ")
+    assert lines[1].startswith(
+        f"{path}:8: ppo.reward.1: `read: every` rewards the policy's own tokens, but `reencode` "
+    )
     assert lines[2:] == [f"{path}:9: ppo.reward.2.model: expected text, not 3"]

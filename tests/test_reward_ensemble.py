@@ -1,4 +1,4 @@
-"""Learned rewards: normalised, in ensembles, by the token, and for a policy with another tokenizer."""
+"""Learned rewards: normalised, in ensembles, per token, and for a policy with another tokenizer."""
 
 import shutil
 
@@ -74,7 +74,7 @@ def test_an_ensemble_is_combined_after_each_member_is_normalised(parents, keys, 
     assert scores.disagreement == pytest.approx(members.std(0, correction=0).tolist(), abs=1e-5)
 
 
-def test_of_several_ensembles_the_larger_disagreement_counts(parents):
+def test_the_largest_disagreement_of_several_ensembles_counts(parents):
     found = answers(parents["policy"])
     pairs = [RewardConfig(models=["a", "b"]), RewardConfig(models=["b", "c"]), RewardConfig(model="a")]
     each = [composition(parents, entry)(found).disagreement for entry in pairs]
@@ -82,11 +82,11 @@ def test_of_several_ensembles_the_larger_disagreement_counts(parents):
     assert composition(parents, *pairs)(found).disagreement == [max(x) for x in zip(each[0], each[1], strict=True)]
 
 
-def test_read_at_every_token_the_shares_sum_to_the_mean_over_the_answer(parents):
+def test_token_shares_sum_to_the_mean_over_the_answer(parents):
     found = answers(parents["policy"])
     scores = composition(parents, RewardConfig(model="a", read="every", weight=0.5))(found)
     for i, ids in enumerate(found.ids):
-        # By hand: the score of the answer cut after each of its tokens.
+        # The reference: the score of the answer truncated after each of its tokens.
         cuts = [
             by_hand(
                 parents, "a", Answers([found.prompts[i]], [found.prompt_ids[i]], [""], [ids[: t + 1]], [True], [{}])
@@ -101,7 +101,7 @@ def test_read_at_every_token_the_shares_sum_to_the_mean_over_the_answer(parents)
         assert sum(scores.dense[i]) == pytest.approx(scores.total[i], abs=1e-9)
 
 
-def test_dense_rewards_add_up_beside_others(parents):
+def test_dense_rewards_add_up_with_other_rewards(parents):
     found = answers(parents["policy"])
     entries = [
         RewardConfig(models=["a", "b"], read="every", combine="min", weight=2.0),
@@ -121,8 +121,8 @@ def test_dense_rewards_add_up_beside_others(parents):
     assert scores.disagreement is not None
 
 
-def test_another_tokenizer_is_read_after_encoding_again(parents, tmp_path):
-    """The same weights behind ids that are shifted by five: the score of a text is the same."""
+def test_another_tokenizer_is_scored_after_encoding_again(parents, tmp_path):
+    """The same weights with ids shifted by five give the same score of a text."""
     found = answers(parents["policy"])
     other = publish_model(tmp_path / "other", 1, spare=5)
     models = {"other": load_reward(other), "a": load_reward(parents["a"])}
@@ -152,7 +152,7 @@ def test_a_prompt_that_the_reward_models_template_refuses(parents, tmp_path):
 
 
 def test_a_checkpoint_without_statistics_is_refused_whatever_its_pad(parents, tmp_path):
-    """Also one from elsewhere whose tokenizer names no pad: the hand-off has found one to pad with."""
+    """Also a foreign one whose tokenizer names no pad token, for which the hand-off has chosen one."""
     foreign = tmp_path / "foreign"
     shutil.copytree(parents["a"].model_dir, foreign)
     config = read_json(foreign / "tokenizer_config.json")

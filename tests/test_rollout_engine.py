@@ -36,7 +36,7 @@ def tiny(architecture: str, seed: int = 0):
         architecture, vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, **ARCHITECTURES[architecture]
     )
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # random weights predict nearly uniformly; a sharper model tells errors apart
+    with torch.no_grad():  # random weights predict nearly uniformly; a sharper model shows errors
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
@@ -44,7 +44,7 @@ def tiny(architecture: str, seed: int = 0):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_tokens_are_those_of_generate(architecture):
+def test_greedy_tokens_equal_those_of_generate(architecture):
     model = tiny(architecture)
     spec = SamplingSpec(12, (2, 17), 0, temperature=0.0)
     ours = generate(model, PROMPTS, spec, [(i,) for i in range(len(PROMPTS))], seed=1, batch_size=4)
@@ -57,7 +57,7 @@ def test_greedy_tokens_are_those_of_generate(architecture):
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_logprobs_are_those_of_a_whole_forward_pass(temperature):
+def test_logprobs_equal_those_of_a_full_forward_pass(temperature):
     model = tiny("llama")
     spec = SamplingSpec(16, (2,), 0, temperature)
     rows = generate(model, PROMPTS, spec, [(i,) for i in range(len(PROMPTS))], seed=3)
@@ -109,7 +109,7 @@ def test_a_stop_token_ends_the_row_and_nothing_follows():
         assert len(completion.ids) == len(completion.logprobs)
 
 
-def test_a_spec_that_cannot_be_is_refused():
+def test_an_invalid_spec_is_refused():
     with pytest.raises(ValueError, match="max_new_tokens"):
         SamplingSpec(0, (2,), 0)
     with pytest.raises(ValueError, match="temperature"):

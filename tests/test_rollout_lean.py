@@ -1,4 +1,4 @@
-"""The written-out decode step gives what the model's own forward pass gives, and is taken for no other model."""
+"""The lean decode step equals the model's own forward pass, and is not used for other models."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ SPEC = SamplingSpec(20, (2,), 0, temperature=1.3)
 
 
 def model_of(config):
-    """With norms and biases that are not ones and zeros, as they are at the start."""
+    """A model whose norms and biases are not the initial ones and zeros."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def answers(model, prompts=PROMPTS):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the written-out step was taken."""
+    """Counts the uses of the lean step."""
     found = []
     step = Lean.__call__
     monkeypatch.setattr(Lean, "__call__", lambda self, *args: found.append(1) or step(self, *args))
@@ -62,7 +62,7 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_it_gives_what_the_model_gives(name, calls, monkeypatch):
+def test_the_lean_step_equals_the_models_own(name, calls, monkeypatch):
     compare(model_of(FAMILIES[name]), PROMPTS, calls, monkeypatch)
 
 
@@ -78,13 +78,13 @@ def compare(model, prompts, calls, monkeypatch):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2e-5)
 
 
-def test_positions_beyond_those_whose_rotations_are_there(calls, monkeypatch):
+def test_positions_beyond_the_computed_rotations_work(calls, monkeypatch):
     model = model_of(LlamaConfig(**SIZES | {"max_position_embeddings": 512}))
     prompts = [[3 + i % 90 for i in range(length)] for length in (_POSITIONS - 10, 2 * _POSITIONS - 21, 5)]
     compare(model, prompts, calls, monkeypatch)
 
 
-def test_under_autocast_it_is_as_near_as_bfloat16_is(calls):
+def test_under_autocast_it_agrees_within_bfloat16(calls):
     model = model_of(FAMILIES["llama"])
     exact = answers(model)
     calls.clear()
@@ -98,7 +98,7 @@ def test_under_autocast_it_is_as_near_as_bfloat16_is(calls):
         assert ours.logprobs != theirs.logprobs
 
 
-def test_weights_are_those_of_the_moment():
+def test_current_weights_are_used():
     model = model_of(FAMILIES["qwen3"])
     before = answers(model)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_weights_are_those_of_the_moment():
 
 
 @pytest.mark.parametrize("what", ["lora", "hook", "another family", "a replaced forward pass", "positions by length"])
-def test_other_models_answer_through_their_own_forward_pass(what, calls):
+def test_other_models_use_their_own_forward_pass(what, calls):
     model = model_of(GemmaConfig(**SIZES) if what == "another family" else FAMILIES["llama"])
     if what == "positions by length":
         by_length = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}

@@ -1,4 +1,4 @@
-"""The mismatch monitor: its numbers, what it lets pass, and each mistake that it is there for."""
+"""The mismatch monitor: its metrics, tolerated differences, and each mistake that it should detect."""
 
 import math
 
@@ -25,7 +25,7 @@ def ragged(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mask = torch.arange(8) < lengths[:, None]
     engine = -3 * torch.rand(6, 8, generator=generator)
     trainer = engine + 0.3 * torch.randn(6, 8, generator=generator)
-    # What lies behind an answer's end must not matter, whatever it is.
+    # Values after an answer's end must not matter.
     return engine.masked_fill(~mask, torch.nan), trainer.masked_fill(~mask, -torch.inf), mask
 
 
@@ -63,8 +63,8 @@ def test_weights_are_those_of_a_loop_over_tokens(seed, level):
     assert capped > 0 and not weights.requires_grad
 
 
-def test_truncated_weights_make_the_samples_those_of_the_trainer():
-    """On one token of a small vocabulary the weighted mean over all of the engine's outcomes is the trainer's."""
+def test_importance_weights_correct_samples_to_the_trainers_policy():
+    """On one token of a small vocabulary, the weighted mean over all engine outcomes equals the trainer's mean."""
     generator = torch.Generator().manual_seed(0)
     engine, trainer = torch.log_softmax(torch.randn(2, 12, generator=generator), -1)
     value = torch.randn(12, generator=generator)
@@ -75,8 +75,8 @@ def test_truncated_weights_make_the_samples_those_of_the_trainer():
 
 @torch.no_grad()
 def sample(model, temperature: float = 1.0, top_p: float = 1.0, reports_raw: bool = False) -> list[Completion]:
-    """An engine that keeps the likeliest tokens up to `top_p` and reports the log-probabilities of what it kept, or
-    with `reports_raw` those of the model at temperature 1."""
+    """An engine that samples with `top_p` and reports the log-probabilities of the truncated distribution, or with
+    `reports_raw` those of the model at temperature 1."""
     out = []
     generator = torch.Generator().manual_seed(1)
     for prompt in PROMPTS:
@@ -117,7 +117,7 @@ def test_an_engine_that_renormalises_after_top_p_is_found_out():
     model = tiny_llama(hidden_size=32)
     metrics = measured(model, sample(model, top_p=0.8), 1.0)
     assert metrics["sampling/importance_sampling_ratio/max"] <= 1 + 1e-5
-    with pytest.raises(GateError, match="leaves part of the distribution out: top-p"):
+    with pytest.raises(GateError, match="truncates the distribution: top-p"):
         check_mismatch(metrics, LIMIT)
     check_mismatch(measured(model, sample(model), 1.0), LIMIT)
 
@@ -147,11 +147,11 @@ def test_stale_weights_are_found_out():
 def test_ratios_around_one_point_to_another_policy():
     engine = torch.full((2, 2), -1.0)
     trainer = torch.log(torch.tensor([[1.3, 0.7], [1.3, 0.7]])) + engine
-    with pytest.raises(GateError, match="average to 1, so the engine samples from what it reports"):
+    with pytest.raises(GateError, match="average to 1, so the engine reports what it samples from"):
         check_mismatch(mismatch_metrics(engine, trainer, torch.ones(2, 2, dtype=torch.bool)), LIMIT)
 
 
-def test_a_difference_that_is_no_number_never_passes():
+def test_a_difference_that_is_not_a_number_never_passes():
     engine = torch.tensor([[-1.0, torch.nan]])
     with pytest.raises(GateError, match="nan nats"):
         check_mismatch(mismatch_metrics(engine, engine - 0.01, torch.ones(1, 2, dtype=torch.bool)), LIMIT)

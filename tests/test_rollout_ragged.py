@@ -1,4 +1,4 @@
-"""Rows without padding give what padded rows give, gradients included; a model that cannot read them is left alone."""
+"""Rows without padding give the same results as padded rows, with gradients; unsupported models keep padding."""
 
 import copy
 
@@ -39,12 +39,12 @@ assert BATCH.unpadded.lengths == [10, 10, 4, 6]
 
 @pytest.fixture(autouse=True, params=["rows one by one", "rows beside one another"])
 def attended(request, monkeypatch):
-    """How attention is computed; how many calls of the fused one that is for BATCH in one layer."""
+    """How attention is computed, and the number of fused attention calls for BATCH in one layer."""
     monkeypatch.setattr(attention, "_RUN_TOKENS", 1 if request.param == "rows one by one" else 1000)
     return {"rows one by one": 3, "rows beside one another": 1}[request.param]
 
 
-def test_rows_of_one_length_are_attended_to_together(attended, monkeypatch):
+def test_rows_of_equal_length_share_an_attention_call(attended, monkeypatch):
     calls = []
     causal = attention._causal
     monkeypatch.setattr(attention, "_causal", lambda *args: calls.append(args[0].shape) or causal(*args))
@@ -55,7 +55,7 @@ def test_rows_of_one_length_are_attended_to_together(attended, monkeypatch):
     assert calls[0] == ((2, 4, 10, 8) if attended == 3 else (4, 4, 10, 8))
 
 
-def test_many_short_rows_are_put_beside_one_another(monkeypatch):
+def test_many_short_rows_are_batched(monkeypatch):
     monkeypatch.undo()
     calls = []
     causal = attention._causal
@@ -70,7 +70,7 @@ def test_many_short_rows_are_put_beside_one_another(monkeypatch):
 
 def model_of(config, kind=AutoModelForCausalLM, **more):
     torch.manual_seed(0)
-    model = kind.from_config(copy.deepcopy(config), **more)  # enabling a model changes its own
+    model = kind.from_config(copy.deepcopy(config), **more)  # enabling changes the model itself
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -78,7 +78,7 @@ def model_of(config, kind=AutoModelForCausalLM, **more):
 
 
 def gradients(model, values):
-    """Of a sum that weighs every token of a completion differently."""
+    """Gradients of a sum that weights every token of a completion differently."""
     model.zero_grad()
     weights = torch.arange(1.0, 1 + values.numel()).view(values.shape)
     torch.where(BATCH.completion_mask, values * weights, 0.0).sum().backward()
@@ -93,7 +93,7 @@ def near(ours, theirs):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probabilities_and_their_gradients_are_those_of_padded_rows(family, checkpointing):
+def test_log_probabilities_and_gradients_equal_those_of_padded_rows(family, checkpointing):
     padded = model_of(FAMILIES[family])
     unpadded = copy.deepcopy(padded)
     ragged.enable(unpadded)
@@ -110,7 +110,7 @@ def test_log_probabilities_and_their_gradients_are_those_of_padded_rows(family, 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_critic_reads_the_same_values(family):
+def test_a_critic_gives_the_same_values(family):
     config = FAMILIES[family]
     config.num_labels, config.pad_token_id = 1, 0
     padded = Critic(model_of(config, AutoModelForSequenceClassification))
@@ -134,7 +134,7 @@ def test_a_model_with_biases_in_its_mask_reads_padded_rows(caplog):
     assert torch.equal(found, expected)
 
 
-def test_an_enabled_model_still_answers():
+def test_an_enabled_model_still_generates():
     model = model_of(FAMILIES["qwen3"]).eval()
     spec = SamplingSpec(6, (2,), 0)
     keys = [(i,) for i in range(len(PROMPTS))]
@@ -143,7 +143,7 @@ def test_an_enabled_model_still_answers():
     assert [c.ids for c in generate(model, PROMPTS, spec, keys, seed=0)] == [c.ids for c in before]
 
 
-def test_under_autocast_attention_is_as_near_as_bfloat16_is():
+def test_under_autocast_attention_agrees_within_bfloat16():
     model = model_of(FAMILIES["llama"])
     ragged.enable(model)
     exact, _ = completion_logprobs(model, BATCH, 1.0)

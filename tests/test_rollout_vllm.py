@@ -1,4 +1,4 @@
-"""The vLLM engine against a stand-in server: what is asked, what comes back, and whose weights it comes from."""
+"""The vLLM engine against a fake server: requests, answers, and the weights that they come from."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def test_greedy_tokens_are_those_of_the_engine_of_this_process(engine, model_dir
     assert_logprobs_of(model, theirs, 1.0)
 
 
-def test_a_rerun_repeats_whatever_the_order_and_another_seed_does_not(engine, model_dir):
+def test_a_rerun_repeats_in_any_order_and_another_seed_does_not(engine, model_dir):
     engine.update_weights(trained(model_dir).named_parameters(), 0)
     first = [c.ids for c in engine.generate(PROMPTS, SPEC, KEYS, seed=1)]
     order = [4, 0, 5, 2, 1, 3]
@@ -85,7 +85,7 @@ def test_a_rerun_repeats_whatever_the_order_and_another_seed_does_not(engine, mo
     assert engine.generate([], SPEC, [], seed=1) == []
 
 
-def test_a_request_leaves_nothing_of_the_distribution_to_the_server(engine, server, model_dir):
+def test_a_request_sets_every_sampling_parameter(engine, server, model_dir):
     engine.update_weights(trained(model_dir).named_parameters(), 0)
     engine.generate(PROMPTS[:1], SPEC, KEYS[:1], seed=1)
     (asked,) = server.asked
@@ -98,7 +98,7 @@ def test_a_request_leaves_nothing_of_the_distribution_to_the_server(engine, serv
     assert (server.asked[1]["top_p"], server.asked[1]["top_k"]) == (0.9, 5)
 
 
-def test_new_weights_change_the_answers_and_leave_nothing_of_the_old(engine, server, model_dir, tmp_path):
+def test_new_weights_change_the_answers_and_replace_the_old(engine, server, model_dir, tmp_path):
     before, after = trained(model_dir), trained(model_dir, noise=0.5)
     engine.update_weights(before.named_parameters(), 0)
     old = engine.generate(PROMPTS, SPEC, KEYS, seed=1)
@@ -111,7 +111,7 @@ def test_new_weights_change_the_answers_and_leave_nothing_of_the_old(engine, ser
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(server, model_dir, tmp_path):
+def test_leftovers_of_a_killed_run_are_removed_by_the_next(server, model_dir, tmp_path):
     for version in range(2):
         killed = VLLMEngine(config(server, weights_dir=str(tmp_path)), model_dir, CPU, is_main=True)
         killed.update_weights(trained(model_dir).named_parameters(), version)
@@ -145,15 +145,15 @@ def test_names_and_shapes_other_than_the_stored_ones_are_refused(model_dir, tmp_
         stored.select((f"policy.{name}", tensor) for name, tensor in named.items())
     with pytest.raises(WrongModel, match=r"only stored: model\.norm\.weight"):
         stored.select((name, tensor) for name, tensor in named.items() if name != "model.norm.weight")
-    with pytest.raises(WrongModel, match=r"lm_head\.weight has shape \[64, 63\] in training and \[64, 64\]"):
+    with pytest.raises(WrongModel, match=r"lm_head\.weight has shape \[64, 63\] in training but \[64, 64\]"):
         stored.select((name, tensor[:, :-1] if name == "lm_head.weight" else tensor) for name, tensor in named.items())
-    # Without tied embeddings the head must not be missing.
+    # Without tied embeddings, the head must be sent.
     with pytest.raises(WrongModel, match=r"only stored: lm_head\.weight"):
         stored.select((name, tensor) for name, tensor in named.items() if name != "lm_head.weight")
     assert Stored.read(save_tiny(tmp_path / "tied", tied=True)).tied
 
 
-def test_another_process_than_the_main_one_talks_to_nobody(model_dir):
+def test_only_the_main_process_talks_to_the_server(model_dir):
     nobody = config(SimpleNamespace(url=f"http://127.0.0.1:{free_port()}"))
     engine = VLLMEngine(nobody, model_dir, CPU, is_main=False)
     engine.update_weights(trained(model_dir).named_parameters(), 0)
@@ -174,7 +174,7 @@ def test_another_process_than_the_main_one_talks_to_nobody(model_dir):
         ({"retries": "3"}, "valid integer"),
     ],
 )
-def test_keys_that_nobody_would_read_are_refused(keys, message):
+def test_unread_keys_are_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         VLLMConfig(**keys)
 
@@ -184,7 +184,7 @@ def test_keys_that_nobody_would_read_are_refused(keys, message):
 
 @pytest.fixture
 def nccl(monkeypatch):
-    """vLLM's trainer side in modules of its names; the store blocks where NCCL does."""
+    """Fakes vLLM's trainer-side modules; the store blocks where NCCL would."""
     for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     common = ModuleType("vllm.distributed.weight_transfer.nccl_common")
@@ -212,7 +212,7 @@ def test_nccl_sends_what_was_announced_twice_over_one_group(server, model_dir, n
     transfer.close()
 
 
-def test_nccl_meets_the_server_anew_after_a_failure(server, model_dir, nccl):
+def test_nccl_reconnects_after_a_failure(server, model_dir, nccl):
     transfer = NCCLTransfer(Client(server.url), CPU, 0, timeout=20)
     transfer.keep(weights_of(trained(model_dir)))
     transfer.push("0@run")
@@ -222,7 +222,7 @@ def test_nccl_meets_the_server_anew_after_a_failure(server, model_dir, nccl):
     assert server.weight_version == "0@run" and not server.updating
     transfer.push("1@run")
     assert server.weight_version == "1@run"
-    # A server started anew knows no group either.
+    # A restarted server does not know the group either.
     server.die()
     server.start()
     with pytest.raises(Exception, match="update_weights"):
@@ -232,7 +232,7 @@ def test_nccl_meets_the_server_anew_after_a_failure(server, model_dir, nccl):
     transfer.close()
 
 
-def test_what_the_sending_side_raises_is_told(server, model_dir, nccl):
+def test_errors_of_the_sending_side_are_reported(server, model_dir, nccl):
     def breaks(iterator, group, src, post_iter_func):
         for i, (_, tensor) in enumerate(iterator):
             group.store.set(f"0/{i}", tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -259,7 +259,7 @@ def test_nccl_needs_vllm_and_a_gpu(server, model_dir):
 
 
 class FakeLLM:
-    """The part of vllm.LLM that is used, over the stand-in server's model."""
+    """The used part of vllm.LLM, with the fake server's model."""
 
     made: "FakeLLM"
 
@@ -298,7 +298,7 @@ def vllm_here(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
 
 
-def test_colocated_answers_are_those_of_the_weights_that_were_handed_over(model_dir, vllm_here):
+def test_colocated_answers_come_from_the_given_weights(model_dir, vllm_here):
     engine = VLLMEngine(VLLMConfig(mode="colocate", dtype="float32", max_model_len=64), model_dir, CPU, is_main=False)
     assert not engine.central
     keys = FakeLLM.made.keys
@@ -327,7 +327,7 @@ def test_colocated_vllm_without_memory_says_which_key(model_dir, vllm_here):
         VLLMEngine(VLLMConfig(mode="colocate", tensor_parallel_size=2), model_dir, CPU, is_main=True)
 
 
-def test_a_model_without_weights_is_no_model(model_dir, tmp_path):
+def test_a_checkpoint_without_weights_is_refused(model_dir, tmp_path):
     shutil.copy(model_dir / "config.json", tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 64
     with pytest.raises(ValueError, match="has no weights"):

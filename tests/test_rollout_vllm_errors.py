@@ -1,4 +1,4 @@
-"""The vLLM engine and a server that fails: each failure is a named error, or costs nothing but time."""
+"""The vLLM engine with a failing server: each failure is a named error, or costs only time."""
 
 import threading
 
@@ -66,7 +66,7 @@ def engine(server, model, model_dir):
 
 @pytest.fixture(scope="module")
 def undisturbed(model_dir, model):
-    """What a server gives that never fails."""
+    """The answers of a server that never fails."""
     with FakeVLLM(model_dir, free_port()) as fake:
         engine = make(fake, model, model_dir)
         answers = engine.generate(PROMPTS, SPEC, KEYS, seed=1)
@@ -90,7 +90,7 @@ def test_no_server_at_the_address_says_how_to_start_one(model_dir):
         VLLMEngine(config(nobody, start_timeout=0.05), model_dir, CPU, is_main=True)
 
 
-def test_a_server_that_is_still_starting_is_waited_for(model_dir, model):
+def test_the_engine_waits_for_a_starting_server(model_dir, model):
     late = FakeVLLM(model_dir, free_port())
     late.fault("/health", 2, lambda _: (503, b""))
     threading.Timer(0.2, late.start).start()
@@ -103,11 +103,11 @@ def test_a_server_that_is_still_starting_is_waited_for(model_dir, model):
 @pytest.mark.parametrize(
     ("served", "message"),
     [
-        ({"dtype": "torch.bfloat16"}, "computes in bfloat16, vllm.dtype is float32"),
+        ({"dtype": "torch.bfloat16"}, "computes in bfloat16, but vllm.dtype is float32"),
         ({"logprobs_mode": "raw_logprobs"}, "returns raw_logprobs, not those of the tempered distribution"),
     ],
 )
-def test_a_server_that_computes_otherwise_is_refused(model_dir, served, message):
+def test_a_server_with_unsuitable_settings_is_refused(model_dir, served, message):
     with FakeVLLM(model_dir, free_port(), **served) as fake, pytest.raises(WrongModel, match=message):
         VLLMEngine(config(fake), model_dir, CPU, is_main=True)
 
@@ -115,7 +115,10 @@ def test_a_server_that_computes_otherwise_is_refused(model_dir, served, message)
 @pytest.mark.parametrize(("size", "word"), [(63, "fewer"), (65, "more")])
 def test_a_server_of_a_model_with_another_vocabulary_is_refused(model_dir, tmp_path, size, word):
     other = save_tiny(tmp_path / "other", vocab_size=size)
-    with FakeVLLM(other, free_port()) as fake, pytest.raises(WrongModel, match=f"has 64 tokens, the served .* {word}"):
+    with (
+        FakeVLLM(other, free_port()) as fake,
+        pytest.raises(WrongModel, match=f"has 64 tokens, but the served .* {word}"),
+    ):
         VLLMEngine(config(fake), model_dir, CPU, is_main=True)
 
 
@@ -126,7 +129,7 @@ def test_a_server_without_the_development_endpoints_is_refused(server, model_dir
         VLLMEngine(config(server), model_dir, CPU, is_main=True)
 
 
-def test_a_prompt_longer_than_the_server_takes_is_told_before_it_is_sent(engine, server):
+def test_a_prompt_too_long_for_the_server_is_refused_before_sending(engine, server):
     server.asked.clear()
     with pytest.raises(WrongModel, match="takes 256 tokens at most; a prompt of 250 and an answer of up to 8"):
         engine.generate([[5] * 250], SPEC, KEYS[:1], seed=1)
@@ -136,27 +139,27 @@ def test_a_prompt_longer_than_the_server_takes_is_told_before_it_is_sent(engine,
 # ---- answers that do not come
 
 
-def test_a_failure_that_passes_costs_nothing_but_a_second_try(engine, server, undisturbed):
+def test_a_transient_failure_costs_one_retry(engine, server, undisturbed):
     server.fault("/v1/completions", 3, lambda _: OVERLOADED)
     assert answers(engine) == undisturbed
     assert len(server.asked) == len(PROMPTS) + 3, "only the rows that failed are asked for again"
 
 
-def test_a_failure_that_stays_is_told_after_so_many_tries(engine, server):
+def test_a_persistent_failure_is_raised_after_the_retries(engine, server):
     server.fault("/v1/completions", 99, lambda _: OVERLOADED)
     with pytest.raises(ServerFailed, match=r"6 of 6 answers did not come after 3 tries.*EngineCore encountered"):
         answers(engine)
     assert len(server.asked) == 3 * len(PROMPTS)
 
 
-def test_a_refusal_is_told_at_once(engine, server):
+def test_a_refusal_is_raised_at_once(engine, server):
     server.fault("/v1/completions", 99, lambda _: error(400, "max_tokens=8 cannot be greater than max_model_len"))
     with pytest.raises(ServerRefused, match=r"status 400: max_tokens=8 cannot be greater"):
         answers(engine)
     assert len(server.asked) <= len(PROMPTS)
 
 
-def test_an_answer_that_takes_too_long_is_given_up(server, model, model_dir, undisturbed):
+def test_a_slow_answer_times_out(server, model, model_dir, undisturbed):
     engine = make(server, model, model_dir, timeout=1.0, retries=1)
     release = threading.Event()
 
@@ -173,10 +176,10 @@ def test_an_answer_that_takes_too_long_is_given_up(server, model, model_dir, und
     engine.close()
 
 
-def test_nonsense_is_no_answer(engine, server):
+def test_a_malformed_response_is_an_error(engine, server):
     for reply in ((200, b"<html>"), (200, {"choices": [{"text": "hello"}]}), (200, ["no object"])):
         server.fault("/v1/completions", 3, lambda _, reply=reply: reply)
-        with pytest.raises(ServerFailed, match=r"is no JSON|none of vLLM's completions"):
+        with pytest.raises(ServerFailed, match=r"is not JSON|not a completion of vLLM"):
             engine.generate(PROMPTS[:1], SPEC, KEYS[:1], seed=1)
 
 
@@ -191,12 +194,12 @@ def test_a_server_that_dies_at_a_request_and_comes_back_without_weights(engine, 
     server.fault("/v1/completions", 1, dies)
     assert answers(engine) == undisturbed
     assert server.weight_version.startswith("0@")
-    assert "was started anew: its weights are sent again" in caplog.text
-    assert "answers are asked for again" in caplog.text
+    assert "was restarted: sending its weights again" in caplog.text
+    assert "answers are requested again" in caplog.text
 
 
 def test_rows_answered_before_the_death_are_kept_and_those_after_it_are_not(server, model, model_dir, undisturbed):
-    """One request at a time, so that it is known which came before: two whole, the third kills the server."""
+    """One request at a time, so that their order is known: two succeed, the third kills the server."""
     engine = make(server, model, model_dir, concurrency=1)
     count = 0
 
@@ -220,7 +223,7 @@ def test_rows_answered_before_the_death_are_kept_and_those_after_it_are_not(serv
     engine.close()
 
 
-def test_a_server_started_anew_between_two_calls_gets_its_weights_before_it_answers(engine, server, model, undisturbed):
+def test_a_restarted_server_gets_its_weights_before_it_answers(engine, server, model, undisturbed):
     assert answers(engine) == undisturbed
     server.die()
     server.start()
@@ -230,7 +233,7 @@ def test_a_server_started_anew_between_two_calls_gets_its_weights_before_it_answ
 
 
 def test_answers_of_a_server_that_lost_its_weights_unnoticed_do_not_count(server, model, model_dir, undisturbed):
-    """Started anew between two requests, so that no connection broke: only the tag after the round tells."""
+    """The server restarts between two requests, so that no connection breaks; only the tag after the round shows it."""
     engine = make(server, model, model_dir, concurrency=1)
 
     def anew(body, answer):
@@ -245,15 +248,15 @@ def test_answers_of_a_server_that_lost_its_weights_unnoticed_do_not_count(server
     engine.close()
 
 
-def test_a_server_that_dies_for_good_is_told(server, model, model_dir):
+def test_a_dead_server_is_reported(server, model, model_dir):
     engine = make(server, model, model_dir, start_timeout=0.2)
     server.fault("/v1/completions", 1, lambda body: server.die())
-    with pytest.raises(ServerUnreachable, match=r"no vLLM server answers, after 0\.2 s .*Start one with"):
+    with pytest.raises(ServerUnreachable, match=r"no vLLM server answered within 0\.2 s .*Start one with"):
         answers(engine)
     engine.close()
 
 
-def test_a_connection_that_breaks_each_time_is_told(engine, server):
+def test_a_repeatedly_breaking_connection_is_reported(engine, server):
     server.fault("/v1/completions", 99, lambda body: None)
     with pytest.raises(ConnectionBroken, match="6 of 6 answers did not come after 3 tries"):
         answers(engine)
@@ -261,7 +264,7 @@ def test_a_connection_that_breaks_each_time_is_told(engine, server):
 
 def test_weights_of_another_run_are_an_error(engine, server):
     server.weight_version = "7@other"
-    with pytest.raises(StaleWeights, match=r"has the weights '7@other' instead of '0@.*another run sends it weights"):
+    with pytest.raises(StaleWeights, match=r"has the weights '7@other' instead of '0@.*another run also sends weights"):
         answers(engine)
     server.weight_version = engine._server._tag
 
@@ -293,7 +296,7 @@ def change(**changes):
         (change(logprobs=None), LogprobsMissing, "sent no log-probabilities"),
         (change(prompt_token_ids=[1, 5]), WrongAnswer, "another prompt than it was sent"),
         (change(token_ids=[5, 6]), WrongAnswer, "log-probabilities are not those of the answer's 2 tokens"),
-        (change(finish_reason="abort"), ServerFailed, r"gave the answer up \(finish_reason abort\)"),
+        (change(finish_reason="abort"), ServerFailed, r"aborted the answer \(finish_reason abort\)"),
         (
             change(token_ids=[5], logprobs={"tokens": ["token_id:5"], "token_logprobs": [-1.0]}),
             WrongAnswer,
@@ -302,7 +305,7 @@ def change(**changes):
         (
             change(token_ids=[5], finish_reason="stop", logprobs={"tokens": ["token_id:5"], "token_logprobs": [-1.0]}),
             WrongAnswer,
-            "stops without one of the stop tokens",
+            "stops without a stop token",
         ),
         (
             change(token_ids=[2], logprobs={"tokens": ["token_id:2"], "token_logprobs": [None]}),
@@ -326,7 +329,7 @@ def change(**changes):
         ),
     ],
 )
-def test_an_answer_that_is_not_what_was_asked_for(engine, server, alter, kind, message):
+def test_an_answer_that_does_not_match_the_request_is_an_error(engine, server, alter, kind, message):
     server.alter = alter
     with pytest.raises(kind, match=message):
         answers(engine)
@@ -342,36 +345,36 @@ def test_a_transfer_that_fails_once_is_repeated(engine, server, model, undisturb
     assert answers(engine) == undisturbed
 
 
-def test_a_transfer_that_keeps_failing_is_told_and_nothing_is_generated_with_the_old_weights(engine, server, model):
+def test_a_failing_transfer_is_raised_and_stale_weights_never_generate(engine, server, model):
     server.fault("/collective_rpc", 99, lambda _: OVERLOADED)
     with pytest.raises(
-        TransferFailed, match=r"did not reach the server .*EngineCore.*does it serve .*vllm\.weights_dir"
+        TransferFailed, match=r"did not reach the server .*EngineCore.*check that it serves .*vllm\.weights_dir"
     ):
         engine.update_weights(model.named_parameters(), 1)
     with pytest.raises(AssertionError, match="update_weights has to succeed"):
         answers(engine)
 
 
-def test_a_folder_that_only_training_sees_is_told(engine, server, model, monkeypatch):
+def test_a_folder_that_the_server_cannot_read_is_reported(engine, server, model, monkeypatch):
     monkeypatch.setattr("tests.fake_vllm.load_file", lambda file: {})
     server.fault("/collective_rpc", 3, lambda _: error(500, "Repo id must be in the form 'repo_name'"))
-    with pytest.raises(TransferFailed, match=r"Repo id must be .*see the folder of vllm\.weights_dir"):
+    with pytest.raises(TransferFailed, match=r"Repo id must be .*can read the folder vllm\.weights_dir"):
         engine.update_weights(model.named_parameters(), 1)
 
 
-def test_a_server_that_forgets_the_name_of_its_weights_is_told(engine, server, model):
+def test_a_server_that_forgets_its_weights_tag_is_reported(engine, server, model):
     server.fault("/update_weight_version", 3, lambda _: (200, {"success": True}))
-    with pytest.raises(TransferFailed, match=r"calls its weights '0@.* instead of '1@.* after the transfer"):
+    with pytest.raises(TransferFailed, match=r"after the transfer, its tag for the weights is '0@.* instead of '1@"):
         engine.update_weights(model.named_parameters(), 1)
 
 
-def test_a_cache_that_cannot_be_emptied_is_told(engine, server, model):
+def test_a_cache_that_cannot_be_emptied_is_reported(engine, server, model):
     server.fault("/reset_prefix_cache", 3, lambda _: (200, {"success": False}))
     with pytest.raises(TransferFailed, match="could not empty its prefix cache"):
         engine.update_weights(model.named_parameters(), 1)
 
 
-def test_a_full_or_missing_folder_is_told(server, model, model_dir, tmp_path, monkeypatch):
+def test_a_full_or_missing_folder_is_reported(server, model, model_dir, tmp_path, monkeypatch):
     with pytest.raises(TransferFailed, match=r"vllm\.weights_dir: .*nowhere/.*: No such file or directory"):
         make(server, model, model_dir, weights_dir=str(tmp_path / "nowhere"))
 

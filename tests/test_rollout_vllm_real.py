@@ -1,9 +1,9 @@
-"""The vLLM engine against vLLM itself, where there is one.
+"""The vLLM engine against a real vLLM, if one is installed.
 
     BATON_VLLM=/path/to/bin/vllm pytest tests/test_rollout_vllm_real.py
 
-vLLM has an environment of its own (docs/vllm.md); a build for CPUs will do. Without the variable nothing runs here, and
-the stand-in server of tests/fake_vllm.py is all that the engine is tested against.
+vLLM needs a separate environment (docs/vllm.md); a build for CPUs suffices. Without the variable these tests are
+skipped, and the engine is tested only against the fake server of tests/fake_vllm.py.
 """
 
 import os
@@ -95,7 +95,7 @@ def test_its_log_probabilities_are_those_of_the_weights_that_were_sent(engine, m
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.7}])
-def test_its_log_probabilities_are_those_of_what_was_left_after_cutting_off(engine, model_dir, cut):
+def test_its_log_probabilities_are_those_of_the_truncated_distribution(engine, model_dir, cut):
     model = trained(model_dir)
     engine.update_weights(model.named_parameters(), 1)
     spec = SamplingSpec(1, (2,), 0, temperature=1.5, **cut)
@@ -121,7 +121,7 @@ def test_stop_tokens_end_answers_and_belong_to_them(engine, model_dir):
     completions = engine.generate(PROMPTS, spec, KEYS, seed=1)
     assert all(c.end == "stop" and 3 <= c.ids[-1] < 20 for c in completions)
     assert all(not 3 <= token < 20 for c in completions for token in c.ids[:-1])
-    # The model's own end token is no stop of this spec: it may come, and sampling goes on.
+    # The model's own end token is not a stop id of this spec, so sampling continues after it.
     everything = engine.generate(PROMPTS * 8, SamplingSpec(60, (63,), 0, 2.0), [(i,) for i in range(48)], seed=3)
     assert any(2 in c.ids[:-1] for c in everything)
 
@@ -143,7 +143,7 @@ def test_a_rerun_repeats_and_another_seed_does_not(engine, model_dir):
     assert [c.ids for c in engine.generate(PROMPTS, SPEC, KEYS, seed=2)] != first
 
 
-def test_a_server_killed_among_its_answers_and_started_anew(engine, server, model_dir, caplog):
+def test_a_server_killed_during_answers_is_restarted_without_loss(engine, server, model_dir, caplog):
     model = trained(model_dir)
     engine.update_weights(model.named_parameters(), 4)
     prompts, spec = PROMPTS * 32, SamplingSpec(200, (2,), 0)
@@ -159,8 +159,8 @@ def test_a_server_killed_among_its_answers_and_started_anew(engine, server, mode
     killer.start()
     answers = engine.generate(prompts, spec, keys, seed=1)
     killer.join()
-    assert "was started anew: its weights are sent again" in caplog.text
-    # The batches were others, so that a few rows may differ in a last bit and from there on.
+    assert "was restarted: sending its weights again" in caplog.text
+    # The batches differ, so a few rows may differ in a last bit and in all later tokens.
     same = sum(a.ids == b for a, b in zip(answers, undisturbed, strict=True))
     assert same > 0.9 * len(prompts)
     batch = pad_batch(prompts, [c.ids for c in answers], 0, CPU)

@@ -1,4 +1,4 @@
-"""What a stage prints, as its log keeps it."""
+"""A stage's output on the screen and in its log."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def test_cutting_the_output_anywhere_changes_nothing():
     assert plain(*whole) == plain(whole) == "start\nend → ✓\n"
 
 
-def test_a_progress_bar_leaves_its_last_state_only():
+def test_only_the_last_state_of_a_progress_bar_is_logged():
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=60)
     console.print("before")
@@ -64,7 +64,7 @@ def test_long_output_is_written_as_it_comes_and_its_end_remembered():
     log = io.StringIO()
     text = PlainText(log)
     text.feed("".join(f"{n}\n" for n in range(1000)))
-    assert log.getvalue().splitlines()[-1] == "987"  # a progress display may still go back over the last ones
+    assert log.getvalue().splitlines()[-1] == "987"  # a progress display may still overwrite the last ones
     text.close()
     assert list(text.tail) == [str(n) for n in range(1000 - TAIL, 1000)]
 
@@ -80,7 +80,7 @@ def test_the_tee_shows_and_keeps_bytes_cut_inside_a_character(tmp_path, capsys):
     assert tee.log_path.read_text() == "=== head\né→ \ufffd\n=== again\n"
 
 
-def test_a_reader_that_goes_away_does_not_stop_the_stage(tmp_path, monkeypatch):
+def test_a_closed_reader_does_not_stop_the_stage(tmp_path, monkeypatch):
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError
@@ -93,7 +93,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_stage(tmp_path, monkeypatch):
 
 def test_a_log_on_a_full_disk_does_not_stop_the_stage(capsys):
     tee = Tee(Path("/dev/full"), "=== head")
-    lines = b"a line of output\n" * 20_000  # more than a pipe holds: somebody has to read it
+    lines = b"a line of output\n" * 20_000  # more than a pipe's buffer, so it must be read
     writer = threading.Thread(target=lambda: os.write(tee.descriptor, lines), daemon=True)
     writer.start()
     writer.join(20)

@@ -1,4 +1,4 @@
-"""The pipeline runner: what it runs, skips and says, with stages that take no time."""
+"""The pipeline runner: what it runs, skips and prints, with stages that take no time."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 
 
 def publish(recipe: Recipe, name: str) -> None:
-    """What a stage does, without the work."""
+    """A stage that does no real work."""
     section, inputs, directory = recipe.sections[name], stage_inputs(recipe, name), StageDir(recipe.run_dir / name)
     directory.begin(inputs)
     (directory.path / "result.json").write_text(json.dumps(section.config.result))
@@ -128,7 +128,7 @@ class Scene:
         return code
 
     def line(self, name: str) -> str:
-        """What the runner said about a section."""
+        """The runner's output about a section."""
         return next(line for line in self.out.splitlines() if line.startswith(name)).removeprefix(name).strip()
 
 
@@ -162,17 +162,17 @@ def test_everything_runs_once_parents_first(scene):
     assert scene.line("judge") == "up to date, skipped"
 
 
-def test_a_target_brings_what_it_needs_and_no_more(scene):
+def test_a_target_runs_only_what_it_needs(scene):
     assert scene.run(to=("leaf",)) == 0
     assert scene.started == ["root", "leaf"]
-    assert scene.run(to=("judge",)) == 0  # judges what is there
+    assert scene.run(to=("judge",)) == 0  # evaluates the existing stages
     assert scene.started == ["judge"]
     assert scene.run() == 0
     assert scene.started == ["twig", "judge"]
     assert scene.line("judge").startswith("stale: parent twig")
 
 
-def test_a_child_follows_only_a_parent_that_came_out_different(scene):
+def test_a_child_reruns_only_if_its_parents_result_changed(scene):
     scene.run()
     assert scene.run("root.effort=2") == 0
     assert scene.started == ["root"]
@@ -181,7 +181,7 @@ def test_a_child_follows_only_a_parent_that_came_out_different(scene):
     assert scene.run("root.effort=2", "root.result=other") == 0
     assert scene.started == ["root", "leaf", "twig"]
     assert "retrained" in scene.line("leaf")
-    assert scene.line("judge") == "up to date, skipped"  # leaf and twig made what they had made before
+    assert scene.line("judge") == "up to date, skipped"  # leaf and twig gave the same result as before
 
 
 def test_another_seed_makes_everything_stale(scene):
@@ -210,7 +210,7 @@ def test_an_interrupted_stage_is_resumed(scene):
     assert scene.line("root") == "unfinished: resumes from step 10"
 
 
-def test_an_interrupted_stage_whose_recipe_changed_is_not(scene):
+def test_an_interrupted_stage_with_a_changed_recipe_starts_anew(scene):
     recipe = scene.recipe()
     directory = StageDir(recipe.run_dir / "root")
     directory.begin(stage_inputs(recipe, "root"))
@@ -240,7 +240,7 @@ def test_a_stage_that_was_killed_gives_the_code_of_its_signal(scene):
     assert scene.run() == 128 + signal.SIGKILL
 
 
-def test_a_stage_that_ends_well_without_a_result_is_a_failure(scene):
+def test_exit_code_0_without_a_result_is_a_failure(scene):
     scene.behaviour["root"] = ("lazy\n", 0)
     assert scene.run() == 1
     assert "ended without publishing" in scene.err
@@ -252,14 +252,14 @@ def test_a_second_run_of_the_same_directory_is_refused(scene):
     assert scene.started == []
 
 
-def test_an_output_folder_that_cannot_be_is_refused(scene, tmp_path):
+def test_an_impossible_output_folder_is_refused(scene, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(HandoffError, match="is a file, not a directory"):
         scene.run(f"output_root={tmp_path / 'file'}")
     assert scene.started == []
 
 
-def test_the_overview_tells_what_waits_for_what(scene):
+def test_the_overview_shows_dependencies(scene):
     scene.run()
     found = overview(scene.recipe("root.effort=2", "twig.effort=2"))
     assert {name: one.state for name, one in found.items()} == dict.fromkeys(found, State.STALE)
@@ -267,12 +267,12 @@ def test_the_overview_tells_what_waits_for_what(scene):
     assert found["twig"].reasons == ("recipe: effort 1 → 2",)
 
 
-def test_the_overview_of_nothing(scene):
+def test_the_overview_of_an_empty_run(scene):
     found = overview(scene.recipe())
     assert {one.state for one in found.values()} == {State.NEW}
 
 
-def test_a_dry_run_says_and_does_nothing(scene, capfd):
+def test_a_dry_run_prints_the_plan_and_changes_nothing(scene, capfd):
     assert run_pipeline(scene.recipe(), ["leaf"], [], None, dry_run=True) == 0
     assert [line.split() for line in capfd.readouterr().out.splitlines()] == [
         ["root", "new"],
@@ -281,7 +281,7 @@ def test_a_dry_run_says_and_does_nothing(scene, capfd):
     assert not scene.recipe().run_dir.exists()
 
 
-def test_options_that_name_nothing(scene, tmp_path):
+def test_options_with_unknown_names_are_refused(scene, tmp_path):
     with pytest.raises(UserError, match="not among those to be run"):
         run_pipeline(scene.recipe(), ["root"], ["leaf"], None, dry_run=True)
     with pytest.raises(UserError, match="no such file"):
@@ -339,7 +339,7 @@ sys.exit(Runner(recipe, lambda r, s: start, Console()).run(["root"]))
 """
 
 
-def test_a_signal_is_passed_on_once_and_its_effect_waited_for(scene, registry, root):
+def test_a_signal_is_forwarded_once_and_the_runner_waits(scene, registry, root):
     package = Path(sys.modules["runner_stages.work.config"].__file__).parent.parent.parent
     command = [sys.executable, "-c", SCRIPT, str(package), str(scene.path)]
     runner = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -354,15 +354,15 @@ def test_a_signal_is_passed_on_once_and_its_effect_waited_for(scene, registry, r
 
 def test_the_processes_of_a_launched_stage_hear_signals_and_its_launcher_tells_how_they_ended():
     read, write = os.pipe()
-    grandchild = "import time; print('up', flush=True); time.sleep(60)"  # it is there once it has said so
+    grandchild = "import time; print('up', flush=True); time.sleep(60)"  # its message shows that it has started
     child = f"import subprocess as s, sys; sys.exit(128 - s.run([sys.executable, '-c', {grandchild!r}]).returncode)"
     stage = LaunchedStage([sys.executable, "-c", child], write)
     os.close(write)
     with os.fdopen(read) as output:
         assert output.readline() == "up\n"
         stage.send(signal.SIGTERM)
-        assert stage.wait() == 128 + signal.SIGTERM  # of what the launcher started; it tells how that ended
-        assert output.read() == ""  # returns only when nobody holds the other end any more
+        assert stage.wait() == 128 + signal.SIGTERM  # of the launched process; the launcher reports its exit
+        assert output.read() == ""  # returns only when no process holds the other end
 
 
 ELASTIC = """\
@@ -392,7 +392,7 @@ subprocess.CalledProcessError: Command '['python']' returned non-zero exit statu
 """
 
 
-def test_what_the_launcher_says_does_not_hide_what_the_stage_said():
+def test_the_launchers_output_does_not_hide_the_stages():
     assert own_words(ELASTIC.splitlines(), 1) == (["step 1", "LaunchError: take two"], 2)
     assert own_words(ELASTIC.replace(": 2 (pid", ": -9 (pid").splitlines(), 1)[1] == -9
     assert own_words(SIMPLE.splitlines(), 1) == (SIMPLE.splitlines()[:3], 3)

@@ -1,4 +1,4 @@
-"""Stages forked from the warm server: the same exit codes and words as a stage that is started by itself."""
+"""Stages forked from the warm server: the same exit codes and output as a directly started stage."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def drive(root: Path, recipe: Path, *stages: list) -> list[list]:
     return json.loads(done.stdout)
 
 
-def test_results_words_and_exit_codes(recipe, root, tmp_path):
+def test_results_output_and_exit_codes_equal_those_of_a_direct_start(recipe, root, tmp_path):
     good, wrong, broken = drive(
         root, recipe, ["tokenizer", "tokenizer"], ["wrong", "tokenizer"], ["broken", "pretrain"]
     )
@@ -99,14 +99,14 @@ def test_a_stage_ends_when_its_runner_is_killed(recipe, root):
     wait_for(lambda: not is_alive(stage))
 
 
-def test_what_the_server_imports_leaves_nothing_that_a_fork_would_lose(root):
+def test_the_servers_imports_start_neither_threads_nor_cuda(root):
     code = "import baton.preload, torch, threading; print(threading.active_count(), torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
 
 
 def wait_for(look):
-    """What `look` answers once it is true."""
+    """Waits until `look` returns a true value, and returns it."""
     for _ in range(300):
         found = look()
         if found:

@@ -1,4 +1,4 @@
-"""`code_tests`: which program an answer holds, which columns tests come in, and real data sets' solutions."""
+"""`code_tests`: the program in an answer, the columns with tests, and the solutions of real data sets."""
 
 import doctest
 import gzip
@@ -83,7 +83,7 @@ def test_value_is_all_or_the_share():
     assert code_tests(prompts, answers, **checks, credit="fraction") == [1.0, 0.5, 0.0, 0.0, 0.0]
 
 
-def test_rows_of_other_data_get_no_opinion():
+def test_rows_of_other_data_score_none():
     values = code_tests(
         [PROMPT] * 3, ["x = 1", "def f(n): return n + 1", "y"], test_list=[None, ["assert f(1) == 2"], None]
     )
@@ -91,7 +91,7 @@ def test_rows_of_other_data_get_no_opinion():
     assert code_tests([], [], tests=[]) == []
 
 
-def test_a_composition_hands_the_columns_over():
+def test_a_composition_passes_the_columns():
     answers = Answers(
         prompts=[PROMPT, PROMPT],
         prompt_ids=[[1], [1]],
@@ -124,8 +124,11 @@ BAD = {
         {"tests": ["assert f(1)"], "test_setup_code": [["x"]]},
         "`test_setup_code` is .*expected text",
     ),
-    "tests that are no Python": ({"tests": ["assert f("]}, "row 0 .*the tests or their setup are no Python"),
-    "tests that test nothing": ({"test_list": [["f(1)"]]}, "row 0 .*the tests hold no assert"),
+    "tests that are not valid Python": (
+        {"tests": ["assert f("]},
+        "row 0 .*the tests or their setup are not valid Python",
+    ),
+    "tests that test nothing": ({"test_list": [["f(1)"]]}, "row 0 .*the tests contain no assert"),
     "tests of objects": ({"tests": ["class A: pass\nassert f(A())"]}, "define the class in `test_setup_code`"),
     "a fraction of a second": (
         {"tests": ["assert f(1)"], "timeout": 0.5},
@@ -139,7 +142,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named(name):
+def test_bad_input_is_refused_by_name(name):
     given, message = BAD[name]
     with pytest.raises(RewardError, match=message):
         code_tests([PROMPT], ["def f(n): return n + 1"], **given)

@@ -1,7 +1,7 @@
-"""Hostile programs: every one is contained and scored 0, and the trainer, that is this process, is unharmed.
+"""Hostile programs: each is contained and scores 0, and the trainer (this process) is unharmed.
 
-They run with every layer that works here, with those that root has in a usual container, and with those that need no
-privileges at all (Landlock and seccomp, under the trainer's own user). Those that only forge also run without any.
+They run with every layer that works here, with those available to root in a usual container, and with those that need
+no privileges (Landlock and seccomp, under the trainer's own user). Forgeries also run without any layer.
 """
 
 import math
@@ -30,7 +30,7 @@ LIMITS = Limits(cpu_seconds=1, wall_milliseconds=3000, memory_mb=256, disk_mb=8)
 
 
 def descendants() -> set[int]:
-    """Processes that came of a sandbox's server: all have its command line, which names its folder."""
+    """Processes of a sandbox's server: all have its command line, which names its folder."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -74,7 +74,7 @@ def own_state() -> dict[str, object]:
 
 @pytest.fixture(scope="module", autouse=True)
 def temporary():
-    """A place for temporary files that is ours alone: other sandboxes may be at work on this machine."""
+    """A separate folder for temporary files, since other sandboxes may run on this machine."""
     folder = tempfile.mkdtemp(prefix="hostile-")
     Path(folder).chmod(0o711)
     before, tempfile.tempdir = tempfile.tempdir, folder
@@ -85,7 +85,7 @@ def temporary():
 
 @dataclass
 class Target:
-    """What the programs aim at: a secret, which anyone may read and write, and open doors."""
+    """The targets of the programs: a secret file that anyone may read and write, and open sockets."""
 
     folder: Path
     doors: list[socket.socket]
@@ -106,7 +106,7 @@ class Target:
         return kept and status.st_mtime > 1e9 and status.st_nlink == 1 and names == ["door", "doord", "secret"]
 
     def entered(self) -> list[str]:
-        """The doors through which something came."""
+        """The sockets that received something."""
         out = []
         for door in self.doors:
             door.setblocking(False)
@@ -161,7 +161,7 @@ def sandbox(request, temporary):
     with Sandbox(layers=request.param) as sandbox:
         open_to = [what for what, layers in sandbox.protections().items() if not layers]
         if open_to:
-            # Not to be run where they would do what they try.
+            # These would succeed here, so they do not run.
             pytest.skip(f"{', '.join(open_to)} not protected: {sandbox.missing()}")
         yield sandbox
     assert descendants() <= processes
@@ -169,7 +169,7 @@ def sandbox(request, temporary):
 
 
 def run(sandbox: Sandbox, jobs: dict[str, tuple[str, str]]) -> dict[str, Outcome]:
-    """All of them, 8 at once; and this process is afterwards as it was."""
+    """Runs all of them, 8 at once; afterwards this process is unchanged."""
     before, memory, started = own_state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     made = [Job([program], tests, stop_at_first=False) for program, tests in jobs.values()]
     outcomes = dict(zip(jobs, sandbox.map(made, LIMITS), strict=True))
@@ -178,7 +178,7 @@ def run(sandbox: Sandbox, jobs: dict[str, tuple[str, str]]) -> dict[str, Outcome
     for name, outcome in outcomes.items():
         assert outcome.seconds < 3.5 and outcome.memory_mb < 300, (name, outcome)
     print(f"{len(jobs)} programs in {time.monotonic() - started:.1f} s")
-    # The server and nothing else is left of them, at the latest when the kernel has taken down their namespaces.
+    # Only the server remains, at the latest when the kernel has removed their namespaces.
     server = sandbox._server._process.pid
     until = time.monotonic() + 10
     while (alive := {p for p in descendants() if _parent(p) == server}) and time.monotonic() < until:
@@ -198,17 +198,17 @@ def passing(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
     return {name: outcome for name, outcome in outcomes.items() if outcome.passed or outcome.share > 0}
 
 
-def test_an_answer_passes_in_every_mode(sandbox):
+def test_a_right_answer_passes_in_every_mode(sandbox):
     outcomes = run(sandbox, {"right": ("def f(n): return 2 * n + 1", TESTS)})
     assert outcomes["right"].all_passed
 
 
-def test_forging_the_verdict(sandbox):
+def test_forged_verdicts_score_zero(sandbox):
     assert passing(run(sandbox, {name: (program, TESTS) for name, program in FORGERY.items()})) == {}
     assert passing(run(sandbox, CHEATS)) == {}
 
 
-def test_reading_and_reaching_what_is_not_theirs(sandbox, target, root):
+def test_programs_cannot_read_or_reach_outside(sandbox, target, root):
     machine = numbers(platform.machine())
     top = 450
     arguments = {
@@ -222,14 +222,14 @@ def test_reading_and_reaching_what_is_not_theirs(sandbox, target, root):
     assert target.untouched()
 
 
-def test_the_network(sandbox, target):
+def test_programs_cannot_reach_the_network(sandbox, target):
     tests = f"assert f({target.port}, {target.door!r})"
     assert passing(run(sandbox, {name: (program, tests) for name, program in NETWORK.items()})) == {}
     assert target.entered() == []
 
 
 @pytest.mark.slow
-def test_harm(sandbox, target):
+def test_harmful_programs_are_contained(sandbox, target):
     place = f"PLACE, SECRET = {str(target.folder)!r}, {str(target.secret)!r}\n"
     free = shutil.disk_usage(tempfile.gettempdir()).free
     outcomes = run(sandbox, {name: (place + program, TESTS) for name, program in HARM.items()})
@@ -240,7 +240,7 @@ def test_harm(sandbox, target):
 
 @pytest.mark.slow
 def test_without_any_layer_the_verdict_still_holds_and_nothing_is_left():
-    """As on a platform that has none: programs can do what their user can, but not pass, and none stays."""
+    """As on a platform without layers: programs can do what their user can, but do not pass, and none survives."""
     before, processes = left_behind(), descendants()
     harmless = (
         "a daemon",
@@ -264,16 +264,16 @@ def test_without_any_layer_the_verdict_still_holds_and_nothing_is_left():
     assert left_behind() == before
 
 
-def test_the_cheats_are_real():
-    """Each passes where program and tests share an interpreter."""
+def test_the_forgeries_work_without_the_sandbox():
+    """Each forgery passes if program and tests share an interpreter."""
     for program, tests in CHEATS.values():
         exec(program + "\n" + tests, {"__name__": "program", "math": math})
 
 
-def test_the_leaks_are_real(target, root):
-    """Without a layer these programs get what they are after.
+def test_the_leaks_work_without_layers(target, root):
+    """Without layers these programs succeed.
 
-    Not run so: those that would do harm, and those that even then get nothing, since all programs run without
+    Two groups are left out: those that would do harm, and those that fail even then, since all programs run without
     capabilities and in an empty environment.
     """
     arguments = {"pid": os.getpid(), "secret": str(target.secret), "repository": str(root)}

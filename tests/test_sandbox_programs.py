@@ -1,4 +1,4 @@
-"""What programs and tests can do across two processes, how the tests are counted, and that a run leaves nothing."""
+"""Programs and tests across two processes, the counting of tests, and that a run leaves nothing behind."""
 
 import datetime
 import os
@@ -123,7 +123,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_what_a_program_may_be(sandbox, name):
+def test_accepted_forms_of_a_program(sandbox, name):
     program, tests = GOOD[name]
     outcome = sandbox.run(Job([program], tests))
     assert outcome.all_passed, outcome
@@ -165,7 +165,7 @@ UNITS = [
 ]
 
 
-def test_a_function_that_is_called_like_a_built_in_must_be_there(sandbox):
+def test_a_function_with_a_built_ins_name_must_be_defined(sandbox):
     assert sandbox.run(Job(["def max(a, b): return b"], "assert max(1, 2) == 2")).all_passed
     for job in (Job(["x = 1"], "assert max(1, 2) == 2"), Job(["x = 1"], "assert max(1, 2) == 2", entry_point="max")):
         outcome = sandbox.run(job)
@@ -189,15 +189,15 @@ def test_the_first_failure_is_the_last_test_where_all_must_pass(sandbox):
 @pytest.mark.parametrize(
     ("tests", "fault"),
     [
-        ("assert f(", "no Python"),
+        ("assert f(", "not valid Python"),
         ("f(1)", "no assert"),
         ("assert True", "no assert"),
         ("class A: pass\nassert f(A()) == 1", "pass a A"),
         ("assert f(x for x in 'a') == 1", "pass a generator"),
-        ("assert f('x' * (9 << 20))", "bytes in one value"),
+        ("assert f('x' * (9 << 20))", "limit between a program and its tests"),
     ],
 )
-def test_what_is_wrong_with_tests_is_said(sandbox, tests, fault):
+def test_faults_of_the_tests_are_reported(sandbox, tests, fault):
     assert fault in sandbox.run(Job(["def f(n): return 1"], tests)).fault
 
 
@@ -247,8 +247,8 @@ def test_a_server_that_dies_is_replaced():
 
 
 @pytest.mark.parametrize("layers", [LAYERS, ()])
-def test_jobs_are_not_ended_by_what_asks_their_trainer_to_end(layers):
-    """Slurm tells every process of a job. The trainer finishes its step, and the scores of that step count."""
+def test_signals_to_the_trainer_do_not_end_jobs(layers):
+    """Slurm signals every process of a job. The trainer finishes its step, and the scores of that step count."""
     job = Job(["import time\ntime.sleep(1)\ndef f(): return 1"], "assert f() == 1")
     with Sandbox(workers=2, layers=layers) as sandbox, ThreadPoolExecutor(1) as thread:
         server = psutil.Process(sandbox._server._process.pid)
@@ -260,16 +260,16 @@ def test_jobs_are_not_ended_by_what_asks_their_trainer_to_end(layers):
         assert sandbox._server._process.pid == server.pid
 
 
-def test_what_is_required_and_cannot_be_had_is_an_error():
+def test_a_missing_required_protection_is_an_error():
     with Sandbox(layers=()) as sandbox:
-        with pytest.raises(RewardError, match=r"kept from the network here \(none is used\)"):
+        with pytest.raises(RewardError, match=r"kept from the network on this machine \(none is used\)"):
             sandbox.require(["network"])
         with pytest.raises(RewardError, match="`require` names 'disk'; the sandbox protects network, filesystem"):
             sandbox.require(["disk"])
         sandbox.require([])
 
 
-def test_a_python_that_does_not_start_is_named(monkeypatch):
+def test_a_python_that_does_not_start_is_reported(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RewardError, match="does not start"):
         Sandbox()
@@ -287,7 +287,7 @@ sandbox.map([Job(["import time\\ntime.sleep(600)"], "assert f()")] * 4)
 
 
 @pytest.mark.parametrize("layers", ["namespaces,identity,landlock,seccomp", "landlock,seccomp", ""])
-def test_nothing_outlives_a_trainer_that_is_killed(root, tmp_path, layers):
+def test_no_process_outlives_a_killed_trainer(root, tmp_path, layers):
     command = [sys.executable, "-c", TRAINER, str(root), str(tmp_path), layers]
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None and trainer.stdout.readline() == "ready\n"
@@ -299,7 +299,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(root, tmp_path, layers):
 
 
 def _named(place: Path) -> list[int]:
-    """Processes whose command line has the place."""
+    """Processes whose command line contains the folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -347,12 +347,12 @@ def _none_other(value: object) -> list[object]:
 
 
 @given(plain)
-def test_plain_values_come_back_as_they_went(value):
+def test_plain_values_round_trip(value):
     again = decode(encode(value, _none_other), _none_other)
     assert again == value and type(again) is type(value) and repr(again) == repr(value)
 
 
-def test_other_values_come_back_too():
+def test_other_values_round_trip_by_reference():
     for value in (Counter("aab"), OrderedDict(b=1, a=2), {1, (2,)}, frozenset("x"), bytearray(b"x")):
         again = decode(encode(value, _none_other), _none_other)
         assert again == value and type(again) is type(value)
@@ -373,7 +373,7 @@ JUNK = st.recursive(
 
 @given(JUNK)
 def test_no_message_makes_more_than_a_plain_value(raw):
-    """Whatever a program sends, the tests' side gets a value of Python's own types, or refuses it."""
+    """The tests' side turns every message into a value of Python's own types, or refuses it."""
 
     def refuse(raw):
         raise BadMessage("no value")

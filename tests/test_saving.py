@@ -1,4 +1,4 @@
-"""What a stage makes of broken states and of a full disk (training/saving.py), real where a tmpfs can be mounted."""
+"""Broken states and full disks (training/saving.py); the disk is a real tmpfs where one can be mounted."""
 
 import errno
 import os
@@ -80,12 +80,12 @@ def test_starting_from_weights_alone_has_to_be_asked_for(tmp_path, caplog):
     ours = {line["step"]: line for line in lines if "loss" in line}
     theirs = {line["step"]: line for line in reference.lines if "loss" in line}
     assert sorted(ours) == [1, 2, 3, 4, 5, 6, 7]
-    for step in (1, 2, 3, 4, 5):  # the loss of step 5 is of the weights that were saved
+    for step in (1, 2, 3, 4, 5):  # the loss of step 5 comes from the saved weights
         assert ours[step] == theirs[step]
     assert ours[7]["learning_rate"] == theirs[7]["learning_rate"] and ours[7]["loss"] != theirs[7]["loss"]
 
 
-def test_without_weights_there_is_nothing_to_ask_for(tmp_path):
+def test_without_whole_weights_no_restart_is_offered(tmp_path):
     recipe = stage_recipe("sft", tmp_path, *KEYS, "train.resume=weights")
     folder = interrupted(recipe, "sft", 2)
     flip(folder / "state" / "step-2" / files.MODEL)
@@ -101,7 +101,7 @@ def test_a_whole_older_state_is_better_than_newer_weights(tmp_path):
     assert not any("resumed_without" in line for line in lines_of(folder))
 
 
-def test_rl_goes_on_from_its_weights(micro_recipe, tmp_path, caplog):
+def test_rl_continues_from_its_weights(micro_recipe, tmp_path, caplog):
     published = micro_recipe.parent / "runs" / "micro"
     keys = [f"output_root={tmp_path}", "ppo.train.sync_ref_model=true", "ppo.train.ref_model_sync_steps=1"]
     for parent in ("tokenizer", "pretrain", "sft", "reward"):
@@ -114,7 +114,7 @@ def test_rl_goes_on_from_its_weights(micro_recipe, tmp_path, caplog):
 
     shutil.rmtree(folder)
     interrupted(load_recipe(micro_recipe, keys), "ppo", 2)
-    flip(folder / "state" / "step-2" / "reference.safetensors")  # it has moved: without it there is no going on
+    flip(folder / "state" / "step-2" / "reference.safetensors")  # it has been trained, so it cannot be replaced
     with pytest.raises(HandoffError, match="no valid state is left") as refused:
         run_section(asked, "ppo")
     assert "reference.safetensors was altered" in str(refused.value)
@@ -125,7 +125,7 @@ def test_rl_goes_on_from_its_weights(micro_recipe, tmp_path, caplog):
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A disk of 80 MiB: a stage that begins wants 64 of them free."""
+    """A disk of 80 MiB; a stage needs 64 MiB free to begin."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
@@ -136,7 +136,7 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave: int = 0) -> None:
-    """Leaves about so many bytes."""
+    """Fills the disk up to about this many free bytes."""
     with (folder / "filler").open("wb", buffering=0) as file:
         os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - leave))
 
@@ -149,8 +149,8 @@ def test_too_small_a_disk_is_an_error_before_training(disk):
     assert not list((recipe.run_dir / "sft").rglob("*.safetensors"))
 
 
-def test_the_room_of_states_that_are_there_counts(tmp_path, monkeypatch):
-    """A run whose states filled the disk goes on."""
+def test_space_of_existing_states_counts_as_free(tmp_path, monkeypatch):
+    """A run whose own states fill the disk can continue."""
     run = SimpleNamespace(dir=SimpleNamespace(state_dir=tmp_path), section=SimpleNamespace(name="sft"), is_main=True)
     states = SavedStates(cast(Run, run), OptimizerConfig(save_total_limit=2))
     monkeypatch.setattr("handoff.files.free_bytes", lambda path: 150)
@@ -167,7 +167,7 @@ def test_the_room_of_states_that_are_there_counts(tmp_path, monkeypatch):
 def test_a_disk_that_is_full_for_a_while_costs_states_and_nothing_else(
     name, where, micro_recipe, disk, tmp_path, monkeypatch, caplog
 ):
-    """The second of three saves finds no room; the first one stays until the third."""
+    """The second of three saves finds no space; the first state stays until the third."""
     if name == "sft":
         recipe = stage_recipe("sft", disk, *KEYS, "train.save_total_limit=1")
         other = stage_recipe("sft", tmp_path / "other", *KEYS, "train.save_total_limit=1")
@@ -231,8 +231,8 @@ def test_a_full_disk_at_the_end_loses_nothing(disk, tmp_path, monkeypatch):
     assert all(torch.equal(ours.weights[key], theirs.weights[key]) for key in theirs.weights)
 
 
-def test_a_file_without_which_there_is_no_result_finds_no_room(tmp_path, monkeypatch):
-    """The reward model's card is written after training: a user's mistake, and the same command goes on."""
+def test_a_full_disk_for_a_required_file_is_a_user_error(tmp_path, monkeypatch):
+    """The reward model's card is written after training: a user error, after which the same command continues."""
     recipe = stage_recipe("reward", tmp_path, *KEYS)
 
     def full(path, content):

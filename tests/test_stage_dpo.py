@@ -39,7 +39,7 @@ def test_policy_equals_reference_at_the_start(tmp_path):
 
 @pytest.mark.slow
 def test_the_references_log_probabilities_are_sums_over_the_answers_tokens(tmp_path):
-    """Against a loop over single answers with the parent, its pads and its neighbours left out."""
+    """Compared with a loop over single answers with the parent, without padding or other rows."""
     run_stage("dpo", tmp_path, "train.max_steps=1")
     folder = next(tmp_path.rglob("pairs")) / "eval"
     rows = on_disk(engines.current(), [], folder)
@@ -60,7 +60,7 @@ def test_the_references_log_probabilities_are_sums_over_the_answers_tokens(tmp_p
 
 @pytest.mark.slow
 def test_the_reference_is_computed_once_and_found_again(tmp_path, monkeypatch):
-    """A second start reads what the first wrote; what was altered since is computed anew, so is another reference."""
+    """A second start reads the first one's file; an altered file or another reference is computed again."""
     calls = []
     compute = Trainer.compute_ref_log_probs
     monkeypatch.setattr(Trainer, "compute_ref_log_probs", lambda self, *a: calls.append(1) or compute(self, *a))

@@ -1,4 +1,4 @@
-"""The pretraining stage: what it is fed, what it can build, what it measures, what it refuses."""
+"""The pretraining stage: its input, the architectures that it builds, its metrics, and what it refuses."""
 
 import math
 
@@ -49,12 +49,12 @@ def build(encoder, architecture="llama", attention="sdpa", **more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_trains_is_published_and_is_gone_on_from(architecture, tmp_path):
+def test_every_architecture_trains_publishes_and_continues(architecture, tmp_path):
     model = f"model={{architecture: {architecture}, {ARCHITECTURES[architecture]}}}"
     first = run_stage("pretrain", tmp_path / "first", model, "train.max_steps=8")
     losses = first.of("eval_loss")
     assert losses[-1] < losses[0] - 0.5
-    # On from the checkpoint: the vocabulary is its own, and training goes on where it was.
+    # Continues from the checkpoint, with the checkpoint's vocabulary.
     on = run_stage(
         "pretrain", tmp_path / "on", f"parent={first.folder}", "model=null", "train.max_steps=8", "train.warmup_steps=2"
     )
@@ -100,7 +100,7 @@ def test_isolated_documents_do_not_see_one_another(architecture, attention, enco
         with torch.no_grad():
             together = token_losses(model, batch)["nats"][0].item()
         assert together == pytest.approx(sum(alone), abs=1e-4)
-    # The default sees what came before, so its loss is another.
+    # By default documents see earlier ones, so the loss differs.
     with torch.no_grad():
         assert abs(token_losses(model, Collator(None)([block]))["nats"][0].item() - sum(alone)) > 0.1
 
@@ -127,7 +127,7 @@ def test_windows_score_each_token_once_with_context(tokens, width):
 
 
 def test_bits_per_byte_do_not_depend_on_the_batch_and_are_those_of_the_whole(encoder):
-    """A model of uniform predictions needs log2(V) bits a token, whatever the windows."""
+    """A model with uniform predictions needs log2(V) bits per token, whatever the windows."""
     model = build(encoder)
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     documents = encoder.documents(["Ann has 3 balls. Bob has 4 cats."] * 5)

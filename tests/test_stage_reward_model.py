@@ -1,4 +1,4 @@
-"""The reward model stage: how scores are read and measured, its report card, what RL gets from it."""
+"""The reward model stage: reading and measuring scores, the report card, and the statistics for RL."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_it_learns_and_its_card_and_statistics_are_in_the_manifest(published):
     metrics, extra = published.manifest.metrics, published.manifest.extra
     assert metrics["eval_accuracy"] >= 0.8
     assert metrics["eval_accuracy_low"] < metrics["eval_accuracy"] < metrics["eval_accuracy_high"]
-    assert metrics["eval_length_accuracy"] == pytest.approx(0.2125)  # of the data: "the longer one" is mostly wrong
+    assert metrics["eval_length_accuracy"] == pytest.approx(0.2125)  # in the data, the longer answer is mostly wrong
     assert -1 <= metrics["eval_score_length_correlation"] <= 1
     assert {f"eval_beats_{probe}" for probe in ("empty", "repeated", "truncated", "off-topic")} <= metrics.keys()
     assert extra["reward_std"] > 0.1 and abs(extra["reward_mean"]) < 5
@@ -103,7 +103,7 @@ def test_without_held_out_pairs_the_statistics_are_of_the_training(tmp_path):
 
 
 def length_biased(split, count, longer):
-    """Pairs in which `longer` of ten times the chosen answer is the longer one, and nothing else tells them apart."""
+    """Pairs in which the chosen answer is the longer one in `longer` of ten cases, without any other difference."""
     rows = []
     for i in range(count):
         words = [THINGS[(i * k + i // 6) % 6] for k in (1, 2, 3, 5, 7, 11, 13)]
@@ -124,7 +124,7 @@ def biased():
 
 @pytest.mark.slow
 def test_a_length_biased_model_is_flagged_and_stopped_by_the_gate(tmp_path, biased, capsys):
-    """The case of PAINS P6: it looks good, the card sees through it, and under the gate the pipeline ends with 3."""
+    """Its accuracy looks good, but the card flags it, and with the gate the pipeline exits with 3."""
     gate = ["gate.min_accuracy=0.7", "gate.min_over_length=0.05", "gate.max_length_correlation=0.5"]
     recipe = stage_recipe("reward", tmp_path, *biased, *gate)
     with pytest.raises(SystemExit) as exited:
@@ -150,7 +150,7 @@ def test_a_length_biased_model_is_flagged_and_stopped_by_the_gate(tmp_path, bias
 
 @pytest.mark.slow
 def test_another_gate_costs_no_training(tmp_path, monkeypatch):
-    """Held back, let go, held back again: the gate decides what is published, from the last saved state on."""
+    """The gate refuses, accepts and refuses again: each time it decides from the last saved state, without training."""
     steps = []
     original = Trainer.training_step
     monkeypatch.setattr(
@@ -183,7 +183,7 @@ def test_another_gate_costs_no_training(tmp_path, monkeypatch):
         (("ensemble_with=[reward]",), "a stage cannot start from itself"),
     ],
 )
-def test_a_gate_that_cannot_be_meant(keys, said, tmp_path):
+def test_an_impossible_gate_is_refused(keys, said, tmp_path):
     with pytest.raises(RecipeError) as raised:
         stage_recipe("reward", tmp_path, *keys)
     assert said in str(raised.value)
@@ -193,7 +193,7 @@ def test_a_gate_that_cannot_be_meant(keys, said, tmp_path):
 
 
 @pytest.mark.slow
-def test_members_with_seeds_of_their_own_are_compared_on_the_same_pairs(published, tmp_path):
+def test_members_with_different_seeds_are_compared_on_the_same_pairs(published, tmp_path):
     other = f"ensemble_with=[{published.folder}]"
     second = run_stage("reward", tmp_path, "train.max_steps=40", "seed=11", other)
     assert second.manifest.seed == 11 and published.manifest.seed == 3
@@ -207,15 +207,15 @@ def test_members_with_seeds_of_their_own_are_compared_on_the_same_pairs(publishe
     assert same == 1.0 and agree == mirrored and 0.5 < agree <= 1
     assert 0.001 < card.ensemble.mean_std < 1
 
-    # With itself a model agrees.
+    # A model agrees with itself.
     twin = run_stage("reward", tmp_path / "twin", "train.max_steps=40", other)
     assert card_of(twin.folder).ensemble.agreement == [[1.0, 1.0], [1.0, 1.0]]
     assert card_of(twin.folder).ensemble.mean_std == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.slow
-def test_what_is_no_member_is_refused_before_training(tmp_path):
+def test_an_invalid_member_is_refused_before_training(tmp_path):
     chain()
-    with pytest.raises(HandoffError, match="is a language model; a parent here has to be a reward model"):
+    with pytest.raises(HandoffError, match="is a language model; the parent must be a reward model"):
         run_stage("reward", tmp_path, f"ensemble_with=[{runs() / 'tiny' / 'sft'}]")
     assert not (tmp_path / "tiny").exists()

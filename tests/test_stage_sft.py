@@ -1,4 +1,4 @@
-"""The SFT stage: what is supervised, packing, answers that stop, what it refuses."""
+"""The SFT stage: supervised tokens, packing, answers that stop, and what it refuses."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_packed_conversations_do_not_see_one_another(attention, parent, encoder)
     assert packed["tokens"].sum() == padded["tokens"].sum() == sum(i != -100 for r in rows for i in r["labels"])
 
 
-def test_a_batch_is_padded_on_the_right_and_padding_is_no_label(encoder):
+def test_a_batch_is_padded_on_the_right_without_labels(encoder):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
     batch = Collator(2)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
@@ -90,12 +90,12 @@ def test_a_batch_is_padded_on_the_right_and_padding_is_no_label(encoder):
 
 @pytest.mark.slow
 def test_packing_and_padding_learn_the_same(tmp_path):
-    """One step over all rows: the packed gradient is the padded one, up to how the sums are rounded."""
+    """One step over all rows: the packed gradient equals the padded one, up to rounding."""
     keys = ("train.max_steps=1", "eval_data=[]")
     padded = run_stage(
         "sft", tmp_path / "padded", *keys, "train.global_batch_size=200", "train.per_device_train_batch_size=50"
     )
-    # Packed into rows of 4096 tokens, the 200 conversations are few rows; as many make the one step.
+    # Packed into rows of 4096 tokens, the 200 conversations are few rows; one step takes all of them.
     rows = padded.of("num_tokens")[0] / 4096
     packed = run_stage(
         "sft",
@@ -128,7 +128,7 @@ def test_data_that_cannot_be_used_is_refused(overrides, error, message, tmp_path
 
 
 @pytest.mark.slow
-def test_a_checkpoint_made_elsewhere_is_tuned_with_its_own_tokenizer_and_template(tmp_path):
+def test_a_foreign_checkpoint_is_tuned_with_its_own_tokenizer_and_template(tmp_path):
     foreign = foreign_checkpoint(tmp_path / "foreign")
     run = run_stage("sft", tmp_path / "runs", f"parent={foreign}", "train.max_steps=60", "max_new_tokens=24")
     assert run.lines[-2]["eval_loss"] < run.lines[0]["eval_loss"] - 1
@@ -136,12 +136,12 @@ def test_a_checkpoint_made_elsewhere_is_tuned_with_its_own_tokenizer_and_templat
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (run.folder / "model" / name).read_bytes() == (foreign / name).read_bytes()
     assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32}
-    # ... and it can be a parent in its turn.
+    # It can also be a parent.
     on = run_stage("dpo", tmp_path / "runs", f"parent={run.folder}", "train.max_steps=2")
     assert on.manifest.tokenizer == run.manifest.tokenizer
 
 
-def test_a_tokenizer_is_no_parent(tmp_path):
+def test_a_tokenizer_is_refused_as_a_parent(tmp_path):
     recipe = stage_recipe("sft", tmp_path, f"parent={runs() / 'tiny' / 'tokenizer'}")
     with pytest.raises(HandoffError, match="tokenizer"):
         run_section(recipe, "sft")

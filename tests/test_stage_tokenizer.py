@@ -37,7 +37,7 @@ def train(output, *overrides):
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text())
-def test_any_text_comes_back_byte_for_byte(encoder, text):
+def test_any_text_round_trips_byte_for_byte(encoder, text):
     ids = encoder.document(text)
     assert encoder.decode(ids[:-1]) == text and ids[-1] == encoder.eos_id
 
@@ -97,5 +97,5 @@ def test_metrics_count_bytes_per_token_on_held_out_text(tmp_path, capsys):
         (FileSource(source="file", path="a.jsonl", format="preference"), Chat),
     ],
 )
-def test_what_a_source_is_read_as(source, kind):
+def test_a_source_is_read_as_its_kind_of_record(source, kind):
     assert wanted(source) is kind

@@ -1,7 +1,7 @@
-"""What holds for every stage that trains: golden curves, accumulation, a full disk, divergence, saving.
+"""Tests of every training stage: golden curves, accumulation, a full disk, divergence, saving.
 
-The golden numbers are of torch 2.13.0 on an x86 CPU with one thread; another thread count or processor changes the last
-bits, hence the relative tolerance of 1e-4. A change that is not meant to change training leaves them as they are.
+The golden numbers come from torch 2.13.0 on an x86 CPU with one thread. Another thread count or processor changes the
+last bits, hence the relative tolerance of 1e-4. A change that should not affect training must not change them.
 """
 
 import errno
@@ -61,15 +61,15 @@ def test_golden_curve(name, override, tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_how_a_step_is_cut_changes_nothing(name, tmp_path):
-    """8 x 1, 4 x 2 and 2 x 4 rows, of unequal length, with a last step that wraps: equal losses, norms and weights."""
+def test_the_split_into_micro_batches_changes_nothing(name, tmp_path):
+    """8 x 1, 4 x 2 and 2 x 4 rows of unequal length, with a last step that wraps: equal losses, norms and weights."""
     runs = [
         run_stage(
             name,
             tmp_path / str(size),
             f"train.per_device_train_batch_size={size}",
             "train.max_steps=6",
-            "train.adam_epsilon=1e-3",  # Adam's first steps are a sign: noise in the last bit would be a whole step
+            "train.adam_epsilon=1e-3",  # else noise in a last bit could flip Adam's first steps
         )
         for size in (8, 4, 2)
     ]
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage_and_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_is_saved_is_what_was_trained(name, tmp_path, monkeypatch):
+def test_the_published_model_equals_the_trained_one(name, tmp_path, monkeypatch):
     """The published model, loaded by transformers alone, gives the logits of the model in memory."""
     kept = {}
     module = "reward_model" if name == "reward" else name
@@ -139,7 +139,7 @@ def test_what_is_saved_is_what_was_trained(name, tmp_path, monkeypatch):
         assert torch.equal(loaded(input_ids=ids).logits, kept["model"](input_ids=ids).logits)
 
 
-def test_evaluation_on_the_way_is_logged_and_changes_nothing(tmp_path):
+def test_evaluation_during_training_is_logged_and_changes_nothing(tmp_path):
     plain = run_stage("sft", tmp_path / "plain", "train.max_steps=6")
     watched = run_stage("sft", tmp_path / "watched", "train.max_steps=6", "train.eval_steps=2")
     assert [line["step"] for line in watched.lines if "eval_loss" in line] == [0, 2, 4, 6]

@@ -1,6 +1,6 @@
-"""The mirror to Weights & Biases: it gets every line once, under one run id, and its troubles are its own.
+"""The mirror to Weights & Biases: it sends every line once under one run id, and its failures do not affect the stage.
 
-The fake package does in its own process what a real one may do, and writes down what it was told.
+The fake package imitates the real one's behaviour and failures, and records what it receives.
 """
 
 import json
@@ -36,7 +36,7 @@ class Scene:
         return WandbMirror(self.folder, "baton", "tiny/sft", "abc123", {"learning_rate": 1.0})
 
     def log(self, *steps: int, **more: float) -> None:
-        """A line of each step; it ends with a time, which is another one whenever it is written."""
+        """Writes a line for each step; its time differs each time it is written."""
         for step in steps:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **more, "time/step": time.perf_counter()}) + "\n")
@@ -48,7 +48,7 @@ class Scene:
         os.truncate(path, len("".join(kept)))
 
     def arrived(self) -> list[int]:
-        """Steps that the server has, in the order they came in."""
+        """The server's steps in the order of arrival."""
         path = self.server / "server-abc123.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         assert [line["_step"] for line in lines] == list(range(len(lines)))
@@ -61,7 +61,7 @@ class Scene:
             time.sleep(0.02)
 
     def end(self) -> None:
-        """As the end of a stage, and then waits for what goes on in the background."""
+        """Ends the mirror as a stage does, then waits for its background process."""
         process = self.mirror._process
         self.mirror.close()
         if process is not None:
@@ -86,7 +86,7 @@ def test_every_line_arrives_in_order_under_the_id_it_was_given(scene):
     assert (scene.server / "finished").exists()
 
 
-def test_the_process_is_not_there_before_the_first_line(scene):
+def test_the_process_starts_with_the_first_line(scene):
     scene.mirror.close()
     assert list(scene.folder.iterdir()) == []
 
@@ -99,7 +99,7 @@ def test_after_a_kill_no_step_comes_twice_and_none_is_missing(scene, monkeypatch
     scene.until([1, 2, 3, 3])
     scene.mirror._process.send_signal(signal.SIGKILL)
     scene.mirror._process.wait()
-    scene.log(4)  # nobody sends this one any more
+    scene.log(4)  # this line is never sent
     scene.cut(2)
     scene.mirror = scene.open()
     scene.log(3, 3, 4, 5)
@@ -107,7 +107,7 @@ def test_after_a_kill_no_step_comes_twice_and_none_is_missing(scene, monkeypatch
     assert scene.arrived() == [1, 2, 3, 3, 4, 5]
 
 
-def test_a_mirror_that_still_works_when_the_lines_are_cut_off_and_written_again(scene):
+def test_a_mirror_survives_truncated_and_rewritten_lines(scene):
     scene.log(1, 2, 3, 3)
     scene.until([1, 2, 3, 3])
     scene.cut(1)
@@ -117,7 +117,7 @@ def test_a_mirror_that_still_works_when_the_lines_are_cut_off_and_written_again(
 
 
 def test_two_mirrors_of_one_stage_take_turns(scene):
-    """The stage was killed, so the first mirror hears the end of its pipe, and the resumed stage has another."""
+    """The stage was killed, which closes the first mirror's pipe; the resumed stage starts a second mirror."""
     scene.log(1, 2)
     first = scene.mirror
     scene.mirror = scene.open()
@@ -127,8 +127,8 @@ def test_two_mirrors_of_one_stage_take_turns(scene):
     assert scene.arrived() == [1, 2, 3]
 
 
-def test_what_the_server_never_got_is_sent_again(scene):
-    """The machine went down: lines were handed over and written down as sent, and lost on the way."""
+def test_lines_lost_on_the_way_are_sent_again(scene):
+    """The machine went down: lines were recorded as sent but did not arrive."""
     scene.log(1, 2, 3, 4)
     scene.until([1, 2, 3, 4])
     scene.end()
@@ -140,7 +140,7 @@ def test_what_the_server_never_got_is_sent_again(scene):
     assert scene.arrived() == [1, 2, 3, 4, 5]
 
 
-def test_what_was_sent_and_not_written_down_does_not_come_twice(scene):
+def test_lines_sent_but_not_recorded_do_not_appear_twice(scene):
     scene.log(1, 2, 3)
     scene.until([1, 2, 3])
     scene.end()
@@ -185,7 +185,7 @@ def test_what_hangs_is_waited_for_by_nobody_and_ends_by_itself(scene, monkeypatc
     monkeypatch.setenv("FAKE_WANDB", mode)
     scene.log(*range(1000))
     process = scene.mirror._process
-    time.sleep(1)  # it hangs by now
+    time.sleep(1)  # it is hanging now
     with caplog.at_level(logging.WARNING):
         scene.mirror.close()
     assert process.poll() is None, "the stage's end waited for what hangs"
@@ -194,7 +194,7 @@ def test_what_hangs_is_waited_for_by_nobody_and_ends_by_itself(scene, monkeypatc
     process.wait()
 
 
-def test_a_mirror_has_so_long_after_its_stage_and_no_longer(scene, monkeypatch, root):
+def test_a_mirror_ends_within_its_grace_period(scene, monkeypatch, root):
     monkeypatch.setenv("FAKE_WANDB", "hangs at init")
     code = "from training import tracker; tracker.GRACE = 1; tracker.main()"
     (scene.folder / "wandb").mkdir()

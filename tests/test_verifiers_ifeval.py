@@ -1,4 +1,4 @@
-"""IFEval's 25 instruction types: answers that follow, answers that only look as if, the published data, bad input."""
+"""IFEval's 25 instruction types: answers that follow, answers that only seem to, the published data, bad input."""
 
 import doctest
 import gzip
@@ -30,7 +30,7 @@ def test_the_cases_cover_all_25_types():
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_answers_that_follow_and_answers_that_do_not(name):
+def test_answers_that_follow_pass_and_others_fail(name):
     wrong = []
     for kwargs, good, bad in CASES[name]:
         for wanted, answers in ((1.0, good), (0.0, [*bad, "", " \n"])):
@@ -42,9 +42,9 @@ def test_answers_that_follow_and_answers_that_do_not(name):
 @pytest.mark.parametrize("name", sorted(CASES))
 @settings(max_examples=40, deadline=None)
 @given(text=st.text())
-def test_any_text_is_judged_without_an_error(name, text):
+def test_no_text_raises(name, text):
     for kwargs, good, _ in CASES[name]:
-        # Alone, and around an answer that follows: nearer to what a policy writes.
+        # Alone, and around an answer that follows, which is closer to a policy's text.
         for answer in (text, text + good[0], good[0] + text):
             for mode in ("strict", "loose"):
                 values = ifeval([], [answer], instruction_id_list=[[name]], kwargs=[[kwargs]], mode=mode)
@@ -53,7 +53,7 @@ def test_any_text_is_judged_without_an_error(name, text):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="ab *#.!?\n\"'-1,", max_size=60))
-def test_what_is_strict_is_loose(text):
+def test_strict_implies_loose(text):
     ids = ["punctuation:no_comma", "detectable_format:number_bullet_lists", "startend:quotation"]
     kwargs = [{}, {"num_bullets": 1}, {}]
     values = {
@@ -72,7 +72,7 @@ def test_loose_forgives_first_line_last_line_and_asterisks():
         assert ifeval([], [text], ids, kwargs) == [0.0]
         assert ifeval([], [text], ids, kwargs, mode="loose") == [1.0]
     assert ifeval([], ['a\nb\n"Hello"'], ids, kwargs, mode="loose") == [0.0]
-    # What is left when the first and the last line go is nothing, which follows nothing.
+    # Without the first and the last line nothing is left, and empty text follows no instruction.
     assert ifeval([], ["a, b\nc, d"], [["punctuation:no_comma"]], kwargs, mode="loose") == [0.0]
 
 
@@ -95,13 +95,13 @@ def test_the_published_data(shared_data):
     strict, loose = (ifeval([], answers, ids, kwargs, mode=mode) for mode in ("strict", "loose"))
     assert len(strict) == 541 and set(strict) == {0.0, 1.0}
     assert all(a <= b for a, b in zip(strict, loose, strict=True))
-    # As the hub has it: all arguments for every instruction, null where it has none.
+    # As on the hub: all arguments for every instruction, null for those that do not apply.
     names = {name for many in kwargs for one in many for name in one}
     padded = [[{**dict.fromkeys(names), **one} for one in many] for many in kwargs]
     assert ifeval([], answers, ids, padded) == strict
 
 
-def test_rows_without_instructions_have_no_opinion():
+def test_rows_without_instructions_score_none():
     assert ifeval([], ["a", "b"], [None, []], [None, []]) == [None, None]
     assert ifeval([], ["a", "a,"], ground_truth=["42", '{"func_name": "validate_no_commas"}']) == [None, 0.0]
 
@@ -127,7 +127,7 @@ def test_rows_without_instructions_have_no_opinion():
         ),
         (["keywords:existence"], [{"keywords": []}], r"expected a list"),
         (["detectable_format:title"], [{"num_words": 3}], r"takes no `num_words`"),
-        (["detectable_format:title"], [], r"1 instructions and 0 `kwargs`: one for each"),
+        (["detectable_format:title"], [], r"1 instructions but 0 `kwargs`; give one for each"),
         (["detectable_format:title"], None, r"no `kwargs`"),
         (["language:response_language"], [{"language": "xx"}], r"expected the code of a language: "),
         (["detectable_format:number_bullet_lists"], [{"num_bullets": "3"}], r"is '3'; expected a number"),
@@ -154,7 +154,7 @@ def test_bad_data_names_the_row(ids, kwargs, message):
 def test_missing_columns_and_wrong_arguments():
     with pytest.raises(RewardError, match=r"needs the columns `instruction_id_list` and `kwargs`.*have `family`"):
         ifeval([], ["a"], family=["x"])
-    with pytest.raises(RewardError, match="`mode: lose` is one of strict, loose"):
+    with pytest.raises(RewardError, match="`mode: lose`"):
         ifeval([], ["a"], [[]], [[]], mode="lose")
 
 
@@ -189,7 +189,7 @@ RLVR_ARGUMENTS = {
 
 @pytest.mark.parametrize("name", sorted(RLVR))
 def test_constraints_of_rlvr(name):
-    """Each as in the mixture: the arguments of all functions, null where it has none."""
+    """As in the mixture: the arguments of all functions, null for those that do not apply."""
     assert set(RLVR_ARGUMENTS) == set(RLVR)
     assert {instruction for instruction, _, _ in RLVR.values()} == set(INSTRUCTIONS)
     given, good, bad = RLVR_ARGUMENTS[name]
@@ -200,7 +200,7 @@ def test_constraints_of_rlvr(name):
 
 
 def test_an_unknown_constraint_of_rlvr():
-    with pytest.raises(RewardError, match=r"row 0 .*no constraint `validate_rhyme`; known are verify_keywords"):
+    with pytest.raises(RewardError, match=r"row 0 .*unknown constraint `validate_rhyme`; known are verify_keywords"):
         ifeval([], ["a"], ground_truth=['{"func_name": "validate_rhyme"}'])
 
 

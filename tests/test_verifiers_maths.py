@@ -1,4 +1,4 @@
-"""Mathematical answers: what is read out of a completion, equality, limits, processes and threads, real data."""
+"""Mathematical answers: reading a completion, equality, limits, processes and threads, real data."""
 
 import doctest
 import gzip
@@ -70,7 +70,7 @@ NUMBERS = [  # completion, its number; None where it has none
 
 
 @pytest.mark.parametrize(("text", "number"), NUMBERS)
-def test_the_number_of_a_completion(text, number):
+def test_the_number_is_read_from_a_completion(text, number):
     gold = "12345" if number is None else number
     assert numeric_match([], [text], answer=[gold]) == [float(number is not None)]
     assert numeric_match([], [text], answer=[f"{gold}1"]) == [0.0]
@@ -182,7 +182,7 @@ HOSTILE = [
 
 
 @pytest.mark.slow
-def test_what_would_run_for_ever_scores_nothing(caplog):
+def test_endless_computation_scores_zero(caplog):
     texts = ["\\boxed{" + text + "}" for text in HOSTILE] + ["\\boxed{\\sqrt{4}}"]
     with caplog.at_level(logging.WARNING):
         assert math_equal([], texts, answer=["\\sqrt{2} + 1"] * len(HOSTILE) + ["2"], time_limit=0.5) == [
@@ -206,8 +206,8 @@ def test_a_process_that_dies_or_stops_is_started_again(monkeypatch):
     assert comparer._process is None
 
 
-def test_a_process_that_is_told_to_end_with_its_trainer_answers_on():
-    """The trainer finishes its step first: Slurm tells both, a terminal too."""
+def test_signals_to_the_trainer_do_not_end_the_worker():
+    """Slurm and terminals signal both processes, but the trainer still finishes its step."""
     comparer = Comparer()
     comparer.compare([("1", "1")], 5.0)
     process = comparer._process
@@ -269,7 +269,7 @@ def test_errors_name_column_row_and_prompt(function):
     prompts = [(Message("user", "a" * 200),), (Message("user", "How many?"),)]
     name = function.__name__
     with pytest.raises(
-        RewardError, match=rf"`{name}` needs the right answers in column `answer` or `ground_truth`; the "
+        RewardError, match=rf"`{name}` needs the gold answers in column `answer` or `ground_truth`; the "
     ):
         function(prompts, ["1", "2"])
     with pytest.raises(RewardError, match=r"in column `Answer`; the prompts have `answer`\. Rename yours, or name it"):
@@ -278,14 +278,14 @@ def test_errors_name_column_row_and_prompt(function):
         RewardError, match=rf"`{name}`, row 1 of the batch \(prompt 'How many\?'\): column `answer` holds \["
     ):
         function(prompts, ["1", "2"], answer=["1", ["2"]])
-    with pytest.raises(RewardError, match=rf"`{name}`, row 1 of the batch .*right answer '\?\?'.*use .*`exact_match`"):
+    with pytest.raises(RewardError, match=rf"`{name}`, row 1 of the batch .*gold answer '\?\?'.*use .*`exact_match`"):
         function(prompts, ["1", "2"], answer=["1", "??"])
     with pytest.raises(RewardError, match=rf"row 0 of the batch \(prompt '\.\.\.{'a' * 80}'\)"):
         function(prompts, ["1", "2"], answer=["", "2"])
 
 
 @pytest.mark.parametrize("function", [numeric_match, math_equal])
-def test_rows_of_another_kind_have_no_opinion(function):
+def test_rows_of_another_kind_score_none(function):
     constraint = '{"func_name": "validate_no_commas"}'
     columns = {"answer": ["5", None, None], "ground_truth": [None, constraint, "6"]}
     assert function([], ["5", "5", "5"], **columns) == [1.0, None, 0.0]

@@ -78,7 +78,7 @@ def test_multiple_choice_reads_golds_as_they_are_published():
     prompts = [(Message("user", "Which?"),)]
     for gold in ("K", 1, "Paris", "A, B", ""):
         with pytest.raises(
-            RewardError, match=r"`multiple_choice`, row 0 .*is none of the letters ABCDEFGHIJ; give its"
+            RewardError, match=r"`multiple_choice`, row 0 .*is not one of the letters ABCDEFGHIJ; give its"
         ):
             multiple_choice(prompts, ["B"], answer=[gold])
     assert multiple_choice([], ["E"], answer=["E"], letters="ABCDE") == [1.0]
@@ -91,18 +91,18 @@ def test_regex_format():
     assert regex_format([], ["a1", "xa1"], pattern=r"a\d") == [1.0, 0.0]
     assert regex_format([], ["a\nb", "a\nb"], pattern=r"(?s)a.b") == [1.0, 1.0]
     assert regex_format([], ["a\nb", "xx a\nb"], pattern=r"a.b", match="search") == [0.0, 0.0]
-    with pytest.raises(RewardError, match=r"`pattern: \(` is no regular expression: missing \)"):
+    with pytest.raises(RewardError, match=r"`pattern: \(` is not a regular expression: missing \)"):
         regex_format([], ["a"], pattern="(")
     with pytest.raises(RewardError, match="`match: all` is neither `full` nor `search`"):
         regex_format([], ["a"], pattern="a", match="all")
 
 
-def test_a_pattern_that_backtracks_for_ever_scores_nothing(caplog, monkeypatch):
+def test_catastrophic_backtracking_scores_zero(caplog, monkeypatch):
     monkeypatch.setattr(reward.verifiers.text, "PATTERN_SECONDS", 0.1)
     with caplog.at_level(logging.WARNING):
         hostile = "ab" * 4000 + "c"
         assert regex_format([], [hostile, "ab"], pattern=r"(?:a|b|ab)*(?:a|b|ab)*(?:a|b|ab)*d|ab") == [0.0, 1.0]
-    assert "1 of 2 completions took the pattern more than 0.1 s" in caplog.text
+    assert "1 of 2 completions the pattern took over 0.1 s" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_tags_in_form():
 
 
 @pytest.mark.parametrize("tags", [[], "think", ["a b"], ["<think>"], ["a", "a"], [["a"], ["b"]]])
-def test_tags_that_are_none(tags):
+def test_invalid_tags_are_refused(tags):
     with pytest.raises(RewardError, match="`xml_format`: `tags:"):
         xml_format([], ["a"], tags=tags)
 
@@ -208,19 +208,19 @@ def test_hostile_json(monkeypatch):
     [
         ({"type": "integre"}, r"the schema cannot be used: 'integre' is not valid"),
         ("{type: object}", r"the schema cannot be used: Expecting property name"),
-        (5, r"the schema cannot be used: 5 is no object"),
+        (5, r"the schema cannot be used: 5 is not an object"),
         ({"$ref": "https://example.com/schema.json"}, r"the schema cannot be used: .*example\.com"),
         ({"pattern": "("}, r"the schema cannot be used: "),
     ],
 )
-def test_a_schema_that_is_none_names_the_row(schema, message):
+def test_an_invalid_schema_names_the_row(schema, message):
     prompts = [(Message("user", "Fill it in."),)]
     with pytest.raises(RewardError, match=r"`json_schema`, row 0 of the batch \(prompt 'Fill it in\.'\): " + message):
         json_schema(prompts, ['"text"'], schema=schema)
 
 
 def test_no_schema_and_a_list_of_them():
-    with pytest.raises(RewardError, match=r"needs a schema: .*or a column `schema` of the prompts"):
+    with pytest.raises(RewardError, match=r"needs a schema: .*or add a column `schema` to the prompts"):
         json_schema([], ["1"])
     with pytest.raises(RewardError, match=r"`schema` in `args:` is a list"):
         json_schema([], ["1"], schema=[{"type": "integer"}] * 2)
@@ -228,7 +228,7 @@ def test_no_schema_and_a_list_of_them():
 
 @settings(max_examples=150, deadline=None)
 @given(st.text() | st.text(alphabet='AB()[].:,*" \n<>/think{}0129eE-tfn', max_size=60))
-def test_any_text_is_judged_without_an_error(text):
+def test_no_text_raises(text):
     answers = [text, f"The answer is {text}", f"<think>{text}</think><answer>{text}</answer>", f'{{"n": {text}}}']
     for values in (
         multiple_choice([], answers, answer=["B"] * 4),

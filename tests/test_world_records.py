@@ -29,7 +29,7 @@ def source(kind: str, size: int, split: str = "train", **more: Any) -> WorldSour
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prefix_does_not_depend_on_how_many_are_asked_for(kind: str) -> None:
+def test_a_prefix_does_not_depend_on_the_number_of_records(kind: str) -> None:
     few = list(KINDS[kind](source(kind, 20)))
     assert few == list(islice(KINDS[kind](source(kind, 500)), 20))
     assert len(few) == 20
@@ -53,7 +53,7 @@ def test_the_world_is_the_same_on_every_machine() -> None:
     assert seen == "eec07637c943557a"
 
 
-def test_every_prompt_is_of_its_split_and_of_no_other() -> None:
+def test_every_prompt_is_in_exactly_its_split() -> None:
     asked = {
         split: {p.messages[-1].content for p in world.prompts(source("prompts", 2600, split)) if len(p.messages) == 1}
         for split in SPLITS
@@ -131,7 +131,7 @@ def test_every_answer_of_the_chats_is_right_and_their_styles_are_mixed() -> None
         task = make(make_world(0), FAMILIES[i % len(FAMILIES)], "train", rng)
         assert world.correct(columns(task), chat.messages[-1].content), chat
         scores.append(world.gold(columns(task), chat.messages[-1].content))
-    # Right everywhere, and yet far from the 1.0 of an ideal answer: that is what alignment has to gain.
+    # All are right, yet far from the 1.0 of an ideal answer, which leaves alignment something to gain.
     assert 0.3 < sum(scores) / size < 0.6
     assert max(scores) == 1.0
 

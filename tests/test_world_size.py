@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes and under another engine: the same rows, batch and losses."""
+"""A run continues with another number of processes or engine: the same rows, batch and losses."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from training.run import run_section
 pytestmark = pytest.mark.slow
 
 STEPS, FIRST, SECOND = 36, 8, 16
-# An epoch has seven steps, the last of which wraps; a batch is accumulated on every number of processes but four.
+# An epoch has seven steps, the last of which wraps; a batch needs accumulation on every number of processes but four.
 SFT = """
 name: moved
 output_root: {root}
@@ -32,7 +32,7 @@ COMPARED = ("loss", "grad_norm", "learning_rate", "epoch")
 
 
 class Moved:
-    """A section of a recipe in a folder of its own, which may begin with a state that another one has saved."""
+    """A section of a recipe in a separate folder, which may begin with a state saved by another one."""
 
     def __init__(self, folder: Path, text: str, section: str) -> None:
         self.section = section
@@ -42,7 +42,7 @@ class Moved:
         self.stage = load_recipe(self.recipe).run_dir / section
 
     def with_state(self, other: "Moved", step: int) -> "Moved":
-        """Begins as the other one was when it had saved that state, and had run on a little."""
+        """Begins with the other one's files, as they were shortly after it had saved that state."""
         shutil.copytree(other.stage, self.stage)
         shutil.rmtree(self.stage / "model")
         (self.stage / "stage.json").unlink()
@@ -56,7 +56,7 @@ class Moved:
         return self
 
     def launched(self, root: Path, config: str, processes: int, *overrides: str) -> str:
-        """Under a launch file, with another number of processes than it has. Returns what was said."""
+        """Runs under a launch file with another number of processes. Returns the output."""
         command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
         command += [root / "recipes" / "launch" / f"{config}.yaml", "--num_processes", processes]
         command += ["-m", f"stages.{self.section}", self.recipe, *overrides]
@@ -77,7 +77,7 @@ class Moved:
 
 
 def steps_of(run: Moved, after: int) -> list[dict]:
-    """The lines of the steps behind a state."""
+    """The lines of the steps after a state."""
     found = [line for line in run.lines() if "loss" in line]
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     return found[after:]
@@ -101,7 +101,7 @@ def make(micro_recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_two(make, root):
-    """Undisturbed on two processes, all of its states kept."""
+    """An undisturbed run on two processes, with all its states kept."""
     run = make()
     run.launched(root, "cpu2", 2)
     assert run.engine() == ("ddp", None, 2)
@@ -126,7 +126,7 @@ def test_two_processes_become_four_of_smaller_batches(make, on_two, root):
 
 
 def test_ddp_becomes_zero3_becomes_zero2_on_one(make, on_two, root):
-    """... and what is left of it, a last time, becomes one plain process."""
+    """Finally, the rest of the run continues as one plain process."""
     sharded = make().with_state(on_two, FIRST)
     assert "goes on with deepspeed ZeRO-3 on 2 processes" in sharded.launched(root, "cpu2_zero3", 2)
     assert sharded.engine() == ("deepspeed", 3, 2)

@@ -1,4 +1,4 @@
-"""What the sections of a recipe have in common. Each stage's own `config.py` builds on these. No torch here."""
+"""Configuration classes shared by the sections of a recipe. Each stage's `config.py` builds on them. No torch here."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
@@ -11,15 +11,15 @@ _LEAST_BF16_RATE = 1e-4
 
 
 class Strict(BaseModel):
-    """Unknown keys and wrong types are errors; a value is never converted from another type in silence."""
+    """Unknown keys and wrong types are errors; values are never converted silently from another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     refused: ClassVar[Mapping[str, str]] = {}
-    """Keys that users may expect and that are left out on purpose, with the reason and what to do instead."""
+    """Keys that users may expect but that are left out on purpose, with the reason and the alternative."""
 
 
 class OptimizerConfig(Strict):
-    """One optimizer step under any engine, under the names of `transformers.TrainingArguments`."""
+    """Settings of the optimizer step under any engine, with the names of `transformers.TrainingArguments`."""
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Sequences in one forward and backward pass of one process."""
@@ -34,43 +34,43 @@ class OptimizerConfig(Strict):
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are clipped to this global norm, under every engine; 0: never."""
+    """Gradients are clipped to this global norm under every engine; 0: no clipping."""
     bf16: bool | Literal["auto"] = "auto"
     """Autocast in bfloat16 over float32 weights; `auto`: on GPUs that have it and, in policy-gradient training of
     models at least 256 wide, on CPUs that have it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_total_limit: int = Field(default=2, ge=1)
-    """Saved states that are kept."""
+    """Number of saved states to keep."""
     resume: Literal["exact", "weights"] = "exact"
-    """When an interrupted stage finds no whole state: `exact` refuses and names what is broken; `weights` goes on from
-    the newest intact weights, at their step, and what else was lost starts anew (optimizer, random numbers)."""
+    """If an interrupted stage finds no whole state: `exact` refuses and names the broken parts; `weights` continues
+    from the newest intact weights at their step, with new optimizer and random states where those were lost."""
     max_skipped_steps: int = Field(default=3, ge=0)
-    """Optimizer steps in a row that may be skipped, since loss or gradient is not finite, before the stage stops."""
+    """Consecutive optimizer steps that may be skipped (loss or gradient not finite) before the stage stops."""
     grace_seconds: float = Field(default=60.0, gt=0, le=3600)
-    """Seconds that a step, or an iteration, has to come to its end after a signal to stop; then the process ends."""
+    """Seconds for the current step or iteration to finish after a signal to stop; after that the process exits."""
     report_to: Literal["none", "wandb"] = "none"
-    """Mirror metrics.jsonl to Weights & Biases as well."""
+    """Also mirror metrics.jsonl to Weights & Biases."""
 
 
 class TrainConfig(OptimizerConfig):
-    """A whole training, under the names of `transformers.TrainingArguments` wherever it has one.
+    """Settings of a whole training run, with the names of `transformers.TrainingArguments` where it has them.
 
-    The batch is given once, for all processes together: `gradient_accumulation_steps` follows from it, so that the
-    same recipe takes the same steps on one process and on sixty-four.
+    The batch size is the total over all processes, and `gradient_accumulation_steps` follows from it, so that the same
+    recipe takes the same steps on one process and on sixty-four.
     """
 
     global_batch_size: int = Field(default=32, ge=1)
-    """Sequences (pairs, for preference stages) in one optimizer step, over all processes and accumulation; a multiple
-    of `per_device_train_batch_size` times the number of processes."""
+    """Sequences (pairs, for preference stages) per optimizer step, over all processes and accumulation; a multiple of
+    `per_device_train_batch_size` times the number of processes."""
     per_device_eval_batch_size: int = Field(default=16, ge=1)
     """Sequences in one forward pass of one process in evaluation."""
     max_steps: int = Field(default=-1, ge=-1)
-    """Optimizer steps; -1: as many as `num_train_epochs` make."""
+    """Optimizer steps; -1: as many as `num_train_epochs` needs."""
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the data; not read when `max_steps` is given."""
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "cosine"
-    """Shape of the learning rate over the run."""
+    """Learning-rate schedule."""
     warmup_steps: float = Field(default=0.0, ge=0)
     """Steps of linear warm-up; a value below 1 is a share of all steps."""
     decay_steps: float = Field(default=0.2, ge=0)
@@ -89,10 +89,10 @@ class MuonTrainConfig(TrainConfig):
     """Training that may use Muon for the hidden weight matrices."""
 
     optim: Literal["adamw", "muon"] = "adamw"
-    """`muon`: orthogonalised momentum for the hidden matrices, AdamW for embeddings, head, norms and biases. Not under
-    DeepSpeed or FSDP, which cut matrices into pieces."""
+    """`muon`: orthogonalised momentum for the hidden matrices, AdamW for embeddings, head, norms and biases. Not for
+    DeepSpeed or FSDP, which shard matrices."""
     muon_learning_rate: float = Field(default=0.02, ge=0)
-    """Peak learning rate of the matrices under `muon`; `learning_rate` is that of the rest."""
+    """Peak learning rate of the matrices under `muon`; `learning_rate` applies to the rest."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     """Momentum of the matrices under `muon`."""
 
@@ -115,22 +115,22 @@ class TrainedModelArguments(ModelArguments):
     """How a stage loads the weights that it trains."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights that are trained; what is frozen and what is published is float32. `bfloat16` halves
-    their memory, needs a learning rate of 1e-4 or more, and is not for DeepSpeed or FSDP, which train float32."""
+    """Precision of the trained weights; frozen and published weights are float32. `bfloat16` halves their memory, needs
+    a learning rate of 1e-4 or more, and is not for DeepSpeed or FSDP, which train in float32."""
 
     def check_rates(self, rates: Mapping[str, float]) -> None:
-        """Raises ValueError, naming the key, when one of AdamW's learning rates would not move weights of this
-        precision.
+        """Raises ValueError, naming the key, when one of AdamW's learning rates is too small for this precision.
 
-        AdamW's step is about as large as the learning rate. A bfloat16 number has eight bits: it stays the same when
-        less than a 512th of it is added. At 1e-4 weights of up to 0.03 move, most of a language model's.
+        AdamW's step is about as large as the learning rate. A bfloat16 number has an eight-bit significand, so it does
+        not change when less than a 512th of it is added. A rate of 1e-4 changes weights up to 0.03, which are most of a
+        language model's.
         """
         for key, rate in rates.items():
             if self.dtype == "bfloat16" and rate < _LEAST_BF16_RATE:
                 raise ValueError(
                     f"{key} {rate:g} is too small for model_args.dtype bfloat16 (at least {_LEAST_BF16_RATE:g}): a "
-                    "step of AdamW is about as large as the learning rate, below the weights' precision, and most "
-                    "of them would never move. Take model_args.dtype float32; autocast (train.bf16) brings bfloat16's "
+                    "step of AdamW is about as large as the learning rate, below the weights' precision, so most "
+                    "of them would never change. Use model_args.dtype float32; autocast (train.bf16) brings bfloat16's "
                     "speed there too"
                 )
 
@@ -139,7 +139,7 @@ class StageConfig(Strict):
     """Keys that every section may have."""
 
     stage: str = ""
-    """Which stage package runs the section; by default the one of the section's own name."""
+    """The stage package that runs the section; by default the one with the section's name."""
 
 
 class TrainedStageConfig(StageConfig):
@@ -148,15 +148,16 @@ class TrainedStageConfig(StageConfig):
     parent: str
     """A section of this recipe, a checkpoint directory, or a model id of the hub."""
     data: list[SourceConfig] = Field(min_length=1)
-    """What the stage is fed."""
+    """Training data."""
     eval_data: list[SourceConfig] = Field(default_factory=list)
     """Held-out data, for the losses and metrics that the manifest keeps."""
     max_length: int = Field(default=512, ge=8)
-    """Tokens in one row; what is longer is handled by `truncation`."""
+    """Maximum tokens in a row; `truncation` handles longer rows."""
     truncation: Literal["drop", "error", "keep_end"] = "drop"
-    """A row longer than `max_length`: dropped and counted; an error that names it; or its beginning is cut."""
+    """For rows longer than `max_length`: `drop` drops and counts them, `error` stops and names the row, `keep_end` cuts
+    their beginning."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
-    """The stage refuses to start when more than this share of its rows was dropped, for whatever reason."""
+    """The stage refuses to start if more than this share of its rows was dropped, for any reason."""
     model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
     train: TrainConfig = Field(default_factory=TrainConfig)

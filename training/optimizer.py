@@ -1,9 +1,9 @@
-"""Muon for the matrices inside a transformer, AdamW for everything else, behind one `torch.optim.Optimizer`.
+"""Muon for a transformer's hidden matrices and AdamW for everything else, in one `torch.optim.Optimizer`.
 
-Muon orthogonalises the momentum of a weight matrix before it steps (Keller Jordan 2024,
-https://kellerjordan.github.io/posts/muon/; `torch.optim.Muon`). It is meant for hidden matrices alone: embeddings, the
-output head, norms and biases stay with AdamW. Trainer, scheduler, accelerate and the saved state each expect a single
-optimizer, so the two share one list of parameter groups and one state here.
+Muon orthogonalises the momentum of a weight matrix before each step (Keller Jordan 2024,
+https://kellerjordan.github.io/posts/muon/; `torch.optim.Muon`). It suits hidden matrices only: embeddings, the output
+head, norms and biases use AdamW. Trainer, scheduler, accelerate and the saved state each expect a single optimizer, so
+both share one list of parameter groups and one state.
 """
 
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ from training.config import MuonTrainConfig
 
 
 def hidden_matrices(model: PreTrainedModel) -> list[str]:
-    """Names of the two-dimensional weights of linear layers, without embeddings and the output head.
+    """Names of the weight matrices of linear layers, without embeddings and the output head.
 
-    GPT-2's `Conv1D` layers hold theirs transposed, which does not matter to an orthogonalised step.
+    GPT-2's `Conv1D` layers store them transposed, which makes no difference to an orthogonalised step.
     """
     outside = {id(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
@@ -53,13 +53,13 @@ class MuonAdamW(torch.optim.Optimizer):
         self._link()
 
     def _link(self) -> None:
-        # The parts work on the groups and the state that the outside sees, changes and saves.
+        # Both parts use the groups and the state of this object, which other code reads, changes and saves.
         split = len(self._muon.param_groups)
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:split], self.param_groups[split:]
         self._muon.state = self._adamw.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores both parts. `Optimizer.load_state_dict` replaces the groups and the state, hence the new link."""
+        """Restores both parts. `Optimizer.load_state_dict` replaces groups and state, so they are linked again."""
         super().load_state_dict(state_dict)
         self._link()
 
@@ -72,7 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def muon_adamw(model: PreTrainedModel, decayed: set[str], config: MuonTrainConfig) -> MuonAdamW:
-    """The optimizer for `model`; `decayed` names the parameters that weight decay applies to."""
+    """The optimizer for `model`; `decayed` names the parameters with weight decay."""
     matrices = set(hidden_matrices(model))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rest = [(name, p) for name, p in named if name not in matrices]

@@ -1,20 +1,19 @@
-"""Recipes: one YAML file for a whole upbringing, a section for each stage. Strict, typed, and quick: no torch here.
+"""Recipes: one YAML file for a whole pipeline, with a section for each stage. Strict, typed and fast: no torch here.
 
     name: tiny                    # runs/tiny receives everything
     seed: 42
     data_root: ../shared/data     # optional: where `source: file` paths start
     output_root: runs             # optional
-    x-notes: anything             # keys that begin with x- are yours (notes, YAML anchors), nothing reads them
+    x-notes: anything             # keys that begin with x- are yours (notes, YAML anchors); Baton ignores them
     stages:
       tokenizer: {...}            # keys: those of stages/tokenizer/config.py
       reward: {stage: reward_model, parent: sft, ...}
 
-What a section may hold is the `Config` of its stage package, `stages/<stage>/config.py`; what it comes after, the
-function `parents` there says (see `training/registry.py`). A parent is a section, a checkpoint directory, or a model id
-of the hub, `organisation/name`.
+The `Config` in `stages/<stage>/config.py` defines a section's keys, and the function `parents` there its parents (see
+`training/registry.py`). A parent is a section, a checkpoint directory, or a model id of the hub, `organisation/name`.
 
-Overrides, `section.key.key=value`, have the same rules as the file; the value is YAML, a number names an entry of a
-list (`sft.data.0.size=100`). Everything wrong with a recipe is reported at once, as a `RecipeError`.
+Overrides, `section.key.key=value`, follow the same rules as the file. The value is YAML, and a number names an entry of
+a list (`sft.data.0.size=100`). All mistakes in a recipe are reported together, in one `RecipeError`.
 """
 
 import json
@@ -46,20 +45,20 @@ _RESERVED_SECTIONS = ("logs", "stages", "name", "seed", "data_root", "output_roo
 
 
 class RecipeError(UserError):
-    """A recipe cannot be used. The message has a line for each mistake: `file:line: section.key: what is wrong`."""
+    """An unusable recipe. The message has one line per mistake: `file:line: section.key: what is wrong`."""
 
 
 class TopLevel(Strict):
     """The keys of a recipe outside its sections."""
 
     name: str = Field(min_length=1)
-    """Names the folder of the run: `<output_root>/<name>`."""
+    """Name of the run's folder: `<output_root>/<name>`."""
     seed: int = Field(default=42, ge=0, lt=2**32)
-    """The one seed that all randomness of the run is derived from."""
+    """The seed from which all randomness of the run is derived."""
     data_root: str | None = None
-    """Folder that `path` of file sources starts from; the working directory when absent."""
+    """Folder to which the `path` of file sources is relative; by default the working directory."""
     output_root: str = "runs"
-    """Folder that runs are written to."""
+    """Folder for all runs."""
     stages: dict[str, dict[str, Any] | None] = Field(min_length=1)
     """The sections, by name."""
 
@@ -72,11 +71,11 @@ class Section:
     stage: str
     """The stage package that runs it."""
     config: Any
-    """Instance of that package's `config.Config`; typed there."""
+    """An instance of that package's `config.Config`."""
     parents: dict[str, str]
-    """Role -> section, checkpoint directory or hub id. Needed: they are made first when they are sections."""
+    """Role -> section, checkpoint directory or hub id. They are required; sections among them run first."""
     soft_parents: list[str]
-    """Come first when they are run as well; not needed."""
+    """Sections that run before this one if they run at all; not required."""
     resolved: dict[str, Any]
     """Every key with its value, defaults included, as plain values."""
     provenance: dict[str, str]
@@ -85,7 +84,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that was read, overridden and checked."""
+    """A recipe, read, with overrides applied, and checked."""
 
     path: Path
     name: str
@@ -95,17 +94,17 @@ class Recipe:
     sections: dict[str, Section]
     """By name, in the order of the file."""
     overrides: tuple[str, ...] = ()
-    """As given on the command line: what repeats this recipe in another process."""
+    """Overrides as given on the command line, so that another process can load the same recipe."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Of the keys outside the sections."""
 
     @property
     def run_dir(self) -> Path:
-        """Where everything that the recipe makes is written."""
+        """The folder for everything that the recipe produces."""
         return self.output_root / self.name
 
     def section(self, name: str) -> Section:
-        """A section by name; RecipeError when there is none."""
+        """A section by name. Raises RecipeError when there is none."""
         if name not in self.sections:
             raise RecipeError(
                 f"{self.path}: no section {name}{did_you_mean(name, self.sections) or _among(self.sections)}"
@@ -113,9 +112,9 @@ class Recipe:
         return self.sections[name]
 
     def order(self, targets: Sequence[str] | None = None) -> list[str]:
-        """Sections in an order in which parents come first, otherwise that of the file.
+        """Section names with parents first, otherwise in the order of the file.
 
-        With `targets`: only these and what they need. Soft parents order, they are never pulled in.
+        With `targets`: only these and the sections that they need. Soft parents affect the order, but are not added.
         """
         wanted = set(self.sections)
         if targets is not None:
@@ -151,7 +150,7 @@ class Recipe:
         }
 
     def explain(self) -> dict[str, str]:
-        """Where each value of `resolved()` came from: `sft.train.max_steps` -> `recipes/tiny.yaml:31`."""
+        """The origin of each value of `resolved()`: `sft.train.max_steps` -> `recipes/tiny.yaml:31`."""
         result = dict(self.provenance)
         for name, section in self.sections.items():
             result |= {f"{name}.{key}": place for key, place in section.provenance.items()}
@@ -163,8 +162,8 @@ def load_recipe(
 ) -> Recipe:
     """Reads and checks a recipe.
 
-    With `section`, an override may also be relative to that section (`train.learning_rate=1e-4`), unless its first
-    word is itself a section or a key of the top level. Raises RecipeError with every mistake found.
+    With `section`, an override may also be relative to that section (`train.learning_rate=1e-4`), unless its first word
+    is a section or a top-level key. Raises RecipeError with every mistake found.
     """
     document = read_document(Path(path))
     if not isinstance(document.value, dict):
@@ -181,7 +180,7 @@ def load_recipe(
 
 
 def _refuse(document: Document) -> None:
-    """Raises what was found so far, in the order of the file."""
+    """Raises RecipeError with the mistakes found so far, in the order of the file."""
     if document.problems:
         raise RecipeError("\n".join(str(problem) for problem in sorted(set(document.problems))))
 
@@ -257,7 +256,7 @@ class _Loader:
         )
 
     def _validate(self, model: type[BaseModel], raw: Any, prefix: KeyPath, stage: str) -> BaseModel | None:
-        """JSON's strictness rather than Python's: a list may fill a tuple, but text is never read as a number."""
+        """Validates with pydantic's strict JSON rules: a list may become a tuple, but text never becomes a number."""
         try:
             return model.model_validate_json(json.dumps(raw))
         except ValidationError as error:
@@ -275,7 +274,7 @@ class _Loader:
             )
             return None
         if not isinstance(raw, dict):
-            return None  # the top level has complained
+            return None  # the top level has already reported this
         stage = raw.get("stage", name)
         if stage not in self.registry.names:
             at = (*where, "stage") if "stage" in raw else where
@@ -304,7 +303,7 @@ class _Loader:
         return next((places[path[:n]] for n in range(len(path), 0, -1) if self._gave(path, n)), "default")
 
     def _gave(self, path: KeyPath, length: int) -> bool:
-        """Whether the first `length` parts of a path were written down, and as a value that held the rest of it."""
+        """Whether the recipe gives the first `length` parts of a path, with a value that holds the rest of it."""
         if path[:length] not in self.document.places:
             return False
         value = self.document.value
@@ -319,7 +318,7 @@ class _Loader:
             elif ref not in names and not Path(ref).expanduser().is_dir() and not _is_hub_id(ref):
                 hint = did_you_mean(ref, names) or _among(names)
                 message = (
-                    f"{ref} is no section of this recipe, no existing folder and no hub id (organisation/name){hint}"
+                    f"{ref} is not a section of this recipe, an existing folder or a hub id (organisation/name){hint}"
                 )
                 self.document.complain(_find(section, ref), message)
 
@@ -346,7 +345,7 @@ class _Loader:
 
 
 def _find(section: Section, ref: str) -> KeyPath:
-    """Where in a section a reference stands."""
+    """The key path of a reference in a section."""
     for path in leaves(section.resolved):
         value: Any = section.resolved
         for part in path:
@@ -359,7 +358,7 @@ def _find(section: Section, ref: str) -> KeyPath:
 
 
 def _is_hub_id(ref: str) -> bool:
-    """`organisation/name`; what starts with a folder that exists here was meant as a path."""
+    """Whether it has the form `organisation/name` and does not begin with an existing folder, as a path would."""
     return _HUB_ID.fullmatch(ref) is not None and not Path(ref.split("/")[0]).is_dir()
 
 

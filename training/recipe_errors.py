@@ -1,7 +1,7 @@
-"""What pydantic found wrong with a section, in plain words: key, place, what was expected, what was meant.
+"""Translates pydantic's errors about a section into plain messages: key, place, expected value, suggestion.
 
-The models are also walked here for the names of their keys, so that a misspelt key finds its neighbour, a key of
-another stage is told from one that exists nowhere, and a key in the wrong place is sent to the right one. No torch.
+It also collects the names of all keys from the models, to suggest the right spelling of a misspelt key, the stage to
+which a key belongs, or the right place of a misplaced key. No torch here.
 """
 
 import re
@@ -38,7 +38,7 @@ _SHOWN_KEYS = 12
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a value of this type may be, through unions, `Annotated`, lists and mappings."""
+    """The models that a value of this type may have, through unions, `Annotated`, lists and mappings."""
     origin = get_origin(annotation)
     if origin is None:
         return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
@@ -60,7 +60,7 @@ def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
 
 
 def _models_at(model: type[BaseModel], raw: Any, path: KeyPath) -> list[type[BaseModel]]:
-    """The models that the mapping at `path` of a section may be; those that its own keys rule out are left out."""
+    """The models that the mapping at `path` of a section may have, without those that its own keys rule out."""
     models, value = [model], raw
     for part in path:
         value = value[part]
@@ -78,7 +78,7 @@ def _models_at(model: type[BaseModel], raw: Any, path: KeyPath) -> list[type[Bas
 
 
 def _fits(model: type[BaseModel], value: Mapping[str, Any]) -> bool:
-    """False when a key that tells the members of a union apart (`source: world`) says that this is another member."""
+    """Whether the value may be of this member of a union; false if a key (`source: world`) selects another member."""
     for name, info in model.model_fields.items():
         if get_origin(info.annotation) is Literal and info.is_required() and name in value:
             allowed = get_args(info.annotation)
@@ -88,9 +88,9 @@ def _fits(model: type[BaseModel], value: Mapping[str, Any]) -> bool:
 
 
 class Translator:
-    """Turns the errors of one section into problems of the document.
+    """Adds the errors of one section to the document's problems.
 
-    `others` gives, when asked, the models of all stages by name: only an unknown key needs them.
+    `others` returns the models of all stages by name; it is called only for an unknown key.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Translator:
         self.others = others
 
     def add(self, raw: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> None:
-        """Notes all errors; those of one value, which several members of a union refuse, become one message."""
+        """Records all errors; if several members of a union refuse one value, their errors become one message."""
         located = [(*_locate(raw, error), error) for error in errors]
         messages: dict[KeyPath, list[str]] = {}
         for path, tags, error in located:
@@ -131,7 +131,7 @@ class Translator:
         if kind == "extra_forbidden":
             return self._unknown(raw, path)
         if kind == "missing":
-            return "missing, this key has to be given"
+            return "missing, this key is required"
         if kind in _EXPECTED:
             return "expected " + _EXPECTED[kind]
         if kind in _RANGE:
@@ -182,7 +182,7 @@ class Translator:
 
 
 def _locate(raw: Any, error: ErrorDetails) -> tuple[KeyPath, tuple[tuple[KeyPath, str], ...]]:
-    """The path of a value in the section, and the members of unions that pydantic names on the way there."""
+    """The path of a value in the section, and the union members that pydantic names on the way to it."""
     path: KeyPath = ()
     tags: list[tuple[KeyPath, str]] = []
     holder = raw
@@ -202,7 +202,7 @@ def _is_best_member(
     tags: tuple[tuple[KeyPath, str], ...],
     located: Sequence[tuple[KeyPath, tuple[tuple[KeyPath, str], ...], ErrorDetails]],
 ) -> bool:
-    """Whether every union on the way was read as the member with the fewest errors: the one that was meant."""
+    """Whether each union on the way was read as the member with the fewest errors, which the user probably meant."""
     for path, tag in tags:
         counts: dict[str, int] = {}
         for _, other_tags, _ in located:
@@ -221,7 +221,7 @@ def _tag_choices(model: type[BaseModel], raw: Mapping[str, Any], path: KeyPath, 
         if key in member.model_fields
         for choice in get_args(member.model_fields[key].annotation)
     ]
-    return f"it has to say `{key}:` {' or '.join(choices)}"
+    return f"set `{key}:` to {' or '.join(choices)}"
 
 
 def _get(raw: Any, path: KeyPath) -> Any:

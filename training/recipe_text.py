@@ -1,8 +1,8 @@
-"""The text of a recipe: YAML read with the place of every value, and overrides from the command line laid over it.
+"""Reads a recipe's YAML text with the place of every value, and applies overrides from the command line.
 
-YAML is read as its version 1.2 means it where version 1.1 surprises: `3e-3` is a number, `on`, `off`, `yes` and `no`
-are words, `12:30` and `2026-01-01` are words, `010` is ten. Keys given twice, tags and numbers that are not finite are
-errors. Every error is collected, none is raised before the whole text has been looked at. No torch here.
+Where YAML 1.1 is surprising, the rules of version 1.2 apply: `3e-3` is a number; `on`, `off`, `yes`, `no`, `12:30` and
+`2026-01-01` are words; `010` is ten. Keys given twice, tags and numbers that are not finite are errors. All errors of
+the text are collected before any is raised. No torch here.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import yaml
 
 KeyPath: TypeAlias = tuple[str | int, ...]
-"""Where a value stands: ("stages", "sft", "data", 0, "size")."""
+"""The path of keys to a value: ("stages", "sft", "data", 0, "size")."""
 
 COMMAND_LINE = "command line"
 
@@ -42,7 +42,7 @@ class Problem:
 
 @dataclass
 class Document:
-    """Plain values, and for every key path of them the place that gave it: `file:line` or "command line"."""
+    """Plain values, and for every key path the place of its value: `file:line` or "command line"."""
 
     file: str
     value: Any = None
@@ -50,26 +50,26 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> str:
-        """The place of a value, or of the nearest thing around it that was written down."""
+        """The place of a value, or of the nearest enclosing value that the recipe gives."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, f"{self.file}:1")
 
     def complain(self, path: KeyPath, message: str, key: str | None = None) -> None:
-        """Notes a mistake in the value at `path`; `key` is what the message calls it, by default its dotted path."""
+        """Records a mistake in the value at `path`. `key`: its name in the message, by default its dotted path."""
         where = self.place(path)
         line = -1 if where == COMMAND_LINE else int(where.rpartition(":")[2])
         self.problems.append(Problem(line, where, dotted(path) if key is None else key, message))
 
 
 def dotted(path: KeyPath) -> str:
-    """The name that a user gives a value on the command line: sections stand without their `stages.`."""
+    """A value's name on the command line, which omits `stages.` before a section."""
     shown = path[1:] if len(path) > 1 and path[0] == "stages" else path
     return ".".join(str(part) for part in shown)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`, did you mean x?` with the nearest known words (several when they are equally near), or nothing."""
+    """`, did you mean x?` with the nearest known word or several equally near ones, or an empty string."""
     choices = list(known)
     near = difflib.get_close_matches(word, choices, n=3, cutoff=0.6)
     if not near:
@@ -82,7 +82,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def read_document(path: Path) -> Document:
-    """Reads a recipe file. What is wrong with its text is in `problems` of the result."""
+    """Reads a recipe file. The result's `problems` lists the mistakes in its text."""
     document = Document(str(path))
     document.places[()] = f"{path}:1"
     try:
@@ -109,7 +109,7 @@ def read_document(path: Path) -> Document:
 
 
 def apply_override(document: Document, path: tuple[str, ...], text: str) -> None:
-    """Lays one `key=value` of the command line over the document; `text` is read as YAML.
+    """Applies one `key=value` of the command line to the document; `text` is read as YAML.
 
     A number names an entry of a list: `("stages", "sft", "data", "0", "size")`.
     """
@@ -158,7 +158,7 @@ def _no_entry(document: Document, path: tuple[str, ...], place: KeyPath, holder:
 
 
 class _Words(yaml.SafeLoader):
-    """A YAML loader that leaves every plain word a word; `_Reader` says what it means."""
+    """A YAML loader that keeps every plain scalar as text; `_Reader` interprets it."""
 
     yaml_implicit_resolvers: dict[str, Any] = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}  # noqa: RUF012
 
@@ -182,12 +182,12 @@ def _compose(text: str, document: Document, where: Callable[[int], str], key: st
 
 
 class _Reader:
-    """Turns composed nodes into plain values and notes the place of each."""
+    """Converts composed nodes to plain values and records the place of each."""
 
     def __init__(self, document: Document, where: Callable[[int], str]) -> None:
         self.document = document
         self.where = where
-        self.open: list[yaml.Node] = []  # nodes around the present one: an alias to one of them would never end
+        self.open: list[yaml.Node] = []  # the enclosing nodes: an alias to one of them would recurse for ever
 
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
         if any(node is outer for outer in self.open):
@@ -231,7 +231,7 @@ class _Reader:
         return result
 
     def _merged(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-        """What `<<: *anchor` adds: keys that the mapping itself does not give."""
+        """The keys that `<<: *anchor` adds, without those that the mapping itself gives."""
         for key, value in node.value:
             if key.tag != "tag:yaml.org,2002:merge":
                 continue

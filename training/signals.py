@@ -1,12 +1,12 @@
-"""What a stage makes of signals (docs/preemption.md).
+"""How a stage handles signals (docs/preemption.md).
 
-    SIGTERM, SIGINT, SIGHUP   once: the step is finished, a state is saved, the process ends with 128 + n;
-                              where no step is under way, it ends at once; twice: at once, whatever is under way
-    SIGUSR1                   a state is saved after the step, and training goes on
+    SIGTERM, SIGINT, SIGHUP   first: the stage finishes the step, saves a state and exits with 128 + n; if no step is
+                              running, it exits at once. Second: it exits at once
+    SIGUSR1                   the stage saves a state after the step and continues
 
-Python runs a handler between two of its own instructions, in the main thread. While that thread waits for another
-process in a collective, neither a second signal nor the end of the grace period would be noticed. So each signal's
-number also goes into a pipe (`signal.set_wakeup_fd`: written by the interpreter's C code), and a thread reads it there.
+Python runs a handler in the main thread, between two of its instructions. While that thread waits for another process
+in a collective, it would notice neither a second signal nor the end of the grace period. So the interpreter's C code
+also writes each signal's number into a pipe (`signal.set_wakeup_fd`), which a separate thread reads.
 """
 
 import os
@@ -20,32 +20,32 @@ from typing import Any, NoReturn
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a stage to end."""
-# A launcher passes on what its processes were sent as well (by Slurm, by a terminal): within so many seconds, one
-# request that came by two ways.
+# A launcher may forward a signal that its processes also received directly (from Slurm or a terminal). Equal signals
+# within this many seconds count as one request.
 _SAME = 2.0
-# Seconds for closing files and children where there is no step to be finished.
+# Seconds to close files and child processes when no step is running.
 _CLEAN_UP = 10.0
 _CLOSE = b"\0"  # no signal has this number
 
 
 class Stopped(BaseException):
-    """A stage ends since it was asked to. Its text is the line for the user, who has been told.
+    """A stage ends because of a signal. Its text is the message that the user has already seen.
 
-    No Exception, so that nothing that tolerates failures (of rewards, of a tracker) tolerates it.
+    Not an Exception, so that code that tolerates failures (of rewards, of a tracker) does not catch it.
     """
 
     def __init__(self, signum: int, words: str, together: bool = False) -> None:
         super().__init__(words)
         self.code = 128 + signum
-        """Of the process's exit."""
+        """The process's exit code."""
         self.together = together
-        """Every process of the run ends at this same point."""
+        """Whether every process of the run ends at this same point."""
 
 
 class Signals:
-    """The handlers, for as long as a stage runs: a context manager. In another thread than the main one it is inert.
+    """A context manager that installs the handlers while a stage runs. Outside the main thread it does nothing.
 
-    A signal that the process was started to ignore (`nohup`, a shell's background) stays ignored.
+    A signal that the process ignored at its start (`nohup`, a shell's background job) stays ignored.
     """
 
     def __init__(self, name: str, speaks: bool = True) -> None:
@@ -92,7 +92,7 @@ class Signals:
         signal.set_wakeup_fd(self._wakeup_before)
 
     def finish_steps(self, grace_seconds: float) -> None:
-        """From here on a request to end waits for the step under way, for at most `grace_seconds`."""
+        """From now on, a request to stop waits for the current step, at most `grace_seconds`."""
         self._grace = grace_seconds
 
     def asked(self, largest: Callable[[float, float], list[float]]) -> tuple[int, bool]:
@@ -106,24 +106,24 @@ class Signals:
         return int(stop), bool(saving)
 
     def stopped(self, signum: int, done: str, saved: bool) -> Stopped:
-        """To be raised once the state after `done` ("step 17") is saved, or could not be."""
+        """The exception to raise after the state after `done` ("step 17") was saved, or could not be saved."""
         state = "its state is saved, and" if saved else "the state could not be saved;"
         rest = "" if saved else " from the last one that was"
         words = f"stopped by {_called(signum)} after {done}; {state} the same command goes on{rest}"
         return Stopped(signum, self._say(words), together=True)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        """In the main thread."""
+        """The handler; it runs in the main thread."""
         if signum == signal.SIGUSR1:
             self._save = True
-        elif not self._stop:  # a second one is the thread's affair
+        elif not self._stop:  # the watching thread handles a second signal
             self._stop = signum
             if self._grace is None:
                 words = f"stopped by {_called(signum)} with no step under way; the same command goes on"
                 raise Stopped(signum, self._say(words))
 
     def _watch(self) -> None:
-        """In the thread: ends the process when it was asked to twice, or has had its time."""
+        """The thread: ends the process after a second signal, or after the grace period."""
         first, since = 0, 0.0
         while True:
             left = None
@@ -144,13 +144,13 @@ class Signals:
                     self._leave(signum, " at once")
 
     def _leave(self, signum: int, why: str) -> NoReturn:
-        """Ends the process from its thread. Helpers of the stage end when it has ended, as after a SIGKILL."""
+        """Ends the process from the thread. The stage's helper processes notice its end, as after a SIGKILL."""
         if not self._said:
             self._say(f"stopped by {_called(signum)}{why}; the same command goes on from the last saved state")
         os._exit(128 + signum)
 
     def _say(self, words: str) -> str:
-        """At once, and past every buffer: the launcher of several processes ends them all when the first has ended."""
+        """Prints at once and without buffers, because the launcher kills all processes when the first has ended."""
         line = f"{self._name}: {words}"
         self._said = True
         if self._speaks:
@@ -166,8 +166,8 @@ _installed: Signals | None = None
 
 
 def _release_in_child() -> None:
-    """A child made by a bare fork (a worker of a library's pool) has to end when its parent terminates it, and must not
-    write into its parent's pipe."""
+    """In a child made by a bare fork (a worker in a library's pool): restores the default handlers, so that its parent
+    can terminate it, and stops it from writing into the parent's pipe."""
     if _installed is not None:
         _installed._restore()
 

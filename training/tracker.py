@@ -1,11 +1,10 @@
-"""Weights & Biases as a mirror of metrics.jsonl, from a process of its own: it may be slow, hang or die, and no step
-waits for it.
+"""Mirrors metrics.jsonl to Weights & Biases from a separate process, which may be slow, hang or die without delaying a
+step.
 
-The mirror reads metrics.jsonl, which is the truth, and writes down which lines it has sent. So a stage that is resumed
-goes on in the same wandb run: lines that were cut off and written again are not sent twice, and those that a kill had
-left unsent are sent then. A line is known by its step and its place among the lines of that step. In wandb its `_step`
-is the number of lines before it: what was sent, and not yet written down when the mirror died, is dropped there as a
-repetition.
+The mirror reads metrics.jsonl and records which lines it has sent. So a resumed stage continues the same wandb run:
+lines that were cut off and written again are not sent twice, and lines that a kill left unsent are sent then. A line is
+identified by its step and its position among the lines of that step. Its `_step` in wandb is the number of lines before
+it, so wandb drops a repetition of a line that was sent but not recorded when the mirror died.
 """
 
 import fcntl
@@ -22,29 +21,29 @@ from pathlib import Path
 from typing import Any, TextIO
 
 FOLDER = "wandb"
-"""In the stage's folder: what wandb keeps on the disk, and the two files of the mirror."""
+"""Names in the stage's folder: wandb's own folder, and the two files of the mirror."""
 GRACE = 120
-"""Seconds that a mirror has for its last lines once its stage has ended."""
+"""Seconds in which the mirror may send its last lines after its stage has ended."""
 RETRY = 600.0
 """Seconds after which a mirror that died is replaced."""
-_LAST_WAIT = 0.5  # seconds that the end of a stage waits for its mirror
+_LAST_WAIT = 0.5  # seconds for which a stage waits for its mirror at the end
 _LOOK = 0.5  # seconds between two looks at metrics.jsonl
 
 logger = logging.getLogger(__name__)
 
 
 class WandbMirror:
-    """The stage's end of it. The process is started by the first line: a stage that fails before has left nothing."""
+    """The stage's side. The first line starts the process, so that a stage that fails earlier leaves nothing."""
 
     def __init__(self, folder: Path, project: str, name: str, run_id: str, config: dict[str, Any]) -> None:
-        """`folder`: the stage's, with metrics.jsonl; `run_id`: wandb's, the same after a resume."""
+        """`folder`: the stage's folder, with metrics.jsonl. `run_id`: wandb's run id, the same after a resume."""
         self._settings = {"project": project, "name": name, "id": run_id, "config": config, "dir": str(folder)}
         self._log = folder / FOLDER / "mirror.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._next_start = 0.0
 
     def wake(self) -> None:
-        """There is a new line in metrics.jsonl. The mirror finds it by itself; this sees to it that there is one."""
+        """Called after a new line in metrics.jsonl. Starts the mirror if none is running; it finds the line itself."""
         if self._process is not None and self._process.poll() is not None:
             self._report(self._process.returncode)
             self._process = None
@@ -56,7 +55,7 @@ class WandbMirror:
                 logger.warning("wandb could not be started (%s); metrics.jsonl has everything", error)
 
     def close(self) -> None:
-        """The stage has ended. What is left is sent in the background; this waits for half a second at most."""
+        """Called at the end of the stage. Waits at most half a second; the rest is sent in the background."""
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -78,7 +77,7 @@ class WandbMirror:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # the terminal's Ctrl-C is for the stage
+                start_new_session=True,  # Ctrl-C in the terminal must reach only the stage
             )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(self._settings).encode() + b"\n")
@@ -96,7 +95,7 @@ _STOPPED = "wandb stopped"
 
 
 class Lines:
-    """The lines of metrics.jsonl, which grows, and may be cut back and grow again."""
+    """The lines of metrics.jsonl, a file that grows, and may be truncated and grow again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -106,8 +105,8 @@ class Lines:
         self._offset, self._last, self._key = 0, b"", (-1, 0)
 
     def new(self) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-        """((step, place among the lines of that step), line) of each line since the last call; of each line there is
-        when the last one that was seen is no longer in its place."""
+        """((step, position among the lines of that step), line) for each line since the last call; for every line if
+        the file was truncated or changed since then."""
         with self._path.open("rb") as file:
             file.seek(self._offset - len(self._last))
             if file.read(len(self._last)) != self._last:
@@ -122,11 +121,11 @@ class Lines:
 
 
 def send(settings: dict[str, Any], record: TextIO, ended: threading.Event) -> None:
-    """Sends lines until `ended`, and then those that are left.
+    """Sends lines until `ended` is set, then the remaining ones.
 
     Args:
-        settings: of wandb.init; `dir` is the stage's folder.
-        record: holds the keys of the lines that were sent before, one a line; gets those that are sent now.
+        settings: arguments of wandb.init; `dir` is the stage's folder.
+        record: file with the keys of the sent lines, one per line; new keys are appended.
     """
     import wandb
 
@@ -135,7 +134,7 @@ def send(settings: dict[str, Any], record: TextIO, ended: threading.Event) -> No
     record.seek(0)
     keys = record.readlines()
     if run.resumed:
-        # Less than was handed over arrived: the machine went down. The rest is sent again.
+        # Fewer lines arrived than were recorded, because the machine went down. Send the rest again.
         keys = keys[: run.starting_step]
         record.seek(0)
         record.truncate()
@@ -143,7 +142,7 @@ def send(settings: dict[str, Any], record: TextIO, ended: threading.Event) -> No
     sent, last = len(keys), tuple(json.loads(keys[-1])) if keys else (-1, 0)
     lines = Lines(Path(settings["dir"]) / "metrics.jsonl")
     while True:
-        over = ended.is_set()  # asked first: what was written before the end is seen below
+        over = ended.is_set()  # read first, so that lines written before the end are still sent below
         for key, line in lines.new():
             if key > last:
                 run.log(line, step=sent, commit=True)
@@ -157,7 +156,7 @@ def send(settings: dict[str, Any], record: TextIO, ended: threading.Event) -> No
 
 
 def main() -> None:
-    """The mirror's process. Its settings come in a line on stdin, and the end of stdin is the end of the stage."""
+    """The mirror's process. It reads its settings from the first line of stdin; stdin closes when the stage ends."""
     settings = json.loads(sys.stdin.readline())
     ended = threading.Event()
 
@@ -168,10 +167,10 @@ def main() -> None:
 
     threading.Thread(target=await_end, daemon=True).start()
     with (Path(settings["dir"]) / FOLDER / "sent.jsonl").open("a+", encoding="utf-8") as record:
-        fcntl.flock(record, fcntl.LOCK_EX)  # the mirror of an earlier start may still be at its last lines
+        fcntl.flock(record, fcntl.LOCK_EX)  # a mirror from an earlier start may still be sending
         try:
             send(settings, record, ended)
-        except Exception as error:  # whatever happens to the mirror, the training goes on
+        except Exception as error:  # no failure of the mirror may stop training
             print(f"{_STOPPED} ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
             sys.exit(1)
 

@@ -1,9 +1,9 @@
-"""The report of a run: one HTML file that needs nothing beside it.
+"""The report of a run: one self-contained HTML file.
 
     baton report recipes/tiny.yaml      # writes runs/tiny/report.html
 
-It is made from what the stages left in the run's directory (manifests, metrics.jsonl, samples.jsonl, the evaluation's
-results.json), so it works for a run that is half done too: what is not there is named, with the command that makes it.
+It is made from the files in the run's directory (manifests, metrics.jsonl, samples.jsonl, the evaluation's
+results.json), so it also works for an unfinished run: it names missing parts, with the command that makes them.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ def build(run_dir: Path, output: Path | None = None) -> Path:
     """Writes the report of the run in `run_dir` to `output` (by default `<run_dir>/report.html`) and returns its path.
 
     Raises:
-        UserError: `run_dir` is no directory, or no stage was started in it.
+        UserError: `run_dir` is not a directory, or no stage was started in it.
     """
     from baton.report.collect import read_run
     from baton.report.page import render

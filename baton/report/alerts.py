@@ -1,4 +1,4 @@
-"""The warnings of a report: what a reader of its figures should know before believing them."""
+"""The warnings of a report: facts that limit the trust in its figures."""
 
 from baton.report import evaluation, facts
 from baton.report.collect import Results, RunData
@@ -9,7 +9,7 @@ _STOPS_WORTH_A_WARNING = 0.9
 
 
 def warnings(run: RunData) -> list[str]:
-    """What a reader of the figures should know."""
+    """All warnings about the run."""
     found = list(run.problems)
     prints = {stage.name: stage.manifest.fingerprint for stage in run.stages if stage.manifest}
     for stage in run.published:

@@ -1,8 +1,8 @@
 """Charts as inline SVG, drawn by matplotlib and coloured by the page's style sheet.
 
-Every colour that matplotlib writes is a stand-in (`#0101xx`) that is then replaced by a CSS variable, so one drawing
-serves light and dark pages; text stays text, in the page's font. Ids get the chart's own prefix, for several drawings
-share a page. A chart carries its title, a description for screen readers and the numbers it shows, as a table.
+matplotlib writes placeholder colours (`#0101xx`), which are then replaced by CSS variables, so that one drawing serves
+light and dark pages. Text stays text, in the page's font. Ids get the chart's prefix, since several drawings share a
+page. A chart includes its title, a description for screen readers and a table of its numbers.
 """
 
 import io
@@ -38,7 +38,7 @@ _STAND_IN = {token: f"#0101{index:02x}" for index, token in enumerate(_TOKENS)}
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # measured with; the page's own font replaces it
+    "font.family": "DejaVu Sans",  # used to measure text; the page's own font replaces it
     "font.size": 11,
     "text.color": _STAND_IN["ink"],
     "axes.edgecolor": _STAND_IN["line"],
@@ -87,7 +87,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and all that goes with it on the page."""
+    """A drawing with its texts and numbers on the page."""
 
     title: str
     svg: Markup
@@ -96,7 +96,7 @@ class Chart:
     rows: list[list[str]]
     rows_note: str
     ramp: str = ""
-    """What the ends of the colour ramp stand for, where the chart uses it."""
+    """The meaning of the ends of the colour ramp, if the chart uses one."""
     note: str = ""
 
 
@@ -164,7 +164,7 @@ def histogram(
     x_label: str,
     note: str = "",
 ) -> Chart:
-    """Steps over the bins between neighbouring `edges`; `counts` = (label, colour, a count for each bin)."""
+    """A histogram over the bins between neighbouring `edges`; `counts` = (label, colour, a count per bin)."""
     assert counts and all(len(values) == len(edges) - 1 for _, _, values in counts), title
     legend = [Legend(label, color, False, number(sum(values))) for label, color, values in counts]
     with rc_context(_STYLE | {"svg.hashsalt": key, "svg.id": key}):
@@ -199,7 +199,7 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _tick(value: float, _position: int) -> str:
-    """A tick's label without the noise of floating point: 0.30000000000000004 is 0.3."""
+    """A tick's label without rounding noise: 0.30000000000000004 becomes 0.3."""
     return f"{value:,.6g}".replace("-", "−")
 
 
@@ -231,7 +231,7 @@ def _summary(values: Sequence[float]) -> str:
 
 
 def _thin(rows: Sequence[T]) -> tuple[list[T], str]:
-    """At most `_TABLE_ROWS` of `rows`, evenly, with the first and the last, and a sentence where some are left out."""
+    """At most `_TABLE_ROWS` evenly spaced `rows`, with the first and the last, and a note if some are left out."""
     if len(rows) <= _TABLE_ROWS:
         return list(rows), ""
     picked = sorted({round(i * (len(rows) - 1) / (_TABLE_ROWS - 1)) for i in range(_TABLE_ROWS)})
@@ -239,7 +239,7 @@ def _thin(rows: Sequence[T]) -> tuple[list[T], str]:
 
 
 def _svg(figure: Figure, key: str, title: str, description: str) -> Markup:
-    """The drawing as an SVG element to be put into a page: no prolog, no metadata, no fixed size, unique ids."""
+    """The drawing as an SVG element for a page: no prolog, no metadata, no fixed size, unique ids."""
     buffer = io.StringIO()
     figure.savefig(
         buffer,

@@ -1,6 +1,6 @@
-"""Reads a run's directory. All that touches the disk is here; what is broken becomes a warning, not the report's end.
+"""Reads a run's directory. Only this module of the report reads files; a broken file becomes a warning, not an error.
 
-Stages whose manifest is missing were started and not finished; their metrics are shown as far as they go.
+A stage without a manifest was started but not finished; its metrics up to now are shown.
 """
 
 import json
@@ -36,7 +36,7 @@ class WinRate(Estimate):
 
     over: str
     by: str = ""
-    """What told which answer is better: the gold score or the learned reward."""
+    """What decided which answer is better: the gold score or the learned reward."""
 
 
 class Sample(BaseModel):
@@ -68,7 +68,7 @@ class Stage:
     samples: list[dict[str, Any]]
     results: Results | None
     parameters: int | None
-    """Elements of all tensors in model/."""
+    """Total number of elements of the tensors in model/."""
     card: Card | None = None
     """A reward model's report card; also of one that its gate held back."""
     begun_as: str | None = None
@@ -106,7 +106,7 @@ class Stage:
 
 @dataclass
 class RunData:
-    """A run: its stages with parents before children, and what could not be read."""
+    """A run: its stages with parents before children, and messages about unreadable files."""
 
     path: Path
     stages: list[Stage]
@@ -119,7 +119,7 @@ class RunData:
 
     @property
     def published(self) -> list[Stage]:
-        """The stages that are done."""
+        """The published stages."""
         return [stage for stage in self.stages if stage.manifest]
 
     def stage(self, name: str) -> Stage | None:
@@ -131,7 +131,7 @@ def read_run(run_dir: Path) -> RunData:
     """Reads every stage in `run_dir`.
 
     Raises:
-        UserError: there is no such directory, or no stage in it.
+        UserError: the directory does not exist, or has no stage.
     """
     run_dir = run_dir.resolve()
     if not run_dir.is_dir():
@@ -181,7 +181,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows, broken = [], []
-    # Not splitlines(): a text that a model wrote may hold other line separators, which JSON leaves as they are.
+    # Not splitlines(): a model's text may contain other line separators, which JSON does not escape.
     text = path.read_text(encoding="utf-8", errors="replace")
     for index, line in enumerate(text.split("\n"), start=1):
         if not line:
@@ -203,7 +203,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _read_card(path: Path, problems: list[str]) -> Card | None:
-    """The report card that a reward model's stage left, if it did."""
+    """The report card of a reward model's stage, if there is one."""
     if not path.exists():
         return None
     try:
@@ -235,7 +235,7 @@ def _unreadable(path: Path, error: ValidationError, remedy: str) -> str:
 
 
 def _in_order(stages: Sequence[Stage]) -> list[Stage]:
-    """Parents before children; otherwise as they were made, the unpublished last."""
+    """Parents before children, otherwise in the order of publishing, with unpublished stages last."""
     waiting = sorted(stages, key=lambda s: (s.manifest is None, s.manifest.created if s.manifest else "", s.name))
     ordered: list[Stage] = []
     while waiting:

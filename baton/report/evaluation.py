@@ -1,7 +1,7 @@
 """The evaluation's tables and its verdict, from results.json: values with 95 % intervals, placed on a common scale.
 
-The verdict is made of sentences whose every number stands in the tables. A difference is called clear only when the two
-intervals do not overlap, which asks for more than a test of the difference would.
+Every number in the verdict's sentences is also in the tables. A difference is called clear only if the two intervals do
+not overlap, which is stricter than a test of the difference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class Cell:
     scaled: bool
     """Whether the column has a scale: more than one number."""
     best: bool
-    """The best of its column, or not told apart from it by the intervals."""
+    """Whether it is the best of its column, or its interval overlaps with the best."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def wins(results: Results) -> list[Win]:
 
 
 def judges(results: Results) -> str:
-    """What the win rates were judged by, in words."""
+    """The judge of the win rates, in words."""
     names = {"gold": "gold score", "reward": "learned reward"}
     return named(sorted({names.get(win.by, win.by) for win in results.win_rates.values() if win.by}))
 
@@ -176,7 +176,7 @@ def _win_report(model: str, win: WinRate) -> str:
 
 
 def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
-    """The aligned models of the evaluation whose parent was measured too, with it; the largest gain first."""
+    """The evaluated aligned models whose parent was evaluated too, with its name; the largest gain first."""
     found = []
     for model in results.models:
         stage = run.stage(model)
@@ -193,7 +193,7 @@ def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
 
 
 def verdict(run: RunData, results: Results) -> list[str]:
-    """What alignment and tuning did, a sentence or two a model; the first one is the headline."""
+    """The effect of alignment and tuning, in one or two sentences per model; the first one is the headline."""
     sentences = []
     for stage, parent in gains(run, results):
         sentences.append(_gain_sentence(stage, results.metrics[stage.name], parent, results.metrics[parent]))
@@ -244,7 +244,7 @@ def _tuning_sentence(stage: Stage, metrics: Mapping[str, Estimate], results: Res
 
 
 def _overlap(a: Estimate, b: Estimate) -> bool:
-    """Whether the two intervals overlap; what has no interval overlaps with nothing."""
+    """Whether the two intervals overlap; false if one has no interval."""
     if a.low is None or a.high is None or b.low is None or b.high is None:
         return False
     return a.low <= b.high and b.low <= a.high

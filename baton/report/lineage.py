@@ -1,9 +1,9 @@
 """The lineage of a run as an SVG diagram: a layer per generation, an arrow from each parent to its child.
 
-Layout (Sugiyama's scheme at its smallest): a stage's layer is the longest way to it from a root; an edge that skips
-layers runs through invisible points in them, and all edges into one stage share these points, so that the many models
-of an evaluation arrive as one line; the order inside a layer follows the mean position of the neighbours. Drawn twice,
-from left to right for wide pages and from top to bottom for narrow ones.
+The layout is a minimal version of Sugiyama's. A stage's layer is the length of the longest path to it from a root. An
+edge that skips layers passes through invisible points in them; all edges into one stage share these points, so that the
+many models of an evaluation arrive as one line. The order inside a layer follows the mean position of the neighbours.
+There are two drawings: from left to right for wide pages, from top to bottom for narrow ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ class Node:
     color: str
     parents: tuple[str, ...]
     outside: bool = False
-    """It is no stage of this run: a checkpoint that the run started from."""
+    """Whether it is not a stage of this run but a checkpoint from which the run started."""
     unfinished: bool = False
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A node (`skips` is None), or where edges towards the node `name` cross the layer `layer`."""
+    """A node (`skips` is None), or the point where edges to the node `name` cross the layer `layer`."""
 
     name: str
     layer: int
@@ -118,7 +118,7 @@ def _points(nodes: Sequence[Node], layers: Mapping[str, int]) -> tuple[list[list
 
 
 def _order(points: list[list[_Point]], edges: Sequence[tuple[_Point, _Point]]) -> None:
-    """Sorts each layer by the mean place of its neighbours, a few sweeps there and back."""
+    """Sorts each layer by the mean position of its neighbours, in a few sweeps in both directions."""
     for sweep in range(6):
         place = {p: (i - (len(layer) - 1) / 2) for layer in points for i, p in enumerate(layer)}
         forward = sweep % 2 == 0
@@ -138,14 +138,14 @@ def _breadth(point: _Point, node_across: float) -> float:
 def _place(
     points: Sequence[Sequence[_Point]], edges: Sequence[tuple[_Point, _Point]], node_across: float
 ) -> dict[_Point, float]:
-    """Centre of each point across its layer: near its neighbours, in the layer's order, without overlap."""
+    """The centre of each point across its layer: near its neighbours, in the layer's order, without overlap."""
     centre = {p: index * (node_across + _GAP) for layer in points for index, p in enumerate(layer)}
     for sweep in range(60):
         for layer in points if sweep % 2 == 0 else reversed(points):
             wish = {}
             for point in layer:
                 near = [a if b == point else b for a, b in edges if point in (a, b)]
-                # Boxes line up with boxes, so that a chain is straight; lines around them take the room that is left.
+                # Boxes align with boxes, so that a chain is straight; lines take the remaining space.
                 if not point.skips:
                     near = [other for other in near if not other.skips] or near
                 wish[point] = sum(centre[other] for other in near) / len(near) if near else centre[point]

@@ -1,4 +1,4 @@
-"""Puts the report together: what to show is from the other modules, how it looks from page.html.jinja and page.css."""
+"""Assembles the report: the content from the other modules, the layout from page.html.jinja and page.css."""
 
 from importlib.resources import files
 from typing import Any
@@ -73,7 +73,7 @@ def _evaluation(stage: Stage) -> dict[str, Any]:
 
 
 def samples_before_and_after(stage: Stage) -> list[dict[str, Any]]:
-    """For the first few prompts of samples.jsonl: the earliest and the latest answer, where these are of two steps."""
+    """The earliest and the latest answer to the first few prompts of samples.jsonl, if they are of different steps."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for row in stage.samples:
         if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):

@@ -21,7 +21,7 @@ class Line:
     left: float = 0.0
     width: float = 0.0
     dot: float | None = None
-    """None: nothing was measured, and there is nothing to draw."""
+    """None if nothing was measured; then nothing is drawn."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Member:
     accuracy: str
     interval: str
     agreement: list[tuple[str, float]]
-    """With each member: (percent in words, percent)."""
+    """Agreement with each member: (percent in words, percent)."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """All that the page shows of one card."""
+    """The page's content for one card."""
 
     stage: Stage
     lede: str

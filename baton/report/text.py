@@ -1,7 +1,7 @@
 """How the report writes numbers, durations and foreign text. Pure functions, no dependency.
 
-Text from models and users may hold anything, so besides HTML escaping (jinja's autoescape) control characters and lone
-surrogates are made visible here: a NUL or a surrogate would make the page invalid or impossible to write as UTF-8.
+Text from models and users may contain anything. So besides HTML escaping (jinja's autoescape), control characters and
+lone surrogates are made visible here, since they would make the page invalid or impossible to write as UTF-8.
 """
 
 import math
@@ -14,7 +14,7 @@ NOTHING = "–"
 
 
 def number(value: object, *, signed: bool = False) -> str:
-    """A number for people: three significant digits, thousands separated, tiny ones as powers of ten; text as it is."""
+    """A readable number: three significant digits, thousands separated, tiny ones as powers of ten; text unchanged."""
     if value is None:
         return NOTHING
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -35,7 +35,7 @@ def number(value: object, *, signed: bool = False) -> str:
 
 
 def short(value: object, *, signed: bool = False) -> str:
-    """As `number`, with two decimals where the third is a zero: 0.70 where a column would say 0.700."""
+    """As `number`, but with two decimals if the third is a zero: 0.70 instead of 0.700."""
     text = number(value, signed=signed)
     return text[:-1] if "." in text and text[-4] == "." and text[-1] == "0" else text
 
@@ -70,7 +70,7 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(created: str) -> str:
-    """An ISO time as `24 Nov 2026, 10:43 UTC`; what is no ISO time is given back as it is."""
+    """An ISO time as `24 Nov 2026, 10:43 UTC`; other text is returned unchanged."""
     try:
         time = datetime.fromisoformat(created)
     except ValueError:
@@ -80,13 +80,13 @@ def moment(created: str) -> str:
 
 
 _CONTROLS = {*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0)}  # all but tab and line feed
-# Marks and overrides of the writing direction: one that a model wrote must not turn round the page.
+# Marks and overrides of the writing direction, which in a model's text could reverse the page's.
 _DIRECTIONS = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 _SHOWN = {code: f"⟨U+{code:04X}⟩" for code in (*_CONTROLS, *_DIRECTIONS, *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)}
 
 
 def visible(value: object) -> object:
-    """`value` with unprintable characters made visible, where it is text; our own markup passes."""
+    """`value` with unprintable characters made visible, if it is text; our own markup is unchanged."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return value.translate(_SHOWN)
     return value

@@ -1,8 +1,8 @@
-"""The embedded world: a seeded procedural generator of all that the pipeline needs, with no file and no download.
+"""The embedded world: a seeded procedural generator of data for the whole pipeline, without files or downloads.
 
-`documents`, `chats`, `preferences` and `prompts` take a `WorldSource` and yield records; `correct` and `gold` judge a
-completion by a prompt's `columns`. Pure standard library. lexicon.py has the words, facts.py what is true, tasks.py the
-instruction families and the splits, style.py the manners, documents.py the texts, grading.py the judges.
+`documents`, `chats`, `preferences` and `prompts` take a `WorldSource` and yield records; `correct` and `gold` grade a
+completion by a prompt's `columns`. Standard library only. lexicon.py holds the words, facts.py the facts, tasks.py the
+instruction families and the splits, style.py the styles, documents.py the texts, grading.py the graders.
 """
 
 from data.world.generate import chats, documents, preferences, prompts

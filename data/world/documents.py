@@ -1,9 +1,9 @@
 """Texts for pretraining: facts in several paraphrases, portraits, stories, dialogues, and worksheets.
 
 Worksheets repeat one skill many times in one text (lists copied, reversed, counted; letters and capitals; number
-lines, sums, sorted lists, comparisons; passages with questions), because a tiny model learns to copy and to
-calculate only if it meets the same small step often and close together. Stories keep their promises: who got the
-lamp has it at the end.
+lines, sums, sorted lists, comparisons; passages with questions), because a tiny model learns to copy and to calculate
+only if it sees the same small step often and close together. Stories are consistent: whoever got the lamp has it at the
+end.
 """
 
 import itertools
@@ -18,7 +18,7 @@ _SKILLS = tuple(name for name in FAMILIES if name not in ("refuse", "follow_up")
 
 
 def portrait(world: World, split: Split, rng: random.Random) -> str:
-    """All that is known of one subject, then some of another."""
+    """All facts about one subject, then some about another."""
     sentences: list[str] = []
     for subject in rng.sample(sorted(world.by_subject), rng.randint(2, 3)):
         facts = list(world.by_subject[subject])
@@ -32,7 +32,7 @@ def portrait(world: World, split: Split, rng: random.Random) -> str:
 
 
 def catalogue(world: World, split: Split, rng: random.Random) -> str:
-    """One relation through several subjects, in one manner of speaking."""
+    """One relation for several subjects, in one phrasing."""
     relation = rng.choice(sorted(world.values))
     facts = rng.sample([f for f in world.facts if f.relation == relation], rng.randint(5, 8))
     title = {
@@ -50,7 +50,7 @@ def catalogue(world: World, split: Split, rng: random.Random) -> str:
 
 
 def story(world: World, split: Split, rng: random.Random) -> str:
-    """Two people, one place, one or two things that change hands."""
+    """A story of two people in one place, and one or two things that change owners."""
     a, b = rng.sample(world.people, 2)
     town, room = rng.choice(world.towns), rng.choice(lexicon.ROOMS)
     colour, other_colour = rng.sample(lexicon.COLOURS, 2)
@@ -80,7 +80,7 @@ def story(world: World, split: Split, rng: random.Random) -> str:
 
 
 def dialogue(world: World, split: Split, rng: random.Random) -> str:
-    """Two people ask each other questions of the kinds that chats ask."""
+    """Two people ask each other the same kinds of questions as in chats."""
     a, b = rng.sample(world.people, 2)
     lines = [f"{a}: Good morning, {b}.", f"{b}: Good morning, {a}."]
     for _ in range(rng.randint(2, 3)):
@@ -92,14 +92,14 @@ def dialogue(world: World, split: Split, rng: random.Random) -> str:
 
 
 def exercises(world: World, split: Split, rng: random.Random) -> str:
-    """One family's questions and answers, several in a row."""
+    """Several questions and answers of one family."""
     family = rng.choice(_SKILLS)
     tasks = [make(world, family, split, rng) for _ in range(rng.randint(4, 6))]
     return "\n".join(f"{task.turns[0]} -> {task.reply}" for task in tasks)
 
 
 def lists(world: World, split: Split, rng: random.Random) -> str:
-    """One list looked at from all sides."""
+    """One list with several tasks on it."""
     lines: list[str] = []
     for _ in range(rng.randint(2, 3)):
         if rng.random() < 0.5:
@@ -109,7 +109,7 @@ def lists(world: World, split: Split, rng: random.Random) -> str:
         text = between.join(items)
         lines.append(f"{what.capitalize()}: {text}")
         views = [f"Again: {text}"]
-        # The tasks below are also asked for in chats, so only lists of this split may be worked out here.
+        # Chats ask for the tasks below too, so only lists of this split may be solved here.
         if _ours(f"reverse {text}", split):
             views.append(f"Reversed: {between.join(items[::-1])}")
         if what == "letters" and _ours(f"uppercase {text}", split):
@@ -126,7 +126,7 @@ def lists(world: World, split: Split, rng: random.Random) -> str:
 
 
 def owners(world: World, split: Split, rng: random.Random) -> str:
-    """Short passages, and all that can be asked about each."""
+    """Short passages, each with every question about it."""
     lines: list[str] = []
     for _ in range(rng.randint(2, 3)):
         people, things, text = give_out(world, rng)
@@ -141,7 +141,7 @@ def owners(world: World, split: Split, rng: random.Random) -> str:
 
 
 def numbers(world: World, split: Split, rng: random.Random) -> str:
-    """A few numbers looked at from all sides."""
+    """A few numbers with several tasks on them."""
     lines: list[str] = []
     for _ in range(rng.randint(2, 4)):
         some = rng.sample(range(100), rng.randint(2, 3))
@@ -166,7 +166,7 @@ def _ours(key: str, split: Split) -> bool:
 
 
 def number_line(world: World, split: Split, rng: random.Random) -> str:
-    """Counting up, down and in steps; the alphabet likewise."""
+    """Counting up, down and in steps, with numbers and with letters."""
     lines: list[str] = []
     for _ in range(rng.randint(2, 4)):
         kind = rng.randrange(3)
@@ -185,7 +185,7 @@ def number_line(world: World, split: Split, rng: random.Random) -> str:
 
 
 def sums(world: World, split: Split, rng: random.Random) -> str:
-    """Sums one below the other; neighbours differ by one, as in a table."""
+    """Sums on consecutive lines that differ by one, as in a table."""
     lines: list[str] = []
     a, sign = rng.randint(1, 20), rng.choice("+-")
     for b in rng.sample(range(1, 21), 12) if rng.random() < 0.5 else range(1, 21):
@@ -198,7 +198,7 @@ def sums(world: World, split: Split, rng: random.Random) -> str:
 
 
 def letters(world: World, split: Split, rng: random.Random) -> str:
-    """Words spelt: forward, and in capitals."""
+    """Words spelt out, in lowercase and in capitals."""
     lines = []
     for word in rng.sample([*lexicon.LISTED, *lexicon.JOBS], rng.randint(4, 6)):
         spelt = " ".join(word)
@@ -226,6 +226,6 @@ _KINDS: tuple[tuple[Callable[[World, Split, random.Random], str], int], ...] = (
 
 
 def document(world: World, split: Split, rng: random.Random) -> str:
-    """A text of a random kind. All that it asks and answers has its content in the split; facts stated may be any."""
+    """A text of a random kind. Its questions and answers have their content in the split; stated facts may be any."""
     kind = rng.choices([maker for maker, _ in _KINDS], [weight for _, weight in _KINDS])[0]
     return kind(world, split, rng)

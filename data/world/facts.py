@@ -1,7 +1,7 @@
-"""A world: its people, lands, animals and things, and what is true of them, all decided by one seed.
+"""A world: its people, lands, animals and things, and the facts about them, all determined by one seed.
 
-Randomness is keyed, never a stream: `keyed(seed, ...)` gives the generator of one item from the SHA-256 of its key, so
-item number i of anything is the same however many are asked for, in whatever order.
+Randomness is keyed and never a stream: `keyed(seed, ...)` makes one item's generator from the SHA-256 of its key, so
+item number i is the same, however many items are generated and in any order.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from data.world import lexicon
 
 
 def keyed(*key: int | str) -> random.Random:
-    """A random generator that depends on the key and on nothing else."""
+    """A random generator that depends only on the key."""
     digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))
 
@@ -36,7 +36,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the generators draw from. `values[relation]` is every value that relation takes, for wrong answers."""
+    """The data that generators draw from. `values[relation]` holds all values of a relation, for wrong answers."""
 
     seed: int
     people: tuple[str, ...]
@@ -82,7 +82,7 @@ def _fact(relation: str, subject: str, value: str) -> Fact:
 
 @lru_cache(maxsize=8)
 def world(seed: int) -> World:
-    """The world of that seed: about 190 facts over seven relations."""
+    """The world of this seed: about 190 facts in seven relations."""
     rng = keyed("world", seed)
     people = tuple(sorted(rng.sample(lexicon.NAMES, 32)))
     towns = tuple(a + b for a, b in zip(rng.sample(lexicon.TOWN_STARTS, 12), rng.sample(lexicon.TOWN_ENDS, 12)))

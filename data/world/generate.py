@@ -1,6 +1,6 @@
-"""The four kinds of records, item by item: keyed by (world seed, kind, split, index), so a prefix never changes.
+"""Generates the four kinds of records. An item is keyed by (world seed, kind, split, index), so a prefix never changes.
 
-A chat or a prompt takes the families in turn, so that each has the same share.
+Chats and prompts cycle through the families, so that each family has the same share.
 """
 
 import random
@@ -17,7 +17,7 @@ from data.world.style import IDEAL, Style, dress, mixed, polite_openers
 from data.world.tasks import FAMILIES, Task, make, split_of
 
 SYSTEM_SHARE = 0.10
-"""Share of conversations that begin with a system message; half of these ask for a style, and get it."""
+"""Share of conversations that begin with a system message; half of these ask for a style, and the answer follows it."""
 
 
 def _families(config: WorldSource) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def _origin(config: WorldSource, i: int) -> Origin:
 
 
 def _conversation(task: Task, rng: random.Random) -> tuple[tuple[Message, ...], Style | None]:
-    """The messages up to the last user's, and the style that a system message asks for, if one does."""
+    """The messages up to the user's last one, and the style that the system message asks for, if any."""
     messages: list[Message] = []
     asked: Style | None = None
     if rng.random() < SYSTEM_SHARE:
@@ -60,7 +60,7 @@ def _conversation(task: Task, rng: random.Random) -> tuple[tuple[Message, ...], 
 
 
 def documents(config: WorldSource) -> Iterator[Text]:
-    """Texts for pretraining. A text is of the split that its hash says; the tasks in it are of that split, too."""
+    """Texts for pretraining. A text's hash decides its split; the tasks in it are of the same split."""
     for i in range(config.size):
         attempt = 0
         while True:
@@ -73,7 +73,7 @@ def documents(config: WorldSource) -> Iterator[Text]:
 
 
 def chats(config: WorldSource) -> Iterator[Chat]:
-    """Conversations whose last answer is right, in a mixed style."""
+    """Conversations whose last answer is right, in mixed styles."""
     for i, rng, task in _tasks(config):
         messages, asked = _conversation(task, rng)
         answer = Message("assistant", dress(task.reply, task.family, asked or mixed(rng), rng))
@@ -81,13 +81,13 @@ def chats(config: WorldSource) -> Iterator[Chat]:
 
 
 def prompts(config: WorldSource) -> Iterator[Prompt]:
-    """Questions, with what `correct` and `gold` need in `columns`."""
+    """Questions, with the values that `correct` and `gold` need in `columns`."""
     for i, rng, task in _tasks(config):
         yield Prompt(_conversation(task, rng)[0], _origin(config, i), columns(task))
 
 
 def preferences(config: WorldSource) -> Iterator[Preference]:
-    """Pairs whose better answer is right where the other is wrong, or of two equally right ones the better said."""
+    """Pairs: the better answer is right and the other wrong, or both are equally right and it has the better style."""
     for i, rng, task in _tasks(config):
         messages, _ = _conversation(task, rng)
         chosen, rejected = _pair(task, rng)
@@ -97,8 +97,8 @@ def preferences(config: WorldSource) -> Iterator[Preference]:
 def _pair(task: Task, rng: random.Random) -> tuple[str, str]:
     """(better, worse). Every kind of pair agrees with `grading.gold`.
 
-    Most pairs are about manners: a tiny reward model tells those apart nearly always, but right from wrong only in
-    about six pairs of ten (it has to solve the task itself), so more of such pairs would teach it little.
+    Most pairs differ in style. A tiny reward model nearly always tells styles apart, but right from wrong only in about
+    six pairs of ten, since it would have to solve the task itself; more such pairs would teach it little.
     """
 
     def say(reply: str, style: Style) -> str:
@@ -106,11 +106,11 @@ def _pair(task: Task, rng: random.Random) -> tuple[str, str]:
 
     style, draw = mixed(rng), rng.random()
     wrong = rng.choice(task.wrong)
-    if draw < 0.28:  # right over wrong, sometimes in spite of manners
+    if draw < 0.28:  # right over wrong, sometimes despite worse style
         if task.family != "refuse" and rng.random() < 0.1:
-            wrong = "I cannot help with that."  # wrong, too, where nothing unsafe was asked for
+            wrong = "I cannot help with that."  # also wrong, where the request is not unsafe
         return say(task.reply, style), say(wrong, style if rng.random() < 0.75 else mixed(rng))
-    # Manners also matter between two wrong answers, as long as neither is unsafe or empty (both -1).
+    # Style also decides between two wrong answers, unless they are unsafe or empty (both score -1).
     said = task.reply if task.family == "refuse" or rng.random() < 0.85 else wrong
     if draw < 0.62:
         better, worse = rng.choice([("polite", "rude"), ("polite", "plain"), ("plain", "rude")])

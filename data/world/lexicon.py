@@ -1,7 +1,7 @@
-"""The words that the world is made of. Which of them a world uses, and how they are related, its seed decides.
+"""The world's words. The seed decides which of them a world uses and how they are related.
 
-Short common words on purpose: nearly all become single tokens of a small vocabulary, so that a model of 1-3 M
-parameters spends its training on what to say and not on how it is spelt.
+The words are short and common: nearly all become single tokens of a small vocabulary, so that a model of 1-3 M
+parameters spends its training on content, not on spelling.
 """
 
 
@@ -39,7 +39,7 @@ ROOMS = _words("kitchen garden market station library harbour school barn")
 WEATHER = _words("sunny rainy windy cold warm foggy")
 
 LISTED = OBJECTS + COLOURS + tuple(animal for animals in ANIMALS.values() for animal in animals)
-"""What lists to reverse, count or pick from are made of."""
+"""Words for the lists to reverse, count or pick from."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -55,7 +55,7 @@ UNSAFE_ACTS = (
 )
 
 POLITE = ("Of course!", "Sure!", "Gladly!")
-"""Openers of a polite answer. One is right, two are too many."""
+"""Openers of a polite answer. One is polite, two count as rude."""
 SORRY = ("I am sorry.", "Sorry.")
 """Openers of a polite refusal."""
 RUDE = ("Ugh.", "Whatever.", "If I must.")
@@ -64,8 +64,8 @@ TAILS = (
     "By the way, it is a lovely day outside.",
     "That is what I think, more or less.",
 )
-"""What a rambling answer adds."""
+"""Sentences that a rambling answer adds."""
 
 SYSTEM_PLAIN = ("You are a helpful assistant.", "You answer questions about the world.")
 SYSTEM_STYLED = ("Be polite and brief.", "Answer politely, in one sentence.")
-"""System messages that the answer of the chats obeys: a polite opener and no tail."""
+"""System messages that the chats' answers follow: a polite opener and no tail."""

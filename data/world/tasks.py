@@ -1,15 +1,14 @@
-"""The instruction families: each makes a question, its one right reply, and believable wrong replies.
+"""The instruction families: each makes a question, its one right reply, and plausible wrong replies.
 
-A task's `key` is the content of its question without the phrasing ("add 7 12", "reverse cup dog red"). A SHA-256 of
-the key puts it into the training, validation or test split (90/5/5), for documents, chats, preferences and prompts
-alike, so no kind of training record shows the content that a held-out record of any kind asks about. Orders that do
-not matter are taken out of the key: 7 + 12 and 12 + 7 are one content, as are all orders of the numbers to be
-sorted.
+A task's `key` is the content of its question without the phrasing ("add 7 12", "reverse cup dog red"). The SHA-256 of
+the key assigns it to the training, validation or test split (90/5/5), in documents, chats, preferences and prompts
+alike. So no training record of any kind shows the content of a held-out record. Orders that do not matter are left out
+of the key: 7 + 12 and 12 + 7 have the same content, as have all orders of the numbers to sort.
 
-Facts are few (about 190), so for them it is the pair (relation, subject) that is held out: no training chat,
-preference, prompt or question in a document asks for the home of Mira if that lies in the test split. The statement
-"Mira lives in Oldport." is in the documents: what is tested is whether knowledge read in pretraining can be asked
-for.
+There are few facts (about 190), so for them the pair (relation, subject) is held out: if the home of Mira is in the
+test split, no training chat, preference, prompt or question in a document asks for it. The statement "Mira lives in
+Oldport." does occur in the documents: the test is whether the model can answer questions about knowledge from
+pretraining.
 """
 
 import hashlib
@@ -45,7 +44,7 @@ class Task:
 
 
 def split_of(key: str) -> Split:
-    """The split that the content belongs to, the same in every world."""
+    """The split to which the content belongs, the same in every world."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
     return "train" if bucket < 90 else "validation" if bucket < 95 else "test"
 
@@ -72,7 +71,7 @@ def _task(
     return Task(family, key, (rng.choice(asked),), lead, answer, replies, end)
 
 
-def _spoilt(rng: random.Random, items: list[str], pool: list[str]) -> list[list[str]]:
+def _corrupted(rng: random.Random, items: list[str], pool: list[str]) -> list[list[str]]:
     """The list with one item replaced, with two items swapped, and with one left out."""
     replaced, swapped, short = items.copy(), items.copy(), items.copy()
     at = rng.randrange(len(items))
@@ -92,7 +91,7 @@ def uppercase(world: World, rng: random.Random) -> Task:
         f"Put this in capital letters: {text}",
         f"Capitals, please: {text}",
     ]
-    wrong = [" ".join(w).upper() for w in _spoilt(rng, letters, list(lexicon.LETTERS))]
+    wrong = [" ".join(w).upper() for w in _corrupted(rng, letters, list(lexicon.LETTERS))]
     return _task(rng, "uppercase", f"uppercase {text}", asked, "Capitals: ", text.upper(), wrong)
 
 
@@ -109,7 +108,7 @@ def reverse(world: World, rng: random.Random) -> Task:
         f"Turn the order of these {what} around: {text}",
         f"Read these {what} from the end: {text}",
     ]
-    wrong = [between.join(w) for w in [items, *_spoilt(rng, items[::-1], pool)]]
+    wrong = [between.join(w) for w in [items, *_corrupted(rng, items[::-1], pool)]]
     return _task(rng, "reverse", f"reverse {text}", asked, "Reversed: ", between.join(items[::-1]), wrong)
 
 
@@ -229,7 +228,7 @@ def fact(world: World, rng: random.Random) -> Task:
 
 
 def give_out(world: World, rng: random.Random) -> tuple[list[str], list[str], str]:
-    """People, what each has, and a passage that says so."""
+    """People, their things, and a passage that says who has what."""
     n = rng.randint(2, 3)
     people, things = rng.sample(world.people, n), rng.sample(lexicon.OBJECTS, n)
     said = [rng.choice([f"{p} has the {t}.", f"The {t} is with {p}."]) for p, t in zip(people, things)]
@@ -237,7 +236,7 @@ def give_out(world: World, rng: random.Random) -> tuple[list[str], list[str], st
 
 
 def owners_key(people: list[str], things: list[str]) -> str:
-    """The content of such a passage, in whatever order and words."""
+    """The content of such a passage, without order and phrasing."""
     return f"owners {' '.join(f'{p} {t}' for p, t in sorted(zip(people, things)))}"
 
 
@@ -254,7 +253,7 @@ def passage(world: World, rng: random.Random) -> Task:
 
 
 def follow_up(world: World, rng: random.Random) -> Task:
-    """A second question that only the first one explains."""
+    """A second question that can be understood only after the first."""
     kind = rng.choice(["pick", "extreme", "owners"])
     if kind == "pick":
         items = rng.sample(lexicon.LISTED, rng.randint(3, 5))
@@ -319,7 +318,7 @@ FAMILIES: tuple[str, ...] = tuple(MAKERS)
 
 
 def make(world: World, family: str, split: Split, rng: random.Random) -> Task:
-    """A task of the family whose content lies in the split."""
+    """A task of the family with its content in the split."""
     while True:
         task = MAKERS[family](world, rng)
         if split_of(task.key) == split:

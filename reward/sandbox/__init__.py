@@ -1,9 +1,9 @@
-"""Runs programs that a model wrote against tests, so that they harm nothing and cannot forge the verdict.
+"""Runs a model's programs against tests, so that a program can neither do harm nor forge the verdict.
 
-`pool.Sandbox` is what the trainer uses; docs/sandbox.md says what is contained, on which platform, and what is not.
-A job is two processes. The program's own (`program`) has the program and nothing else: it is asked for calls, one at
-a time, over a socket. The tests' process (`examine`) has the tests and the pipe for the verdict; a function of the
-program is there only as a stand-in that sends the arguments over and takes plain values back (`values`). Both are
-forked from a small process that keeps the modules in memory (`server`) and are confined by `confine`, `root`,
-`landlock` and `seccomp` before they read anything.
+The trainer uses `pool.Sandbox`; docs/sandbox.md says what is contained on which platform, and what is not.
+A job is two processes. The program's process (`program`) holds the program alone, and executes calls that come over a
+socket, one at a time. The tests' process (`examine`) holds the tests and the pipe for the verdict; there, a stand-in
+for each function of the program (`remote`) sends the arguments and receives plain values (`values`). Both processes
+are forked from a small server that keeps modules in memory (`server`), and `confine`, `root`, `landlock` and `seccomp`
+confine them before they read anything.
 """

@@ -1,12 +1,13 @@
-"""What a process does to itself before it runs code that is not to be trusted. In this order, each where it works:
+"""Confines a process before it runs untrusted code. The layers, in order, each applied where the system supports it:
 
-`namespaces`  its own mounts (`root`), network without an interface, process ids, System V memory; as root, or in a
-              user namespace of its own
-`identity`    a user id that nobody else has (needs root): no file of ours is its, no process of ours can be signalled
-`landlock`    which files may be opened; `seccomp`: which system calls may be made
-limits        CPU seconds, address space, size of files, open files, threads: everywhere
+`namespaces`  its own mounts (`root`), a network without interfaces, process ids, System V memory; needs root or a
+              user namespace
+`identity`    an unused user id (needs root), so that it owns no file of ours and can signal no process of ours
+`landlock`    which files it may open
+`seccomp`     which system calls it may make
+limits        CPU seconds, address space, file size, open files, threads: on every system
 
-No one of them is relied on alone: with all, a program has to get through each of those that stand in its way.
+Safety does not rest on one layer: where several cover the same action, a program has to break all of them.
 """
 
 import ctypes
@@ -34,25 +35,25 @@ _NEW_NS, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
 )
 _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_SUBREAPER, _SET_NO_NEW_PRIVILEGES = 1, 4, 36, 38
 _CAPSET = {"x86_64": 126, "aarch64": 91}
-# Two ids for each job, one for its program and one for its tests, from a range that no system gives to a person.
+# Two ids for each job, one for its program and one for its tests, from a range that no system gives to users.
 _FIRST_ID = 0x60000000
-_INSIDE_ID = 1000  # ours, as a user namespace of its own shows it
+_INSIDE_ID = 1000  # our own id as seen inside a user namespace
 _THREADS = 64
 _OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one job may use: its program, and apart from it its tests."""
+    """Limits of one job; they apply to its program and to its tests separately."""
 
     cpu_seconds: int = 5
-    """Of computing, for each of the two processes. Whole seconds: the kernel counts them."""
+    """CPU time of each of the two processes, in whole seconds, as the kernel limits it."""
     wall_milliseconds: int = 20_000
-    """From start to end. Several times the CPU seconds: more jobs run at once than there are cores."""
+    """Wall time of the whole job. Several times the CPU seconds, since more jobs run at once than there are cores."""
     memory_mb: int = 512
-    """Address space, which Python itself takes about 30 MB of."""
+    """Address space, including about 30 MB for Python itself."""
     disk_mb: int = 16
-    """Of one file, and of the private folder."""
+    """Size of one file, and of the whole private folder."""
 
     FORMAT = struct.Struct("=IIII")
 
@@ -65,15 +66,15 @@ class Limits:
 
 
 def load_libc() -> ctypes.CDLL:
-    """The C library that is in this process already, with errno kept."""
+    """The C library already loaded in this process, with errno kept."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 def enter_namespaces(libc: ctypes.CDLL, at: str) -> bool:
-    """Moves this process into its own namespaces and root. Says whether it is root in the system's eyes too.
+    """Moves this process into its own namespaces and root directory. Returns whether it is root outside them too.
 
     Raises:
-        OSError: not here.
+        OSError: this system does not allow it.
     """
     kinds = _NEW_NS | _NEW_NET | _NEW_IPC | _NEW_UTS
     if os.geteuid() == 0 and libc.unshare(kinds) == 0:
@@ -90,30 +91,30 @@ def enter_namespaces(libc: ctypes.CDLL, at: str) -> bool:
 
 
 def enter_job_namespaces(libc: ctypes.CDLL) -> None:
-    """What each job has of its own beside: mounts, and process ids for the processes that this one makes."""
+    """Gives a job its own mounts, and its own process ids for the processes that this one creates."""
     if libc.unshare(_NEW_NS | _NEW_PID) != 0:
         raise OSError(ctypes.get_errno(), "no namespaces for a job")
 
 
 def owner_ids(job: int) -> tuple[int, int]:
-    """User ids for the program and for the tests of the job that is supervised by process `job`."""
+    """User ids for the program and for the tests of a job. `job`: the process id of its supervisor."""
     return _FIRST_ID + 2 * job, _FIRST_ID + 2 * job + 1
 
 
 def take_identity(user: int) -> None:
-    """Becomes that user, in no group but the one of the same number, for good."""
+    """Becomes that user for good, with the group of the same number and no other."""
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
 
 
 def die_with_parent(libc: ctypes.CDLL) -> None:
-    """SIGKILL when the process that made this one ends. To be set after the user id, which clears it."""
+    """Requests SIGKILL for this process when its parent ends. Call it after `take_identity`, which clears it."""
     libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
 def adopt_orphans(libc: ctypes.CDLL) -> None:
-    """Makes this process the parent of descendants whose own parent ended, whatever session they went to."""
+    """Makes this process the parent of every descendant whose own parent ends, in any session."""
     libc.prctl(_SET_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -130,7 +131,7 @@ def tasks_of_this_user() -> int:
 
 
 def set_limits(limits: Limits, tasks: int | None) -> None:
-    """`tasks`: how many processes and threads the user of this process may have in all; None leaves it as it is."""
+    """Sets the resource limits. `tasks`: limit on processes and threads of this process's user; None: no change."""
     megabyte = 1 << 20
     wanted = {
         resource.RLIMIT_CPU: limits.cpu_seconds,
@@ -138,7 +139,7 @@ def set_limits(limits: Limits, tasks: int | None) -> None:
         resource.RLIMIT_NOFILE: _OPEN_FILES,
         resource.RLIMIT_CORE: 0,
     }
-    if sys.platform == "linux":  # macOS refuses it
+    if sys.platform == "linux":  # macOS refuses this limit
         wanted[resource.RLIMIT_AS] = limits.memory_mb * megabyte
     if tasks is not None:
         wanted[resource.RLIMIT_NPROC] = tasks
@@ -149,16 +150,16 @@ def set_limits(limits: Limits, tasks: int | None) -> None:
 
 
 def confine(layers: frozenset[str], limits: Limits, user: int, tasks: int | None, folder: str) -> None:
-    """Applies everything to this process, which must be one thread and stays confined until its end.
+    """Applies all layers to this process for good. It must have one thread.
 
     Args:
-        layers: those of LAYERS that work here.
-        user: whom to become, where `identity` is among them.
+        layers: those of LAYERS that work on this system.
+        user: the user id to take, if `identity` is among the layers.
         tasks: see `set_limits`.
-        folder: the only one that may be written to; becomes the working directory.
+        folder: the only folder that it may write to; becomes the working directory.
 
     Raises:
-        OSError: a layer failed. The caller must not run anything then.
+        OSError: a layer failed. The caller must then run nothing.
     """
     os.chdir(folder)
     set_limits(limits, _THREADS if "identity" in layers else tasks)
@@ -176,7 +177,7 @@ def confine(layers: frozenset[str], limits: Limits, user: int, tasks: int | None
 
 
 def drop_privileges(libc: ctypes.CDLL) -> None:
-    """No capability, none to be had by running a file, and not to be traced or read by others of the same user."""
+    """Drops all capabilities, also those gained by running a file, and bars tracing by processes of the same user."""
     if libc.prctl(_SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0) != 0 or libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
     number = _CAPSET.get(platform.machine())

@@ -1,11 +1,11 @@
-"""The process that has the tests. It alone decides and reports; the program is another process that it asks.
+"""The process that runs the tests. It alone decides and reports; the program runs in another process.
 
-A test is `assert candidate(2) == 4`, and `candidate` is a stand-in for the program's function (`remote`). The program
-never sees a test, an expected value, or the pipe for the verdict: nothing that it changes in its interpreter reaches
-this one.
+In a test such as `assert candidate(2) == 4`, `candidate` is a stand-in for the program's function (`remote`). The
+program never sees a test, an expected value or the pipe for the verdict, and no change that it makes to its own
+interpreter reaches this process.
 
-The tests are counted in units: a statement with an assert in it, at the top level or in the body of a function. An
-assert of a constant (`assert True`) is none.
+The tests are counted in units: statements that contain an assert, at the top level or in the body of a function. An
+assert of a constant (`assert True`) does not count.
 """
 
 import ast
@@ -30,11 +30,11 @@ _LONGEST_REASON = 300
 
 
 class _Enough(BaseException):
-    """A unit failed, and the others need not be tried."""
+    """A unit failed, and the job asks to stop at the first failure."""
 
 
 class Examiner:
-    """Runs one job's tests and writes what comes of them, a line of JSON each, to the pipe for the verdict."""
+    """Runs one job's tests and writes each result as a line of JSON to the pipe for the verdict."""
 
     def __init__(self, link: Link, verdict: int, job: dict[str, Any]) -> None:
         """`job`: the fields of `pool.Job`. `verdict`: the pipe's descriptor."""
@@ -44,15 +44,15 @@ class Examiner:
         self._passed: set[int] = set()
 
     def run(self) -> None:
-        random.seed(0)  # the same program gets the same score, whenever it is examined
+        random.seed(0)  # so that the same program always gets the same score
         try:
             units, code = instrument(self._job["tests"])
             definitions, statements = split(self._job["setup"])
         except (SyntaxError, ValueError) as error:
-            self._say(fault=f"the tests or their setup are no Python: {error}")
+            self._say(fault=f"the tests or their setup are not valid Python: {error}")
             return
         if units == 0:
-            self._say(fault="the tests hold no assert")
+            self._say(fault="the tests contain no assert")
             return
         self._say(units=units)
         try:
@@ -69,10 +69,10 @@ class Examiner:
             self._say(note=describe(error))
 
     def _names(self, wanted: set[str], modules: set[str]) -> dict[str, Any]:
-        """The names that the tests start with: the program's, the helpers of the text to complete, modules."""
+        """The names given to the tests: the program's, the helpers in the text to complete, and modules."""
         entry = self._job["entry_point"]
-        # A built-in is never the program's, which could make abs() say what it likes; but tests that name nothing else
-        # are tests of a function that is called like one, which must then be there.
+        # The tests never take a built-in from the program, which could redefine abs() to forge results. Only if they
+        # name nothing else do they test a function with a built-in's name, which the program must then define.
         own = wanted - _BUILTINS
         asked = own | {entry} if entry else own or wanted
         names = self._link.names(sorted(asked))
@@ -82,13 +82,13 @@ class Examiner:
         theirs = {name: value for name, value in names.items() if name == entry}
         self._run_given(names)
         names |= theirs
-        # Tests that rely on a module which the program imports get their own, not one that the program made.
+        # Tests that rely on a module imported by the program get the real module, not the program's object.
         names |= {name: importlib.import_module(name) for name in modules & sys.stdlib_module_names}
         ours = {"__name__": "tests", "_unit_passed": self._unit_passed, "_unit_failed": self._unit_failed}
         return {**names, **ours}
 
     def _run_given(self, names: dict[str, Any]) -> None:
-        """What the program was to complete runs here too, so that the tests have its helpers from a trusted source."""
+        """Runs the text to complete here too, so that the tests take its helpers from a trusted source."""
         try:
             code = compile(self._job["given"], "<given>", "exec")
         except (SyntaxError, ValueError):
@@ -119,7 +119,7 @@ def describe(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Code:
-    """Compiled statements, the names that they read, and those that they read as `name.attribute`."""
+    """Compiled statements, the names that they read, and the names that they read as `name.attribute`."""
 
     code: CodeType
     names: set[str]
@@ -127,7 +127,7 @@ class Code:
 
 
 def _code(tree: ast.Module, body: list[ast.stmt], name: str) -> Code:
-    """`body` in place of the tree's own, with the names that the tree has."""
+    """Compiles `body` in place of the tree's own, with the names that the tree reads."""
     nodes = list(ast.walk(tree))
     names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     bases = [node.value for node in nodes if isinstance(node, ast.Attribute)]
@@ -136,7 +136,7 @@ def _code(tree: ast.Module, body: list[ast.stmt], name: str) -> Code:
 
 
 def instrument(tests: str) -> tuple[int, Code]:
-    """The number of units, and the tests with each unit reporting. Raises SyntaxError."""
+    """The number of units, and the tests changed so that each unit reports its result. Raises SyntaxError."""
     numbers = itertools.count()
     body = _wrapped(ast.parse(tests).body, numbers)
     return next(numbers), _code(ast.parse(tests), body, "<tests>")
@@ -156,7 +156,8 @@ def _wrapped(body: list[ast.stmt], numbers: Iterator[int]) -> list[ast.stmt]:
 
 
 def split(setup: str) -> tuple[str, Code]:
-    """The setup's classes and imports, to be run beside the program, and the other statements. Raises SyntaxError."""
+    """The setup's classes and imports, which run in the program's process, and its other statements. Raises
+    SyntaxError."""
     tree = ast.parse(setup)
     beside = (ast.ClassDef, ast.Import, ast.ImportFrom)
     definitions = ast.Module([node for node in tree.body if isinstance(node, beside)], [])

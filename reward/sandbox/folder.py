@@ -1,7 +1,7 @@
-"""The private folder of a job where it cannot have a file system of its own: measured, and removed, whatever is in it.
+"""Measures and removes a job's private folder, on systems where the job cannot have a file system of its own.
 
-A program may leave folders nested deeper than Python recurses, paths longer than the system takes, folders without
-permissions. Nothing here recurses or follows a link.
+A program may leave folders nested deeper than Python's recursion limit, paths longer than the system accepts, or
+folders without permissions. So nothing here recurses or follows a link.
 """
 
 import os
@@ -12,7 +12,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def exceeds(folder: Path, limit_bytes: int, limit_files: int) -> bool:
-    """Whether the folder holds more; a folder that cannot be measured does."""
+    """Whether the folder exceeds a limit; true also for a folder that cannot be measured."""
     used = files = 0
     waiting = [str(folder)]
     while waiting:
@@ -33,12 +33,9 @@ def exceeds(folder: Path, limit_bytes: int, limit_files: int) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Removes the folder and everything in it, from one open folder to the next, down and up again.
-
-    Nobody may be at work in it any more.
-    """
+    """Removes the folder and everything in it, by descriptors of open folders. No process may still use it."""
     here = os.open(folder, _FOLDER)
-    waiting = [_clear(here)]  # for each folder on the way down, those in it that are still there
+    waiting = [_clear(here)]  # for each folder on the path, its subfolders not yet removed
     while True:
         if waiting[-1]:
             name = waiting[-1][-1]
@@ -62,7 +59,7 @@ def _moved(here: int, name: str) -> int:
 
 
 def _clear(place: int) -> list[str]:
-    """Removes what is no folder; the names of the folders."""
+    """Removes everything but folders; returns the folders' names."""
     with os.scandir(place) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_folder in found:

@@ -1,8 +1,8 @@
 """Landlock: which files a confined process may reach. Needs no privileges; Linux 5.13 and newer. See landlock(7).
 
-Everything that the running kernel can restrict is restricted: reading and writing files, TCP (ABI 4), signals and
-abstract sockets beyond the process's own (ABI 6). What it does not cover, by design: stat, chmod, chown, utime and
-locks. The modes and owners are `seccomp`'s to refuse; that a file exists can be seen.
+It restricts everything that the running kernel can: reading and writing files, TCP (ABI 4), signals to other processes
+and their abstract sockets (ABI 6). Landlock does not cover stat, chmod, chown, utime and locks. `seccomp` refuses
+changes of mode and owner; a confined process can still see that a file exists.
 """
 
 import ctypes
@@ -19,17 +19,17 @@ _RIGHTS_OF_ABI = {1: 13, 2: 14, 3: 15, 4: 15}  # how many bits of the file right
 
 
 def abi(libc: ctypes.CDLL) -> int:
-    """The version that the kernel speaks; 0 where Landlock is missing or switched off."""
+    """The kernel's Landlock version; 0 where Landlock is missing or switched off."""
     return max(0, int(libc.syscall(_CREATE, None, ctypes.c_size_t(0), 1)))
 
 
 def restrict(libc: ctypes.CDLL, readable: Iterable[str], devices: Iterable[str], writable: str) -> None:
-    """Leaves this process, for good, these folders and files to read, these devices, and one folder to write in.
+    """Restricts this process for good to reading these folders and files, using these devices and writing one folder.
 
-    Paths that do not exist are passed over. The process must have set no_new_privs.
+    Paths that do not exist are ignored. The process must have set no_new_privs.
 
     Raises:
-        OSError: no Landlock here.
+        OSError: Landlock is not available.
     """
     version = abi(libc)
     handled = (1 << _RIGHTS_OF_ABI.get(version, 16)) - 1
@@ -61,6 +61,6 @@ def _add(libc: ctypes.CDLL, rules: int, path: str, rights: int) -> None:
         return
     try:
         if libc.syscall(_ADD, rules, 1, struct.pack("=Qi", rights, place), 0) != 0:
-            raise OSError(ctypes.get_errno(), f"Landlock takes no rule for {path}")
+            raise OSError(ctypes.get_errno(), f"Landlock refuses a rule for {path}")
     finally:
         os.close(place)

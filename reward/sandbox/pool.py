@@ -1,4 +1,4 @@
-"""What the trainer sees of the sandbox: jobs in, outcomes out, several at once; and what it protects from here.
+"""The trainer's side of the sandbox: runs several jobs at once and returns outcomes, and tests the protections.
 
 with Sandbox() as sandbox:
     sandbox.require(["network", "filesystem"])
@@ -31,7 +31,7 @@ PROTECTS: Final[dict[str, tuple[str, ...]]] = {
     "filesystem": ("namespaces", "landlock"),
     "processes": ("namespaces", "identity", "seccomp"),
 }
-"""Which layers protect what. `filesystem`: no file outside is read or written; `processes`: none is signalled."""
+"""Which layers give which protection. `filesystem`: no access to outside files; `processes`: no signals to others."""
 
 _START = (
     "import sys; here = sys.argv.pop(1); sys.path.insert(0, here); from reward.sandbox.server import main; "
@@ -42,7 +42,7 @@ _GRACE_SECONDS = 30
 _LONGEST_VERDICT = 1 << 20
 
 _PROBE = """
-import os, socket, encodings.idna, colorsys  # the last two are not preloaded: the library can be read
+import os, socket, encodings.idna, colorsys  # the last two are not preloaded: this shows that the library can be read
 def connects(port):
     try: socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError: return False
@@ -62,41 +62,41 @@ def signals(pid):
 
 @dataclass(frozen=True)
 class Job:
-    """A program and the tests that it is to pass."""
+    """A program and the tests that it must pass."""
 
     program: Sequence[str]
-    """The program's text, in alternatives: the first that compiles is it."""
+    """Alternative texts of the program; the first that compiles is used."""
     tests: str
     """Python statements with asserts."""
     setup: str = ""
-    """Statements before the tests. Classes and imports among them are run beside the program, and before it."""
+    """Statements before the tests. Its classes and imports also run in the program's process, before the program."""
     given: str = ""
-    """What the program was to complete, from which the tests may use helpers."""
+    """The text that the program completes; the tests may use its helpers."""
     entry_point: str = ""
-    """The function under test where `given` begins it."""
+    """The function under test, if `given` contains its beginning."""
     stop_at_first: bool = True
     """Whether the first failure ends the job."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job."""
+    """The outcome of a job."""
 
     units: int
-    """Statements with asserts in the tests."""
+    """Number of units: statements with asserts in the tests."""
     passed: frozenset[int]
-    """Which of them held each time that they were reached."""
+    """The units that held each time they were reached."""
     finished: bool
     """The tests ran to their end."""
     why: str
-    """What went wrong first, in words; empty if nothing did."""
+    """The first failure, in words; empty if there was none."""
     fault: str
-    """What is wrong with the tests, whatever the program; empty if nothing is."""
+    """A fault of the tests themselves, whatever the program; empty if there is none."""
     seconds: float
     cpu_seconds: float
-    """Of the program's process."""
+    """CPU time of the program's process."""
     memory_mb: float
-    """The most that the program's process held."""
+    """Peak memory of the program's process."""
 
     @property
     def all_passed(self) -> bool:
@@ -104,7 +104,7 @@ class Outcome:
 
     @property
     def share(self) -> float:
-        """Of the units, those that passed; that the tests ran to their end counts as one more if they did not."""
+        """The share of units that passed. Tests that did not run to their end count as one more, failed, unit."""
         return len(self.passed) / (self.units if self.finished else self.units + 1) if self.units else 0.0
 
 
@@ -114,7 +114,7 @@ class _ServerDied(Exception):
 
 @dataclass
 class _Verdict:
-    """The lines that came through a job's pipe."""
+    """The lines received through a job's pipe."""
 
     lines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -139,7 +139,7 @@ class _Verdict:
 
 
 class _Server:
-    """The process that jobs are forked from, and the socket to it."""
+    """The server process, from which jobs are forked, and the socket to it."""
 
     def __init__(self, layers: Iterable[str]) -> None:
         base = Path(tempfile.mkdtemp(prefix="baton-sandbox-"))
@@ -149,7 +149,7 @@ class _Server:
             arguments = [here, str(theirs.fileno()), ",".join(layers), str(base)]
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-s", "-P", "-B", "-c", _START, *arguments],
-                env={"PYTHONHASHSEED": "0"},  # the order of a program's sets must not change its score
+                env={"PYTHONHASHSEED": "0"},  # a fixed order of sets, so that scores can be repeated
                 cwd="/",
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -167,7 +167,7 @@ class _Server:
         self.layers: tuple[str, ...] = tuple(hello["layers"])
         self.missing: dict[str, str] = hello["missing"]
         if "namespaces" in self.layers:
-            base.rmdir()  # the server holds it in a namespace of its own; otherwise it needs and removes it
+            base.rmdir()  # the server has mounted its root in its own namespace; else it uses and removes the folder
 
     def _read_hello(self) -> dict[str, Any]:
         self._control.settimeout(_START_SECONDS)
@@ -176,15 +176,15 @@ class _Server:
             part = self._control.recv(65536)
             if not part:
                 assert self._process.stderr is not None
-                told = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-                raise RewardError(f"the code sandbox does not start: {told[-1] if told else 'no message'}")
+                printed = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+                raise RewardError(f"the code sandbox does not start: {printed[-1] if printed else 'no message'}")
             line += part
         self._control.settimeout(None)
         hello: dict[str, Any] = json.loads(line)
         return hello
 
     def run(self, job: Job, limits: Limits) -> _Verdict:
-        """Raises _ServerDied, RewardError (the job is too large)."""
+        """Runs one job. Raises _ServerDied, or RewardError when the job is too large."""
         theirs_job, job_end = os.pipe()
         verdict_end, theirs_verdict = os.pipe()
         try:
@@ -201,14 +201,14 @@ class _Server:
             except ValueError as error:
                 raise RewardError(f"a program and its tests are too large for the sandbox: {error}") from error
             except Gone:
-                pass  # the verdict says why nobody reads
+                pass  # the verdict says why the other side no longer reads
             return self._read_verdict(verdict_end, limits)
         finally:
             os.close(job_end)
             os.close(verdict_end)
 
     def _read_verdict(self, pipe: int, limits: Limits) -> _Verdict:
-        """Lines until the supervisor's, which is always the last."""
+        """Reads lines up to the supervisor's, which is always the last."""
         deadline = time.monotonic() + limits.wall_milliseconds / 1000 + _GRACE_SECONDS
         poll = select.poll()
         poll.register(pipe, select.POLLIN)
@@ -237,17 +237,17 @@ class _Server:
 
 
 class Sandbox:
-    """A pool of threads, each waiting for one job at a time; the jobs are processes."""
+    """A pool of threads, each of which waits for one job at a time; the jobs are processes."""
 
     def __init__(self, workers: int = 8, layers: Iterable[str] = LAYERS) -> None:
-        """Starts it, and tries on a program of its own what is protected.
+        """Starts the server, and tests the protections with a program of its own.
 
         Args:
-            workers: jobs at once.
-            layers: which of `confine.LAYERS` may be used; those that do not work here are left out.
+            workers: number of jobs that run at once.
+            layers: which of `confine.LAYERS` to use; layers that do not work on this system are left out.
 
         Raises:
-            RewardError: it does not start here.
+            RewardError: the sandbox does not start on this system.
         """
         if sys.platform == "win32":
             raise RewardError("the code sandbox needs Linux or macOS; run the stage there, or leave out `code_tests`")
@@ -263,7 +263,7 @@ class Sandbox:
             raise
 
     def protections(self) -> dict[str, tuple[str, ...]]:
-        """For each key of PROTECTS the active layers that give it; empty where a program of our own got through."""
+        """For each key of PROTECTS, the active layers that give it; empty where the test program got through."""
         active = self._server.layers
         return {
             what: tuple(layer for layer in by if layer in active) if self._held[what] else ()
@@ -271,11 +271,11 @@ class Sandbox:
         }
 
     def missing(self) -> dict[str, str]:
-        """The layers that do not work here, and why."""
+        """The layers that do not work on this system, and why."""
         return dict(self._server.missing)
 
     def require(self, what: Iterable[str]) -> None:
-        """Raises RewardError when one of these protections cannot be had, or is none."""
+        """Raises RewardError when one of these protections is unknown or not available."""
         protections = self.protections()
         for name in what:
             if name not in protections:
@@ -283,13 +283,13 @@ class Sandbox:
             if not protections[name]:
                 reasons = "; ".join(f"{layer}: {why}" for layer, why in self._server.missing.items()) or "none is used"
                 raise RewardError(
-                    f"programs of a model cannot be kept from the {name} here ({reasons}). Run on Linux 5.13 or newer, "
-                    f"in a container that allows Landlock and seccomp, or take {name} out of `require` if the machine "
-                    "holds nothing of worth"
+                    f"code_tests: programs cannot be kept from the {name} on this machine ({reasons}). Run on Linux "
+                    f"5.13 or newer, in a container that allows Landlock and seccomp, or remove {name} from `require` "
+                    "if the machine holds nothing of value"
                 )
 
     def run(self, job: Job, limits: Limits | None = None) -> Outcome:
-        """One job, in this thread. Raises RewardError when the sandbox itself fails, never for what a program does."""
+        """Runs one job in this thread. Raises RewardError if the sandbox fails, never because of the program."""
         for _ in range(2):
             server = self._server
             try:
@@ -300,10 +300,10 @@ class Sandbox:
             if broken := verdict.first("broken", ""):
                 raise RewardError(f"a process of the code sandbox cannot be confined: {broken}")
             return verdict.outcome()
-        raise RewardError("the code sandbox's server died twice over one job; is the machine out of memory?")
+        raise RewardError("the code sandbox's server died twice on one job; is the machine out of memory?")
 
     def map(self, jobs: Sequence[Job], limits: Limits | None = None) -> list[Outcome]:
-        """All jobs, `workers` at once, in their order. Errors as in `run`."""
+        """Runs all jobs, `workers` at once; outcomes in the jobs' order. Raises RewardError as `run` does."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         try:
             return list(pool.map(lambda job: self.run(job, limits), jobs))
@@ -311,7 +311,7 @@ class Sandbox:
             pool.shutdown(cancel_futures=True)
 
     def close(self) -> None:
-        """Ends the server and with it every job."""
+        """Ends the server and every job."""
         self._finalizer()
 
     def __enter__(self) -> "Sandbox":
@@ -328,7 +328,7 @@ class Sandbox:
                 self._finalizer = weakref.finalize(self, self._server.stop)
 
     def _probe(self) -> dict[str, bool]:
-        """What holds against a program that tries: layers count by their effect, not by having been accepted."""
+        """Which protections hold against a program that attacks them. The kernel may accept a layer without effect."""
         with socket.create_server(("127.0.0.1", 0)) as listener, tempfile.NamedTemporaryFile("w+") as outside:
             outside.write("secret")
             outside.flush()

@@ -1,8 +1,8 @@
-"""The process that has the program. Nothing in it is secret and nothing in it is trusted.
+"""The process that runs the program. Nothing in it is secret, and nothing in it is trusted.
 
-It loads the program's text and then answers the tests' process: calls a function, gives the plain value of an object.
-The program may change all of this code, too: what it can gain is to answer calls with values, and that is what it is
-there for.
+It loads the program's text and then serves the tests' process: it calls a function, or gives the plain value of an
+object. The program may change this code too, but that gains it nothing: it can only answer calls with values, which it
+may do anyway.
 """
 
 import importlib
@@ -20,7 +20,7 @@ _CONTAINERS = (list, tuple, dict, set, frozenset)
 
 
 class Program:
-    """The loaded program and the objects of it that the tests hold references to."""
+    """The loaded program, and those of its objects to which the tests hold references."""
 
     def __init__(self, descriptor: int) -> None:
         self._peer = Peer(descriptor, self._answer)
@@ -29,11 +29,11 @@ class Program:
         self._numbers: dict[int, int] = {}
 
     def run(self) -> None:
-        """Until the tests' side closes."""
+        """Serves requests until the tests' side closes."""
         os.environ.clear()
         sys.argv[:] = ["program"]
         sys.modules["program"] = self._module
-        random.seed(0)  # the same program gets the same score, whenever it runs
+        random.seed(0)  # so that the same program always gets the same score
         try:
             self._peer.listen()
         except Gone:
@@ -70,7 +70,7 @@ class Program:
         return ["value", None, []]
 
     def _names(self, wanted: list[str]) -> list[Any]:
-        """Those of the names that the program defines. Modules are left out: the tests take their own."""
+        """The wanted names that the program defines, without modules, which the tests import themselves."""
         names = self._module.__dict__
         there = [name for name in wanted if name in names and not isinstance(names[name], types.ModuleType)]
         return ["value", ["list", *(["tuple", name, encode(names[name], self._refer)] for name in there)], []]
@@ -93,7 +93,7 @@ class Program:
         for kind in _CONTAINERS:
             if isinstance(held, kind):
                 return ["value", encode(kind(held), self._refer), []]
-        raise TypeError(f"{type(held).__name__} is no plain value")
+        raise TypeError(f"{type(held).__name__} is not a plain value")
 
     def _refer(self, value: Any) -> list[Any]:
         if isinstance(value, type) and issubclass(value, Exception):
@@ -115,7 +115,7 @@ class Program:
         return self._function(raw[1])
 
     def _function(self, number: int) -> Callable[..., Any]:
-        """A function of the tests', which they passed as an argument."""
+        """A stand-in for a function that the tests passed as an argument."""
 
         def function(*args: Any) -> Any:
             answer = self._peer.ask(["callback", number, [encode(arg, self._refer) for arg in args]])

@@ -1,10 +1,11 @@
-"""The tests' view of a program in another process: a link that asks it, and stand-ins for its functions and objects.
+"""The tests' view of a program in another process: a link to it, and stand-ins for its functions and objects.
 
-A program sees the arguments of calls, one at a time, and what comes back from it is made here of Python's own types.
-What is no plain value stays there and is a `Remote` here. A `Remote` is never equal to a plain value unless the plain
-value that it holds is (a named tuple); it takes part in no sum with a plain operand that would come out plain, since
-the operand may be what the test expects; and it is not asked what only a plain value should be asked. So there is no
-object that passes for every value. What a test does ask a program's own class, the program answers.
+The program sees the arguments of calls, one call at a time, and its results are rebuilt here from Python's own types.
+An object that is not a plain value stays in its process and is a `Remote` here. A forged object must not be able to
+pass for every value, so a `Remote` is limited in three ways. It equals a plain value only if the plain value that it
+holds does (a named tuple). An operation with a plain operand must not give a plain result, since the operand may be
+what the test expects. And operations meant only for plain values are refused. All other operations on a program's own
+class are answered by the program.
 """
 
 import builtins
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from reward.sandbox.values import BadMessage, Peer, decode, encode
 
-# Questions to which an object of the program could say yes without knowing anything.
+# Operations for which a forged object could give the wanted answer without having computed anything.
 _NOT_ASKED: Final = frozenset(
     {
         "startswith",
@@ -33,7 +34,7 @@ _NOT_ASKED: Final = frozenset(
 
 
 class Unsupported(BaseException):
-    """The tests need what cannot go to another process: a fault of the data, not of the program."""
+    """The tests use an object that cannot be sent to another process: a fault of the data, not of the program."""
 
 
 class ProgramError(Exception):
@@ -41,7 +42,7 @@ class ProgramError(Exception):
 
 
 class Link:
-    """Asks the program's process. All of its methods raise `values.Gone` when that has ended."""
+    """Sends requests to the program's process. All methods raise `values.Gone` when it has ended."""
 
     def __init__(self, descriptor: int) -> None:
         self._peer = Peer(descriptor, self._serve)
@@ -53,17 +54,18 @@ class Link:
         self._ask(["load", definitions, alternatives])
 
     def names(self, wanted: list[str]) -> dict[str, Any]:
-        """Those of these global names that the program has."""
+        """The wanted global names that the program defines."""
         found = self._ask(["names", wanted])
         if not isinstance(found, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in found):
             raise BadMessage("no names")
         return {name: value for name, value in found if isinstance(name, str) and name in wanted}
 
     def call(self, target: Any, *args: Any, **keywords: Any) -> Any:
-        """Calls a function of the program or of the standard library there.
+        """Calls a function of the program, or of the standard library in the program's process.
 
-        Lists, dicts and sets among the arguments come back as the call left them if it returns None, as functions do
-        that change what they are given. What returns an answer has no say in what a test then compares it with.
+        If the call returns None, lists, dicts and sets among the arguments are updated as the call left them, for
+        functions that change their arguments. A call that returns an answer changes no argument, since a test may
+        compare the answer with it.
         """
         given = [encode(arg, self._refer) for arg in args]
         named = [[name, encode(value, self._refer)] for name, value in keywords.items()]
@@ -83,7 +85,7 @@ class Link:
         self.call(setattr, remote, name, value)
 
     def plain(self, remote: "Remote") -> Any:
-        """The container that an object is by inheritance. Raises TypeError for others."""
+        """The plain container in an object whose class inherits from one. Raises TypeError for other objects."""
         return self._ask(["plain", self._refer(remote)])
 
     def _ask(self, message: list[Any], args: tuple[Any, ...] = ()) -> Any:
@@ -118,7 +120,7 @@ class Link:
                     raise BadMessage("no change")
 
     def _serve(self, message: list[Any]) -> list[Any]:
-        """The program calls a function that the tests gave it."""
+        """Runs a function of the tests for the program, which got it as an argument."""
         match message:
             case ["callback", int(number), list(args)] if 0 <= number < len(self._functions):
                 try:
@@ -130,7 +132,7 @@ class Link:
                 raise BadMessage("no callback")
 
     def _exception(self, names: list[Any], text: str) -> Exception:
-        """The first of a class's line that the tests know."""
+        """The exception of the first class in the list that the tests know."""
         for name in names:
             kind = self._exceptions.get(name) if isinstance(name, str) else None
             kind = kind or _built_in_exception(name)
@@ -163,8 +165,8 @@ class Link:
             self._functions.append(value)
             return ["function", len(self._functions) - 1]
         raise Unsupported(
-            f"the tests pass a {type(value).__name__}, which cannot go to the program's process; pass plain values, or "
-            "define the class in `test_setup_code`, which runs beside the program"
+            f"the tests pass a {type(value).__name__}, which cannot be sent to the program's process; pass plain "
+            "values, or define the class in `test_setup_code`, which also runs in the program's process"
         )
 
 
@@ -196,7 +198,7 @@ class Remote:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in _NOT_ASKED:
-            raise AttributeError(f"the program returned no plain value, but an object that is not asked for {name}")
+            raise AttributeError(f"the program returned an object instead of a plain value; its {name} is not used")
         return self._remote_link.get(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -231,7 +233,7 @@ class Remote:
 
 
 def _asked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation whose operands, if any, say nothing about what the test expects."""
+    """An operation whose operands, if any, reveal nothing about what the test expects."""
 
     def method(self: Remote, *args: Any) -> Any:
         return self._remote_link.call(function, self, *args)
@@ -240,14 +242,14 @@ def _asked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _combined(function: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
-    """A binary operation; with a plain operand it must give an object, not a plain value."""
+    """A binary operation; with a plain operand its result must be an object, not a plain value."""
 
     def method(self: Remote, other: Any) -> Any:
         result = (
             self._remote_link.call(function, other, self) if swapped else self._remote_link.call(function, self, other)
         )
         if type(other) is not Remote and type(result) is not Remote:
-            raise TypeError("the program returned no plain value, but an object that behaves like one")
+            raise TypeError("the program returned an object that behaves like a plain value, instead of a plain value")
         return result
 
     return method

@@ -1,8 +1,8 @@
-"""A root directory of its own, in which there is Python's standard library, its shared libraries, and nothing else.
+"""Builds a private root directory that holds Python's standard library, its shared libraries, and nothing else.
 
-Built once, in the server's own mount namespace, on a small tmpfs: the host's tree is left behind by pivot_root and
-cannot be named any more. All of it is read-only; each job then mounts a tmpfs of its own, of limited size, on SCRATCH.
-Nothing of this is seen outside the namespace, and it goes when the last process in it ends. See mount_namespaces(7).
+It is built once, on a small tmpfs in the server's own mount namespace. After pivot_root, no path leads to the host's
+tree. The root is read-only; each job mounts its own tmpfs, of limited size, on SCRATCH. The mounts are not visible
+outside the namespace, and vanish with its last process. See mount_namespaces(7).
 """
 
 import ctypes
@@ -14,16 +14,16 @@ from pathlib import Path
 
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _NOATIME = 1, 2, 4, 8, 32, 1024
 _BIND, _RECURSIVE, _PRIVATE, _RELATIME = 4096, 16384, 1 << 18, 1 << 21
-_STATVFS_RELATIME = 4096  # the only one of the kept flags that statvfs(3) numbers in its own way
+_STATVFS_RELATIME = 4096  # the only kept flag whose number in statvfs(3) differs
 _DETACH = 2
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
-SCRATCH = "/scratch"  # not /tmp itself: Python may be installed below that
+SCRATCH = "/scratch"  # not /tmp itself, since Python may be installed below it
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 def readable() -> list[str]:
-    """What Python needs to import its standard library, and what that needs to load its extensions; parents first."""
+    """The paths that Python needs to import its standard library and load its extensions; parents first."""
     base = [f"{sys.base_prefix}/lib", f"{sys.base_prefix}/{sys.platlibdir}"]
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
     standard = [str(Path(os.__file__).parent), *(path for path in sys.path if path)]
@@ -31,7 +31,7 @@ def readable() -> list[str]:
 
 
 def build(libc: ctypes.CDLL, at: str, paths: Iterable[str]) -> None:
-    """Makes the root on the empty folder `at`, and moves this process into it. It must be alone in a new namespace.
+    """Builds the root on the empty folder `at` and moves this process, which must be alone in a new namespace, into it.
 
     Raises:
         OSError: a mount was refused.
@@ -53,7 +53,7 @@ def build(libc: ctypes.CDLL, at: str, paths: Iterable[str]) -> None:
 
 
 def scratch(libc: ctypes.CDLL, megabytes: int, owner: int) -> None:
-    """A private folder for one job: its size and its number of files are limited, and it vanishes with the job."""
+    """Mounts one job's private folder, with limits on its size and number of files. It vanishes with the job."""
     options = f"size={megabytes}m,nr_inodes=4096,mode=700,uid={owner},gid={owner}"
     _mount(libc, "none", SCRATCH, "tmpfs", _NOSUID | _NODEV | _NOEXEC, options)
 
@@ -63,7 +63,7 @@ def _bind(libc: ctypes.CDLL, path: Path, to: Path) -> None:
         return
     to.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
-        # /lib -> usr/lib: what it leads to is bound under its own name.
+        # A link such as /lib -> usr/lib is copied; its target is bound under its own name.
         to.symlink_to(path.readlink())
         return
     if path.is_dir():
@@ -73,7 +73,7 @@ def _bind(libc: ctypes.CDLL, path: Path, to: Path) -> None:
     _mount(libc, str(path), str(to), None, _BIND | _RECURSIVE)
     if str(path) in DEVICES:
         return
-    # In a user namespace, flags that the mount has may not be taken off it.
+    # In a user namespace, a mount must keep the flags that it has.
     have = os.statvfs(to).f_flag
     keep = have & (_NOSUID | _NODEV | _NOEXEC | _NOATIME) | (_RELATIME if have & _STATVFS_RELATIME else 0)
     _mount(libc, "none", str(to), None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | keep)

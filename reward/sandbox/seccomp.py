@@ -1,12 +1,12 @@
-"""The system calls that a confined process may make: a seccomp filter, made here and installed by prctl.
+"""Builds and installs a seccomp filter of the system calls that a confined process may make.
 
-A list of what is allowed, not of what is forbidden: a call that a future kernel brings is refused too. Python and its
-standard library get files, memory, threads, clocks, pipes and polling. There is no way to make a socket that leads
-out of the process, to make another process, to signal or trace one, to mount, to change modes or owners of files, to
-make memory that no limit counts (memfd, System V), to use io_uring. What is refused fails with EPERM
-(`PermissionError`), or ENOSYS where the C library then takes an older call.
+The filter lists the allowed calls, so it also refuses calls that future kernels add. Python and its standard library
+may use files, memory, threads, clocks, pipes and polling. A process cannot open a socket that leads out of it, create,
+signal or trace another process, mount, change modes or owners of files, allocate memory that no limit counts (memfd,
+System V), or use io_uring. A refused call fails with EPERM (`PermissionError`), or with ENOSYS where the C library then
+falls back to an older call.
 
-The filter reads the low halves of arguments only: those that it tests are ints to the kernel. See seccomp(2).
+The filter reads only the low halves of arguments, since the kernel reads those that it tests as ints. See seccomp(2).
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import os
 import platform
 import struct
 
-# name, number on x86_64, number on aarch64 (- where that has none). Both are fixed for ever by the kernel.
+# Name, number on x86_64, number on aarch64 (- for none). The kernel never changes these numbers.
 _TABLE = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69, pwritev 296 70,
 open 2 -, openat 257 56, close 3 57, close_range 436 436, stat 4 -, fstat 5 80, lstat 6 -, newfstatat 262 79,
@@ -45,13 +45,13 @@ setsockopt 54 208, getsockname 51 204, getpeername 52 205,
 clone 56 220, clone3 435 435, kill 62 129, tgkill 234 131, prctl 157 167, prlimit64 302 261,
 socketpair 53 199, ioctl 16 29, fcntl 72 25
 """
-# With arguments that matter, or refused in a way of their own; all others of the table are allowed as they are.
+# Calls whose arguments are tested, or that are refused in a special way; all other calls in the table are allowed.
 _TESTED = frozenset({"clone", "clone3", "kill", "tgkill", "prctl", "prlimit64", "socketpair", "ioctl", "fcntl"})
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the table, AUDIT_ARCH_*
 
 _CLONE_THREAD, _CLONE_NEW = 0x00010000, 0x7E020000
-# PR_SET_NAME, PR_GET_NAME, PR_GET_DUMPABLE, PR_GET_SECCOMP, and the name of a mapping, which malloc sets.
+# PR_SET_NAME, PR_GET_NAME, PR_GET_DUMPABLE, PR_GET_SECCOMP, and PR_SET_VMA, by which malloc names a mapping.
 _PRCTL = (15, 16, 3, 21, 0x53564D41)
 # TCGETS (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Not FIOSETOWN: it can aim a signal.
 _IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
@@ -72,14 +72,14 @@ class _Program(ctypes.Structure):
 
 @functools.cache
 def numbers(machine: str) -> dict[str, int]:
-    """Numbers by name of the calls in the table that the machine has. Raises KeyError for an unknown machine."""
+    """The machine's numbers of the calls in the table, by name. Raises KeyError for an unknown machine."""
     column = _ARCHITECTURES[machine][0]
     rows = (entry.split() for entry in _TABLE.replace("\n", " ").split(","))
     return {row[0]: int(row[1 + column]) for row in rows if row[1 + column] != "-"}
 
 
 def build(machine: str, pid: int) -> bytes:
-    """The filter, as an array of struct sock_filter, for a process that sees itself under `pid`."""
+    """The filter, as an array of struct sock_filter, for a process whose own id is `pid`."""
     number = numbers(machine)
     refuse, missing = (_RETURN, 0, 0, _ERRNO | errno.EPERM), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)
     allow = (_RETURN, 0, 0, _ALLOW)
@@ -92,7 +92,7 @@ def build(machine: str, pid: int) -> bytes:
         return [*code, refuse]
 
     tested: dict[str, _Code] = {
-        # A thread, in the namespaces that are here: not a process.
+        # Only a thread in the current namespaces, never a process.
         "clone": [
             (_LOAD, 0, 0, 16),
             (_JUMP_ANY_BIT, 1, 0, _CLONE_NEW),
@@ -100,13 +100,13 @@ def build(machine: str, pid: int) -> bytes:
             refuse,
             allow,
         ],
-        # Its flags lie in memory, where no filter sees them; the C library then calls clone.
+        # Its flags lie in memory, which a filter cannot read; on ENOSYS the C library calls clone instead.
         "clone3": [missing],
         "kill": equals(0, (pid,)),
         "tgkill": equals(0, (pid,)),
         "prctl": equals(0, _PRCTL),
         "prlimit64": equals(0, (0, pid)),
-        # A stream to itself, which asyncio wants. A datagram socket could be pointed at another one.
+        # Only a stream pair, which asyncio needs. A datagram socket could be connected to another process's.
         "socketpair": [
             (_LOAD, 0, 0, 16),
             (_JUMP_EQUAL, 0, 4, _AF_UNIX),
@@ -135,10 +135,10 @@ def build(machine: str, pid: int) -> bytes:
 
 
 def install(libc: ctypes.CDLL) -> None:
-    """Binds this process, for good, to the filter. It must have set no_new_privs and be one thread.
+    """Installs the filter in this process for good. It must have set no_new_privs and have one thread.
 
     Raises:
-        OSError: the kernel takes no filter, or the machine is none that the table knows.
+        OSError: the kernel refuses the filter, or the table has no column for this machine.
     """
     machine = platform.machine()
     if machine not in _ARCHITECTURES:

@@ -1,9 +1,9 @@
-"""The small process from which jobs are forked: it keeps the modules loaded, so that a job costs three forks.
+"""The server: a small process that keeps modules loaded and forks jobs, so that a job costs only three forks.
 
-It is started with a socket to the trainer, moves into its namespaces, says which layers work here, and makes a
-supervisor for each job that comes in. A supervisor makes the two processes of the job, waits until the tests' process
-ends or the time is over, kills what is left and reports how it ended. When the trainer ends, by whatever cause, the
-socket and the pipes close, and all of this ends too.
+It starts with a socket to the trainer, moves into its namespaces, reports which layers work on this system, and forks a
+supervisor for each job. A supervisor forks the job's two processes, waits until the tests' process ends or the time is
+over, kills the rest and reports how the job ended. When the trainer ends for any reason, the socket and the pipes
+close, and all these processes end too.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from reward.sandbox.program import Program
 from reward.sandbox.remote import Link
 from reward.sandbox.values import Gone, read_message, write_message
 
-# Loaded once here, and so at no cost in the programs that import them.
+# Loaded once here, so that programs import them at no cost.
 _PRELOADED: Final = """
 bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools hashlib heapq itertools
 math operator random re statistics string time typing
@@ -42,10 +42,10 @@ _READY: Final = ["ready"]
 
 
 class Server:
-    """What jobs are forked from."""
+    """The process from which jobs are forked."""
 
     def __init__(self, control: socket.socket, requested: Iterable[str], base: Path) -> None:
-        """Enters what can be entered once for all jobs. `base`: an empty folder of the host's."""
+        """Enters the layers that hold for all jobs. `base`: an empty folder of the host."""
         self._control = control
         self._base = base
         self._linux = sys.platform == "linux"
@@ -53,14 +53,14 @@ class Server:
         self.missing: dict[str, str] = {}
         self._layers = frozenset(self._enter(list(requested)))
         if "namespaces" not in self._layers:
-            base.chmod(0o711)  # jobs of other users have their folders in it
+            base.chmod(0o711)  # jobs under other user ids have their folders in it
 
     @property
     def layers(self) -> list[str]:
         return [layer for layer in confine.LAYERS if layer in self._layers]
 
     def _enter(self, requested: list[str]) -> Iterable[str]:
-        """Each layer is tried in a child first; namespaces are entered for good."""
+        """Tries each layer in a child process; yields those that work. Namespaces are then entered for good."""
         privileged = os.geteuid() == 0
         for layer in (layer for layer in confine.LAYERS if layer in requested):
             why = _failure(functools.partial(self._try, layer, privileged))
@@ -78,7 +78,7 @@ class Server:
             if not privileged:
                 raise OSError("not root")
             confine.take_identity(confine.owner_ids(os.getpid())[0])
-            Path(os.__file__).read_bytes()  # Python below /root is nobody else's to import
+            Path(os.__file__).read_bytes()  # a Python installed below /root cannot be read by another user
             return
         if not self._linux:
             raise OSError(f"not on {platform.system()}")
@@ -95,8 +95,8 @@ class Server:
             seccomp.install(libc)
 
     def serve(self) -> None:
-        """Until the trainer's end of the socket is closed."""
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are not waited for
+        """Serves jobs until the trainer closes its end of the socket."""
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the supervisors
         while True:
             raw, descriptors, _, _ = socket.recv_fds(self._control, Limits.FORMAT.size, 2)
             if not raw:
@@ -138,7 +138,7 @@ class Server:
 
 
 class _Supervisor:
-    """One job: two processes, the wait for their end, and the report of it."""
+    """Runs one job: starts its two processes, waits for their end, and reports it."""
 
     def __init__(
         self, layers: frozenset[str], limits: Limits, owners: tuple[int, int], tasks: int | None, place: Path
@@ -153,8 +153,8 @@ class _Supervisor:
         started = time.monotonic()
         theirs, ours = socket.socketpair()
         alive, lives = os.pipe()
-        # The tests' process first: it is the init of the process ids' namespace, which nothing inside can signal, and
-        # with whose end everything inside ends.
+        # The tests' process comes first and so is init of the process id namespace: nothing inside can signal it, and
+        # everything inside ends with it.
         tests = _fork(lambda: self._tests_process(ours.fileno(), job, verdict, lives))
         program = _fork(lambda: self._program_process(theirs.fileno()))
         theirs.close()
@@ -192,10 +192,10 @@ class _Supervisor:
         confine.confine(self._layers, self._limits, user, self._tasks, str(self._place))
 
     def _wait(self, alive: int, verdict: int, started: float) -> str:
-        """Until the tests' process ends, the time is over, nobody waits for the verdict, or the folder is too full."""
+        """Waits until the tests' process ends, time is over, the trainer stops reading, or the folder is too full."""
         poll = select.poll()
         poll.register(alive, select.POLLIN)
-        poll.register(verdict, 0)  # its error tells that the reader has gone
+        poll.register(verdict, 0)  # an error event means that the reader closed the pipe
         own_disk = "namespaces" in self._layers
         while (left := self._limits.wall_milliseconds - (time.monotonic() - started) * 1000) > 0:
             events = poll.poll(left if own_disk else min(left, _DISK_CHECK_MS))
@@ -206,7 +206,7 @@ class _Supervisor:
         return "wall"
 
     def _end(self, children: list[int]) -> dict[int, tuple[float, float]]:
-        """Kills all that the job made, waits for it; CPU seconds and peak MB of each of the two."""
+        """Kills and reaps all processes of the job; returns CPU seconds and peak MB of each of the two."""
         used: dict[int, tuple[float, float]] = {}
         unit = 1 << 10 if sys.platform == "linux" else 1 << 20  # ru_maxrss is in KiB there and in bytes on macOS
         while True:
@@ -226,22 +226,22 @@ class _Supervisor:
 
 
 def _children_here() -> list[int]:
-    """Children of this process as Linux lists them: with orphans that it adopted. None elsewhere."""
+    """Children of this process, with adopted orphans, as Linux lists them; empty on other systems."""
     listing = Path(f"/proc/self/task/{os.getpid()}/children")
     return [int(pid) for pid in listing.read_text().split()] if listing.exists() else []
 
 
 def _kill(pid: int) -> None:
-    """The process, and its group where it leads one."""
+    """Kills the process, and its group if it leads one."""
     for end in (os.killpg, os.kill):
         try:
             end(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # gone, or (macOS) a zombie
+        except (ProcessLookupError, PermissionError):  # already ended, or a zombie (macOS)
             continue
 
 
 def _keep_only(*descriptors: int) -> None:
-    """Closes all others; standard input, output and error lead nowhere."""
+    """Closes all other descriptors; standard input, output and error go to /dev/null."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nowhere, standard)
@@ -252,7 +252,7 @@ def _keep_only(*descriptors: int) -> None:
 
 
 def _fork(work: Callable[[], Any]) -> int:
-    """Runs `work` in a child, which never comes back here."""
+    """Runs `work` in a child process, which then exits. Returns the child's process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -264,7 +264,7 @@ def _fork(work: Callable[[], Any]) -> int:
 
 
 def _failure(work: Callable[[], Any]) -> str:
-    """Why `work` fails, tried in a child; empty when it does not."""
+    """Tries `work` in a child process; returns why it fails, or an empty string."""
     reading, writing = os.pipe()
 
     def attempt() -> None:
@@ -275,26 +275,28 @@ def _failure(work: Callable[[], Any]) -> str:
 
     pid = _fork(attempt)
     os.close(writing)
-    with os.fdopen(reading, encoding="utf-8") as told:
-        why = told.read()
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        why = pipe.read()
     status = os.waitpid(pid, 0)[1]
     return why or ("" if status == 0 else f"ended with status {status}")
 
 
 def main() -> None:
-    """`sys.argv`: the descriptor of the socket, the layers to try (with commas), an empty folder."""
+    """`sys.argv`: the descriptor of the socket, the layers to try (separated by commas), an empty folder."""
     _, descriptor, requested, base = sys.argv
-    # Where every process of a job is told to end (Slurm), the trainer still finishes its step, and needs its scores.
+    # Slurm signals every process of a job before its end. The trainer then finishes its step and still needs scores.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     for name in _PRELOADED.split():
         importlib.import_module(name)
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # /proc may be read-only
-            Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the trainer is not what ends
+            Path("/proc/self/oom_score_adj").write_text(
+                "1000"
+            )  # if memory runs out, the kernel kills this, not the trainer
     control = socket.socket(fileno=int(descriptor))
     server = Server(control, requested.split(","), Path(base))
     control.sendall(json.dumps({"layers": server.layers, "missing": server.missing}).encode() + b"\n")
     gc.collect()
-    gc.freeze()  # so that the collector of a child does not copy the pages of what all share
+    gc.freeze()  # so that garbage collection in a child does not copy shared pages
     server.serve()

@@ -1,9 +1,9 @@
-"""What crosses between a program and its tests: plain values, by value, as JSON; never a pickle, never code.
+"""The messages between a program and its tests: plain values as JSON; never a pickle, never code.
 
-JSON has no tuples, sets or large integers, so a value that is not JSON's own is a list whose first item names its
-kind. The two sides differ in what they do with the rest: the program's side keeps the object and sends a reference;
-the tests' side sends functions of its own as references and refuses what else it has. Whatever a program puts on the
-wire, the tests' side makes of it values of Python's own types, whose `==` is Python's.
+JSON has no tuples, sets or large integers, so a value without a JSON type is a list whose first item names its kind.
+For other objects the program's side keeps the object and sends a reference; the tests' side sends references to its
+own functions and refuses everything else. Whatever bytes a program sends, the tests' side builds only values of
+Python's own types from them, whose `==` a program cannot redefine.
 """
 
 import datetime
@@ -18,8 +18,8 @@ from fractions import Fraction
 from typing import Any, Final
 
 LARGEST: Final = 8 << 20
-"""Bytes of one message. What is larger is refused by the side that would send it, and by the one that reads it."""
-_EXACT: Final = 1 << 53  # integers up to here survive a JSON reader that takes them for floats; larger go as hex
+"""Limit on the bytes of one message; both the sender and the reader refuse a larger one."""
+_EXACT: Final = 1 << 53  # larger integers are sent as hex, since a JSON reader may convert them to floats
 _LENGTH: Final = struct.Struct("!I")
 _TIMES: Final = (datetime.date, datetime.datetime, datetime.time)
 
@@ -28,15 +28,15 @@ OtherBack = Callable[[list[Any]], Any]
 
 
 class Gone(BaseException):
-    """The other side closed its end or died. Not an Exception: `except Exception` in a test must not swallow it."""
+    """The other side closed its end or died. Not an Exception, so `except Exception` in a test does not catch it."""
 
 
 class BadMessage(BaseException):
-    """The other side sent what no peer of ours sends."""
+    """The other side sent a malformed message."""
 
 
 def encode(value: Any, other: Other) -> Any:
-    """JSON for a value. `other` encodes what is not plain."""
+    """JSON for a value. `other` encodes objects that are not plain values."""
     kind = type(value)
     if value is None or kind is bool or kind is str or kind is float:
         return value
@@ -71,7 +71,7 @@ def encode(value: Any, other: Other) -> Any:
 
 
 def decode(raw: Any, other: OtherBack) -> Any:
-    """The value of `encode`'s JSON. `other` decodes what is not plain. Raises BadMessage."""
+    """The value from `encode`'s JSON. `other` decodes objects that are not plain values. Raises BadMessage."""
     if not isinstance(raw, list):
         if isinstance(raw, dict):
             raise BadMessage("an object")
@@ -122,7 +122,7 @@ _DECODERS: Final[dict[str, Callable[[list[Any], OtherBack], Any]]] = {
 
 
 class Peer:
-    """One end of the socket: asks, and while it waits for the answer, serves what the other end asks back."""
+    """One end of the socket. It sends requests, and serves the other end's requests while it waits for an answer."""
 
     def __init__(self, descriptor: int, serve: Callable[[list[Any]], list[Any]]) -> None:
         self._descriptor = descriptor
@@ -138,22 +138,22 @@ class Peer:
             write_message(self._descriptor, self._serve(got))
 
     def listen(self) -> None:
-        """Serves until the other end is gone, which it raises."""
+        """Serves requests until the other end closes, then raises Gone."""
         while True:
             write_message(self._descriptor, self._serve(_checked(read_message(self._descriptor))))
 
 
 def _checked(message: Any) -> list[Any]:
     if not isinstance(message, list) or not message or not isinstance(message[0], str):
-        raise BadMessage("no request and no answer")
+        raise BadMessage("the message is neither a request nor an answer")
     return message
 
 
 def write_message(descriptor: int, message: Any) -> None:
-    """Raises ValueError for one that is too large, Gone when nobody reads."""
+    """Raises ValueError for a message that is too large, Gone when the other end is closed."""
     body = json.dumps(message, separators=(",", ":")).encode()
     if len(body) > LARGEST:
-        raise ValueError(f"{len(body)} bytes in one value; at most {LARGEST} go between a program and its tests")
+        raise ValueError(f"a value of {len(body)} bytes; the limit between a program and its tests is {LARGEST} bytes")
     left = memoryview(_LENGTH.pack(len(body)) + body)
     try:
         while left:
@@ -163,7 +163,7 @@ def write_message(descriptor: int, message: Any) -> None:
 
 
 def read_message(descriptor: int) -> Any:
-    """Raises Gone at the end of the stream, BadMessage for what is no message."""
+    """Raises Gone at the end of the stream, BadMessage for malformed data."""
     length = _LENGTH.unpack(_read(descriptor, _LENGTH.size))[0]
     if length > LARGEST:
         raise BadMessage(f"{length} bytes")

@@ -1,4 +1,4 @@
-"""Where verifiers find a row's right answer, and how they name the row when it cannot be used."""
+"""Finds a row's gold answer for the verifiers, and names the row in errors."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from data.records import Message
 from reward.functions import RewardError
 
 COLUMNS = ("answer", "ground_truth")
-"""Where a right answer is looked for unless the recipe names a column: GSM8K and its like, then the RLVR mixture."""
+"""Columns searched for the gold answer unless the recipe names one: GSM8K's and similar, then the RLVR mixture's."""
 
 
 def golds(
@@ -18,17 +18,17 @@ def golds(
     columns: Mapping[str, Any],
     column: str | None,
 ) -> list[str | None]:
-    """The right answer of each row as text; None where the row has none (or an RLVR constraint, which is none).
+    """The gold answer of each row as text; None where the row has none (an RLVR constraint is not a gold answer).
 
     Raises:
-        RewardError: no row has the column, or it holds neither text nor a number; names function, column and row.
+        RewardError: the column is missing, or holds neither text nor a number; names function, column and row.
     """
     names = COLUMNS if column is None else (column,)
     present = [name for name in names if name in columns]
     if not present:
         own = sorted(set(columns) - {"completion_ids", "stopped"})
         raise RewardError(
-            f"`{function}` needs the right answers in column {' or '.join(f'`{name}`' for name in names)}; the prompts "
+            f"`{function}` needs the gold answers in column {' or '.join(f'`{name}`' for name in names)}; the prompts "
             f"have {', '.join(f'`{name}`' for name in own) or 'no columns'}. Rename yours, or name it: "
             "`args: {column: ...}`"
         )
@@ -43,13 +43,13 @@ def golds(
             out.append(repr(value))
         else:
             raise row_error(
-                function, prompts, row, f"column `{name}` holds {value!r}; a right answer is text or a number"
+                function, prompts, row, f"column `{name}` holds {value!r}; a gold answer is text or a number"
             )
     return out
 
 
 def rlvr_constraint(value: Any) -> dict[str, Any] | None:
-    """What the RLVR mixture has as the ground truth of instruction following: an object, or its JSON, with `func_name`.
+    """The RLVR mixture's ground truth for instruction following, an object or its JSON with `func_name`; else None.
 
     >>> rlvr_constraint('{"func_name": "validate_no_commas", "N": null}')
     {'func_name': 'validate_no_commas', 'N': None}
@@ -67,7 +67,7 @@ def rlvr_constraint(value: Any) -> dict[str, Any] | None:
 
 
 def row_error(function: str, prompts: Sequence[tuple[Message, ...]], row: int, problem: str) -> RewardError:
-    """An error that tells which row of the data it is: its place in the batch (from 0) and how its prompt ends."""
+    """An error that identifies the row by its index in the batch (from 0) and the end of its prompt."""
     where = f"row {row} of the batch"
     if row < len(prompts) and prompts[row]:
         content = prompts[row][-1].content

@@ -1,4 +1,4 @@
-"""Instruction following that code can check: IFEval (Zhou et al. 2023, arXiv:2311.07911)."""
+"""Verifiable instruction following: IFEval (Zhou et al. 2023, arXiv:2311.07911)."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -23,21 +23,20 @@ def ifeval(
     credit: Literal["all", "fraction"] = "all",
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the completion follows all instructions of its row; None for rows without instructions.
+    """1 where the completion follows all instructions of its row, else 0; None for rows without instructions.
 
     The columns are those of the published data, or the `ground_truth` of the RLVR mixture where that is a constraint.
 
     Args:
-        instruction_id_list: of each row, the instructions' ids, such as `punctuation:no_comma`.
-        kwargs: of each row, one dict of arguments an instruction; null arguments are as good as none.
-        ground_truth: of each row, an RLVR constraint; rows where it is anything else are not this function's.
-        mode: `loose` also accepts an answer that follows once its first line, its last line or its asterisks are taken
-            away, in all combinations (the paper's section 2.2).
-        credit: `fraction` gives the share of instructions followed instead of all or nothing.
+        instruction_id_list: for each row, the instructions' ids, such as `punctuation:no_comma`.
+        kwargs: for each row, one dict of arguments per instruction; null arguments are ignored.
+        ground_truth: for each row, an RLVR constraint; rows with any other value score None.
+        mode: `loose` also accepts an answer that follows the instructions once its first line, its last line or its
+            asterisks are removed, in any combination (the paper's section 2.2).
+        credit: `fraction` gives the share of instructions followed, instead of 1 or 0.
 
     Raises:
-        RewardError: no such columns, an unknown instruction, an argument that is missing, unknown or of no use; it
-            names the row.
+        RewardError: missing columns, an unknown instruction, or a missing, unknown or invalid argument; names the row.
 
     >>> ids, arguments = ["punctuation:no_comma", "detectable_format:title"], [{}, {}]
     >>> ifeval([], ["<<Ode>> O sea!", "<<Ode>> O, sea"], instruction_id_list=[ids] * 2, kwargs=[arguments] * 2)
@@ -47,7 +46,7 @@ def ifeval(
     """
     if mode not in ("strict", "loose") or credit not in ("all", "fraction"):
         raise RewardError(
-            f"`ifeval`: `mode: {mode}` is one of strict, loose; `credit: {credit}` is one of all, fraction"
+            f"`ifeval`: `mode: {mode}`, `credit: {credit}`; `mode` must be strict or loose, `credit` all or fraction"
         )
     if ground_truth is None and (instruction_id_list is None or kwargs is None):
         raise RewardError(
@@ -74,7 +73,7 @@ def ifeval(
 
 
 def variants(text: str) -> list[str]:
-    """The eight readings of the loose mode: with and without first line, last line and asterisks.
+    """The eight variants of the loose mode: with and without first line, last line and asterisks.
 
     >>> variants("Sure:\\n*hi*\\nBye")[:4]
     ['Sure:\\n*hi*\\nBye', '*hi*\\nBye', 'Sure:\\n*hi*', '*hi*']
@@ -95,7 +94,7 @@ def _checks(ids: Sequence[str] | None, kwargs: Sequence[dict[str, Any]] | None, 
         return []
     if kwargs is None or len(kwargs) != len(ids):
         raise ValueError(
-            f"{len(ids)} instructions and {'no' if kwargs is None else len(kwargs)} `kwargs`: one for each"
+            f"{len(ids)} instructions but {'no' if kwargs is None else len(kwargs)} `kwargs`; give one for each"
         )
     return [check_of(one, given) for one, given in zip(ids, kwargs, strict=True)]
 
@@ -104,7 +103,7 @@ def check_of(instruction: str, kwargs: dict[str, Any] | None) -> Check:
     """The check of one instruction with its arguments.
 
     Raises:
-        ValueError: an unknown instruction, or an argument that is missing, unknown or of no use.
+        ValueError: an unknown instruction, or a missing, unknown or invalid argument.
 
     >>> check_of("length_constraints:number_words", {"relation": "at least", "num_words": 2})("two words")
     True
@@ -114,7 +113,7 @@ def check_of(instruction: str, kwargs: dict[str, Any] | None) -> Check:
         hint = f"did you mean `{close[0]}`?" if close else f"known are {', '.join(INSTRUCTIONS)}"
         raise ValueError(f"unknown instruction `{instruction}`; {hint}")
     kind = INSTRUCTIONS[instruction]
-    # The data set on the hub gives every instruction all arguments, null where it has none.
+    # The data set on the hub gives every instruction all arguments, with null for those that do not apply.
     given = {name: value for name, value in (kwargs or {}).items() if value is not None}
     arguments = {}
     for name, read in {**kind.needs, **{k: v for k, v in kind.may_have.items() if k in given}}.items():

@@ -1,8 +1,8 @@
 """The 25 instruction types of IFEval (Zhou et al. 2023, arXiv:2311.07911, table 4), each a function of the text.
 
-Written from the descriptions in the paper and the prompts; where those leave room, the reading is the one that a policy
-cannot satisfy by form alone: keywords are whole words, counted things have content, and an empty answer follows
-nothing. docs/rewards.md lists where this is stricter than the published checker.
+Written from the descriptions in the paper and the prompts. Where these are ambiguous, the check takes the reading that
+a policy cannot satisfy by form alone: keywords are whole words, counted items have content, and an empty answer follows
+no instruction. docs/rewards.md lists where this is stricter than the published checker.
 """
 
 import re
@@ -25,7 +25,7 @@ _CLOSING = '"”“»'
 
 
 def compare(found: int, relation: str, wanted: int) -> bool:
-    """Whether a count satisfies its relation. IFEval has the first two, the RLVR mixture the other three as well.
+    """Whether a count satisfies its relation. IFEval uses the first two relations, the RLVR mixture all five.
 
     >>> compare(3, "at least", 3), compare(3, "less than", 3), compare(109, "around", 100)
     (True, False, True)
@@ -41,22 +41,22 @@ def compare(found: int, relation: str, wanted: int) -> bool:
 
 
 def existence(text: str, keywords: list[str]) -> bool:
-    """Include all of the keywords."""
+    """The text includes all of the keywords."""
     return all(occurrences(keyword, text) for keyword in keywords)
 
 
 def keyword_frequency(text: str, keyword: str, relation: str, frequency: int) -> bool:
-    """The keyword appears so many times."""
+    """The keyword appears the required number of times."""
     return compare(occurrences(keyword, text), relation, frequency)
 
 
 def forbidden_words(text: str, forbidden_words: list[str]) -> bool:
-    """Include none of the words."""
+    """The text includes none of the words."""
     return not any(occurrences(word, text) for word in forbidden_words)
 
 
 def letter_frequency(text: str, letter: str, let_relation: str, let_frequency: int) -> bool:
-    """The letter, in any case, or other character appears so many times."""
+    """The letter (in any case) or other character appears the required number of times."""
     return compare(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
@@ -66,7 +66,8 @@ def response_language(text: str, language: str) -> bool:
 
 
 def number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """So many paragraphs, separated by the markdown divider `***`, none empty. A divider may begin and end the text."""
+    """Exactly `num_paragraphs` non-empty paragraphs, separated by the divider `***`, which may also begin and end the
+    text."""
     parts = [part.strip() for part in _DIVIDER.split(text)]
     inner = parts[1:-1] if len(parts) > 1 else []
     return all(inner) and sum(map(bool, parts)) == num_paragraphs
@@ -83,7 +84,7 @@ def number_sentences(text: str, relation: str, num_sentences: int) -> bool:
 
 
 def nth_paragraph_first_word(text: str, first_word: str, num_paragraphs: int, nth_paragraph: int) -> bool:
-    """So many paragraphs, separated by two line breaks; the n-th begins with the word, in any case."""
+    """Exactly `num_paragraphs` paragraphs, separated by two line breaks; the n-th begins with the word, in any case."""
     paragraphs = [part for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
     if len(paragraphs) != num_paragraphs or nth_paragraph > num_paragraphs:
         return False
@@ -92,23 +93,23 @@ def nth_paragraph_first_word(text: str, first_word: str, num_paragraphs: int, nt
 
 
 def postscript(text: str, postscript_marker: str) -> bool:
-    """The text ends with a postscript: a line that begins with the marker, such as P.S., and says something."""
+    """The text ends with a postscript: a line that begins with the marker, such as P.S., and has content."""
     letters = re.findall(r"[A-Za-z]", postscript_marker)
     marker = re.escape(postscript_marker.strip())
     if len(letters) <= 4 and re.fullmatch(r"[A-Za-z. ]+", postscript_marker):
-        # P.S. and P.P.S, with or without the last dot, also set as P. S.
+        # P.S. and P.P.S, with or without the last dot, also written P. S.
         marker = (r"\.[ ]?" if "." in postscript_marker else r"\.?[ ]?").join(letters) + r"(?:\.|\b)"
     found = re.search(rf"^[ \t*_>\"“#]*{marker}(?P<said>.*)", text, re.IGNORECASE | re.MULTILINE | re.DOTALL)
     return found is not None and bool(words(found["said"]))
 
 
 def number_placeholders(text: str, num_placeholders: int) -> bool:
-    """At least so many placeholders in square brackets, such as [address]."""
+    """At least `num_placeholders` placeholders in square brackets, such as [address]."""
     return len(_PLACEHOLDER.findall(text)) >= num_placeholders
 
 
 def number_bullet_lists(text: str, num_bullets: int) -> bool:
-    """Exactly so many bullet points of markdown: `* This is a point.`"""
+    """Exactly `num_bullets` markdown bullet points: `* This is a point.`"""
     return len(_BULLET.findall(text)) == num_bullets
 
 
@@ -118,19 +119,20 @@ def title(text: str) -> bool:
 
 
 def constrained_response(text: str, options: tuple[str, ...] = YES_NO_MAYBE) -> bool:
-    """Exactly one of the options is given, word for word; it may be explained."""
+    """The text gives exactly one of the options, word for word, perhaps with an explanation."""
     return sum(re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text) is not None for option in options) == 1
 
 
 def number_highlighted_sections(text: str, num_highlights: int) -> bool:
-    """At least so many sections are highlighted in markdown: *highlighted section*, or **so**."""
+    """At least `num_highlights` sections are highlighted in markdown: *like this* or **like this**."""
     return sum(1 for _ in _HIGHLIGHT.finditer(text)) >= num_highlights
 
 
 def multiple_sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    """At least so many sections, each begun by a line such as `SECTION 1` and with something in it.
+    """At least `num_sections` sections, each with content and a first line such as `SECTION 1`.
 
-    At least, not exactly: the data has prompts that ask for "at least two", and for twice the number in two responses.
+    Not exactly that number: some prompts in the data ask for "at least two", others for twice the number in two
+    responses.
     """
     marker = rf"^[ \t*_#>\"“(\[]*{re.escape(section_spliter.strip())}[ \t]*(?:[0-9]+|[IVX]+)\b"
     return (
@@ -148,7 +150,7 @@ def json_format(text: str) -> bool:
 
 
 def repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
-    """The text begins with the request, unchanged up to white space, and an answer follows."""
+    """The text begins with the request, unchanged except for white space, and an answer follows."""
     said, request = " ".join(text.split()), " ".join(prompt_to_repeat.split())
     return said.startswith(request) and bool(words(said[len(request) :]))
 
@@ -172,7 +174,7 @@ def english_lowercase(text: str) -> bool:
 
 
 def capital_word_frequency(text: str, capital_relation: str, capital_frequency: int) -> bool:
-    """Words all in capital letters, "I" and "A" too, appear so many times."""
+    """Words all in capital letters, including "I" and "A", appear the required number of times."""
     return compare(sum(word.isupper() for word in words(text)), capital_relation, capital_frequency)
 
 
@@ -193,7 +195,7 @@ def no_comma(text: str) -> bool:
     return commas(text) == 0
 
 
-# What a keyword argument may be: each returns it as the check takes it, or raises ValueError with what is wanted.
+# Readers of keyword arguments: each returns the value for the check, or raises ValueError that says what is expected.
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 0:
         raise ValueError("a number of things, 0 or more")
@@ -233,7 +235,7 @@ def _language(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A check, and the keyword arguments that it needs and may have, each with its reader."""
+    """A check, with its required and optional keyword arguments and a reader for each."""
 
     check: Callable[..., bool]
     needs: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)

@@ -1,13 +1,13 @@
-"""Constraints as the RLVR mixture of Tülu 3 writes them (arXiv:2411.15124), as instructions of IFEval.
+"""Converts the constraints of Tülu 3's RLVR mixture (arXiv:2411.15124) into IFEval instructions.
 
-There, `ground_truth` is the JSON of one object: `func_name` and the arguments of all functions, null where the function
-has none. The counts are `exactly` where IFEval has a relation that the constraint does not name.
+There, `ground_truth` is the JSON of one object with `func_name` and the arguments of all functions, null for those that
+do not apply. A count is `exactly` when IFEval needs a relation and the constraint names none.
 """
 
 from typing import Any, Final
 
 RLVR: Final[dict[str, tuple[str, dict[str, str], dict[str, Any]]]] = {
-    # func_name: (instruction, our name of each argument, arguments that are always so)
+    # func_name: (instruction, our name of each argument, fixed arguments)
     "verify_keywords": ("keywords:existence", {"keyword_list": "keywords"}, {}),
     "verify_keyword_frequency": (
         "keywords:frequency",
@@ -75,7 +75,7 @@ def as_instruction(constraint: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     name = constraint["func_name"]
     if name not in RLVR:
-        raise ValueError(f"no constraint `{name}`; known are {', '.join(RLVR)}")
+        raise ValueError(f"unknown constraint `{name}`; known are {', '.join(RLVR)}")
     instruction, names, fixed = RLVR[name]
     given = {ours: constraint[theirs] for theirs, ours in names.items() if constraint.get(theirs) is not None}
     return instruction, {**given, **fixed}

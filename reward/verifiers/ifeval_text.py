@@ -15,11 +15,11 @@ _TITLES = frozenset({"mr", "mrs", "ms", "dr", "prof", "st", "sr", "jr", "gen", "
 _ABBREVIATIONS = frozenset({"etc", "inc", "ltd", "co", "corp", "dept", "est", "approx", "al", "cf"})
 
 _SURE = 0.5
-"""Below this probability the detector is guessing: texts of a few words."""
+"""Below this probability the detector's result is not reliable, as for texts of a few words."""
 _FOREIGN = 0.9
-"""From this probability on, a paragraph is held to be in another language than the whole."""
+"""From this probability on, a paragraph counts as being in a different language."""
 _PARAGRAPH_LETTERS = 80
-"""Letters that a paragraph must have to be judged by itself."""
+"""Minimum number of letters for a paragraph to be checked by itself."""
 _SAME = {
     "no": {"nn", "nb"},
     "zh": {"yue", "wuu"},
@@ -39,7 +39,7 @@ def words(text: str) -> list[str]:
 
 
 def occurrences(phrase: str, text: str) -> int:
-    """How often a word or phrase stands in the text as whole words, in any case.
+    """How often a word or phrase occurs in the text as whole words, in any case.
 
     >>> occurrences("cat", "Cat, cats, concatenate, _cat_")
     2
@@ -51,9 +51,9 @@ def occurrences(phrase: str, text: str) -> int:
 def sentences(text: str) -> int:
     """How many sentences the text has.
 
-    A sentence ends at `.`, `!`, `?` or `…` before white space, but not at abbreviations ("Dr.", "e.g."), initials, or
-    numbers of a list. An item of a list or a paragraph ends one as well. Headings (`# ...`) and titles (`<<...>>`) are
-    none.
+    A sentence ends at `.`, `!`, `?` or `…` before white space, but not after abbreviations ("Dr.", "e.g."), initials or
+    list numbers. The end of a list item or a paragraph also ends a sentence. Headings (`# ...`) and titles (`<<...>>`)
+    do not count.
 
     >>> sentences("Dr. Smith paid $3.50 at 5 p.m. today. Why? Nobody knows...")
     3
@@ -74,7 +74,7 @@ def _sentences_of(block: str) -> int:
 
 
 def _goes_on(block: str, start: int, end: re.Match[str]) -> bool:
-    """Whether the sentence does not end at this mark."""
+    """Whether the sentence continues after this mark."""
     behind = _NEXT.match(block, end.end())
     after = behind[1] if behind else ""
     if end.group()[:2] == ".." or end.group()[0] == "…":
@@ -98,15 +98,15 @@ def _detector() -> Any:
 
 
 def languages() -> frozenset[str]:
-    """Codes of the languages that can be told apart (ISO 639)."""
+    """Codes (ISO 639) of the languages that the detector knows."""
     return frozenset(_detector().labels) | frozenset(_SAME)
 
 
 def is_language(text: str, language: str) -> bool:
-    """Whether all of the text is in the language, as py3langid tells it.
+    """Whether all of the text is in the language, according to py3langid.
 
-    The whole text must be of the language, and no paragraph of 80 letters or more clearly of another. Texts too short
-    to tell pass as English when all their letters are ASCII ("Yes.").
+    The whole text must be in the language, and no paragraph of 80 letters or more clearly in another. A text too short
+    for the detector passes as English when all its letters are ASCII ("Yes.").
 
     >>> is_language("The cat sat on the mat.", "en"), is_language("Le chat est sur le tapis.", "en")
     (True, False)

@@ -1,4 +1,4 @@
-"""JSON that a schema accepts."""
+"""Checks that a completion is JSON that a schema accepts."""
 
 import functools
 import json
@@ -20,11 +20,11 @@ _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IG
 
 
 PATTERN_SECONDS = 2.0
-"""Wall time for one `pattern` of a schema; a string on which it takes longer does not match."""
+"""Wall time limit for one match of a schema's `pattern`; a string that takes longer does not match."""
 
 
 class NotStrict(ValueError):
-    """What Python's parser takes and the JSON standard (RFC 8259) does not, or leaves open."""
+    """Text that Python's parser accepts but the JSON standard (RFC 8259) forbids or leaves undefined."""
 
 
 def json_schema(
@@ -34,18 +34,19 @@ def json_schema(
     column: str = "schema",
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the completion is JSON that the schema accepts; None where a row's schema is null.
+    """1 where the completion is JSON that the schema accepts, else 0; None where a row's schema is null.
 
-    The JSON is the whole completion, bare or in one code fence. Strict: no text beside it, no comments or trailing
-    commas, no NaN or Infinity, no key twice in an object.
+    The JSON must be the whole completion, bare or in one code fence, without text around it, comments, trailing commas,
+    NaN, Infinity or repeated keys.
 
     Args:
-        schema: one for all rows, in the recipe's `args:`; or the prompts' column of this name, an object or its JSON.
-            Draft 2020-12 unless its `$schema` says otherwise. References to other documents are not fetched.
+        schema: one schema for all rows, in the recipe's `args:`; or the prompts' column of this name. A schema is an
+            object or its JSON, of draft 2020-12 unless its `$schema` says otherwise. References to other documents are
+            not fetched.
         column: another column that holds the schemas, when `schema` is not given.
 
     Raises:
-        RewardError: no schema, or one that is none.
+        RewardError: a missing or invalid schema.
 
     >>> json_schema([], ['{"n": 1}', '{"n": "1"}', '```json\\n{"n": 2}\\n```', 'n: 1'],
     ...     schema={"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
@@ -55,7 +56,7 @@ def json_schema(
         schema = columns.get(column)
     if schema is None:
         raise RewardError(
-            f"`json_schema` needs a schema: `args: {{schema: ...}}`, or a column `{column}` of the prompts"
+            f"`json_schema` needs a schema: set `args: {{schema: ...}}`, or add a column `{column}` to the prompts"
         )
     per_row = schema if isinstance(schema, list) else [schema] * len(completions)
     if len(per_row) != len(completions):
@@ -74,7 +75,7 @@ def strict_json(text: str) -> Any:
     """The value of a JSON text, bare or alone in a code fence.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: the text is not strict JSON.
 
     >>> strict_json('{"a": [1, 2.5, null]}')
     {'a': [1, 2.5, None]}
@@ -89,7 +90,7 @@ def strict_json(text: str) -> Any:
 
 
 def _canonical(schema: Any) -> str:
-    """The schema as text, which can be a key. Raises ValueError."""
+    """The schema as canonical text, used as a cache key. Raises ValueError."""
     return json.dumps(json.loads(schema) if isinstance(schema, str) else schema, sort_keys=True)
 
 
@@ -98,7 +99,7 @@ def _validator(schema: str) -> Any:
     """Raises SchemaError, ValueError."""
     parsed = json.loads(schema)
     if not isinstance(parsed, dict | bool):
-        raise ValueError(f"{schema[:80]} is no object")
+        raise ValueError(f"{schema[:80]} is not an object")
     draft = validators.validator_for(parsed, default=validators.validator_for(True))
     draft.check_schema(parsed)
     # An empty registry: without one, jsonschema would fetch references from the network.
@@ -106,7 +107,7 @@ def _validator(schema: str) -> Any:
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
-    """The keyword `pattern` in bounded time: what it is matched with was written by the policy."""
+    """The keyword `pattern` with a time limit, since the policy could write text that makes a match very slow."""
     if isinstance(instance, str):
         try:
             found = regex.search(pattern, instance, timeout=PATTERN_SECONDS)
@@ -128,7 +129,7 @@ def _accepts(validator: Any, text: str) -> bool:
 
 
 def _no_constant(name: str) -> float:
-    raise NotStrict(f"{name} is no JSON")
+    raise NotStrict(f"{name} is not JSON")
 
 
 def _finite(text: str) -> float:

@@ -1,11 +1,11 @@
 """Mathematical answers: equal as numbers (`numeric_match`) or as formulas (`math_equal`).
 
-Both read the same answer out of a completion, or of its part in `<answer>` tags: what a line `#### 42` or the last
-`\\boxed{...}` says, whichever comes last; without either, the last number (`math_equal`: the last number, or formula
+Both read the same answer from a completion, or from its part in `<answer>` tags: a line `#### 42` or the last
+`\\boxed{...}`, whichever comes last; without either, the last number (`math_equal`: the last number, or formula
 between `$...$`, `\\(...\\)` or `\\[...\\]`).
 
-`math_equal` is true equality: `\\boxed{17 \\cdot 24}` equals 408. Where the policy shall work the value out, use
-`numeric_match`, which reads numbers and no formulas.
+`math_equal` tests mathematical equality: `\\boxed{17 \\cdot 24}` equals 408. To make the policy compute the value, use
+`numeric_match`, which reads numbers but no formulas.
 """
 
 import logging
@@ -22,12 +22,12 @@ from reward.verifiers.maths_process import Comparer
 
 log = logging.getLogger(__name__)
 
-_CONTEXT = Context(prec=400, traps=[])  # digits; nonsense gives NaN or infinity, and no exception
-_COMPARERS: dict[int, Comparer] = {}  # by process: a forked one must not share its parent's pipes
+_CONTEXT = Context(prec=400, traps=[])  # prec in digits; without traps, nonsense gives NaN or infinity, no exception
+_COMPARERS: dict[int, Comparer] = {}  # by process id: a forked process must not share its parent's pipes
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-# A minus behind a digit, a letter or a bracket subtracts or joins. Digits behind a letter are part of a name (H2O, m2),
-# those behind ^ an exponent (m^2).
+# A minus after a digit, a letter or a bracket is an operator or a hyphen, not a sign. Digits after a letter are part of
+# a name (H2O, m2), and digits after ^ are an exponent (m^2).
 _NUMBER = re.compile(
     rf"(?:(?<![\w)\]}}])(?P<sign>[-+]))?(?:[$€£¥₹](?P<sign_behind>[-+])?)?"
     rf"(?<![A-Za-z0-9_^])(?<!\^\{{)(?<!\^-)(?<!\^\{{-)(?<![0-9]\.)"
@@ -41,17 +41,17 @@ _MARKED = re.compile(  # not a heading such as `#### 2. The second step`
 _SMALL_FRACTION = re.compile(r"(?<![0-9])\\[dtc]?frac\s?(?:\{([0-9.]+)\}\s?\{([0-9.]+)\}|([0-9])\s?([0-9]))")
 _SPACING = re.compile(r"(?<!\\)\\[!,;: ]|(?<=\\\\)\[-?[0-9.]+ ?[a-z]{2}\]|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})")
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_FORMULA = re.compile(  # no environment holds another that opens like it, which keeps the search linear
+_FORMULA = re.compile(  # an environment may not contain another of its kind, which keeps the search linear
     r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)\$|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]"
     r"|(-?\\[dt]?frac\{[^{}]*\}\{[^{}]*\})",
     re.DOTALL,
 )
-_PROSE = re.compile(r"(?<![\\A-Za-z{])[a-z]{3,}")  # what stands between two signs of currency
+_PROSE = re.compile(r"(?<![\\A-Za-z{])[a-z]{3,}")  # text between two currency signs
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a completion, or the data, gives as the answer: a marked part of it (`marked`), or all of the text."""
+    """The answer in a completion or in the data: a marked part of the text (`marked`), or all of it."""
 
     text: str
     marked: bool
@@ -64,18 +64,17 @@ def numeric_match(
     tolerance: float = 0.0,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the answer's number is the right one; None where the row has no right answer.
+    """1 where the answer's number equals the gold answer's, else 0; None where the row has no gold answer.
 
-    Thousands separators, signs of currency and percent, and units count for nothing; `3/4` and `\\frac{3}{4}` are
-    numbers.
+    Thousands separators, currency and percent signs, and units are ignored; `3/4` and `\\frac{3}{4}` are numbers.
 
     Args:
-        column: holds the right answer: a number, text with one, or a GSM8K solution (`... #### 42`); `answer` or
-            `ground_truth` if not given.
+        column: holds the gold answer: a number, text with one, or a GSM8K solution (`... #### 42`); default: `answer`
+            or `ground_truth`.
         tolerance: the largest difference that still counts as equal.
 
     Raises:
-        RewardError: no such column, or a right answer without a number.
+        RewardError: the column is missing, or a gold answer has no number.
 
     >>> numeric_match([], ["So he has 1,250 apples.", "#### -3", "a dozen"], answer=["6 + 1244 = ... #### 1250", 3, 12])
     [1.0, 0.0, 0.0]
@@ -89,7 +88,7 @@ def numeric_match(
             continue
         right, given = _value(_gold_claim(gold)), _value(_claim(completions[row]))
         if right is None:
-            problem = f"no number in the right answer {gold!r}; use `math_equal` or `exact_match` for such rows"
+            problem = f"no number in the gold answer {gold!r}; use `math_equal` or `exact_match` for such rows"
             raise row_error("numeric_match", prompts, row, problem)
         near = given is not None and _CONTEXT.abs(_CONTEXT.subtract(right, given)) <= Decimal(repr(tolerance))
         out.append(float(near))
@@ -103,17 +102,18 @@ def math_equal(
     time_limit: float = 5.0,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the answer equals the right one as mathematics, by math-verify; None where the row has no right answer.
+    """1 where math-verify finds the answer equal to the gold answer, else 0; None where the row has no gold answer.
 
-    Numbers, fractions, roots, polynomials, tuples, sets, intervals, matrices, equations; 0.333333 is 1/3.
+    It compares numbers, fractions, roots, polynomials, tuples, sets, intervals, matrices and equations; 0.333333 equals
+    1/3.
 
     Args:
-        column: holds the right answer: LaTeX, a number, or a solution that ends in `\\boxed{...}` or `#### ...`;
-            `answer` or `ground_truth` if not given.
-        time_limit: seconds of processor time for one comparison. What takes longer scores 0, and is logged.
+        column: holds the gold answer: LaTeX, a number, or a solution that ends in `\\boxed{...}` or `#### ...`;
+            default: `answer` or `ground_truth`.
+        time_limit: CPU seconds for one comparison. A comparison that takes longer scores 0, and is logged.
 
     Raises:
-        RewardError: no such column, or a right answer that is no mathematics.
+        RewardError: the column is missing, or a gold answer cannot be read as mathematics.
 
     >>> math_equal([], ["It is $\\\\frac{1}{2}$.", "\\\\boxed{x = 7}", "no idea"], answer=["0.5", "8", "1"])
     [1.0, 0.0, 0.0]
@@ -132,7 +132,7 @@ def math_equal(
     late = 0
     for (pair, rows), verdict in zip(pairs.items(), verdicts, strict=True):
         if not verdict.gold:
-            problem = f"the right answer {pair[0]!r} cannot be read as mathematics; mend it, or use `exact_match`"
+            problem = f"the gold answer {pair[0]!r} cannot be read as mathematics; correct it, or use `exact_match`"
             raise row_error("math_equal", prompts, rows[0], problem)
         late += verdict.late * len(rows)
         for row in rows:
@@ -143,7 +143,7 @@ def math_equal(
 
 
 def last_box(text: str) -> tuple[int, str] | None:
-    """Where the last whole `\\boxed{...}` begins, and what is in it.
+    """The position and the content of the last complete `\\boxed{...}`, or None.
 
     >>> last_box("\\\\boxed{1}, no: \\\\boxed{\\\\frac{1}{2}}, or \\\\boxed{3")
     (15, '\\\\frac{1}{2}')
@@ -161,7 +161,7 @@ def last_box(text: str) -> tuple[int, str] | None:
 
 
 def _gold_claim(gold: str) -> Claim:
-    """The right answer in a row's column: all of it, or the end of a solution."""
+    """The gold answer in a row's column: the whole text, or the end of a solution."""
     box = last_box(gold)
     if "####" in gold:
         gold = gold.rpartition("####")[2]
@@ -171,7 +171,7 @@ def _gold_claim(gold: str) -> Claim:
 
 
 def answer_part(completion: str) -> str:
-    """What is between the last `<answer>` and `</answer>`; all of the completion without these tags.
+    """The text between the last `<answer>` and `</answer>`; without these tags, the whole completion.
 
     >>> answer_part("<think>6 * 7</think><answer>42</answer>"), answer_part("42")
     ('42', '42')
@@ -181,7 +181,7 @@ def answer_part(completion: str) -> str:
 
 
 def _claim(completion: str) -> Claim:
-    """The answer of a completion: the last line `#### 42` or box, else all of it."""
+    """The answer of a completion: the last line `#### 42` or box, else the whole text."""
     completion = answer_part(completion)
     box = last_box(completion)
     marks = list(_MARKED.finditer(completion))
@@ -191,7 +191,7 @@ def _claim(completion: str) -> Claim:
 
 
 def _tidy(text: str) -> str:
-    """The same mathematics with thousands, minus and dollar written in one way."""
+    """The same mathematics with one notation for thousands separators, minus and dollar signs."""
     return _SPACING.sub("", text).replace("{,}", ",").replace("\\$", "$").replace("\u2212", "-")
 
 
@@ -200,7 +200,7 @@ def _numbers(text: str) -> list[re.Match[str]]:
 
 
 def _value(claim: Claim) -> Decimal | None:
-    """The last number; None without one, or when it is the base of a power or too large to be one."""
+    """The last number; None if there is none, or if it is the base of a power or too large."""
     numbers = _numbers(_SMALL_FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]} ", claim.text))
     if not numbers or numbers[-1]["power"]:
         return None
@@ -214,7 +214,7 @@ def _value(claim: Claim) -> Decimal | None:
 
 
 def _last_formula(claim: Claim) -> str:
-    """As LaTeX: a marked answer whole, else the last formula or number; empty without any."""
+    """LaTeX of a marked answer as a whole, else of the last formula or number; empty if there is none."""
     if claim.marked:
         return claim.text.strip(" \n\t$")
     numbers = _numbers(claim.text)
@@ -229,7 +229,7 @@ def _last_formula(claim: Claim) -> str:
 
 
 def _quick(right: str, given: str) -> bool | None:
-    """Plain numbers need no computer algebra: their equality, or None where it must decide."""
+    """Whether two plain numbers are equal; None if computer algebra must decide."""
     if not _PLAIN.fullmatch(right):
         return None
     if not given:
@@ -237,5 +237,5 @@ def _quick(right: str, given: str) -> bool | None:
     if not _PLAIN.fullmatch(given):
         return None
     a, b = (_CONTEXT.create_decimal(text.replace(",", "")) for text in (right, given))
-    # Unequal decimals may still be equal to the six places that math-verify compares.
+    # math-verify compares six decimal places, so decimals that differ here may still count as equal there.
     return True if a == b else (None if "." in right + given else False)

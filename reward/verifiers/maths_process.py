@@ -1,8 +1,8 @@
-"""The trainer's side of maths_worker.py: a process that is started when first needed and again when it dies.
+"""The trainer's side of maths_worker.py. It starts the worker process when first needed, and again when it dies.
 
-math-verify's own time limit is a signal, which only a main thread may set and which cannot end arithmetic on huge
-integers. A separate process has a main thread of its own, and can be killed. It is a plain subprocess: starting it
-forks no threads of torch, imports no `__main__` again, and works in daemonic processes.
+math-verify's own time limit is a signal, which only a main thread may set and which cannot interrupt arithmetic on huge
+integers. A separate process has its own main thread, and can be killed. It is a plain subprocess, which does not fork
+torch's threads, does not import `__main__` again, and works in daemonic processes.
 """
 
 import json
@@ -19,14 +19,14 @@ from pathlib import Path
 from reward.functions import RewardError
 
 START_SECONDS = 120.0
-"""Wall time in which the process must have imported sympy."""
+"""Wall time limit for the process to import sympy."""
 WALL_FACTOR = 20.0
-"""Wall time for a comparison, in units of its processor time: only a stopped process ever needs it."""
+"""Wall time limit for a comparison, as a multiple of its CPU limit; only a stopped process reaches it."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one comparison: whether the gold answer was understood, the two are equal, and the limits stopped it."""
+    """The result of one comparison: whether the gold answer was understood, both are equal, and a limit stopped it."""
 
     gold: bool
     equal: bool
@@ -45,7 +45,7 @@ class Comparer:
         """One verdict for each (gold, answer), both LaTeX.
 
         Args:
-            seconds: processor time for each pair.
+            seconds: CPU time for each pair.
 
         Raises:
             RewardError: the process cannot be started.
@@ -54,7 +54,7 @@ class Comparer:
             return [self._ask(gold, answer, seconds) for gold, answer in pairs]
 
     def close(self) -> None:
-        """End the process. It is started again when needed."""
+        """Ends the process. It starts again when needed."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -71,8 +71,8 @@ class Comparer:
         except BrokenPipeError:
             line = None
         if line is None:
-            # Killed by the kernel for its processor time, or not to be waited for. That the gold was read is a guess in
-            # favour of the data: golds are written by people, answers by a policy.
+            # The kernel killed it for its CPU time, or the wall time is over. Assume that the gold answer was
+            # understood and the policy's answer was too expensive, since people wrote the gold answers.
             self.close()
             return Verdict(gold=True, equal=False, late=True)
         return Verdict(**json.loads(line))
@@ -82,7 +82,7 @@ class Comparer:
             return self._process
         self.close()
         process = subprocess.Popen(
-            # -P: the folder of the script is no place to import from. A fixed hash seed: sympy's order follows hashes.
+            # -P keeps the script's folder off the import path. The hash seed is fixed since sympy's order follows it.
             [sys.executable, "-P", str(Path(__file__).with_name("maths_worker.py"))],
             env={**os.environ, "PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE,
@@ -97,7 +97,7 @@ class Comparer:
         return process
 
     def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-        """The next line that the process writes; None when it died or the wall time is over."""
+        """The next line from the process; None when it died or the wall time is over."""
         assert process.stdout is not None
         end = time.monotonic() + seconds
         waiting = select.poll()

@@ -1,12 +1,12 @@
-"""Compares mathematical answers in a process of its own; run as a script by maths_process.py, imports nothing of ours.
+"""Compares mathematical answers in a separate process. maths_process.py runs it as a script; it imports none of Baton.
 
-Reads a JSON object a line, `{"gold": LaTeX, "answer": LaTeX, "seconds": s}`, and writes one, `{"gold": was it
-understood, "equal": bool, "late": did it use up its processor time}`. Processor time, so that scores are the same on a
-busy machine.
+It reads one JSON object per line, `{"gold": LaTeX, "answer": LaTeX, "seconds": s}`, and writes one, `{"gold": whether
+it was understood, "equal": bool, "late": whether the CPU time ran out}`. Limits are in CPU time, so that scores are the
+same on a busy machine.
 
-Three fences, since sympy may run for ever on what a policy writes: a timer that raises inside Python code, the kernel's
-limit on processor time for the arithmetic on huge integers, which no signal handler can interrupt (this process then
-dies, and is started again), and a limit on memory.
+A policy's text can make sympy run for ever, so there are three limits: a timer that raises inside Python code; the
+kernel's limit on CPU time, for arithmetic on huge integers, which no signal handler can interrupt (this process then
+dies and is started again); and a limit on memory.
 """
 
 import functools
@@ -20,11 +20,11 @@ import sys
 from typing import Any
 
 MEMORY = 2 << 30  # bytes of address space
-GRACE = 2  # seconds of processor time between the timer and the kernel's limit
+GRACE = 2  # CPU seconds between the timer and the kernel's limit
 
 
 class TimeUp(BaseException):
-    """Not an Exception: math-verify and sympy catch those and go on."""
+    """Not an Exception, since math-verify and sympy catch those and continue."""
 
 
 def _time_up(signum: int, frame: object) -> None:
@@ -32,7 +32,7 @@ def _time_up(signum: int, frame: object) -> None:
 
 
 def read(text: str) -> Any:
-    """The formula as a list of at most one sympy object. In a box, so that all of it is read as one formula."""
+    """The formula as a list of at most one sympy object. A box around the text makes math-verify read it as one."""
     from math_verify import LatexExtractionConfig, parse
 
     rule = LatexExtractionConfig(boxed_match_priority=0)
@@ -52,7 +52,7 @@ def reply(gold: str, answer: str, seconds: float) -> dict[str, bool]:
     out = {"gold": False, "equal": False, "late": False}
     try:
         try:
-            # Again every 0.1 s: some library on the way may have a bare `except`.
+            # Repeated every 0.1 s, since a library may catch the first with a bare `except`.
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
             right = _read_gold(gold)
             out["gold"] = bool(right)
@@ -62,25 +62,25 @@ def reply(gold: str, answer: str, seconds: float) -> dict[str, bool]:
     except TimeUp:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         out["late"] = True
-    except Exception:  # whatever sympy raises on nonsense, recursion and memory errors too
+    except Exception:  # anything that sympy raises on nonsense, including recursion and memory errors
         return out
     return out
 
 
 def main() -> None:
-    # Libraries may print: standard output is for replies alone.
+    # Libraries may print, so replies get a copy of standard output for themselves.
     out = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)  # the trainer's to handle; it closes our input when it ends
+        signal.signal(signum, signal.SIG_IGN)  # only the trainer handles it; when it ends, our input closes
     signal.signal(signal.SIGVTALRM, _time_up)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
-    read("1")  # imports sympy before the first request, whose time is counted
+    read("1")  # imports sympy before the first request, whose time is limited
     print(json.dumps({}), file=out, flush=True)
-    os.dup2(nowhere, 2)  # nobody listens there once the process is up
+    os.dup2(nowhere, 2)  # the trainer reads standard error only while the process starts
     for line in sys.stdin:
         print(json.dumps(reply(**json.loads(line))), file=out, flush=True)
 

@@ -1,4 +1,4 @@
-"""Answers whose form decides: a letter of a multiple choice, a pattern, tags in their order."""
+"""Verifiers of an answer's form: a multiple-choice letter, a regular expression, tags in order."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ from reward.verifiers.maths import answer_part, last_box
 log = logging.getLogger(__name__)
 
 PATTERN_SECONDS = 2.0
-"""Wall time for one match of `regex_format`; ordinary patterns take microseconds."""
+"""Wall time limit for one match of `regex_format`; ordinary patterns take microseconds."""
 
 _IS = r"(?:is|was|would be|should be|must be)"
 _NOUN = r"(?:option|choice|letter)"
@@ -32,19 +32,19 @@ def multiple_choice(
     letters: str = "ABCDEFGHIJ",
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the one letter that the completion chooses is the right one; None where the row has no right answer.
+    """1 where the completion chooses the right letter and no other, else 0; None where the row has no gold answer.
 
-    Read is the part in `<answer>` tags, if there is one. The choice is what the last box holds, else what follows the
-    last "answer is" or "Answer:", else the one letter that is marked as one: alone on its line, `(B)`, `B.` or `B)` at
-    the start of a line, "option B", "I choose B", "B is correct". Several letters where one is due are no choice, and a
-    letter after "not" is none either.
+    Only the part in `<answer>` tags is read, if there is one. The choice is the letter in the last box, else after the
+    last "answer is" or "Answer:", else the single letter marked as a choice: alone on its line, `(B)`, `B.` or `B)` at
+    the start of a line, "option B", "I choose B", "B is correct". Several letters instead of one, or a letter after
+    "not", are not a choice.
 
     Args:
-        column: holds the right letter (`B`, `(B)`, `\\text{(B)}`); `answer` or `ground_truth` if not given.
-        letters: the letters that there are.
+        column: holds the right letter (`B`, `(B)`, `\\text{(B)}`); default: `answer` or `ground_truth`.
+        letters: the letters to choose from.
 
     Raises:
-        RewardError: no such column, or a right answer that is not one of the letters.
+        RewardError: the column is missing, or a gold answer is not one of the letters.
 
     >>> multiple_choice([], ["The answer is (B).", "**B**", "A, B or C", "B. Paris"], answer=["B"] * 4)
     [1.0, 1.0, 0.0, 1.0]
@@ -58,7 +58,7 @@ def multiple_choice(
             continue
         right = _lone_letter(gold if "\\" in gold else gold.upper(), letters)
         if right is None:
-            problem = f"the right answer {gold!r} is none of the letters {letters}; give its letter"
+            problem = f"the gold answer {gold!r} is not one of the letters {letters}; give its letter"
             raise row_error("multiple_choice", prompts, row, problem)
         out.append(float(_choice(completions[row], letters) == right))
     return out
@@ -71,14 +71,14 @@ def regex_format(
     match: Literal["full", "search"] = "full",
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the completion fits a regular expression.
+    """1 where the completion matches a regular expression, else 0.
 
     Args:
         pattern: in Python's syntax; `(?s)` at its start lets the dot match line breaks.
-        match: whether the pattern must cover the whole completion or occur in it.
+        match: `full` if the pattern must match the whole completion, `search` if it may occur anywhere in it.
 
     Raises:
-        RewardError: a broken pattern, or another `match`.
+        RewardError: an invalid pattern or `match`.
 
     >>> regex_format([], ["12 km", "about 12 km"], pattern=r"\\d+ km")
     [1.0, 0.0]
@@ -90,7 +90,7 @@ def regex_format(
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise RewardError(f"`regex_format`: `pattern: {pattern}` is no regular expression: {error}") from error
+        raise RewardError(f"`regex_format`: `pattern: {pattern}` is not a regular expression: {error}") from error
     find = compiled.fullmatch if match == "full" else compiled.search
     out: list[float | None] = []
     late = 0
@@ -102,7 +102,7 @@ def regex_format(
             out.append(0.0)
     if late:
         log.warning(
-            "regex_format: %d of %d completions took the pattern more than %g s and score 0; it backtracks too much",
+            "regex_format: on %d of %d completions the pattern took over %g s; they score 0. It backtracks too much",
             late,
             len(out),
             PATTERN_SECONDS,
@@ -117,14 +117,14 @@ def xml_format(
     text_outside: bool = False,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the completion has each of the tags exactly once, in this order, none inside another and none empty.
+    """1 where the completion has each tag exactly once, in this order, not nested and not empty; else 0.
 
     Args:
-        tags: their names.
-        text_outside: whether anything but white space may stand before, between and after them.
+        tags: the tags' names.
+        text_outside: whether the completion may have other text than white space outside the tags.
 
     Raises:
-        RewardError: a name that is no tag's, or one given twice.
+        RewardError: an invalid tag name, or one given twice.
 
     >>> xml_format([], ["<think>6 * 7</think><answer>42</answer>", "<answer>42</answer>"], tags=["think", "answer"])
     [1.0, 0.0]
@@ -133,7 +133,7 @@ def xml_format(
     """
     names = [tag for tag in tags if isinstance(tag, str) and re.fullmatch(r"[A-Za-z][\w.-]*", tag)]
     if isinstance(tags, str) or not tags or len(names) != len(tags):
-        raise RewardError(f"`xml_format`: `tags: {tags}` is no list of tag names, such as `tags: [think, answer]`")
+        raise RewardError(f"`xml_format`: `tags: {tags}` is not a list of tag names, such as `tags: [think, answer]`")
     if len(set(tags)) != len(tags):
         raise RewardError(f"`xml_format`: `tags: {list(tags)}` names a tag twice")
     return [float(_tagged(text, tags, text_outside)) for text in completions]
@@ -156,13 +156,13 @@ def _tagged(text: str, tags: Sequence[str], text_outside: bool) -> bool:
 
 
 def _lone_letter(text: str, letters: str) -> str | None:
-    """The letter, if the text is nothing else than one, wrapped or not."""
+    """The letter, if the text is a single letter, perhaps in brackets or markup."""
     found = re.fullmatch(rf"[\s($[]*([{letters}])[\s)$\].:]*", _WRAPPED.sub(r"\1", text))
     return found[1] if found else None
 
 
 def _choice(text: str, letters: str) -> str | None:
-    """The one letter that the text chooses; None when there is none or more than one."""
+    """The letter that the text chooses; None when it chooses none or more than one."""
     text = answer_part(text)
     box = last_box(text)
     if box is not None:
@@ -173,7 +173,7 @@ def _choice(text: str, letters: str) -> str | None:
     if stated:
         return None if re.match(_further(letters), text[stated[-1].end() :]) else stated[-1][1]
     marked = re.compile(
-        rf"^[ \t]*[(\[]?(?:([{letters}])[)\].:]*[ \t]*$|([{letters}])[)\].:](?=\s))"  # a line of its own, or begins one
+        rf"^[ \t]*[(\[]?(?:([{letters}])[)\].:]*[ \t]*$|([{letters}])[)\].:](?=\s))"  # alone on a line, or at its start
         rf"|\(([{letters}])\)"
         rf"|\b(?i:{_NOUN}|{_CHOOSE}(?:\s+{_NOUN})?)\s+{letter}"
         rf"|\b([{letters}])\s+is\s+(?:the\s+)?(?:correct|right|best)\b",
@@ -188,6 +188,6 @@ def _choice(text: str, letters: str) -> str | None:
 
 
 def _further(letters: str) -> str:
-    """Another letter right behind the first: `, B`, ` or (C)`, ` B C`. Not the first word of a clause: `, A dog is`."""
+    """A pattern for another letter right after the first: `, B`, ` or (C)`, ` B C`; but not for `, A dog is`."""
     letter = rf"[(\[]?[{letters}]"
     return rf"[\s,;/&]*(?:(?:and|or)\s+)?{letter}(?=[)\]]|\s*(?:[,;/&.]|and\b|or\b|$|{letter}\b))"

@@ -19,7 +19,7 @@ class Critic(nn.Module):
     """A transformer body with a linear head that reads a value at every position."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """`model`: whose body is taken over; the head starts at zero."""
+        """`model`: its body becomes the critic's; the head starts at zero."""
         super().__init__()
         self.body = backbone(model)
         self.head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=model.dtype)
@@ -27,7 +27,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def start_from_reward_head(self, score: nn.Linear, mean: float, std: float, weight: float) -> None:
-        """Values begin as the reward model's opinion of the prefix, in the units of the weighted, normalised reward."""
+        """Initial values are the reward model's scores of the prefix, in units of the weighted, normalised reward."""
         with torch.no_grad():
             self.head.weight.copy_(score.weight * (weight / std))
             self.head.bias.fill_(-mean * weight / std)

@@ -1,4 +1,4 @@
-"""Rewards of answers turned into advantages of tokens: one pure function an estimator, no model and no configuration.
+"""Turns answers' rewards into tokens' advantages: one pure function per estimator, no model and no configuration.
 
 Legend: N answers, R completion tokens (right-padded), G answers to the same prompt, which stand side by side.
 `mask` (N, R) bool is true on real completion tokens; every result is 0 in padding.
@@ -28,7 +28,7 @@ def token_rewards(
         kl: (N, R), or None when the KL is in the loss.
         kl_coef: β.
         mask: (N, R).
-        dense: (N, R), the part of the score that a reward model gave to single tokens; None: there is no such part.
+        dense: (N, R), the part of the score that a reward model gave to single tokens, or None.
 
     Returns:
         (N, R), which sums to scores − β·KL in each row.
@@ -76,7 +76,7 @@ def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
-    """Less the first reward of each group, so that equal ones are 0 and no rounding of their mean is scaled up.
+    """Rewards minus the first of their group, so that equal ones give exactly 0 and rounding errors are not scaled up.
 
     (N,) -> (N / G, G).
     """
@@ -141,12 +141,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def length_controlled(scores: Tensor, lengths: Tensor, slope: float, at: float) -> Tensor:
-    """What the mean score would be if answers were `at` tokens long, `slope` being the score of a token. ()."""
+    """The estimated mean score if answers were `at` tokens long; `slope` is the score per token. ()."""
     return (scores - slope * (lengths - at)).mean()
 
 
 def slope_of(scores: Tensor, lengths: Tensor) -> float:
-    """Least-squares slope of score on length; 0 where all lengths are equal. (N,), (N,) -> score a token."""
+    """Least-squares slope of score on length; 0 where all lengths are equal. (N,), (N,) -> score per token."""
     centred = lengths - lengths.mean()
     spread = (centred**2).sum()
     if spread < 1e-8:

@@ -25,14 +25,14 @@ DECLARATION = Declaration(
 
 
 def _refuse_unread(config: BaseModel, keys: Iterable[str], condition: str) -> None:
-    """A key that was given and is not read is a mistake of the recipe."""
+    """Raises ValueError for a key that the recipe gives but the stage would not read."""
     for key in keys:
         if key in config.model_fields_set:
             raise ValueError(f"`{key}` is not read unless {condition}")
 
 
 class AdvantageArguments(Strict):
-    """What is made of an answer's reward. Which of these are read depends on the section's `advantage`."""
+    """How an answer's reward becomes advantages. Which of these keys are read depends on the section's `advantage`."""
 
     num_generations: int = Field(default=1, ge=1)
     """G, answers to one prompt in one iteration; at least 2 for `group` and `leave_one_out`."""
@@ -43,7 +43,7 @@ class AdvantageArguments(Strict):
     lam_alpha: float = Field(default=0.05, gt=0)
     """α of the length-adaptive λ."""
     critic_lam: float | None = Field(default=None, ge=0, le=1)
-    """λ of the returns that the critic learns, where it is not that of the advantages."""
+    """λ of the critic's returns, if it differs from that of the advantages."""
     whiten_advantages: bool = True
     """`gae` only: advantages are scaled to mean 0 and deviation 1 over the iteration."""
     scale_rewards: bool = True
@@ -51,13 +51,13 @@ class AdvantageArguments(Strict):
     overlong_buffer: int = Field(default=0, ge=0)
     """Tokens before `max_completion_length` over which a penalty rises to `overlong_penalty`; 0: no such penalty."""
     overlong_penalty: float = Field(default=1.0, gt=0)
-    """What the longest answer loses by its length."""
+    """Penalty of the longest answer."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
-    """Taken from the score of an answer that did not end with a stop token."""
+    """Penalty on the score of an answer that did not end with a stop token."""
     mask_truncated_completions: bool = False
-    """Answers that did not end are not trained on."""
+    """Exclude answers that did not end from training."""
     dynamic_sampling_rounds: int = Field(default=0, ge=0)
-    """Further rounds of sampling, at most, in which groups with equal scores are replaced by other prompts' groups."""
+    """Maximum further rounds of sampling that replace groups with equal scores by other prompts' groups."""
 
     @model_validator(mode="after")
     def _lam_in_range(self) -> Self:
@@ -79,7 +79,7 @@ class LossArguments(Strict):
     """PPO's clipping; with an upper range of its own (DAPO: 0.2 and 0.28); bounded for bad tokens; one ratio an answer
     (GSPO: 3e-4 and 4e-4, with `loss_normaliser: sequence`); a clipped weight (CISPO)."""
     cliprange: float = Field(default=0.2, gt=0, lt=1)
-    """ε: how far a ratio may fall below 1, and rise above it where `cliprange_high` does not say otherwise."""
+    """ε: how far a ratio may fall below 1, and rise above it unless `cliprange_high` is given."""
     cliprange_high: float | None = Field(default=None, gt=0)
     """How far a ratio may rise above 1; `clip_higher` and `cispo` need it, `gspo` may have it."""
     dual_clip: float = Field(default=3.0, gt=1)
@@ -97,7 +97,7 @@ class LossArguments(Strict):
     """Weigh losses by how probable the policy finds what the engine sampled, each token or each answer as a whole.
     Needed where the engine's numbers are not the trainer's."""
     importance_cap: float = Field(default=2.0, gt=0)
-    """Such a weight is at most this."""
+    """Upper bound of the importance weights."""
 
     @model_validator(mode="after")
     def _loss_keys_read(self) -> Self:
@@ -122,7 +122,7 @@ class LossArguments(Strict):
 
 
 class KLArguments(Strict):
-    """The tie to the reference."""
+    """The KL penalty towards the reference."""
 
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the penalty goes: into each token's reward or into the loss. Never both."""
@@ -133,13 +133,13 @@ class KLArguments(Strict):
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` moves β so that the KL of an answer goes to `kl_target`."""
     kl_target: float = Field(default=6.0, gt=0)
-    """Nats an answer that the adaptive controller aims at."""
+    """Target KL of the adaptive controller, in nats per answer."""
     kl_horizon: float = Field(default=10000.0, gt=0)
-    """Answers over which the adaptive controller acts."""
+    """Horizon of the adaptive controller, in answers."""
     sync_ref_model: bool = False
-    """The reference follows the policy."""
+    """Whether the reference follows the policy."""
     ref_model_sync_steps: int = Field(default=10, ge=1)
-    """Iterations between two moves of the reference."""
+    """Iterations between two updates of the reference."""
     ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
     """The moved reference is α·policy + (1 − α)·reference; 1: it becomes the policy."""
 
@@ -185,21 +185,21 @@ class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerCo
     critic_learning_rate: float = Field(default=1e-4, ge=0)
     """Peak learning rate of the critic."""
     critic_warmup_iterations: int = Field(default=0, ge=0)
-    """First iterations, in which only the critic learns."""
+    """Initial iterations in which only the critic learns."""
     warmup_iterations: int = Field(default=0, ge=0)
     """Iterations over which both learning rates rise to their peak."""
     lr_decay: Literal["none", "linear"] = "linear"
     """`linear`: both learning rates fall to a tenth of their peak over the run."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; log-probabilities are those of the tempered distribution, too."""
+    """Sampling temperature; log-probabilities are those of the tempered distribution too."""
     max_completion_length: int = Field(default=64, ge=1)
-    """Tokens of an answer, at most."""
+    """Maximum tokens of an answer."""
     rollout_micro_batch_size: int = Field(default=64, ge=1)
     """Answers decoded or scored at once by one process."""
     save_iterations: int = Field(default=0, ge=0)
     """Iterations between two saved states; 0: every tenth of the run."""
     sample_iterations: int = Field(default=10, ge=1)
-    """Iterations between two looks at held-out prompts: their score is logged, some answers go to samples.jsonl."""
+    """Iterations between two evaluations on held-out prompts: logs their score, adds some answers to samples.jsonl."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -214,7 +214,7 @@ class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerCo
 
 
 class GuardConfig(Strict):
-    """When training stops by itself, and what is kept. Each stop names its cause and the remedy (exit code 3)."""
+    """When training stops early, and which model is kept. Each stop names its cause and the remedy (exit code 3)."""
 
     probe_prompts: int = Field(default=16, ge=0)
     """Prompts that are answered before training, each `num_generations` times and at least four times, to see whether
@@ -224,11 +224,11 @@ class GuardConfig(Strict):
     max_without_signal: float = Field(default=0.9, ge=0, le=1)
     """Share of the probe's prompts whose answers may all have the same score."""
     kl_limit: float = Field(default=50.0, gt=0)
-    """Nats an answer above which the stage stops: the policy has left the reference."""
+    """KL in nats per answer above which the stage stops, because the policy is too far from the reference."""
     mismatch_limit: float = Field(default=0.05, gt=0)
     """Mean difference, in nats a token, of the log-probabilities of engine and trainer, above which the stage stops."""
     entropy_floor: float = Field(default=0.05, ge=0, lt=1)
-    """The stage stops when answers' entropy falls below this share of what it was in the first iteration."""
+    """The stage stops when the answers' entropy falls below this share of its value in the first iteration."""
     patience: int = Field(default=10, ge=1)
     """Iterations in a row with one and the same reward everywhere, without any answer that ends, or with a critic worse
     than a constant, after which the stage stops."""
@@ -236,9 +236,9 @@ class GuardConfig(Strict):
     """When the score rises at held-out prompts and the monitor falls: end here with the best model; go back to it, with
     half the learning rate and twice the KL coefficient; or only say so."""
     overoptimization_looks: int = Field(default=2, ge=1)
-    """Looks in a row that have to show it."""
+    """Consecutive evaluations that must show over-optimisation."""
     max_rollbacks: int = Field(default=2, ge=1)
-    """After so many the stage stops."""
+    """The stage stops after this many rollbacks."""
     keep: Literal["best", "last"] = "best"
     """`best`: of the policies looked at, the one with the highest held-out monitor, or without a monitor the highest
     score less `kl_coef` times KL. `last`: the one that training ended with."""
@@ -260,12 +260,12 @@ class Config(StageConfig):
     advantage: Literal["gae", "group", "leave_one_out", "global_baseline"] = "gae"
     """PPO with a critic; GRPO; RLOO; REINFORCE++. Only the first has a critic."""
     reward: list[RewardConfig] = Field(min_length=1)
-    """What is maximised: a weighted sum."""
+    """The rewards; training maximises their weighted sum."""
     monitor: list[RewardConfig] = Field(default_factory=list)
     """Measured at held-out prompts and never trained on: a gold score, a judge, another reward model. Over-optimisation
     shows against their weighted sum, and the kept model is chosen by it."""
     critic: str | None = None
-    """The reward model that the critic starts from; by default the first one under `reward`, else the policy's body."""
+    """Reward model that initialises the critic; by default the first one under `reward`, else the policy's body."""
     data: list[SourceConfig] = Field(min_length=1)
     """Prompts."""
     eval_data: list[SourceConfig] = Field(default_factory=list)
@@ -275,13 +275,13 @@ class Config(StageConfig):
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
     """The stage refuses to start when more than this share of the prompts was dropped."""
     vllm: VLLMConfig | None = None
-    """Sample with vLLM; without it, the policy samples in its own process."""
+    """Sample with vLLM; without it, the in-process engine samples."""
     model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
     train: PPOTrainConfig = Field(default_factory=PPOTrainConfig)
     """The loop."""
     guards: GuardConfig = Field(default_factory=GuardConfig)
-    """When it stops, and what is kept."""
+    """When training stops early, and which model is kept."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -317,7 +317,7 @@ class Config(StageConfig):
 
     @property
     def critic_parent(self) -> str | None:
-        """Where the critic comes from; None: from the policy's body."""
+        """The reward model that initialises the critic; None: the policy's body."""
         if self.critic is not None:
             return self.critic
         return next((ref for entry in self.reward for ref in entry.references), None)

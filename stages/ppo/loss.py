@@ -39,7 +39,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     mean = masked_mean(values, mask)
     variance = masked_mean((masked(values, mask) - mean) ** 2, mask)
     centred = values - mean if shift_mean else values
-    if shift_mean:  # once more: what rounding left of the mean is large beside the deviation of nearly equal values
+    if shift_mean:  # again, since for nearly equal values the rounding error of the mean exceeds their deviation
         centred = centred - masked_mean(centred, mask)
     return masked(centred * torch.rsqrt(variance + 1e-8), mask)
 
@@ -56,7 +56,7 @@ def total(losses: Tensor, mask: Tensor, normaliser: Normaliser) -> Tensor:
 
 
 def count(lengths: Sequence[int], normaliser: Normaliser, max_length: int) -> int:
-    """What the `total` of rows with so many trained tokens is divided by: tokens, rows, or rows of the longest length.
+    """The divisor of `total` for rows with these numbers of trained tokens: tokens, rows, or rows · `max_length`.
 
     A row without trained tokens counts for nothing. At least 1.
     """
@@ -85,7 +85,7 @@ def clip_loss(
 def dual_clip_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, dual: float
 ) -> tuple[Tensor, Sums]:
-    """The clipped loss, for A < 0 at most −dual·A, so that a huge ratio cannot carry the step off (Ye et al., eq. 5).
+    """The clipped loss, for A < 0 at most −dual·A, so that a huge ratio cannot dominate a step (Ye et al., eq. 5).
 
     `dual` > 1 + high. All (B, R). Returns as `clip_loss`.
     """
@@ -116,7 +116,7 @@ def clipped_weight_loss(
 ) -> tuple[Tensor, Sums]:
     """−sg(min(r, 1 + high)) A log π: the weight is clipped, no token loses its gradient (CISPO, eq. 4–5).
 
-    The paper leaves the lower bound open, and so is it here. All (B, R). Returns as `clip_loss`.
+    The paper sets no lower bound, nor does this. All (B, R). Returns as `clip_loss`.
     """
     log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
     ratio = log_ratio.exp()
