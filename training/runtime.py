@@ -49,7 +49,7 @@ def device() -> "torch.device":
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def _group() -> bool:
+def group() -> bool:
     """Whether there are others; starts the process group the first time, so that no slow start-up runs inside it."""
     if world_size() == 1:
         return False
@@ -66,7 +66,7 @@ def _group() -> bool:
 
 def barrier() -> None:
     """Waits until every process is here."""
-    if not _group():
+    if not group():
         return
     import torch.distributed as dist
 
@@ -76,7 +76,7 @@ def barrier() -> None:
 
 def all_gather_object(value: Any) -> list[Any]:
     """`value` of every process, by rank. Small picklable objects."""
-    if not _group():
+    if not group():
         return [value]
     import torch.distributed as dist
 
@@ -87,7 +87,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 def broadcast_object(value: Any) -> Any:
     """The main process's `value`."""
-    if not _group():
+    if not group():
         return value
     import torch.distributed as dist
 
@@ -98,7 +98,7 @@ def broadcast_object(value: Any) -> Any:
 
 def largest(*values: float) -> list[float]:
     """The largest of each value on any process: one small collective, where there are several."""
-    if not _group():
+    if not group():
         return list(values)
     import torch
     import torch.distributed as dist
