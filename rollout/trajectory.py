@@ -137,7 +137,7 @@ class TrajectoryBatch:
 
     def __getitem__(self, i: int) -> Trajectory:
         """One trajectory, in views of the columns."""
-        own = {name: c.split(self._lengths(name))[i] for name, c in self.columns().items()}
+        own = {name: c.split(self.lengths(name).tolist())[i] for name, c in self.columns().items()}
         ends = own["turn_length"].cumsum(0).tolist()
         turns = zip(own["turn_action"].tolist(), [0, *ends], ends, own["turn_reward"].tolist(), strict=False)
         numbers = ("prompt_ids", "ids", "engine_logp", "old_logp", "ref_logp", "values", "dense")
@@ -235,19 +235,9 @@ class TrajectoryBatch:
         """With these in place of its own."""
         return replace(self, **columns)
 
-    def placed(self, column: Tensor, rows: Sequence[int]) -> Tensor:
-        """A column (ΣC,) whose trajectories are `rows` of this batch, each of them once -> the same in their order."""
-        pieces = column.split(self.length[torch.tensor(rows)].tolist())
-        return torch.cat([piece for _, piece in sorted(zip(rows, pieces, strict=True), key=lambda pair: pair[0])])
-
-    def select(self, rows: Sequence[int]) -> "TrajectoryBatch":
-        """These trajectories, in this order."""
-        chosen = {}
-        for name, column in self.columns().items():
-            pieces = column.split(self._lengths(name))
-            # The empty piece gives a selection of nothing its type and shape.
-            chosen[name] = torch.cat([column[:0], *(pieces[i] for i in rows)])
-        return replace(self, **chosen)
+    def select(self, rows: Tensor) -> "TrajectoryBatch":
+        """These trajectories (indices), in this order."""
+        return replace(self, **{name: reordered(c, self.lengths(name), rows) for name, c in self.columns().items()})
 
     @staticmethod
     def join(batches: Sequence["TrajectoryBatch"]) -> "TrajectoryBatch":
@@ -265,11 +255,10 @@ class TrajectoryBatch:
         """(N,) int64: tokens of the last turn."""
         return self.turn_length[self.turn_count.cumsum(0) - 1]
 
-    def _lengths(self, name: str) -> list[int]:
-        """Entries of each trajectory in the column of that name."""
-        lengths = {"turn": self.turn_count, "prompt": self.prompt_length, "token": self.length}
-        unit = _UNITS.get(name)
-        return [1] * len(self) if unit is None else lengths[unit].tolist()
+    def lengths(self, name: str) -> Tensor:
+        """(N,): entries of each trajectory in the column of that name."""
+        by_unit = {"turn": self.turn_count, "prompt": self.prompt_length, "token": self.length}
+        return by_unit[_UNITS[name]] if name in _UNITS else torch.ones_like(self.length)
 
     def _tokens(self, column: Tensor) -> tuple[Tensor, ...]:
         """(ΣC,) -> each trajectory's (C,), views."""
@@ -285,6 +274,15 @@ class TrajectoryBatch:
 _UNITS = dict.fromkeys(("turn_action", "turn_length", "turn_reward"), "turn")
 _UNITS |= dict.fromkeys(("ids", "engine_logp", "old_logp", "ref_logp", "values", "dense"), "token")
 _UNITS |= {"prompt_ids": "prompt"}
+
+
+def reordered(column: Tensor, lengths: Tensor, order: Tensor) -> Tensor:
+    """Pieces `order` of a column that is cut into pieces of these lengths, one behind the other."""
+    if len(column) == len(lengths) and bool((lengths == 1).all()):
+        return column[order]
+    pieces = column.split(lengths.tolist())
+    # The empty piece gives a selection of nothing its type and shape.
+    return torch.cat([column[:0], *(pieces[i] for i in order.tolist())])
 
 
 def _actions(by_policy: Tensor, lengths: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ numbers; texts stay with the process that scores them.
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,7 +24,7 @@ from reward.compose import Answers, Composition
 from rollout.batch import PaddedBatch
 from rollout.environment import Environment, play
 from rollout.logprobs import completion_logprobs
-from rollout.trajectory import TrajectoryBatch
+from rollout.trajectory import TrajectoryBatch, reordered
 from stages.ppo.advantages import overlong_penalty, without_signal
 from stages.ppo.config import PPOTrainConfig
 from stages.ppo.generation import Generator
@@ -61,6 +63,25 @@ def rewards_of(batch: TrajectoryBatch, t: PPOTrainConfig, device: torch.device) 
         lengths = batch.action_count.to(device)
         rewards = rewards + t.overlong_penalty * overlong_penalty(lengths, t.max_completion_length, t.overlong_buffer)
     return rewards
+
+
+def gather_trajectories(share: TrajectoryBatch, prompts: Sequence[EncodedPrompt], size: int) -> TrajectoryBatch:
+    """The trajectories of all processes, by row. `size`: answers to each of `prompts`. Every process calls it."""
+    own = {name: column for name, column in share.columns().items() if name not in _OF_PROMPTS}
+    counts = gather_rows({name: own.pop(name) for name in ("row", "length", "turn_count")})
+    order, whole = counts["row"].argsort(), share.with_columns(**counts)
+    columns = gather_rows(own, lambda name, rows: reordered(rows, whole.lengths(name), order))
+    columns |= {name: column[order] for name, column in counts.items()}
+    of_rows = [prompts[row // size].ids for row in columns["row"].tolist()]
+    ids = torch.from_numpy(np.fromiter(chain.from_iterable(of_rows), dtype=np.int32))
+    return share.with_columns(**columns, prompt_ids=ids, prompt_length=torch.tensor([len(ids) for ids in of_rows]))
+
+
+def gather_columns(columns: Mapping[str, Tensor], batch: TrajectoryBatch) -> dict[str, Tensor]:
+    """Columns of all of `batch`, of which process r of w computed rows r, r + w, r + 2w, ... Every process calls it."""
+    world = runtime.world_size()
+    rows = torch.cat([torch.arange(rank, len(batch), world) for rank in range(world)])
+    return gather_rows(columns, lambda _, column: reordered(column, batch.length[rows], rows.argsort()))
 
 
 class Sampler:
@@ -116,7 +137,8 @@ class Sampler:
             sampled += missing
             silent += sum(flat)
         chosen = [*kept, *spare[: wanted - len(kept)]]
-        batch = TrajectoryBatch.join(rounds).select([g * size + s for g in chosen for s in range(size)])
+        rows = torch.tensor(chosen)[:, None] * size + torch.arange(size)
+        batch = TrajectoryBatch.join(rounds).select(rows.flatten())
         metrics = {}
         if size > 1:
             metrics = {"frac_reward_zero_std": silent / sampled}
@@ -158,25 +180,15 @@ class Sampler:
             )
             share, conversations = TrajectoryBatch.pack(played), [t.messages for t in played]
             if generator.central:
-                share = self._exchanged(share, prompts, group_size).select(mine)
+                share = gather_trajectories(share, prompts, group_size).select(torch.tensor(mine, dtype=torch.int64))
                 found = runtime.broadcast_object(conversations)
                 conversations = [found[row] for row in mine]
         with self.phases("score"):
             share = self._scored(share, conversations, prompts, group_size, monitor)
         with self.phases("exchange"):
             if runtime.rank() % generator.together:  # a neighbour has the same trajectories
-                share = share.select([])
-            return self._exchanged(share, prompts, group_size)
-
-    def _exchanged(self, share: TrajectoryBatch, prompts: Sequence[EncodedPrompt], size: int) -> TrajectoryBatch:
-        """The trajectories of all processes, by row."""
-        columns = {name: column for name, column in share.columns().items() if name not in _OF_PROMPTS}
-        columns = gather_rows(columns)
-        ids = [torch.tensor(prompts[row // size].ids, dtype=torch.int32) for row in columns["row"].tolist()]
-        batch = share.with_columns(
-            **columns, prompt_ids=torch.cat(ids), prompt_length=torch.tensor([len(prompt) for prompt in ids])
-        )
-        return batch.select(batch.row.argsort().tolist())
+                share = share.select(torch.empty(0, dtype=torch.int64))
+            return gather_trajectories(share, prompts, group_size)
 
     def _scored(
         self,
@@ -214,7 +226,7 @@ class Sampler:
         """With the reference's log-probabilities, the values where there is a critic, and the policy's own
         log-probabilities, which are the engine's unless the trainer may compute others."""
         rank, world, temperature = runtime.rank(), runtime.world_size(), self._t.temperature
-        mine = batch.select(range(rank, len(batch), world))
+        mine = batch.select(torch.arange(rank, len(batch), world))
         found = {}
         with self._generator.inference() as actor:
             if values and actor.critic is not None:
@@ -230,8 +242,7 @@ class Sampler:
                     mine, lambda padded: completion_logprobs(self._reference, padded, temperature)[0]
                 )
         with self.phases("exchange"):
-            order = [row for start in range(world) for row in range(start, len(batch), world)]
-            found = {name: batch.placed(column, order) for name, column in gather_rows(found).items()}
+            found = gather_columns(found, batch)
         return batch.with_columns(**{"old_logp": batch.engine_logp, **found})
 
     def shown(self, batch: TrajectoryBatch, prompts: Sequence[EncodedPrompt]) -> list[dict[str, Any]]:
