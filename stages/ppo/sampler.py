@@ -73,8 +73,9 @@ def gather_trajectories(share: TrajectoryBatch, prompts: Sequence[EncodedPrompt]
     columns = gather_rows(own, lambda name, rows: reordered(rows, whole.lengths(name), order))
     columns |= {name: column[order] for name, column in counts.items()}
     of_rows = [prompts[row // size].ids for row in columns["row"].tolist()]
-    ids = torch.from_numpy(np.fromiter(chain.from_iterable(of_rows), dtype=np.int32))
-    return share.with_columns(**columns, prompt_ids=ids, prompt_length=torch.tensor([len(ids) for ids in of_rows]))
+    columns["prompt_ids"] = torch.from_numpy(np.fromiter(chain.from_iterable(of_rows), dtype=np.int32))
+    columns["prompt_length"] = torch.tensor([len(prompt) for prompt in of_rows])
+    return share.with_columns(**columns)
 
 
 def gather_columns(columns: Mapping[str, Tensor], batch: TrajectoryBatch) -> dict[str, Tensor]:
