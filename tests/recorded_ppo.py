@@ -7,6 +7,7 @@ still samples its own, and counts how many of them are the recorded ones: RECORD
 
 import json
 import sys
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,14 @@ def recorded(path: Path, patch: pytest.MonkeyPatch) -> None:
 
 def replayed(path: Path, patch: pytest.MonkeyPatch) -> dict[str, int]:
     """From now on, a generator gives the completions of the record. Returns counts, which grow while it does."""
-    record = {}
+    record = defaultdict(deque)  # held-out prompts are answered again and again with the same key
     for line in path.read_text(encoding="utf-8").splitlines():
         key, context, *answer = json.loads(line)
-        record[tuple(key)] = context, Completion(*answer)
+        record[tuple(key)].append((context, Completion(*answer)))
     complete, counts = Generator.complete, {"completions": 0, "same": 0}
 
     def replaying(self: Generator, contexts: Sequence[list[int]], keys: Sequence[tuple[int | str, ...]]) -> Any:
-        own, found = complete(self, contexts, keys), [record[tuple(key)] for key in keys]
+        own, found = complete(self, contexts, keys), [record[tuple(key)].popleft() for key in keys]
         assert [context for context, _ in found] == list(contexts)
         counts["completions"] += len(own)
         counts["same"] += sum(a.ids == b.ids for a, (_, b) in zip(own, found, strict=True))

@@ -1,4 +1,4 @@
-"""Policy and environment take turns: tokens are never spelled anew, and the loop trains and resumes on conversations."""
+"""Policy and environment take turns: no token is spelled anew, and the loop trains and resumes on conversations."""
 
 import json
 import os
