@@ -55,7 +55,7 @@ def worker(path: Path) -> None:
     from data.encode import EncodedPrompt
     from data.records import Message, Origin, Prompt
     from rollout.trajectory import Trajectory, TrajectoryBatch, Turn
-    from stages.ppo.sampler import gather_columns, gather_trajectories
+    from training.exchange import gather_columns, gather_trajectories
 
     rank, world = runtime.rank(), runtime.world_size()
     generator = torch.Generator().manual_seed(rank)

@@ -1,15 +1,21 @@
-"""Tensors from every process to every process, when each has another number of rows.
+"""Tensors and trajectories from every process to every process, when each has another number of rows.
 
 Numbers travel as they lie in memory, without pickles: first the sizes of all columns, then each process broadcasts its
 part of each column. On CPUs the processes use gloo; on GPUs NCCL, through the memory of the device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data.encode import EncodedPrompt
+from rollout.trajectory import TrajectoryBatch, reordered
 from training import runtime
+
+_OF_PROMPTS = ("prompt_ids", "prompt_length")  # every process has the prompts
 
 
 def gather_rows(
@@ -43,3 +49,23 @@ def gather_rows(
                 dist.broadcast(part, src=rank)
         gathered[name] = arrange(name, rows.cpu().view(column.dtype).view(-1, *column.shape[1:]))
     return gathered
+
+
+def gather_trajectories(share: TrajectoryBatch, prompts: Sequence[EncodedPrompt], size: int) -> TrajectoryBatch:
+    """The trajectories of all processes, by row. `size`: answers to each of `prompts`. Every process calls it."""
+    own = {name: column for name, column in share.columns().items() if name not in _OF_PROMPTS}
+    counts = gather_rows({name: own.pop(name) for name in ("row", "length", "turn_count")})
+    order, whole = counts["row"].argsort(), share.with_columns(**counts)
+    columns = gather_rows(own, lambda name, rows: reordered(rows, whole.lengths(name), order))
+    columns |= {name: column[order] for name, column in counts.items()}
+    of_rows = [prompts[row // size].ids for row in columns["row"].tolist()]
+    columns["prompt_ids"] = torch.from_numpy(np.fromiter(chain.from_iterable(of_rows), dtype=np.int32))
+    columns["prompt_length"] = torch.tensor([len(prompt) for prompt in of_rows])
+    return share.with_columns(**columns)
+
+
+def gather_columns(columns: Mapping[str, Tensor], batch: TrajectoryBatch) -> dict[str, Tensor]:
+    """Columns of all of `batch`, of which process r of w computed rows r, r + w, r + 2w, ... Every process calls it."""
+    world = runtime.world_size()
+    rows = torch.cat([torch.arange(rank, len(batch), world) for rank in range(world)])
+    return gather_rows(columns, lambda _, column: reordered(column, batch.length[rows], rows.argsort()))

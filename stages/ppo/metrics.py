@@ -1,11 +1,16 @@
 """What is logged about an iteration, under TRL's names so that its dashboards go on working."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
+from data.encode import EncodedPrompt, Encoder
 from rollout.trajectory import TrajectoryBatch
 from stages.ppo.config import Config, PPOTrainConfig
+
+_SHOWN = 8
 
 
 def iteration_metrics(
@@ -78,6 +83,25 @@ def part_means(batch: TrajectoryBatch, prefix: str) -> dict[str, float]:
         if len(opinions) < len(batch):
             means[f"{prefix}_none/{name}"] = len(batch) - len(opinions)
     return means
+
+
+def shown(batch: TrajectoryBatch, prompts: Sequence[EncodedPrompt], encoder: Encoder) -> list[dict[str, Any]]:
+    """The first answers to `prompts`, for people to read. A trajectory of several turns shows all that was said."""
+    assert batch.parts is not None
+    rows = []
+    for i in range(min(_SHOWN, len(batch))):
+        trajectory = batch[i]
+        said = [encoder.decode(trajectory.ids[turn.start : turn.end].tolist()) for turn in trajectory.turns]
+        parts = [None if math.isnan(value) else value for value in batch.parts[i].tolist()]
+        rows.append(
+            {
+                "prompt": prompts[i].record.messages[-1].content,
+                "completion": "\n".join(said),
+                "score": batch.reward[i].item(),
+                "parts": dict(zip(batch.part_names, parts, strict=True)),
+            }
+        )
+    return rows
 
 
 def judged(config: Config) -> dict[str, float]:

@@ -5,15 +5,11 @@ answers to one prompt stay on one process, so that the engine reads their prompt
 numbers; texts stay with the process that scores them.
 """
 
-import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,15 +20,12 @@ from reward.compose import Answers, Composition
 from rollout.batch import PaddedBatch
 from rollout.environment import Environment, play
 from rollout.logprobs import completion_logprobs
-from rollout.trajectory import TrajectoryBatch, reordered
+from rollout.trajectory import TrajectoryBatch
 from stages.ppo.advantages import overlong_penalty, without_signal
 from stages.ppo.config import PPOTrainConfig
 from stages.ppo.generation import Generator
 from training import runtime
-from training.exchange import gather_rows
-
-_SHOWN = 8
-_OF_PROMPTS = ("prompt_ids", "prompt_length")  # every process has the prompts
+from training.exchange import gather_columns, gather_trajectories
 
 
 class Phases:
@@ -65,26 +58,6 @@ def rewards_of(batch: TrajectoryBatch, t: PPOTrainConfig, device: torch.device) 
     return rewards
 
 
-def gather_trajectories(share: TrajectoryBatch, prompts: Sequence[EncodedPrompt], size: int) -> TrajectoryBatch:
-    """The trajectories of all processes, by row. `size`: answers to each of `prompts`. Every process calls it."""
-    own = {name: column for name, column in share.columns().items() if name not in _OF_PROMPTS}
-    counts = gather_rows({name: own.pop(name) for name in ("row", "length", "turn_count")})
-    order, whole = counts["row"].argsort(), share.with_columns(**counts)
-    columns = gather_rows(own, lambda name, rows: reordered(rows, whole.lengths(name), order))
-    columns |= {name: column[order] for name, column in counts.items()}
-    of_rows = [prompts[row // size].ids for row in columns["row"].tolist()]
-    columns["prompt_ids"] = torch.from_numpy(np.fromiter(chain.from_iterable(of_rows), dtype=np.int32))
-    columns["prompt_length"] = torch.tensor([len(prompt) for prompt in of_rows])
-    return share.with_columns(**columns)
-
-
-def gather_columns(columns: Mapping[str, Tensor], batch: TrajectoryBatch) -> dict[str, Tensor]:
-    """Columns of all of `batch`, of which process r of w computed rows r, r + w, r + 2w, ... Every process calls it."""
-    world = runtime.world_size()
-    rows = torch.cat([torch.arange(rank, len(batch), world) for rank in range(world)])
-    return gather_rows(columns, lambda _, column: reordered(column, batch.length[rows], rows.argsort()))
-
-
 class Sampler:
     """Answers prompts with the policy that is being trained."""
 
@@ -101,7 +74,8 @@ class Sampler:
         """`monitor`: scores that are measured at held-out prompts only. `environment`: makes one for a conversation;
         without it every prompt is answered once."""
         self.phases = Phases()
-        self._t, self._encoder, self._generator, self._reference = t, encoder, generator, reference
+        self.encoder = encoder
+        self._t, self._generator, self._reference = t, generator, reference
         self._rewards, self._monitor, self._environment = rewards, monitor, environment
 
     def batch(
@@ -176,7 +150,7 @@ class Sampler:
                 asked,
                 [(*key, first + row) for row in asked],
                 generator.complete,
-                self._encoder,
+                self.encoder,
                 self._environment,
             )
             share, conversations = TrajectoryBatch.pack(played), [t.messages for t in played]
@@ -245,24 +219,6 @@ class Sampler:
         with self.phases("exchange"):
             found = gather_columns(found, batch)
         return batch.with_columns(**{"old_logp": batch.engine_logp, **found})
-
-    def shown(self, batch: TrajectoryBatch, prompts: Sequence[EncodedPrompt]) -> list[dict[str, Any]]:
-        """The first answers to `prompts`, for people to read. A trajectory of several turns shows all that was said."""
-        assert batch.parts is not None
-        rows = []
-        for i in range(min(_SHOWN, len(batch))):
-            trajectory = batch[i]
-            said = [self._encoder.decode(trajectory.ids[t.start : t.end].tolist()) for t in trajectory.turns]
-            parts = [None if math.isnan(value) else value for value in batch.parts[i].tolist()]
-            rows.append(
-                {
-                    "prompt": prompts[i].record.messages[-1].content,
-                    "completion": "\n".join(said),
-                    "score": batch.reward[i].item(),
-                    "parts": dict(zip(batch.part_names, parts, strict=True)),
-                }
-            )
-        return rows
 
     def _computed(self, batch: TrajectoryBatch, compute: Callable[[PaddedBatch], Tensor]) -> Tensor:
         """A column (ΣC,) fp32 of what `compute` gives for padded rows: (B, R). Micro-batches are of like length."""
