@@ -17,13 +17,15 @@ import pytest
 from rollout.sampling import Completion
 from stages.ppo.generation import Generator
 
+Key = tuple[int | str, ...]
+
 
 def recorded(path: Path, patch: pytest.MonkeyPatch) -> None:
     """From now on, what a generator completes is added to the record `path`."""
     complete = Generator.complete
 
-    def recording(self: Generator, contexts: Sequence[list[int]], keys: Sequence[tuple[int | str, ...]]) -> Any:
-        found = complete(self, contexts, keys)
+    def recording(self: Generator, actor: Any, contexts: Sequence[list[int]], keys: Sequence[Key]) -> Any:
+        found = complete(self, actor, contexts, keys)
         with path.open("a", encoding="utf-8") as file:
             for context, key, c in zip(contexts, keys, found, strict=True):
                 file.write(json.dumps([[*key], context, c.ids, c.logprobs, c.end]) + "\n")
@@ -40,8 +42,8 @@ def replayed(path: Path, patch: pytest.MonkeyPatch) -> dict[str, int]:
         record[tuple(key)].append((context, Completion(*answer)))
     complete, counts = Generator.complete, {"completions": 0, "same": 0}
 
-    def replaying(self: Generator, contexts: Sequence[list[int]], keys: Sequence[tuple[int | str, ...]]) -> Any:
-        own, found = complete(self, contexts, keys), [record[tuple(key)].popleft() for key in keys]
+    def replaying(self: Generator, actor: Any, contexts: Sequence[list[int]], keys: Sequence[Key]) -> Any:
+        own, found = complete(self, actor, contexts, keys), [record[tuple(key)].popleft() for key in keys]
         assert [context for context, _ in found] == list(contexts)
         counts["completions"] += len(own)
         counts["same"] += sum(a.ids == b.ids for a, (_, b) in zip(own, found, strict=True))

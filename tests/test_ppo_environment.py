@@ -203,3 +203,18 @@ def test_conversations_on_two_processes_equal_those_on_one(micro_recipe, monkeyp
                 assert ours[key] == pytest.approx(theirs[key], abs=1e-5), (ours["step"], key)
     shown = [json.loads(line)["completion"] for line in samples.splitlines()]
     assert [json.loads(s)["completion"] for s in (folder / "samples.jsonl").read_text().splitlines()] == shown
+
+
+def test_a_sharded_model_does_not_wait_for_a_process_that_has_nothing_to_say(micro_recipe, root):
+    """One held-out prompt: its conversation is on one process, and on the other there is none."""
+    folder = load_recipe(micro_recipe).run_dir / "ppo"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
+    command += [root / "recipes" / "launch" / "cpu2_fsdp2.yaml", "-m", "tests.asking", micro_recipe, *SHORT]
+    command += ["ppo.eval_data=[{source: world, kind: prompts, size: 1, split: validation}]"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["step"] for line in result(folder)[1]] == [0, 0, 1, 1, 2, 2, 2]

@@ -53,12 +53,26 @@ class Generator:
             self._vllm.update_weights(actor.policy.named_parameters(), self._version)
         self._pushed = self._version
 
-    def complete(self, contexts: Sequence[list[int]], keys: Sequence[tuple[int | str, ...]]) -> list[Completion]:
+    @contextmanager
+    def engine(self) -> Iterator[nn.Module | None]:
+        """What `complete` needs. Every process enters; inside, each may call `complete` as often as it needs.
+
+        Under engines that shard the model, making it whole is a collective; completing is not.
+        """
+        if self._vllm is not None:
+            yield None
+        else:
+            with self.inference() as actor:
+                yield actor
+
+    def complete(
+        self, actor: nn.Module | None, contexts: Sequence[list[int]], keys: Sequence[tuple[int | str, ...]]
+    ) -> list[Completion]:
         """One completion for each context (token ids). (Seed, key) determines a completion's random numbers."""
         if self._vllm is not None:
             return self._vllm.generate(contexts, self.spec, keys, self._seed)
-        with self.inference() as actor:
-            return generate(actor.policy, contexts, self.spec, keys, self._seed, self._batch_size)
+        assert actor is not None
+        return generate(actor.policy, contexts, self.spec, keys, self._seed, self._batch_size)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of training."""

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -145,14 +146,15 @@ class Sampler:
         mine = [row for row in every if row // group_size % world == rank]
         with self.phases("generate"):
             asked = mine if not generator.central else every if runtime.is_main() else []
-            played = play(
-                [prompts[row // group_size] for row in asked],
-                asked,
-                [(*key, first + row) for row in asked],
-                generator.complete,
-                self.encoder,
-                self._environment,
-            )
+            with generator.engine() as actor:
+                played = play(
+                    [prompts[row // group_size] for row in asked],
+                    asked,
+                    [(*key, first + row) for row in asked],
+                    partial(generator.complete, actor),
+                    self.encoder,
+                    self._environment,
+                )
             share, conversations = TrajectoryBatch.pack(played), [t.messages for t in played]
             if generator.central:
                 share = gather_trajectories(share, prompts, group_size).select(torch.tensor(mine, dtype=torch.int64))
