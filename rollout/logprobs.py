@@ -1,6 +1,6 @@
-"""Log-probabilities of completions under a model: one forward pass over prompt and answer.
+"""Log-probabilities of actions under a model: one forward pass over prompt and completion.
 
-Legend: B rows, R longest completion, C tokens of all completions, V vocabulary.
+Legend: B rows, R longest completion, A actions of all rows (`rollout.batch`), V vocabulary.
 """
 
 import torch
@@ -38,12 +38,13 @@ def token_logprobs(
 def completion_logprobs(
     policy: PreTrainedModel, batch: PaddedBatch, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (B, R), nats, of the completion tokens under the tempered distribution.
+    """Log-probabilities and entropies (B, R), nats, of the actions under the tempered distribution.
 
-    The vocabulary projection is computed for the completions only; what stands behind a completion's end means nothing.
+    The vocabulary projection is computed for the completions only; values outside of `batch.completion_mask` mean
+    nothing.
     """
     if enabled(policy):
-        logits = policy(**inputs(policy, batch), logits_to_keep=batch.unpadded.before).logits[0]  # (C, V)
+        logits = policy(**inputs(policy, batch), logits_to_keep=batch.unpadded.before).logits[0]  # (A, V)
         tokens = batch.completion_ids.flatten()[batch.unpadded.where]
         chosen, entropy = token_logprobs(logits, tokens, temperature, entropy_gradient)
         return spread(chosen, batch), spread(entropy, batch)

@@ -1,10 +1,11 @@
 """Rows of different lengths through a model without padding, for training and scoring.
 
-Legend: B rows, R longest completion, T tokens of all rows, C of them in completions, H hidden size, V vocabulary.
+Legend: B rows, R longest completion, T tokens of all rows, A of them actions (`rollout.batch`), H hidden size, V
+vocabulary.
 
 Answers differ in length, and so do prompts; padded to the longest of both, a third of a batch may be padding. Without
-it, everything but attention is computed for the T tokens that there are, and the vocabulary projection for the C that
-are asked about. `enable` gives a model the attention for that (`rollout.attention.Ragged`) once it has compared both
+it, everything but attention is computed for the T tokens that there are, and the vocabulary projection for the A
+actions. `enable` gives a model the attention for that (`rollout.attention.Ragged`) once it has compared both
 ways; a model that computes otherwise, or with FlashAttention, keeps its own and reads padded rows.
 """
 
@@ -56,7 +57,7 @@ def inputs(model: PreTrainedModel, batch: PaddedBatch) -> dict[str, Any]:
 
 
 def spread(values: Tensor, batch: PaddedBatch) -> Tensor:
-    """Values (C,) of completions' tokens -> (B, R), 0 where there is no token."""
+    """Values (A,) of actions -> (B, R), 0 everywhere else."""
     shape = batch.completion_mask.shape
     return values.new_zeros(shape.numel()).index_copy(0, batch.unpadded.where, values).view(shape)
 

@@ -29,18 +29,21 @@ class VLLMEngine:
             the vocabulary, are compared with it.
         device: the device on which this process trains.
         is_main: whether this is the main process.
+        processes: number of training processes.
 
     Raises:
         RolloutError: there is no server, or it serves another model; or vLLM cannot be imported or does not start. The
             methods raise subclasses that name the fault.
     """
 
-    def __init__(self, config: VLLMConfig, model_dir: Path, device: torch.device, is_main: bool) -> None:
+    def __init__(
+        self, config: VLLMConfig, model_dir: Path, device: torch.device, is_main: bool, processes: int = 1
+    ) -> None:
         self.central = config.mode == "server"
         self.together = 1 if self.central else config.tensor_parallel_size
         """Number of neighbouring processes that must request the same answers."""
         self._server = Server(config, model_dir, device) if self.central and is_main else None
-        self._colocated = None if self.central else Colocated(config, model_dir)
+        self._colocated = None if self.central else Colocated(config, model_dir, processes)
 
     def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Sends new weights to vLLM and empties its caches.

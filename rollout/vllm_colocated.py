@@ -21,7 +21,8 @@ from rollout.vllm_weights import DTYPES, Stored, cast
 class Colocated:
     """This process's vLLM. Raises EngineMissing when it cannot be imported or does not start."""
 
-    def __init__(self, config: VLLMConfig, model_dir: Path) -> None:
+    def __init__(self, config: VLLMConfig, model_dir: Path, processes: int) -> None:
+        """`processes`: of the training run."""
         # Run the engine in this process, so that weights are passed in memory. vLLM reads this when it is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
@@ -31,8 +32,6 @@ class Colocated:
                 f"vllm.mode colocate needs vLLM in the training processes ({error}); install it, or start a server and "
                 "use `mode: server` (docs/vllm.md)"
             ) from error
-        launched = torch.distributed.is_available() and torch.distributed.is_initialized()
-        processes = torch.distributed.get_world_size() if launched else 1
         if processes % config.tensor_parallel_size:
             raise EngineMissing(
                 f"vllm.tensor_parallel_size {config.tensor_parallel_size} does not divide the {processes} processes"

@@ -3,6 +3,9 @@
 Tests compare `stages/ppo`, which computes on padded tensors with masks, with this. A batch is a list of answers, and an
 answer a list of numbers, one per token, so there is no padding that could be wrong.
 
+A conversation is a list of turns, and a turn says who spoke and has a number for each of its tokens. Its actions, the
+tokens that the policy chose, are the answer that everything above is defined on.
+
 Equations are numbered as in the arXiv versions named in stages/ppo/loss.py and stages/ppo/advantages.py.
 """
 
@@ -14,6 +17,7 @@ import numpy as np
 Answer = Sequence[float]
 Batch = Sequence[Answer]
 Tokens = list[list[float]]
+Conversation = Sequence[tuple[bool, Answer]]  # (whether the policy spoke, numbers)
 
 
 def clip(x: float, low: float, high: float) -> float:
@@ -206,6 +210,52 @@ def truncated_importance(trainer: Batch, engine: Batch, cap: float, level: str) 
         [min(math.exp(math.fsum(new)) / math.exp(math.fsum(sampled)), cap)] * len(new)
         for new, sampled in zip(trainer, engine, strict=True)
     ]
+
+
+# ---- conversations of several turns
+
+
+def actions(conversation: Conversation) -> list[float]:
+    """What an answer is in a conversation: the policy's turns, one behind the other."""
+    return [number for policy, numbers in conversation if policy for number in numbers]
+
+
+def rewards_in_turns(
+    score: float, paid: Sequence[float], kl: Conversation, kl_coef: float, dense: Conversation | None
+) -> list[tuple[bool, list[float]]]:
+    """Of each action: its KL, what a reward model gave it, and at the end of turn i what the environment paid for that.
+
+    `score` comes at the last action of all, less what `dense` has given already.
+    """
+    out = []
+    for i, (policy, divergence) in enumerate(kl):
+        rewards = [0.0] * len(divergence)
+        if policy:
+            rewards = [-kl_coef * number for number in divergence]
+            rewards[-1] += paid[i]
+            if dense is not None:
+                rewards = [reward + given for reward, given in zip(rewards, dense[i][1], strict=True)]
+        out.append((policy, rewards))
+    last = max(i for i, (policy, _) in enumerate(out) if policy)
+    out[last][1][-1] += score - (math.fsum(actions(dense)) if dense is not None else 0.0)
+    return out
+
+
+def gae_in_turns(
+    rewards: Conversation, values: Conversation, gamma: float, lam: float
+) -> tuple[list[float], list[float]]:
+    """Advantages and returns of the actions. The state behind an action is the one before the next action, however much
+    the environment says between them; behind the last action there is none."""
+    places = [(i, t) for i, (policy, numbers) in enumerate(rewards) if policy for t in range(len(numbers))]
+    advantages = [0.0] * len(places)
+    for n in reversed(range(len(places))):
+        i, t = places[n]
+        error = rewards[i][1][t] - values[i][1][t]
+        if n + 1 < len(places):
+            after, then = places[n + 1]
+            error += gamma * values[after][1][then] + gamma * lam * advantages[n + 1]
+        advantages[n] = error
+    return advantages, [a + v for a, v in zip(advantages, actions(values), strict=True)]
 
 
 # ---- conversion and finite differences

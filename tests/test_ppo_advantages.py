@@ -25,8 +25,8 @@ from stages.ppo.advantages import (
     token_rewards,
     without_signal,
 )
-from stages.ppo.guards import repetition
 from stages.ppo.loss import KL_ESTIMATORS
+from stages.ppo.metrics import repetition
 from tests import numpy_policy_gradient as papers
 from tests.numpy_policy_gradient import ragged
 

@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from handoff.stage import StageDir
+from tests.recorded_ppo import recorded
 from training.recipe import load_recipe
 from training.run import run_section
 
@@ -22,9 +23,7 @@ ENGINES = {
     "cpu2_zero3": ("deepspeed", 3),
     "cpu2_fsdp2": ("fsdp2", None),
 }
-# Engines round differently in the last digit, which a random number that falls within it would turn into another token.
-# With the micro recipe's own seed one does.
-SEED = "seed=7"
+SEEDS = (1, 7)
 COMPARED = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "eval/scores", "eval/kl")
 
 
@@ -33,18 +32,30 @@ def lines(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(micro_recipe) -> list[dict]:
-    recipe = load_recipe(micro_recipe, [SEED])
-    run_section(recipe, "ppo")
-    return lines(recipe.run_dir / "ppo")
+def alone(micro_recipe, tmp_path_factory) -> dict[int, tuple[Path, list[dict]]]:
+    """For each seed what one process sampled, and its metrics."""
+    found = {}
+    for seed in SEEDS:
+        record = tmp_path_factory.mktemp("alone") / "record.jsonl"
+        recipe = load_recipe(micro_recipe, [f"seed={seed}"])
+        shutil.rmtree(recipe.run_dir / "ppo", ignore_errors=True)
+        with pytest.MonkeyPatch.context() as patch:
+            recorded(record, patch)
+            run_section(recipe, "ppo")
+        found[seed] = record, lines(recipe.run_dir / "ppo")
+    return found
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("launch", ENGINES)
-def test_two_processes_equal_one(launch, micro_recipe, alone, root):
+def test_two_processes_equal_one(launch, seed, micro_recipe, alone, root):
+    """On the same completions. Those that the engine samples itself are nearly all the same."""
     folder = load_recipe(micro_recipe).run_dir / "ppo"
     shutil.rmtree(folder, ignore_errors=True)
+    record, expected = alone[seed]
     command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-    command += [root / "recipes" / "launch" / f"{launch}.yaml", "-m", "stages.ppo", micro_recipe, SEED]
+    command += [root / "recipes" / "launch" / f"{launch}.yaml", "-m", "tests.recorded_ppo", record]
+    command += [micro_recipe, f"seed={seed}"]
     done = subprocess.run(
         list(map(str, command)), cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
@@ -56,9 +67,14 @@ def test_two_processes_equal_one(launch, micro_recipe, alone, root):
     engine = manifest.engine
     assert (engine.name, engine.zero_stage, engine.processes, engine.device) == (name, zero, 2, "cpu")
 
+    counts = [json.loads(record.with_suffix(f".{rank}.json").read_text()) for rank in range(2)]
+    sampled = sum(count["completions"] for count in counts)
+    assert sampled == len(record.read_text().splitlines())
+    assert sum(count["same"] for count in counts) >= 0.98 * sampled
+
     together = lines(folder)
-    assert [line["step"] for line in together] == [line["step"] for line in alone]
-    for ours, theirs in zip(together, alone, strict=True):
+    assert [line["step"] for line in together] == [line["step"] for line in expected]
+    for ours, theirs in zip(together, expected, strict=True):
         for key in COMPARED:
             if key in theirs:
                 assert ours[key] == pytest.approx(theirs[key], abs=1e-5), (ours["step"], key)

@@ -6,14 +6,13 @@ import math
 import pytest
 import torch
 
-from data.encode import EncodedPrompt
-from data.records import Message, Prompt
 from handoff.errors import GateError
+from rollout.trajectory import Trajectory, TrajectoryBatch, Turn
 from stages.ppo.config import GuardConfig, PPOTrainConfig
-from stages.ppo.guards import Watch, probe, probe_size, repetition
-from stages.ppo.sampler import Rollout, rewards_of
+from stages.ppo.guards import Watch, probe, probe_size
+from stages.ppo.metrics import repetition
+from stages.ppo.sampler import rewards_of
 
-PROMPT = EncodedPrompt([1, 2], Prompt((Message("user", "hello"),), {}))
 CPU = torch.device("cpu")
 FINE = {
     "objective/kl": 1.0,
@@ -24,19 +23,31 @@ FINE = {
 }
 
 
-def answer(row=0, score=0.0, length=4, stopped=True, monitor=None, kl=0.0) -> Rollout:
-    logp = [0.0] * length
-    ref = [0.0] * (length - 1) + [-kl]
-    return Rollout(row, PROMPT, [5] * length, stopped, "x", logp, logp, ref, score=score, monitor=monitor)
+def answer(score=0.0, length=4, stopped=True, kl=0.0) -> Trajectory:
+    logp = torch.zeros(length)
+    ref = logp.clone()
+    ref[-1] = -kl
+    return Trajectory(
+        row=0,
+        prompt_ids=torch.tensor([1, 2], dtype=torch.int32),
+        ids=torch.full((length,), 5, dtype=torch.int32),
+        turns=(Turn("policy", 0, length),),
+        end="stop" if stopped else "length",
+        engine_logp=logp,
+        old_logp=logp,
+        ref_logp=ref,
+        score=score,
+    )
 
 
-def answers(scores, **more) -> list[Rollout]:
-    return [answer(i, score, **more) for i, score in enumerate(scores)]
+def answers(scores, **more) -> TrajectoryBatch:
+    return TrajectoryBatch.pack([answer(score, **more) for score in scores])
 
 
 def test_rewards_lose_what_the_recipe_takes_from_endless_and_overlong_answers():
     t = PPOTrainConfig(max_completion_length=8, overlong_buffer=4, overlong_penalty=2.0, missing_eos_penalty=0.5)
-    batch = [answer(score=1.0, length=4), answer(score=1.0, length=6), answer(score=1.0, length=8, stopped=False)]
+    ends = [(4, True), (6, True), (8, False)]
+    batch = TrajectoryBatch.pack([answer(1.0, length, stopped) for length, stopped in ends])
     assert rewards_of(batch, t, CPU).tolist() == [1.0, 0.0, -1.5]
 
 
@@ -104,7 +115,8 @@ def course(watch: Watch, points, learned=True) -> None:
     """Looks at policies with given (score, monitor) over 64 answers with a little spread."""
     for step, (score, monitor) in enumerate(points):
         noise = [0.1 * math.sin(i) for i in range(64)]
-        batch = [answer(i, score + n, monitor=monitor + n, kl=float(step)) for i, n in enumerate(noise)]
+        batch = answers([score + n for n in noise], kl=float(step))
+        batch = batch.with_columns(monitor=monitor + torch.tensor(noise, dtype=torch.float64))
         watch.look(step, batch, learned)
 
 
@@ -136,18 +148,15 @@ def test_without_a_monitor_a_learned_score_is_watched_at_constant_length():
     """The score follows length alone; at equal length it has fallen."""
     watch = Watch()
     for step, grown in enumerate((0, 8, 16, 24)):
-        batch = [
-            answer(i, score=0.1 * (10 + i % 5 + grown) - 0.2 * step + 0.001 * (i % 3), length=10 + i % 5 + grown)
-            for i in range(60)
-        ]
-        watch.look(step, batch, learned=True)
+        lengths = [10 + i % 5 + grown for i in range(60)]
+        batch = [answer(0.1 * n - 0.2 * step + 0.001 * (i % 3), n) for i, n in enumerate(lengths)]
+        watch.look(step, TrajectoryBatch.pack(batch), learned=True)
     assert [look.score for look in watch.looks] == sorted(look.score for look in watch.looks)
     assert "over-optimisation" in (watch.over_optimized(GuardConfig()) or "")
     same = Watch()
     for step, grown in enumerate((0, 8, 16)):  # a written length bonus may be followed: nothing learned is fooled
-        same.look(
-            step, [answer(i, score=0.1 * (10 + i % 5 + grown), length=10 + i % 5 + grown) for i in range(60)], False
-        )
+        lengths = [10 + i % 5 + grown for i in range(60)]
+        same.look(step, TrajectoryBatch.pack([answer(0.1 * n, n) for n in lengths]), False)
     assert same.over_optimized(GuardConfig()) is None
 
 

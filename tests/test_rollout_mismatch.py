@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from handoff.errors import GateError
-from rollout.batch import pad_batch, pad_values
+from rollout.batch import pad_batch
 from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
@@ -98,7 +99,7 @@ def sample(model, temperature: float = 1.0, top_p: float = 1.0, reports_raw: boo
 def measured(trainer, completions: list[Completion], temperature: float) -> dict[str, float]:
     batch = pad_batch(PROMPTS, [c.ids for c in completions], 0, CPU)
     logp, _ = completion_logprobs(trainer, batch, temperature)
-    engine = pad_values([c.logprobs for c in completions], logp.shape[1], CPU)
+    engine = pad_sequence([torch.tensor(c.logprobs) for c in completions], batch_first=True)
     return mismatch_metrics(engine, logp, batch.completion_mask)
 
 

@@ -124,6 +124,24 @@ def test_a_critic_gives_the_same_values(family):
     near(gradients(unpadded, found), gradients(padded, expected))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_of_a_conversation_the_policys_tokens_alone_are_computed_and_all_are_read(family):
+    actions = [torch.tensor([(i + t) % 3 != 1 for t in range(len(ids))]) for i, ids in enumerate(COMPLETIONS)]
+    batch = pad_batch(PROMPTS, COMPLETIONS, 0, torch.device("cpu"), actions)
+    mask = batch.completion_mask
+    assert mask.sum() == sum(int(own.sum()) for own in actions) < BATCH.completion_mask.sum()
+    policy, body = model_of(FAMILIES[family]), model_of(FAMILIES[family])
+    critic = Critic(body)
+    torch.nn.init.normal_(critic.head.weight)
+    for _ in range(2):
+        logp, part = (completion_logprobs(policy, b, 0.8)[0] for b in (BATCH, batch))
+        torch.testing.assert_close(part[mask], logp[mask], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(critic(batch)[mask], critic(BATCH)[mask], rtol=1e-5, atol=1e-5)
+        ragged.enable(policy)  # then once more, without padding
+        ragged.enable(critic.body)
+    assert not part[~mask].any() and len(batch.unpadded.before) == mask.sum()
+
+
 def test_a_model_with_biases_in_its_mask_reads_padded_rows(caplog):
     model = model_of(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
     expected, _ = completion_logprobs(model, BATCH, 1.0)

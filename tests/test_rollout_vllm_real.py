@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from rollout.batch import pad_batch, pad_values
+from rollout.batch import pad_batch
 from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
 from rollout.mismatch import check_mismatch, mismatch_metrics
@@ -78,9 +79,8 @@ def metrics_of(model, completions, temperature):
     batch = pad_batch(PROMPTS, [c.ids for c in completions], 0, CPU)
     with torch.no_grad():
         logp, _ = completion_logprobs(model, batch, temperature)
-    return mismatch_metrics(
-        pad_values([c.logprobs for c in completions], logp.shape[1], CPU), logp, batch.completion_mask
-    )
+    engine_logp = pad_sequence([torch.tensor(c.logprobs) for c in completions], batch_first=True)
+    return mismatch_metrics(engine_logp, logp, batch.completion_mask)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5])
@@ -166,5 +166,5 @@ def test_a_server_killed_during_answers_is_restarted_without_loss(engine, server
     batch = pad_batch(prompts, [c.ids for c in answers], 0, CPU)
     with torch.no_grad():
         logp, _ = completion_logprobs(model, batch, 1.0)
-    engine_logp = pad_values([c.logprobs for c in answers], logp.shape[1], CPU)
+    engine_logp = pad_sequence([torch.tensor(c.logprobs) for c in answers], batch_first=True)
     check_mismatch(mismatch_metrics(engine_logp, logp, batch.completion_mask), LIMIT)

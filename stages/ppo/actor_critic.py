@@ -1,6 +1,6 @@
 """Policy and critic as one module, so that every engine wraps, shards and clips them together.
 
-Legend: B rows, R longest completion, C tokens of all completions, H hidden size.
+Legend: B rows, R longest completion, A actions of all rows (`rollout.batch`), H hidden size.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ class Critic(nn.Module):
             self.head.bias.fill_(-mean * weight / std)
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        """Values (B, R), fp32: at column t the value of prompt and completion before token t."""
+        """Values (B, R), fp32: at an action, the value of everything before it; elsewhere they mean nothing."""
         if enabled(self.body):
-            hidden = self.body(**inputs(self.body, batch)).last_hidden_state[0, batch.unpadded.before]  # (C, H)
+            hidden = self.body(**inputs(self.body, batch)).last_hidden_state[0, batch.unpadded.before]  # (A, H)
             return spread(self.head(hidden).squeeze(-1).float(), batch)
         width = batch.completion_ids.shape[1]
         hidden = self.body(
@@ -49,7 +49,7 @@ class Critic(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """`forward` gives what the losses need, for the completion tokens of a padded batch only."""
+    """`forward` gives what the losses need, for the actions of a padded batch only."""
 
     def __init__(self, policy: PreTrainedModel, critic: Critic | None) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class ActorCritic(nn.Module):
     def forward(
         self, batch: PaddedBatch, temperature: float, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """-> log-probabilities and entropies of the completion tokens, values of the states before them: (B, R).
+        """-> log-probabilities and entropies of the actions, values of the states before them: (B, R).
 
         There are no values without a critic. Entropies carry a gradient only where it is asked for.
         """

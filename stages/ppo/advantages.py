@@ -1,7 +1,8 @@
-"""Turns answers' rewards into tokens' advantages: one pure function per estimator, no model and no configuration.
+"""Turns rewards of trajectories into advantages of tokens: one pure function per estimator, no model, no configuration.
 
-Legend: N answers, R completion tokens (right-padded), G answers to the same prompt, which stand side by side.
-`mask` (N, R) bool is true on real completion tokens; every result is 0 in padding.
+Legend: N trajectories, R tokens behind the prompt (right-padded), G trajectories of the same prompt, side by side.
+`mask` (N, R) bool is true at actions, the tokens that the policy chose. It is false in padding and at an environment's
+tokens between two turns; every result is 0 there. Time runs from action to action, over all turns of a trajectory.
 
 Papers: KL in the reward, Ziegler et al. 2019 (arXiv:1909.08593). GAE, Schulman et al. 2015 (arXiv:1506.02438). GRPO,
 Shao et al. 2024 (arXiv:2402.03300). Without its standard deviation, Liu et al. 2025, "Dr. GRPO" (arXiv:2503.20783).
@@ -21,14 +22,15 @@ _STD_EPSILON = 1e-4
 def token_rewards(
     scores: Tensor, kl: Tensor | None, kl_coef: float, mask: Tensor, dense: Tensor | None = None
 ) -> Tensor:
-    """−β·KL at every token, and the answer's score added at its last real token (Ziegler et al., eq. 2).
+    """−β·KL at every action, and the trajectory's score added at its last action (Ziegler et al., eq. 2).
 
     Args:
-        scores: (N,), all of an answer's score, that of `dense` included.
+        scores: (N,), all of a trajectory's score, that of `dense` included.
         kl: (N, R), or None when the KL is in the loss.
         kl_coef: β.
-        mask: (N, R).
-        dense: (N, R), the part of the score that a reward model gave to single tokens, or None.
+        mask: (N, R), at least one action a row.
+        dense: (N, R), the part of the score that belongs to single actions: what a reward model gave them, and each
+            turn's reward at the turn's last action. None: there is no such part.
 
     Returns:
         (N, R), which sums to scores − β·KL in each row.
@@ -41,13 +43,22 @@ def token_rewards(
         dense = masked(dense, mask)
         rewards = rewards + dense
         at_end = scores - dense.sum(-1)
-    last = mask.sum(-1) - 1  # (N,), every row has a token
+    last = last_action(mask)
     rewards[torch.arange(len(last), device=last.device), last] += at_end
     return rewards
 
 
+def last_action(mask: Tensor) -> Tensor:
+    """Column of each row's last action; −1 where there is none. (N, R) -> (N,)."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, columns, -1).amax(-1)
+
+
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length − buffer tokens, then falling evenly to −1 at max_length (DAPO, eq. 13). (N,) -> (N,)."""
+    """0 up to max_length − buffer tokens, then falling evenly to −1 at max_length (DAPO, eq. 13). (N,) -> (N,).
+
+    lengths: actions of each trajectory.
+    """
     over = lengths.float() - (max_length - buffer)
     return -(over / buffer).clamp(0, 1)
 
@@ -55,8 +66,9 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1} (GAE, eq. 11–16).
 
-    Answers are episodes: behind the last real token value and advantage are 0, whether it stopped or was cut off.
-    `lam` is one number, or one for each answer (N,). Returns (advantages, returns = A + V), both (N, R).
+    t + 1 is the next action, in the same turn or the next one of the policy. Trajectories are episodes: behind the last
+    action value and advantage are 0, whether it stopped or was cut off. `lam` is one number, or one for each trajectory
+    (N,). Returns (advantages, returns = A + V), both (N, R).
     """
     rewards, values = masked(rewards, mask), masked(values, mask)
     advantages = torch.zeros_like(rewards)
@@ -64,14 +76,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float 
     following = torch.zeros_like(carry)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]
-        carry = torch.where(mask[:, t], delta + gamma * lam * carry, torch.zeros_like(carry))
+        carry = torch.where(mask[:, t], delta + gamma * lam * carry, carry)
+        following = torch.where(mask[:, t], values[:, t], following)
         advantages[:, t] = carry
-        following = values[:, t]
+    advantages = masked(advantages, mask)
     return advantages, masked(advantages + values, mask)
 
 
 def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
-    """λ = 1 − 1/(α·length), at least 0: the longer an answer, the farther its end is credited (VAPO). (N,)."""
+    """λ = 1 − 1/(α·length), at least 0: the more actions, the farther back the end is credited (VAPO). (N,)."""
     return (1 - 1 / (alpha * mask.sum(-1).float())).clamp(min=0)
 
 
@@ -104,27 +117,27 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def global_baseline(rewards: Tensor, mask: Tensor, gamma: float, group_size: int) -> Tensor:
-    """Σ_{s≥t} γ^(s−t) r_s, scaled over all tokens of the batch to mean 0 and deviation 1 (REINFORCE++).
+    """Σ_{s≥t} γ^(s−t) r_s over actions, scaled over all actions of the batch to mean 0 and deviation 1 (REINFORCE++).
 
-    Where a prompt has several answers, their mean total is first taken off each one's end (the paper's variant with
-    a group baseline). rewards (N, R) -> (N, R).
+    Where a prompt has several trajectories, their mean total is first taken off each one's last action (the paper's
+    variant with a group baseline). rewards (N, R) -> (N, R).
     """
     rewards = masked(rewards, mask)
     if group_size > 1:
         totals = rewards.sum(-1).view(-1, group_size)
         baseline = totals.mean(-1, keepdim=True).expand_as(totals).reshape(-1)
-        last = mask.sum(-1) - 1
+        last = last_action(mask)
         rewards[torch.arange(len(last), device=last.device), last] -= baseline
     returns = torch.zeros_like(rewards)
     carry = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        carry = rewards[:, t] + gamma * carry
+        carry = torch.where(mask[:, t], rewards[:, t] + gamma * carry, carry)
         returns[:, t] = carry
     return masked_whiten(returns, mask)
 
 
 def over_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Every token of an answer gets the answer's advantage. (N,) -> (N, R)."""
+    """Every action of a trajectory gets the trajectory's advantage. (N,) -> (N, R)."""
     return masked(advantages[:, None].expand(mask.shape), mask)
 
 
@@ -141,7 +154,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def length_controlled(scores: Tensor, lengths: Tensor, slope: float, at: float) -> Tensor:
-    """The estimated mean score if answers were `at` tokens long; `slope` is the score per token. ()."""
+    """The estimated mean score if trajectories had `at` actions; `slope` is the score per action. ()."""
     return (scores - slope * (lengths - at)).mean()
 
 

@@ -8,16 +8,17 @@ Nothing here touches a model. `Watch` is plain data, so that a resumed run goes 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from handoff.errors import GateError
+from rollout.trajectory import TrajectoryBatch
 from stages.ppo.advantages import length_controlled, slope_of, without_signal
 from stages.ppo.config import GuardConfig, PPOTrainConfig
-from stages.ppo.sampler import Rollout, rewards_of
+from stages.ppo.metrics import mean as mean_of
+from stages.ppo.sampler import rewards_of
 
 # Before the first optimizer step the policy is the one that sampled: a ratio off 1 by more is a bug, not training.
 _FIRST_RATIO_TOLERANCE = 0.01
@@ -31,7 +32,7 @@ def probe_size(t: PPOTrainConfig) -> int:
     return max(_PROBE_ANSWERS, t.num_generations)
 
 
-def probe(batch: Sequence[Rollout], t: PPOTrainConfig, guards: GuardConfig) -> dict[str, float]:
+def probe(batch: TrajectoryBatch, t: PPOTrainConfig, guards: GuardConfig) -> dict[str, float]:
     """Whether there is anything to learn from: `batch` holds `probe_size` answers to each prompt.
 
     Raises:
@@ -39,7 +40,7 @@ def probe(batch: Sequence[Rollout], t: PPOTrainConfig, guards: GuardConfig) -> d
     """
     cpu = torch.device("cpu")
     rewards = rewards_of(batch, t, cpu)
-    truncated = sum(not r.stopped for r in batch) / len(batch)
+    truncated = int((~batch.stopped).sum()) / len(batch)
     silent = without_signal(rewards, probe_size(t)).float().mean().item()
     if truncated > guards.max_truncated:
         raise GateError(
@@ -57,16 +58,6 @@ def probe(batch: Sequence[Rollout], t: PPOTrainConfig, guards: GuardConfig) -> d
             "with more steps than right and wrong, or a higher train.temperature."
         )
     return {"probe/truncated": truncated, "probe/frac_reward_zero_std": silent, "probe/reward": rewards.mean().item()}
-
-
-def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of an answer's token n-grams that occurred in it before.
-
-    >>> repetition([1, 2, 1, 2, 1, 2], n=2)
-    0.6
-    """
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 @dataclass
@@ -157,24 +148,22 @@ class Watch:
                 "asked. Raise kl_coef or entropy_coef, or lower learning_rate."
             )
 
-    def look(self, step: int, batch: Sequence[Rollout], learned: bool) -> Look:
+    def look(self, step: int, batch: TrajectoryBatch, learned: bool) -> Look:
         """Judges the answers to the held-out prompts; `over_optimized` then says whether the run has gone wrong.
 
         `learned`: the score is, at least in part, a reward model's, and may like length for its own sake.
         """
-        scores = torch.tensor([r.score for r in batch], dtype=torch.float64)
-        lengths = torch.tensor([len(r.ids) for r in batch], dtype=torch.float64)
+        scores, lengths = batch.reward, batch.action_count.double()
         if not self.looks and learned:
             self.score_per_token = slope_of(scores, lengths)
-        watched = [r.monitor for r in batch if r.monitor is not None]
-        if watched:
-            monitor, error = _mean(torch.tensor(watched, dtype=torch.float64))
+        if batch.monitor is not None:
+            monitor, error = _mean(batch.monitor)
         else:
             at = self.looks[0].length if self.looks else lengths.mean().item()
             monitor = float(length_controlled(scores, lengths, self.score_per_token, at))
             error = _mean(scores - self.score_per_token * lengths)[1]
         mean = scores.mean().item()
-        kl = sum(r.kl for r in batch) / len(batch)
+        kl = mean_of(batch.kl)
         look = Look(step, mean, kl, lengths.mean().item(), monitor, error)
         best = self._peak() if self.looks else look
         fell = best.monitor - monitor > _SIGNIFICANT * math.hypot(error, best.monitor_error)

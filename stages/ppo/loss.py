@@ -1,11 +1,12 @@
 """The losses of the policy-gradient family as functions of tensors: no model, no configuration, no ranks.
 
-Legend: B rows, R completion tokens (right-padded), `mask` (B, R) bool, true on the tokens that are trained on.
+Legend: B rows, R tokens behind the prompt (right-padded), `mask` (B, R) bool, true at the actions that are trained on:
+tokens that the policy chose, of one turn or several. Every count, mean and length below is one of actions.
 
 A policy loss gives one number a token. `total` weighs them by the chosen normaliser, and the caller divides once, by
 `count` over all micro-batches and processes, so that neither accumulation nor the number of processes changes a
-gradient. Masked positions are selected away with `where`, never multiplied by zero: whatever stands in padding, NaN
-included, changes nothing.
+gradient. Masked positions are selected away with `where`, never multiplied by zero: whatever stands in padding or at an
+environment's tokens, NaN included, changes nothing.
 
 Papers: PPO, Schulman et al. 2017 (arXiv:1707.06347). Adaptive KL coefficient, Ziegler et al. 2019 (arXiv:1909.08593).
 k1, k2, k3: Schulman 2020, "Approximating KL Divergence". Clip-higher, token normaliser: Yu et al. 2025, DAPO
@@ -48,7 +49,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def total(losses: Tensor, mask: Tensor, normaliser: Normaliser) -> Tensor:
-    """Sum of the tokens' losses; under `sequence` each token weighs one over its row's length. (B, R) -> ()."""
+    """Sum of the tokens' losses; under `sequence` each is divided by its row's number of actions. (B, R) -> ()."""
     losses = masked(losses, mask)
     if normaliser == "sequence":
         losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -56,9 +57,9 @@ def total(losses: Tensor, mask: Tensor, normaliser: Normaliser) -> Tensor:
 
 
 def count(lengths: Sequence[int], normaliser: Normaliser, max_length: int) -> int:
-    """The divisor of `total` for rows with these numbers of trained tokens: tokens, rows, or rows · `max_length`.
+    """The divisor of `total` for rows with these numbers of trained actions: actions, rows, or rows · `max_length`.
 
-    A row without trained tokens counts for nothing. At least 1.
+    A row without trained actions counts for nothing. At least 1.
     """
     if normaliser == "token":
         return max(1, sum(lengths))
@@ -100,9 +101,9 @@ def dual_clip_loss(
 def sequence_ratio_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[Tensor, Sums]:
-    """The clipped loss with one ratio an answer, the geometric mean over its tokens (GSPO, eq. 5–7).
+    """The clipped loss with one ratio a trajectory, the geometric mean over its actions (GSPO, eq. 5–7).
 
-    All (B, R); an answer's loss stands at each of its tokens. Returns as `clip_loss`; approxkl is the tokens' own.
+    All (B, R); a trajectory's loss stands at each of its actions. Returns as `clip_loss`; approxkl is the tokens' own.
     """
     log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
     mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)

@@ -1,31 +1,38 @@
 """What is logged about an iteration, under TRL's names so that its dashboards go on working."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+from torch import Tensor
+
+from data.encode import EncodedPrompt, Encoder
+from rollout.trajectory import TrajectoryBatch
 from stages.ppo.config import Config, PPOTrainConfig
-from stages.ppo.guards import repetition
-from stages.ppo.sampler import Rollout
+
+_SHOWN = 8
 
 
 def iteration_metrics(
-    batch: Sequence[Rollout], total: dict[str, float], t: PPOTrainConfig, kl_coef: float
+    batch: TrajectoryBatch, total: dict[str, float], t: PPOTrainConfig, kl_coef: float
 ) -> dict[str, float]:
-    """Means over the answers of an iteration and over the tokens that it trained on.
+    """Means over the trajectories of an iteration and over the actions that it trained on.
 
-    `total`: sums over those tokens, on all processes; without the ones that a loss has not, or that were skipped.
+    `total`: sums over those actions, on all processes; without the ones that a loss has not, or that were skipped.
     """
-    answers = len(batch)
-    kl = sum(r.kl for r in batch) / answers
+    assert batch.old_logp is not None
+    stopped = int(batch.stopped.sum())
+    kl = mean(batch.kl)
     metrics = {
         "objective/kl": kl,
-        "objective/entropy": -sum(sum(r.old_logp) for r in batch) / answers,
-        "objective/scores": sum(r.score for r in batch) / answers,
+        "objective/entropy": -mean(batch.total(batch.old_logp)),
+        "objective/scores": mean(batch.reward),
         "objective/non_score_reward": -kl_coef * kl if t.kl_in == "reward" else 0.0,
         "objective/kl_coef": kl_coef,
-        "val/num_eos_tokens": sum(r.stopped for r in batch),
-        "completions/mean_length": sum(len(r.ids) for r in batch) / answers,
-        "completions/clipped_ratio": sum(not r.stopped for r in batch) / answers,
-        "completions/repetition": sum(repetition(r.ids) for r in batch) / answers,
+        "val/num_eos_tokens": stopped,
+        "completions/mean_length": mean(batch.action_count),
+        "completions/clipped_ratio": (len(batch) - stopped) / len(batch),
+        "completions/repetition": mean_repetition(batch),
         **part_means(batch, "rewards"),
     }
     means = {
@@ -39,22 +46,62 @@ def iteration_metrics(
         "val/first_ratio_deviation": ("first_deviation", "first_tokens"),
     }
     metrics |= {name: total[key] / max(total[n], 1.0) for name, (key, n) in means.items() if key in total}
-    disagreements = [r.disagreement for r in batch if r.disagreement is not None]
-    if disagreements:
-        metrics["objective/disagreement"] = sum(disagreements) / len(disagreements)
+    if batch.disagreement is not None:
+        metrics["objective/disagreement"] = mean(batch.disagreement)
     return metrics
 
 
-def part_means(batch: Sequence[Rollout], prefix: str) -> dict[str, float]:
-    """Mean of each reward over the answers on which it had an opinion, and on how many it had none."""
+def mean(values: Tensor) -> float:
+    """(N,) -> its mean, added up from the first to the last, whatever the number of threads."""
+    return values.double().cumsum(0)[-1].item() / len(values)
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams of a text's tokens that occurred in it before.
+
+    >>> repetition([1, 2, 1, 2, 1, 2], n=2)
+    0.6
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+def mean_repetition(batch: TrajectoryBatch) -> float:
+    """Mean over the trajectories of `repetition` among the tokens that the policy chose."""
+    ids = batch.ids[batch.actions].split(batch.action_count.tolist())
+    return sum(repetition(own.tolist()) for own in ids) / len(batch)
+
+
+def part_means(batch: TrajectoryBatch, prefix: str) -> dict[str, float]:
+    """Mean of each reward over the trajectories on which it had an opinion, and on how many it had none."""
+    assert batch.parts is not None
     means = {}
-    for name in batch[0].parts:
-        values = [r.parts[name] for r in batch if r.parts[name] is not None]
-        if values:
-            means[f"{prefix}/{name}"] = sum(values) / len(values)
-        if len(values) < len(batch):
-            means[f"{prefix}_none/{name}"] = len(batch) - len(values)
+    for name, values in zip(batch.part_names, batch.parts.T, strict=True):
+        opinions = values[~values.isnan()]
+        if len(opinions):
+            means[f"{prefix}/{name}"] = mean(opinions)
+        if len(opinions) < len(batch):
+            means[f"{prefix}_none/{name}"] = len(batch) - len(opinions)
     return means
+
+
+def shown(batch: TrajectoryBatch, prompts: Sequence[EncodedPrompt], encoder: Encoder) -> list[dict[str, Any]]:
+    """The first answers to `prompts`, for people to read. A trajectory of several turns shows all that was said."""
+    assert batch.parts is not None
+    rows = []
+    for i in range(min(_SHOWN, len(batch))):
+        trajectory = batch[i]
+        said = [encoder.decode(trajectory.ids[turn.start : turn.end].tolist()) for turn in trajectory.turns]
+        parts = [None if math.isnan(value) else value for value in batch.parts[i].tolist()]
+        rows.append(
+            {
+                "prompt": prompts[i].record.messages[-1].content,
+                "completion": "\n".join(said),
+                "score": batch.reward[i].item(),
+                "parts": dict(zip(batch.part_names, parts, strict=True)),
+            }
+        )
+    return rows
 
 
 def judged(config: Config) -> dict[str, float]:

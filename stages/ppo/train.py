@@ -6,14 +6,15 @@
 One loop; the section's `advantage` says what an answer is compared with: a critic's expectation (`gae`: PPO), the other
 answers to its prompt (`group`: GRPO; `leave_one_out`: RLOO), or all answers (`global_baseline`: REINFORCE++).
 
-Legend: N answers of an iteration over all processes, R longest completion, B rows of a micro-batch.
+Legend: N trajectories of an iteration over all processes, ΣC their tokens behind the prompts, R the most of one
+trajectory, B rows of a micro-batch.
 
 Where it departs from the papers that advantages.py and loss.py cite:
 1. The old log-probabilities are those that sampling computed, so the first epoch needs no forward pass of its own for
    them. Where engine and trainer round differently (autocast, vLLM), the trainer computes them, and the difference is
    logged, limited, and weighed out where the recipe asks for it.
-2. Each process samples and scores its share, then all get all N answers (they are small beside the model). Advantages,
-   minibatches and counts are global, and the same for any number of processes.
+2. Each process samples and scores its share, then all get all N trajectories (they are small beside the model).
+   Advantages, minibatches and counts are global, and the same for any number of processes.
 3. The critic starts from the reward model, its head scaled to the normalised reward.
 4. Dropout is off throughout, so that a ratio is 1 until the weights move.
 5. What is published is the best policy that was looked at, not the last one (guards.py).
@@ -32,8 +33,8 @@ from data.sampling import shuffled
 from handoff.weights import embedding_shape
 from reward.learned import LearnedReward
 from rollout import ragged
-from rollout.batch import pad_batch, pad_values
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
+from rollout.sampling import SamplingSpec
 from rollout.vllm import VLLMEngine
 from stages.ppo import loss as losses
 from stages.ppo.actor_critic import ActorCritic, micro_batches
@@ -48,8 +49,9 @@ from stages.ppo.advantages import (
     token_rewards,
 )
 from stages.ppo.config import Config, PPOTrainConfig
-from stages.ppo.guards import Watch, probe, probe_size, repetition
-from stages.ppo.metrics import iteration_metrics, judged, part_means
+from stages.ppo.generation import Generator
+from stages.ppo.guards import Watch, probe, probe_size
+from stages.ppo.metrics import iteration_metrics, judged, mean_repetition, part_means, shown
 from stages.ppo.sampler import Sampler, rewards_of
 from stages.ppo.saves import Saves
 from stages.ppo.setup import (
@@ -101,9 +103,11 @@ def train(run: Run) -> None:
     model, optimizer = engine.prepare(actor_critic, make_optimizer(actor_critic, t))
     vllm = None
     if config.vllm is not None:
-        vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main)
+        vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main, engine.data_world)
         run.on_close(vllm.close)
-    sampler = Sampler(run.seed, t, encoder, reference, rewards, monitor, frozen, engine, model, vllm)
+    spec = SamplingSpec(t.max_completion_length, tuple(encoder.stop_ids), encoder.pad_id, t.temperature)
+    generator = Generator(run.seed, spec, t.rollout_micro_batch_size, engine, model, vllm)
+    sampler = Sampler(t, encoder, engine, generator, reference, rewards, monitor, frozen)
     stream = PromptStream(prompts, run.seed)
     phases = sampler.phases
 
@@ -126,27 +130,25 @@ def train(run: Run) -> None:
             # Sample and score: everything below is the same on every process.
             batch, at.cursor, sampling = sampler.batch(stream, at.cursor, iteration)
             with phases("advantage"):
-                width = max(len(r.ids) for r in batch)
-                lengths = torch.tensor([len(r.ids) for r in batch], device=device)
-                mask = torch.arange(width, device=device) < lengths[:, None]  # (N, R)
-                old_logp = pad_values([r.old_logp for r in batch], width, device)  # (N, R)
-                ref_logp = pad_values([r.ref_logp for r in batch], width, device)
+                mask = batch.pad(batch.actions).to(device)  # (N, R)
+                old_logp = batch.pad(batch.old_logp).to(device)  # (N, R)
+                ref_logp = batch.pad(batch.ref_logp).to(device)  # (N, R)
                 reward = rewards_of(batch, t, device)  # (N,)
                 kl = losses.KL_ESTIMATORS[t.estimator](old_logp, ref_logp)
-                dense = pad_values([r.dense for r in batch], width, device) if batch[0].dense is not None else None
+                dense = batch.pad(batch.token_reward).to(device) if batch.token_reward is not None else None
                 token_reward = token_rewards(reward, kl if t.kl_in == "reward" else None, at.kl_coef, mask, dense)
-                values = pad_values([r.values for r in batch], width, device) if critic is not None else None
+                values = batch.pad(batch.values).to(device) if batch.values is not None else None
                 advantages, returns = _advantages(config, token_reward, values, mask)
                 weights = None  # (N, R)
-                if sampler.recomputes:
-                    engine_logp = pad_values([r.engine_logp for r in batch], width, device)
+                if generator.recomputes:
+                    engine_logp = batch.pad(batch.engine_logp).to(device)
                     sampling |= mismatch_metrics(engine_logp, old_logp, mask)
                     check_mismatch(sampling, guards.mismatch_limit)
                     if t.importance_sampling != "none":
                         level, cap = t.importance_sampling, t.importance_cap
                         weights = truncated_importance_weights(engine_logp, old_logp, mask, cap, level)
-                trained = torch.tensor([r.stopped or not t.mask_truncated_completions for r in batch], device=device)
-                mask = mask & trained[:, None]
+                if t.mask_truncated_completions:
+                    mask = mask & batch.stopped.to(device)[:, None]
                 targets = Targets(mask, old_logp, ref_logp, advantages, values, returns, weights)
                 counted = mask.sum(-1).tolist()
 
@@ -155,7 +157,7 @@ def train(run: Run) -> None:
             only_critic = iteration < t.critic_warmup_iterations
             found: dict[str, Tensor] = {}
             norms: list[float] = []
-            sizes = [len(r.prompt.ids) + len(r.ids) for r in batch]
+            sizes = (batch.prompt_length + batch.length).tolist()
             with phases("train"):
                 for epoch in range(t.num_ppo_epochs):
                     order = shuffled(len(batch), run.seed, "minibatches", iteration, epoch)
@@ -163,16 +165,11 @@ def train(run: Run) -> None:
                         # Of the whole minibatch, on all processes.
                         divisor = losses.count([counted[i] for i in rows], t.loss_normaliser, t.max_completion_length)
                         each = t.per_device_train_batch_size
-                        parts = micro_batches(sizes, rows.tolist(), each, engine.data_world, padded=padded_rows)
-                        mine = engine.own(parts)
+                        shares = micro_batches(sizes, rows.tolist(), each, engine.data_world, padded=padded_rows)
+                        mine = engine.own(shares)
                         sums: dict[str, Tensor] = {}
                         for position, chunk in enumerate(mine):
-                            padded = pad_batch(
-                                [batch[i].prompt.ids for i in chunk],
-                                [batch[i].ids for i in chunk],
-                                encoder.pad_id,
-                                device,
-                            )
+                            padded = batch.padded(chunk, encoder.pad_id, device)
                             here = targets.pick(torch.tensor(chunk, device=device), padded.completion_ids.shape[1])
                             output = model(padded, t.temperature, t.entropy_coef > 0)
                             loss, parts = _loss(t, output, here, at.kl_coef, only_critic)
@@ -215,7 +212,7 @@ def train(run: Run) -> None:
             done = at.iteration = iteration + 1
             if t.sync_ref_model and done % t.ref_model_sync_steps == 0:
                 sampler.move_reference(t.ref_model_mixup_alpha)
-            sampler.weights_moved()
+            generator.weights_moved()
 
             # Logged first, so that a state never lacks a line of its past; what is behind a state is cut off and
             # written again. The seconds of a save are in the line after it.
@@ -228,7 +225,7 @@ def train(run: Run) -> None:
                 if verdict == "stop":
                     break
                 if verdict == "back":
-                    sampler.weights_moved()
+                    generator.weights_moved()
             with phases("save"):
                 saves.after_iteration(at, looked)
             advance(1)
@@ -246,7 +243,7 @@ def train(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the loss compares the model with. All (N, R), or (B, R) of a micro-batch; zeros behind a row's end."""
+    """What the loss compares the model with. All (N, R), or (B, R) of a micro-batch; only entries in `mask` count."""
 
     mask: Tensor
     old_logp: Tensor
@@ -274,10 +271,10 @@ def _advantages(config: Config, rewards: Tensor, values: Tensor | None, mask: Te
         return (losses.masked_whiten(advantages, mask) if t.whiten_advantages else advantages), returns
     if config.advantage == "global_baseline":
         return global_baseline(rewards, mask, t.gamma, t.num_generations), None
-    answers = losses.masked(rewards, mask).sum(-1)  # (N,)
+    totals = losses.masked(rewards, mask).sum(-1)  # (N,)
     if config.advantage == "group":
-        return over_tokens(group_relative(answers, t.num_generations, t.scale_rewards), mask), None
-    return over_tokens(leave_one_out(answers, t.num_generations), mask), None
+        return over_tokens(group_relative(totals, t.num_generations, t.scale_rewards), mask), None
+    return over_tokens(leave_one_out(totals, t.num_generations), mask), None
 
 
 def _loss(
@@ -287,7 +284,7 @@ def _loss(
     kl_coef: float,
     only_critic: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of every token (B, R) of a micro-batch, and sums over its tokens for the log.
+    """The loss of every action (B, R) of a micro-batch, and sums over its actions for the log.
 
     `output`: log-probabilities, entropies and values (B, R) of the model as it is now.
     """
@@ -342,22 +339,15 @@ def _policy_loss(
 def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: int, watch: Watch) -> None:
     """Answers the held-out prompts with the same random numbers each time; logs their score and shows some."""
     config: Config = run.config
-    batch = sampler.answer(heldout, ("heldout",), 1, monitor=True)
-    sampler.annotate(batch, values=False)
+    batch = sampler.annotate(sampler.answer(heldout, ("heldout",), 1, monitor=True), values=False)
     look = watch.look(step, batch, any(entry.references for entry in config.reward))
     metrics = {
         "eval/scores": look.score,
         "eval/kl": look.kl,
         "eval/mean_length": look.length,
-        "eval/stop_rate": sum(r.stopped for r in batch) / len(batch),
-        "eval/repetition": sum(repetition(r.ids) for r in batch) / len(batch),
+        "eval/stop_rate": int(batch.stopped.sum()) / len(batch),
+        "eval/repetition": mean_repetition(batch),
         ("eval/monitor" if config.monitor else "eval/length_controlled_scores"): look.monitor,
     }
     run.log(step, metrics | part_means(batch, "eval/rewards"))
-    run.samples(
-        step,
-        [
-            {"prompt": r.prompt.record.messages[-1].content, "completion": r.text, "score": r.score, "parts": r.parts}
-            for r in batch[:8]
-        ],
-    )
+    run.samples(step, shown(batch, heldout, sampler.encoder))

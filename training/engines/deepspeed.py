@@ -109,7 +109,7 @@ class DeepSpeed(Splitting):
         if self._zero3:
             import deepspeed
 
-            self._group()
+            self.group()
             # Cuts the parameters of an existing module in place.
             config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
             deepspeed.zero.Init(module=frozen, config_dict_or_path=config, dtype=next(frozen.parameters()).dtype)

@@ -71,7 +71,7 @@ class Fsdp2(Splitting):
         """As `Single.freeze`."""
         from torch.distributed.fsdp import fully_shard
 
-        self._group()
+        self.group()
         frozen = super().freeze(model)
         for layer in upstream.layers(frozen):
             fully_shard(layer)

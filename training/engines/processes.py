@@ -68,6 +68,14 @@ class Processes:
         """Indices among `range(count)` that this process works on; together the processes cover all."""
         return range(self.data_rank, count, self.data_world)
 
+    def owns(self, index: int, together: int = 1) -> bool:
+        """Whether this process works on piece `index`, where `together` neighbouring processes do the same work."""
+        return index % (self.data_world // together) == self.data_rank // together
+
+    def leads(self, together: int) -> bool:
+        """Whether this process is the first of `together` neighbours that do the same work."""
+        return self.data_rank % together == 0
+
     def own(self, parts: Sequence[T]) -> T:
         """This process's one of `parts`, which has one for each process that reads different rows."""
         assert len(parts) == self.data_world
@@ -83,7 +91,7 @@ class Processes:
         places = (turn * self.data_world + self.data_rank for turn in range(rounds))
         return [(min(place, count - 1), place < count) for place in places]
 
-    def _group(self) -> bool:
+    def group(self) -> bool:
         """Whether there are other processes. Starts their group at the first call: no slow start-up runs inside it."""
         if world_size() == 1:
             return False
@@ -101,7 +109,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Waits until every process is here."""
-        if not self._group():
+        if not self.group():
             return
         import torch.distributed as dist
 
@@ -110,7 +118,7 @@ class Processes:
 
     def from_main(self, value: T) -> T:
         """The main process's `value`, a small picklable object."""
-        if not self._group():
+        if not self.group():
             return value
         import torch.distributed as dist
 
@@ -134,7 +142,7 @@ class Processes:
 
     def of_all(self, value: T) -> list[T]:
         """`value` of every process, by rank. Small picklable objects."""
-        if not self._group():
+        if not self.group():
             return [value]
         import torch.distributed as dist
 
@@ -155,7 +163,7 @@ class Processes:
 
     def largest(self, *values: float) -> list[float]:
         """The largest of each value on any process, by one small collective."""
-        if not self._group():
+        if not self.group():
             return list(values)
         import torch
         import torch.distributed as dist
