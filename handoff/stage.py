@@ -2,6 +2,7 @@
 
     <run>/<stage>/started.json   what the stage depends on (`Inputs`), written by `begin`
     <run>/<stage>/model/         what anyone can load, moved into place by `publish`
+    <run>/<stage>/data/          in its place for a stage that publishes rows (`kind: dataset`)
     <run>/<stage>/stage.json     the manifest, written last: without it the directory is unfinished
 
 A kill between any two lines of `begin` and `publish` leaves the previous published state, or a directory without
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from handoff.contract import check_model, write_pad_token
+from handoff.contract import check_model, check_rows, write_pad_token
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import (
@@ -48,7 +49,7 @@ from handoff.state import StateStore
 PREVIOUS = ".previous"
 MINIMUM_FREE = 64 << 20  # bytes; room for logs and metrics, whatever the model's size
 
-_WRITING, _NEXT, _OLD = ".model-writing", ".stage.json.next", ".model-old"
+_WRITING, _NEXT, _OLD = ".writing", ".stage.json.next", ".old"
 
 
 class StageDir:
@@ -59,6 +60,7 @@ class StageDir:
         self.manifest_path = path / "stage.json"
         self.started_path = path / "started.json"
         self.model_dir = path / "model"
+        self.data_dir = path / "data"
         self.state_dir = path / "state"
         self.metrics_path = path / "metrics.jsonl"
         self.samples_path = path / "samples.jsonl"
@@ -192,7 +194,7 @@ class StageDir:
 
     def publish(
         self,
-        write_model: Callable[[Path], None] | None,
+        write: Callable[[Path], None] | None,
         *,
         name: str,
         stage: str,
@@ -212,7 +214,8 @@ class StageDir:
         """Makes the stage's result visible to its children, in one step.
 
         Args:
-            write_model: writes the model into the empty directory that it is given; None when the stage makes none.
+            write: writes the model, or the rows of a `dataset`, into the empty directory that it is given; None when
+                the stage makes neither.
             files: names of other files in the stage's directory that are published too, e.g. results.json.
             tokenizer: the record that the written model must have, usually its parent's.
 
@@ -225,8 +228,9 @@ class StageDir:
         assert self._inputs == inputs, "publish belongs to the inputs that begin was given"
         writing = self.path / _WRITING
         try:
-            record = None if write_model is None else self._written(writing, write_model, kind, tokenizer)
-            hashes = {f"model/{file}": digest for file, digest in hash_tree(writing).items()} if record else {}
+            record = None if write is None else self._written(writing, write, kind, tokenizer)
+            target = self.data_dir if kind == "dataset" else self.model_dir
+            hashes = {f"{target.name}/{file}": digest for file, digest in hash_tree(writing).items()} if write else {}
             for file in files:
                 fsync_path(self.path / file)
                 hashes[file] = sha256_file(self.path / file)
@@ -249,22 +253,27 @@ class StageDir:
             )
             # Written before the old one goes: from here on nothing needs space on the disk.
             write_json(self.path / _NEXT, sealed(manifest))
-        except Exception as error:  # whoever writes the model has errors of its own for a full disk
+        except Exception as error:  # libraries that write models have errors of their own for a full disk
             remove_tree(writing)
             if not disk_is_full(error):
                 raise
             raise HandoffError(
                 f"{self.path}: the disk is full, nothing was published; free some space and run the same command again"
             ) from error
-        self._switch(writing if record else None)
+        self._switch(writing if write else None, target)
         return manifest
 
     def _written(
-        self, writing: Path, write_model: Callable[[Path], None], kind: Kind, expected: TokenizerRecord | None
-    ) -> TokenizerRecord:
+        self, writing: Path, write: Callable[[Path], None], kind: Kind, expected: TokenizerRecord | None
+    ) -> TokenizerRecord | None:
+        """Has the files written, checked and on the disk. The tokenizer's record; None for rows."""
         remove_tree(writing)
         writing.mkdir()
-        write_model(writing)
+        write(writing)
+        if kind == "dataset":
+            check_rows(writing)
+            fsync_tree(writing)
+            return None
         write_pad_token(writing, read_tokenizer(writing))
         record = check_model(writing, kind)
         if expected is not None and record != expected:
@@ -275,16 +284,17 @@ class StageDir:
         fsync_tree(writing)
         return record
 
-    def _switch(self, written: Path | None) -> None:
-        """stage.json goes first and comes last, so that at no instant it stands beside a model that is not its own."""
+    def _switch(self, written: Path | None, target: Path) -> None:
+        """Moves `written` to `target`. stage.json is removed first and put back last, so that it never stands beside
+        files that it does not describe."""
         old = self.path / _OLD
         remove_tree(old)
         self.manifest_path.unlink(missing_ok=True)
         fsync_path(self.path)
-        if self.model_dir.exists():
-            self.model_dir.rename(old)
+        if target.exists():
+            target.rename(old)
         if written is not None:
-            written.rename(self.model_dir)
+            written.rename(target)
         fsync_path(self.path)
         (self.path / _NEXT).rename(self.manifest_path)
         fsync_path(self.path)

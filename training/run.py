@@ -22,10 +22,10 @@ from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
 from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest
-from handoff.parent import Parent, open_parent
+from handoff.parent import Dataset, Parent, open_dataset, open_parent
 from handoff.stage import StageDir
 from training.inputs import present_soft_parents, stage_inputs
-from training.recipe import Recipe, RecipeError, load_recipe
+from training.recipe import DATA_ROLE, Recipe, RecipeError, load_recipe
 from training.signals import Signals, Stopped
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Run:
         self._runtime = runtime
         self._started = time.time()
         self._parents: dict[str, Parent] = {}
+        self._datasets: dict[str, Dataset] = {}
         self._data: dict[str, Any] = {}
         self._metrics, self._samples = Journal(self.dir.metrics_path), Journal(self.dir.samples_path)
         self._mirror: Any = None
@@ -91,9 +92,22 @@ class Run:
         """Reads records. `account` has to follow once they are encoded, since encoding may drop rows too."""
         from data.load import load
 
-        loaded = load(sources, want, self.recipe.data_root, self.seed)
+        loaded = load(self._located(sources), want, self.recipe.data_root, self.seed)
         self._data.setdefault("fingerprints", {}).update(loaded.fingerprints)
         return loaded
+
+    def _located(self, sources: Sequence["SourceConfig"]) -> "list[SourceConfig]":
+        """The sources with the folders of those that are rows of stages; these become parents in the manifest."""
+        from data.config import StageSource
+
+        located: list[SourceConfig] = []
+        for source in sources:
+            if isinstance(source, StageSource):
+                rows = open_dataset(source.name, self.recipe.run_dir, self.section.name, verify=self.is_main)
+                self._datasets[f"{DATA_ROLE}{source.name}"] = rows
+                source = source.at(rows.data_dir)
+            located.append(source)
+        return located
 
     def account(self, loaded: "Loaded[R]", label: str = "data", max_drop_fraction: float = 1.0) -> None:
         """Prints what became of the rows, keeps it for the manifest, and refuses when too many were dropped.
@@ -147,23 +161,23 @@ class Run:
     def publish(
         self,
         kind: str,
-        write_model: Callable[[Path], None] | None,
+        write: Callable[[Path], None] | None,
         metrics: dict[str, Any],
         extra: dict[str, Any] | None = None,
         files: Sequence[str] = (),
     ) -> None:
-        """Publishes the stage. Every rank calls it; `write_model` runs on the main one, the others wait."""
+        """Publishes the stage. Every rank calls it; `write` runs on the main one, the others wait."""
         if self.is_main:
             from training.runtime import engine_record
 
             self.sync()
             self.dir.publish(
-                write_model,
+                write,
                 files=list(files),
                 name=self.section.name,
                 stage=self.section.stage,
                 kind=kind,
-                parents={role: parent.record() for role, parent in self._parents.items()},
+                parents={role: parent.record() for role, parent in {**self._parents, **self._datasets}.items()},
                 inputs=self._inputs,
                 recipe=self.section.resolved,
                 data=self._data,
