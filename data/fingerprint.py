@@ -30,9 +30,9 @@ def label(source: SourceConfig) -> str:
 def fingerprint(source: SourceConfig, root: Path | None, cache: Path | None = None) -> tuple[str, str]:
     """(label, sha256 hex) of one source.
 
-    Files and a stage's rows: names and bytes. The world: its own settings and the generator's source files. The hub: name, subset, split
-    and revision; without a revision a change on the hub is not seen. `cache`: a JSON file that keeps hashes of files
-    between processes, for data that takes long to read.
+    Files and a stage's rows: names and bytes. The world: its own settings and the generator's source files. The hub:
+    name, subset, split and revision; without a revision a change on the hub is not seen. `cache`: a JSON file that
+    keeps hashes of files between processes, for data that takes long to read.
 
     Raises:
         DataError: the files that the source names are not there.

@@ -1,4 +1,4 @@
-"""A file of JSON lines that only grows, and loses none: metrics.jsonl and samples.jsonl.
+"""A file of JSON lines that only grows, and loses none: metrics.jsonl, samples.jsonl and the answers of `generate`.
 
 A full disk holds lines back in memory until there is room again. `sync` is called before a state is committed and
 before a stage is published, so that neither ever lacks a line of its past: what a kill takes with it is then written
@@ -57,6 +57,13 @@ class Journal:
                     kept += len(line)
         # In place: there is no instant at which a kill, or a full disk, would take the lines that stay.
         os.truncate(self.path, kept)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines that are in the file. A last line that a kill has torn is not among them."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            return [json.loads(line) for line in file if line.endswith(b"\n")]
 
     def _write(self) -> None:
         with self.path.open("ab", buffering=0) as file:

@@ -19,8 +19,9 @@ from reward.learned import LearnedReward, statistics
 from rollout import ragged
 from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
-from training import models, runtime
+from training import models
 from training.recipe import RecipeError
+from training.rewards import load_rewards
 from training.run import Run
 
 
@@ -59,7 +60,7 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return shuffled(size, seed, "prompts", epoch)
 
 
-def load_rewards(
+def make_rewards(
     run: Run,
     entries: Sequence[RewardConfig],
     policy: Parent,
@@ -72,17 +73,11 @@ def load_rewards(
     `learned`: the models that are there already, by reference; those that are not are loaded into it.
     """
     config: Config = run.config
-    for entry in entries:
-        for ref in entry.references:
-            if ref in learned:
-                continue
-            parent = run.parent(f"reward:{ref}", frozenset({"reward_model"}))
-            model = models.load_reward_model(parent, config.model_args, bf16=bf16).eval().requires_grad_(False)
-            model.to(runtime.device())
-            learned[ref] = LearnedReward(parent, model, policy, reencode=entry.reencode)
-    composition = Composition(entries, learned)
-    composition.check_columns({name for prompt in prompts for name in prompt.record.columns})
-    return composition
+
+    def opened(ref: str) -> Parent:
+        return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
+
+    return load_rewards(entries, opened, [policy], prompts, config.model_args, bf16=bf16, learned=learned)
 
 
 def load_policy(run: Run, parent: Parent, dtype: torch.dtype, bf16: bool) -> PreTrainedModel:

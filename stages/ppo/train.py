@@ -57,9 +57,9 @@ from stages.ppo.setup import (
     check_batch,
     load_policy,
     load_prompts,
-    load_rewards,
     make_critic,
     make_optimizer,
+    make_rewards,
     set_learning_rates,
 )
 from training import models, runtime
@@ -85,8 +85,8 @@ def train(run: Run) -> None:
     heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
     bf16 = accelerator.mixed_precision == "bf16"
     learned: dict[str, LearnedReward] = {}
-    rewards = load_rewards(run, config.reward, parent, bf16, prompts, learned)
-    monitor = load_rewards(run, config.monitor, parent, bf16, heldout, learned) if config.monitor else None
+    rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned)
+    monitor = make_rewards(run, config.monitor, parent, bf16, heldout, learned) if config.monitor else None
 
     # Models.
     dtype = models.trained_dtype(config.model_args)
