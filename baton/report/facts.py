@@ -18,6 +18,7 @@ KINDS = {
     "reward_model": "reward model",
     "ppo": "policy gradient",
     "dpo": "preference tuning",
+    "generate": "sampled answers",
     "evaluate": "evaluation",
 }
 # Stage -> what its row shows: the first two of these metrics that the manifest has.
@@ -32,6 +33,7 @@ _HEADLINE = {
     "reward_model": [("eval_accuracy", "of held-out pairs right"), ("eval_length_accuracy", "by length alone")],
     "dpo": [("eval_rewards/accuracies", "of held-out pairs right"), ("eval_stop_rate", "of answers stop")],
     "ppo": [("objective/scores", "score"), ("objective/kl", "nats of KL")],
+    "generate": [("rows", "rows"), ("kept/score", "score of the rows"), ("stop_rate", "of answers stop")],
 }
 
 
@@ -90,7 +92,7 @@ class Gap:
 
 def colors(run: RunData) -> dict[str, str]:
     """A colour of the style sheet for each model; stages that make no model of language are grey."""
-    names = [s.name for s in run.stages if s.kind not in ("tokenizer", "evaluate")]
+    names = [s.name for s in run.stages if s.kind not in ("tokenizer", "generate", "evaluate")]
     palette = {name: f"s{index % 8}" for index, name in enumerate(names)}
     return {stage.name: palette.get(stage.name, "muted") for stage in run.stages}
 
@@ -213,10 +215,13 @@ def tiles(run: RunData) -> list[Tile]:
     for results in all_results(run):
         for stage, parent in evaluation.gains(run, results):
             after, before = results.metrics[stage.name], results.metrics[parent]
-            if "gold" in after and "gold" in before:
-                gain = after["gold"].value - before["gold"].value
+            metric = evaluation.main_score(results, stage.name, parent)
+            if metric is not None:
+                gain = after[metric].value - before[metric].value
                 kl = f", {short(after['kl'].value)} nats away" if "kl" in after else ""
-                found.append(Tile(f"Gold score, {stage.name}", short(gain, signed=True), f"over {parent}{kl}"))
+                name = evaluation.score_name(metric)
+                label = f"{name[0].upper()}{name[1:]}, {stage.name}"
+                found.append(Tile(label, short(gain, signed=True), f"over {parent}{kl}"))
             win = results.win_rates.get(stage.name)
             if win:
                 found.append(Tile(f"Wins, {stage.name}", percent(win.value), f"over {win.over}"))

@@ -29,6 +29,10 @@ _CLAIMS: dict[str, tuple[str, ...]] = {
 }
 
 
+COLUMNS = ("family", "answer", "lead", "end")
+"""What a prompt of the world has, and what makes it one."""
+
+
 def columns(task: Task) -> dict[str, Any]:
     """What a checker needs to know of a task, as plain JSON values."""
     return {"family": task.family, "answer": task.answer, "lead": task.lead, "end": task.end}
