@@ -76,9 +76,9 @@ def check_rows(data_dir: Path) -> None:
         if not name.endswith(ROW_FILES) or "/" in name or name.startswith("."):
             raise HandoffError(f"{path}: published rows are files {', '.join(ROW_FILES)} in data/ itself")
         if name.endswith(".parquet"):
-            content = path.read_bytes()[:4]
-            if content != b"PAR1":
-                raise HandoffError(f"{path} is no parquet file")
+            with path.open("rb") as file:
+                if file.read(4) != b"PAR1":
+                    raise HandoffError(f"{path} is no parquet file")
             continue
         number = 0
         with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:

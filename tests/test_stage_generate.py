@@ -13,13 +13,15 @@ import stages.generate.train as generate_train
 from baton.runner import check_data
 from baton.status import State, overview
 from data.errors import DataError
+from data.records import Message
 from handoff.errors import HandoffError
 from handoff.journal import Journal
 from handoff.manifest import Manifest
 from handoff.stage import StageDir
 from handoff.verify import lineage, verify_run
+from reward.compose import Answers
 from stages.generate.config import Config
-from stages.generate.train import choose
+from stages.generate.train import _rows, choose
 from tests.stage_chain import chain, runs
 from training.inputs import stage_inputs
 from training.recipe import Recipe, RecipeError, load_recipe
@@ -127,6 +129,28 @@ def test_all_answers_are_kept_but_for_the_unfinished_and_the_poor():
     kept, dropped = choose(config(min_score=0.5, unfinished="keep"), stopped, total)
     assert (kept, dropped["below min_score"]) == ([1, 2], 1)
     assert choose(config(scores=[]), stopped, None)[0] == [0, 2]
+
+
+def test_rows_keep_the_prompts_columns_but_for_those_that_would_be_misread():
+    answers = Answers(
+        prompts=[(Message("system", "s"), Message("user", "q"))] * 3,
+        prompt_ids=[[1]] * 3,
+        texts=["a", "b", "c"],
+        ids=[[2], [3, 4], [5]],
+        stopped=[True, False, True],
+        columns=[{"answer": 7, "label": False, "score": 9, "messages": []}] * 3,
+    )
+    rows = list(_rows(config(), answers, [0.5, 1.5, 2.5], {"x": [None, 1.0, 2.0]}, [1]))
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "b"},
+    ]
+    assert rows == [{"messages": turns, "answer": 7, "sample": 1, "stopped": False, "score": 1.5, "scores": {"x": 1.0}}]
+    plain = list(_rows(config(scores=[]), answers, None, {}, [0]))
+    assert plain == [
+        {"messages": [*turns[:2], {"role": "assistant", "content": "a"}], "answer": 7, "sample": 0, "stopped": True}
+    ]
 
 
 # ---- the stage

@@ -29,7 +29,8 @@ from training import models, runtime
 from training.rewards import load_rewards, score_together
 from training.run import Run
 
-# Columns of the rows. `label` is none of them, but readers of conversations take it as a verdict on the answer.
+# Columns of the prompts that the rows do not keep, since they have their own of that name; and `label`, which readers
+# of conversations would take for a verdict on the new answer.
 _OWN = ("messages", "sample", "stopped", "score", "scores", "label")
 _CHUNK = 4  # batches that a process decodes between two lines of the journal
 _SHOWN = 8  # rows in samples.jsonl
@@ -43,9 +44,9 @@ def train(run: Run) -> None:
     loaded = run.load(config.data, Prompt)
     prompts = encode_prompts(loaded.records, encoder, config.max_prompt_length, loaded.accounting)
     run.account(loaded, "prompts", config.max_drop_fraction)
-    replaced = sorted({name for p in prompts for name in p.record.columns if name in _OWN})
-    if replaced:
-        run.console.print(f"  the prompts' columns {', '.join(replaced)} are replaced by the rows' own", markup=False)
+    left_out = sorted({name for p in prompts for name in p.record.columns if name in _OWN})
+    if left_out:
+        run.console.print(f"  columns of the prompts that the rows do not keep: {', '.join(left_out)}", markup=False)
 
     rewards = None
     if config.scores:
