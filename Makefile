@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 RUN     = $(BIN)/baton run $(RECIPE) $(if $(LAUNCH),--launch $(LAUNCH)) $(SET)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tokenizer pretrain sft reward ppo grpo rloo dpo rlhf align-dpo eval report chat test test-fast lint bench clean
+.PHONY: help setup tokenizer pretrain sft reward ppo grpo rloo dpo generate rlhf align-dpo eval report chat test test-fast lint bench clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,8 @@ rloo: setup  ## ... or with RLOO
 	$(RUN) --to rloo
 dpo: setup  ## ... and align with DPO on the preference pairs
 	$(RUN) --to dpo
+generate: setup  ## ... and publish sampled answers as rows, as in recipes/rejection.yaml
+	$(RUN) --to generate
 rlhf: setup  ## the whole chain: tokenizer to PPO, then evaluation and the report
 	$(RUN) --to ppo --to evaluate
 	$(BIN)/baton report $(RECIPE)

@@ -26,12 +26,14 @@ from rich.console import Console
 from baton.launched import LaunchedStage, own_words
 from baton.output import Tee
 from baton.status import InputsOf, Standing, State, overview, standing
+from data.config import StageSource
 from data.fingerprint import fingerprint
 from handoff.errors import UserError
 from handoff.files import check_writable
 from handoff.lock import RunLock
+from handoff.parent import open_dataset
 from handoff.stage import StageDir
-from training.inputs import sources, stage_inputs
+from training.inputs import stage_inputs
 from training.recipe import Recipe, Section
 from training.registry import Registry
 from training.signals import ENDING
@@ -206,7 +208,8 @@ def check_data(recipe: Recipe, names: Sequence[str]) -> None:
     """Looks at the data of every section before the first one is run: a wrong path shows at once, not after hours.
 
     Raises:
-        UserError: `data_root` is no folder; DataError: a source does not exist.
+        UserError: `data_root` is no folder; DataError: a source does not exist; HandoffError: a directory of another
+            run that is to give rows has published none.
     """
     if recipe.data_root is not None and not recipe.data_root.is_dir():
         page = re.search(r"docs/[\w./-]+\.md", recipe.path.read_text(encoding="utf-8"))
@@ -216,8 +219,11 @@ def check_data(recipe: Recipe, names: Sequence[str]) -> None:
             "Another place: data_root=<folder> on the command line"
         )
     for name in names:
-        for source in sources(recipe.sections[name]):
-            fingerprint(source, recipe.data_root)
+        for source in recipe.sections[name].config.sources():
+            if not isinstance(source, StageSource):
+                fingerprint(source, recipe.data_root)
+            elif source.name not in recipe.sections:
+                open_dataset(source.name, recipe.run_dir, name, verify=False)
 
 
 def _print_plan(recipe: Recipe, names: Sequence[str], force: Sequence[str], console: Console) -> None:

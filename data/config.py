@@ -1,8 +1,9 @@
 """One entry of a recipe's `data:` list."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 
 class SourceBase(BaseModel):
@@ -32,7 +33,7 @@ class WorldSource(SourceBase):
 
 
 class RowsSource(SourceBase):
-    """What files and hub data sets share: how their rows are read, and which are held out."""
+    """What files, hub data sets and published rows share: how rows are read, and which are held out."""
 
     format: Literal[
         "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
@@ -77,4 +78,26 @@ class HubSource(RowsSource):
     """Commit or tag of the data set, so that a run can be repeated; its newest when absent."""
 
 
-SourceConfig = Annotated[WorldSource | FileSource | HubSource, Field(discriminator="source")]
+class StageSource(RowsSource):
+    """Rows that a stage has published, such as the answers that `generate` samples."""
+
+    source: Literal["stage"]
+    name: str
+    """A section of this recipe whose stage publishes rows, or the directory of such a stage of another run."""
+
+    _folder: Path | None = PrivateAttr(default=None)
+
+    def at(self, folder: Path) -> "StageSource":
+        """The same source with the folder of its rows. Only the run knows where its sections publish."""
+        located = self.model_copy()
+        located._folder = folder
+        return located
+
+    @property
+    def folder(self) -> Path:
+        """Where the rows are."""
+        assert self._folder is not None, "the run locates a stage's rows before they are read"
+        return self._folder
+
+
+SourceConfig = Annotated[WorldSource | FileSource | HubSource | StageSource, Field(discriminator="source")]

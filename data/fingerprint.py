@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.config import FileSource, HubSource, SourceConfig, WorldSource
+from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
 from data.sources import source_files
 from handoff.files import canonical_hash, sha256_file, write_json
 
@@ -13,7 +13,8 @@ _seen: dict[str, str] = {}
 
 
 def label(source: SourceConfig) -> str:
-    """How messages and manifests name a source: `world:chats[train]`, `file:sft/*.jsonl`, `hub:some/name[train]`.
+    """How messages and manifests name a source: `world:chats[train]`, `file:sft/*.jsonl`,
+    `hub:some/name[train]`, `stage:generate`.
 
     Two entries of a recipe that have the same name have the same bytes to read, if not the same settings.
     """
@@ -21,15 +22,17 @@ def label(source: SourceConfig) -> str:
         return f"world:{source.kind}[{source.split}]"
     if isinstance(source, HubSource):
         return f"hub:{source.name}{f'/{source.subset}' if source.subset else ''}[{source.hub_split}]"
+    if isinstance(source, StageSource):
+        return f"stage:{source.name}"
     return f"file:{source.path}"
 
 
 def fingerprint(source: SourceConfig, root: Path | None, cache: Path | None = None) -> tuple[str, str]:
     """(label, sha256 hex) of one source.
 
-    Files: names and bytes. The world: its own settings and the generator's source files. The hub: name, subset, split
-    and revision; without a revision a change on the hub is not seen. `cache`: a JSON file that keeps hashes of files
-    between processes, for data that takes long to read.
+    Files and a stage's rows: names and bytes. The world: its own settings and the generator's source files. The hub:
+    name, subset, split and revision; without a revision a change on the hub is not seen. `cache`: a JSON file that
+    keeps hashes of files between processes, for data that takes long to read.
 
     Raises:
         DataError: the files that the source names are not there.
@@ -56,7 +59,7 @@ def _world_code() -> list[str]:
     return [sha256_file(path) for path in sorted(folder.glob("*.py"))]
 
 
-def _files_hash(source: FileSource, root: Path | None, cache: Path | None) -> str:
+def _files_hash(source: FileSource | StageSource, root: Path | None, cache: Path | None) -> str:
     paths = source_files(source, root)
     known = dict(_seen)
     if cache is not None and cache.is_file():

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from data.config import FileSource, HubSource
+from data.config import FileSource, HubSource, StageSource
 from data.documents import split_documents
 from data.errors import DataError
 from data.records import Origin
@@ -25,7 +25,7 @@ SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 """Kinds of file that can be read, each also with `.gz` behind it."""
 
 
-def read_rows(source: FileSource | HubSource, root: Path | None) -> Iterator[tuple[Row, Origin]]:
+def read_rows(source: FileSource | HubSource | StageSource, root: Path | None) -> Iterator[tuple[Row, Origin]]:
     """All rows of a source in their own order, with the place of each.
 
     Raises:
@@ -44,13 +44,15 @@ def read_rows(source: FileSource | HubSource, root: Path | None) -> Iterator[tup
             raise DataError(f"{name}: is empty; remove it, exclude it, or put its rows back")
 
 
-def source_files(source: FileSource, root: Path | None) -> list[Path]:
-    """The files that a source names, sorted by path, without those excluded.
+def source_files(source: FileSource | StageSource, root: Path | None) -> list[Path]:
+    """The files that a source names, sorted by path, without those excluded; of a stage's rows all files.
 
     Raises:
         DataError: no such file, folder or match; a pattern in `exclude` that matches nothing (a misspelt name would
             let a held-out file into training).
     """
+    if isinstance(source, StageSource):
+        return sorted(path for path in source.folder.iterdir() if path.is_file())
     base = root if root is not None else Path()
     place = base / source.path
     where = f"`path: {source.path}`" + (f" under data_root {root}" if root is not None else "")

@@ -1,9 +1,11 @@
-"""The contract: checks of a model directory at every hand-off. Each violation has its own message with the fix.
+"""The contract: checks of models and rows at every hand-off. Each violation has its own message with the fix.
 
-The checks run before a stage publishes (`check_model`), before the weights of a foreign checkpoint are loaded
-(`check_foreign`), and where two models read the same tokens (`check_same_encoding`).
+The checks run before a stage publishes (`check_model`, `check_rows`), before the weights of a foreign checkpoint are
+loaded (`check_foreign`), and where two models read the same tokens (`check_same_encoding`).
 """
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,8 @@ from handoff.weights import INDEX_NAME, embedding_shape, read_tensors
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"}
 """Suffixes of files that can run code when loaded, or that Baton does not read."""
+ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")
+"""Suffixes of the files that hold published rows."""
 _ARCHITECTURES: tuple[tuple[str, Kind], ...] = (
     ("ForSequenceClassification", "reward_model"),
     ("ForCausalLM", "causal_lm"),
@@ -53,6 +57,40 @@ def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
                 f"{tokenizer.eos_id}; add it to eos_token_id"
             )
     return tokenizer
+
+
+def check_rows(data_dir: Path) -> None:
+    """Checks the rows that a stage is about to publish.
+
+    Raises:
+        HandoffError: no file, a file of another kind, an empty one, or a line that is no JSON object.
+    """
+    names = list_files(data_dir)
+    if not names:
+        raise HandoffError(f"{data_dir}: the stage wrote no rows; a data set has at least one file")
+    for name in names:
+        path = data_dir / name
+        if not name.endswith(ROW_FILES) or "/" in name or name.startswith("."):
+            raise HandoffError(f"{path}: published rows are files {', '.join(ROW_FILES)} in data/ itself")
+        if name.endswith(".parquet"):
+            with path.open("rb") as file:
+                if file.read(4) != b"PAR1":
+                    raise HandoffError(f"{path} is no parquet file")
+            continue
+        number = 0
+        with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not _is_object(line):
+                    raise HandoffError(f"{path}, line {number}: each line of published rows is one JSON object")
+        if not number:
+            raise HandoffError(f"{path} has no rows; a stage that made none publishes nothing")
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def write_pad_token(model_dir: Path, tokenizer: TokenizerRecord) -> None:

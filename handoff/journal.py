@@ -1,4 +1,4 @@
-"""An append-only file of JSON lines that loses none: metrics.jsonl and samples.jsonl.
+"""An append-only file of JSON lines that loses none: metrics.jsonl, samples.jsonl, the answers of `generate`.
 
 While the disk is full, lines wait in memory. The trainer calls `sync` before it commits a state and before it publishes
 a stage, so all lines up to that step are on the disk. Lines lost in a kill belong to later steps, which the resumed run
@@ -57,6 +57,13 @@ class Journal:
                     kept += len(line)
         # Truncating in place cannot lose the kept lines in a kill or on a full disk.
         os.truncate(self.path, kept)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines that are in the file. A last line that a kill has torn is not among them."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            return [json.loads(line) for line in file if line.endswith(b"\n")]
 
     def _write(self) -> None:
         with self.path.open("ab", buffering=0) as file:

@@ -16,7 +16,7 @@ from handoff.errors import HandoffError
 from handoff.files import canonical_hash, read_json
 
 FORMAT_VERSION = 1
-Kind = Literal["tokenizer", "causal_lm", "reward_model", "evaluation"]
+Kind = Literal["tokenizer", "causal_lm", "reward_model", "evaluation", "dataset"]
 MODEL_KINDS: frozenset[Kind] = frozenset({"causal_lm", "reward_model"})
 """Kinds with weights."""
 Metric = float | int | str | None

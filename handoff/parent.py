@@ -1,4 +1,5 @@
-"""Opens and checks a stage's parent: a section of the same run, a checkpoint directory, or a model of the hub.
+"""Opens and checks a stage's parent: a section of the same run, a checkpoint directory, or a model of the hub. Also the
+rows that a section of this or another run has published.
 
 Only safetensors, JSON, jinja and text files of a parent are read, whoever made it.
 """
@@ -24,6 +25,7 @@ _WORDS = {
     "causal_lm": "a language model",
     "reward_model": "a reward model",
     "evaluation": "an evaluation",
+    "dataset": "a data set",
 }
 
 
@@ -50,6 +52,25 @@ class Parent:
         return ParentRecord(path=str(self.path), fingerprint=self.fingerprint, name=self.name, files=self.files)
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """The rows that a stage has published, opened."""
+
+    path: Path
+    """Stage directory."""
+    manifest: Manifest
+
+    @property
+    def data_dir(self) -> Path:
+        """Where the files of rows are."""
+        return self.path / "data"
+
+    def record(self) -> ParentRecord:
+        """For the manifest of a stage that reads the rows."""
+        made = self.manifest
+        return ParentRecord(path=str(self.path), fingerprint=made.fingerprint, name=made.name, files=made.files)
+
+
 def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True) -> Parent:
     """Opens `ref` and checks that a stage may start from it, before a weight is loaded.
 
@@ -65,12 +86,8 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
             contract.
     """
     directory, name = _locate(ref, run_dir)
-    manifest = read_manifest(directory / "stage.json")
+    manifest = _manifest(directory)
     if manifest is None:
-        if (directory / "started.json").exists():
-            raise HandoffError(
-                f"{directory} is unfinished: it was started but not published; {_how_to_make(directory)}"
-            )
         parent = _open_foreign(directory, name, run_dir)
     else:
         parent = _open_published(directory, manifest)
@@ -78,21 +95,59 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
         wanted = " or ".join(_WORDS[kind] for kind in sorted(kinds))
         raise HandoffError(f"{directory} is {_WORDS[parent.kind]}; the parent must be {wanted}")
     if manifest is not None and verify:
-        changes = changes_since_publishing(directory, manifest)
-        if changes:
-            told = ", ".join(f"{file} {change}" for file, change in changes[:3])
-            raise HandoffError(
-                f"{directory} was altered after publishing: {told}{' …' if len(changes) > 3 else ''}; "
-                f"restore it, or {_how_to_make(directory)}"
-            )
+        _check_unaltered(directory, manifest)
     return parent
+
+
+def open_dataset(ref: str, run_dir: Path, reader: str, *, verify: bool = True) -> Dataset:
+    """Opens the rows that `ref` has published.
+
+    Args:
+        ref: a section of the run, or the directory of a stage.
+        run_dir: the run's directory.
+        reader: the section that reads them, for messages.
+        verify: as for `open_parent`.
+
+    Raises:
+        HandoffError: missing, unfinished, altered after publishing, or something else than a data set.
+    """
+    directory, _ = _locate(ref, run_dir)
+    manifest = _manifest(directory)
+    if manifest is None or manifest.kind != "dataset":
+        found = "was not published by a stage" if manifest is None else f"is {_WORDS[manifest.kind]}"
+        raise HandoffError(
+            f"{directory} {found}; `source: stage, name: {ref}` of {reader} has to name a stage that publishes rows. "
+            "Files are read with `source: file`"
+        )
+    if verify:
+        _check_unaltered(directory, manifest)
+    return Dataset(directory, manifest)
+
+
+def _manifest(directory: Path) -> Manifest | None:
+    """The manifest in a directory, None for one that no stage has begun. HandoffError: begun and not published."""
+    manifest = read_manifest(directory / "stage.json")
+    if manifest is None and (directory / "started.json").exists():
+        raise HandoffError(f"{directory} is unfinished: it was started but not published; {_how_to_make(directory)}")
+    return manifest
+
+
+def _check_unaltered(directory: Path, manifest: Manifest) -> None:
+    changes = changes_since_publishing(directory, manifest)
+    if changes:
+        told = ", ".join(f"{file} {change}" for file, change in changes[:3])
+        raise HandoffError(
+            f"{directory} was altered after publishing: {told}{' …' if len(changes) > 3 else ''}; "
+            f"restore it, or {_how_to_make(directory)}"
+        )
 
 
 def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
     """(file, what happened) for every published file in `directory` that no longer matches the manifest."""
     changes = changed_files(directory, manifest.files)
-    # An additional file is a change too: transformers would load an adapter placed beside the weights.
-    present = {f"model/{name}" for name in list_files(directory / "model")}
+    # An additional file is a change too: transformers would load an adapter placed beside the weights, and rows would
+    # be read.
+    present = {f"{folder}/{name}" for folder in ("model", "data") for name in list_files(directory / folder)}
     return changes + [(name, "was added") for name in sorted(present - manifest.files.keys())]
 
 
@@ -125,7 +180,10 @@ def _hashes(run_dir: Path) -> HashCache:
 
 def _open_published(directory: Path, manifest: Manifest) -> Parent:
     if manifest.tokenizer is None:
-        raise HandoffError(f"{directory} is {_WORDS[manifest.kind]}: nothing can start from it")
+        way = (
+            f"; `data: [{{source: stage, name: {manifest.name}}}]` reads its rows" if manifest.kind == "dataset" else ""
+        )
+        raise HandoffError(f"{directory} is {_WORDS[manifest.kind]}: nothing can start from it{way}")
     return Parent(
         path=directory,
         model_dir=directory / "model",
@@ -159,8 +217,8 @@ def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:
         return run_dir / ref, ref
     directory = Path(ref).expanduser()
     if directory.is_dir():
-        # `ref` names a stage's model/ directly; the manifest is one level up.
-        if directory.name == "model" and (directory.parent / "started.json").exists():
+        # `ref` names a stage's model/ or data/ directly; the manifest is one level up.
+        if directory.name in ("model", "data") and (directory.parent / "started.json").exists():
             directory = directory.parent
         return directory, directory.resolve().name
     if "/" not in ref:

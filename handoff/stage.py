@@ -2,6 +2,7 @@
 
     <run>/<stage>/started.json   what the stage depends on (`Inputs`), written by `begin`
     <run>/<stage>/model/         the published model, moved into place by `publish`
+    <run>/<stage>/data/          in its place for a stage that publishes rows (`kind: dataset`)
     <run>/<stage>/stage.json     the manifest, written last: without it the directory is unfinished
 
 A kill between any two lines of `begin` and `publish` leaves the previous published state, or a directory without
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from handoff.contract import check_model, write_pad_token
+from handoff.contract import check_model, check_rows, write_pad_token
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import (
@@ -48,7 +49,7 @@ from handoff.state import StateStore
 PREVIOUS = ".previous"
 MINIMUM_FREE = 64 << 20  # bytes; room for logs and metrics, whatever the model's size
 
-_WRITING, _NEXT, _OLD = ".model-writing", ".stage.json.next", ".model-old"
+_WRITING, _NEXT, _OLD = ".writing", ".stage.json.next", ".old"
 
 
 class StageDir:
@@ -59,6 +60,7 @@ class StageDir:
         self.manifest_path = path / "stage.json"
         self.started_path = path / "started.json"
         self.model_dir = path / "model"
+        self.data_dir = path / "data"
         self.state_dir = path / "state"
         self.metrics_path = path / "metrics.jsonl"
         self.samples_path = path / "samples.jsonl"
@@ -193,7 +195,7 @@ class StageDir:
 
     def publish(
         self,
-        write_model: Callable[[Path], Mapping[str, str] | None] | None,
+        write: Callable[[Path], Mapping[str, str] | None] | None,
         *,
         name: str,
         stage: str,
@@ -213,8 +215,9 @@ class StageDir:
         """Publishes the stage's result atomically.
 
         Args:
-            write_model: writes the model into the empty directory that it is given, and returns {file: SHA-256} of
-                those files that it hashed while it wrote them, if any; None when the stage makes no model.
+            write: writes the model, or the rows of a `dataset`, into the empty directory that it receives, and returns
+                {file: SHA-256} of those files that it hashed while it wrote them, if any; None if the stage makes
+                neither.
             files: names of other files in the stage's directory that are published too, e.g. results.json.
             tokenizer: the record that the written model must have, usually its parent's.
 
@@ -228,10 +231,11 @@ class StageDir:
         writing = self.path / _WRITING
         try:
             record, hashes = None, {}
-            if write_model is not None:
-                record, known = self._written(writing, write_model, kind, tokenizer)
+            target = self.data_dir if kind == "dataset" else self.model_dir
+            if write is not None:
+                record, known = self._written(writing, write, kind, tokenizer)
                 names = list_files(writing)
-                hashes = {f"model/{name}": known.get(name) or sha256_file(writing / name) for name in names}
+                hashes = {f"{target.name}/{name}": known.get(name) or sha256_file(writing / name) for name in names}
             for file in files:
                 fsync_path(self.path / file)
                 hashes[file] = sha256_file(self.path / file)
@@ -254,27 +258,31 @@ class StageDir:
             )
             # Written before the old publication is removed, so that no later step needs disk space.
             write_json(self.path / _NEXT, sealed(manifest))
-        except Exception as error:  # `write_model` may raise any type of error for a full disk
+        except Exception as error:  # `write` may raise any type of error for a full disk
             remove_tree(writing)
             if not disk_is_full(error):
                 raise
             raise HandoffError(
                 f"{self.path}: the disk is full, nothing was published; free some space and run the same command again"
             ) from error
-        self._switch(writing if record else None)
+        self._switch(writing if write else None, target)
         return manifest
 
     def _written(
         self,
         writing: Path,
-        write_model: Callable[[Path], Mapping[str, str] | None],
+        write: Callable[[Path], Mapping[str, str] | None],
         kind: Kind,
         expected: TokenizerRecord | None,
-    ) -> tuple[TokenizerRecord, Mapping[str, str]]:
-        """The tokenizer of what was written, and the hashes that are known."""
+    ) -> tuple[TokenizerRecord | None, Mapping[str, str]]:
+        """Writes, checks and flushes the files. Returns the tokenizer's record (None for rows) and the known hashes."""
         remove_tree(writing)
         writing.mkdir()
-        hashes = write_model(writing) or {}
+        hashes = write(writing) or {}
+        if kind == "dataset":
+            check_rows(writing)
+            fsync_tree(writing)
+            return None, hashes
         write_pad_token(writing, read_tokenizer(writing))
         record = check_model(writing, kind)
         if expected is not None and record != expected:
@@ -285,16 +293,17 @@ class StageDir:
         fsync_tree(writing)
         return record, hashes
 
-    def _switch(self, written: Path | None) -> None:
-        """Removes the old stage.json first and writes the new one last, so that it never describes another model."""
+    def _switch(self, written: Path | None, target: Path) -> None:
+        """Moves `written` to `target`. Removes the old stage.json first and writes the new one last, so that it never
+        describes other files."""
         old = self.path / _OLD
         remove_tree(old)
         self.manifest_path.unlink(missing_ok=True)
         fsync_path(self.path)
-        if self.model_dir.exists():
-            self.model_dir.rename(old)
+        if target.exists():
+            target.rename(old)
         if written is not None:
-            written.rename(self.model_dir)
+            written.rename(target)
         fsync_path(self.path)
         (self.path / _NEXT).rename(self.manifest_path)
         fsync_path(self.path)

@@ -1,5 +1,6 @@
-"""One entry of a recipe's `reward:` list."""
+"""One entry of a recipe's list of rewards: `reward:`, `monitor:` or `scores:`."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -72,6 +73,19 @@ class RewardConfig(BaseModel):
         if self.models is not None:
             return self.models
         return [] if self.model is None else [self.model]
+
+
+def check_rewards(*lists: Sequence[RewardConfig]) -> None:
+    """ValueError when two entries of a list share a name, or when one model is to be read in two ways."""
+    encodings: dict[str, bool] = {}
+    for entries in lists:
+        names = [entry.name for entry in entries]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two rewards of the same name ({', '.join(names)}): give one a `name:` of its own")
+        for entry in entries:
+            for ref in entry.references:
+                if encodings.setdefault(ref, entry.reencode) != entry.reencode:
+                    raise ValueError(f"{ref} is read with `reencode` in one entry and without it in another")
 
 
 def _short(source: str) -> str:

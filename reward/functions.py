@@ -82,8 +82,14 @@ def world_gold(
 def _by_world(
     judge: Callable[[dict[str, Any], str], float], completions: Sequence[str], columns: dict[str, Sequence[Any]]
 ) -> list[float | None]:
+    from data.world.grading import COLUMNS
+
     rows = ({name: values[i] for name, values in columns.items()} for i in range(len(completions)))
-    return [None if r["family"] is None else float(judge(r, c)) for r, c in zip(rows, completions, strict=True)]
+    # Other data may have a column `family`, too.
+    return [
+        float(judge(row, completion)) if all(row.get(name) is not None for name in COLUMNS) else None
+        for row, completion in zip(rows, completions, strict=True)
+    ]
 
 
 # Names for a recipe's `function:`. Each is imported only when a recipe names it, since some need optional packages.

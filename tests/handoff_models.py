@@ -57,6 +57,12 @@ def write_model(
     save_file({"model.embed_tokens.weight": np.full((rows, 2), value, np.float32)}, directory / "model.safetensors")
 
 
+def write_rows(directory: Path, *, value: float = 1.0, rows: int = 2) -> None:
+    """What a stage that publishes rows writes."""
+    lines = [json.dumps({"prompt": str(n), "completion": str(value)}) for n in range(rows)]
+    (directory / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
 def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 

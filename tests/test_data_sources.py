@@ -8,11 +8,11 @@ import json
 import datasets
 import pytest
 
-from data.config import FileSource, HubSource, WorldSource
+from data.config import FileSource, HubSource, StageSource, WorldSource
 from data.documents import TARGET, split_documents
 from data.fingerprint import fingerprint, fingerprints
 from data.load import load
-from data.records import Chat, Origin, Text
+from data.records import Chat, Origin, Prompt, Text
 from data.sources import read_rows
 
 ROWS = [{"prompt": 'a "b", c\nd', "completion": "é"}, {"prompt": "q", "completion": "x" * 200_000}]
@@ -96,7 +96,30 @@ BOOK = (
 )
 
 
-def test_books_lose_gutenbergs_text_and_split_between_paragraphs():
+def test_rows_of_a_stage_are_read_from_the_folder_that_the_run_names(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}], "score": n}
+            for n in range(40)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    (tmp_path / "more.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(row) + "\n" for row in rows[20:]).encode())
+    )
+    source = StageSource(source="stage", name="generate").at(tmp_path)
+    read = list(read_rows(source, tmp_path / "elsewhere"))
+    assert [row for row, _ in read] == rows[20:] + rows[:20]
+    assert read[0][1] == Origin(str(tmp_path / "more.jsonl.gz"), 1)
+    label, digest = fingerprint(source, None)
+    assert label == "stage:generate" and digest == fingerprint(source.at(tmp_path), tmp_path)[1]
+    prompts = load([source], Prompt, None, 0).records
+    assert prompts[0].columns == {"score": 20, "reference": "a"}
+    parts = [
+        {r.messages[0].content for r in load([StageSource(source="stage", name="g", holdout=0.5, split=s).at(tmp_path)],
+                                             Chat, None, 0).records}
+        for s in ("train", "validation", "test")
+    ]  # fmt: skip
+    assert sum(map(len, parts)) == 40 == len(set.union(*parts))
+
+
+def test_books_lose_their_wrapping_and_are_cut_between_paragraphs():
     documents = list(split_documents(BOOK))
     assert len(documents) > 3 and all(TARGET / 2 < len(d) <= TARGET for d in documents[:-1])
     assert all(d.startswith("Paragraph") for d in documents)

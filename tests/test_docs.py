@@ -112,7 +112,7 @@ MISTAKES = {
     "a section to lay over": ("```yaml keys\npppo: {train: {kl_coef: 1.0}}\n```", "no section pppo"),
     "a parent": (
         "```yaml sections\nx: {stage: sft, parent: sftt, data: [{source: world, kind: chats}]}\n```",
-        "sftt is no section",
+        "sftt is not a section",
     ),
     "an entry of data": ("```yaml data\n- {source: file, pth: x}\n```", "path"),
     "an argument of a reward": ("```yaml reward\n- {function: math_equal, args: {tolrance: 1}}\n```", "tolrance"),

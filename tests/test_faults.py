@@ -75,7 +75,7 @@ def test_each_kind_of_difference_is_found(twins):
     state = newest_state(one)
     seen(lambda: alter_weights(state / "model.safetensors"), f"state {state.name}, model.safetensors: ")
     seen(lambda: shutil.rmtree(state), "states [")
-    seen(lambda: (one / ".model-writing").write_text(""), ".model-writing was left behind")
+    seen(lambda: (one / ".writing").write_text(""), ".writing was left behind")
     seen(lambda: (one / "stage.json").unlink(), "it is not published")
     times = [json.dumps({**json.loads(line), "time/step": 9.0}) + "\n" for line in lines]
     (one / "metrics.jsonl").write_text("".join(times))

@@ -72,6 +72,14 @@ def test_lines_are_cut_back_to_a_step_and_a_torn_one_with_them(journal: Journal)
     assert journal.path.read_bytes() == b""
 
 
+def test_a_line_that_a_kill_has_torn_is_not_read(journal: Journal) -> None:
+    assert journal.lines() == []
+    journal.append([{"step": 1}, {"step": 2, "text": "é"}])
+    with journal.path.open("ab") as file:
+        file.write(b'{"step": 3, "te')
+    assert journal.lines() == [{"step": 1}, {"step": 2, "text": "é"}]
+
+
 def test_a_kill_while_it_is_cut_takes_no_line_that_stays(journal: Journal) -> None:
     whole = "".join(f'{{"step": {step}}}\n' for step in range(9))
     journal.path.write_text(whole)

@@ -5,6 +5,7 @@ announce the changes. Another test sends SIGKILL from outside at random times.
 """
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -19,11 +20,11 @@ import pytest
 
 from handoff.errors import HandoffError
 from handoff.files import hash_tree, read_json, write_json
-from handoff.parent import open_parent
+from handoff.parent import open_dataset, open_parent
 from handoff.stage import StageDir
 from handoff.state import StateStore
 from handoff.verify import verify_run
-from tests.handoff_models import inputs, publish, write_model
+from tests.handoff_models import inputs, publish, write_model, write_rows
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
@@ -68,50 +69,61 @@ def restore(directory: Path, copy: Path) -> None:
 
 
 def check_stage(run: Path) -> str:
-    """Checks that the stage is either validly published or plainly unfinished; returns the published model's value."""
+    """Whatever happened: published and true, or plainly unfinished. Says which value was published."""
     assert verify_run(run) == []
     try:
         parent = open_parent("sft", run, {"causal_lm"})
     except HandoffError as error:
+        if "is a data set" in str(error):
+            rows = open_dataset("sft", run, "reader")
+            value = str(rows.manifest.metrics["value"])
+            assert [json.loads(line)["completion"] for line in (rows.data_dir / "rows.jsonl").open()] == [value] * 2
+            return value
         assert "unfinished" in str(error) or "does not exist" in str(error) or "neither" in str(error)
         return "unfinished"
     assert parent.manifest is not None
     return str(parent.manifest.metrics["value"])
 
 
-def publish_value(run: Path, value: float, rate: float = 1.0) -> None:
+def publish_value(run: Path, value: float, rate: float = 1.0, kind: str = "causal_lm") -> None:
+    write = write_rows if kind == "dataset" else write_model
     stage = StageDir(run / "sft")
     stage.begin(inputs(rate=rate))
-    publish(stage, lambda path: write_model(path, value=value), inputs(rate=rate), metrics={"value": str(value)})
+    publish(stage, lambda path: write(path, value=value), inputs(rate=rate), kind=kind, metrics={"value": str(value)})
     stage.close()
 
 
+KINDS = pytest.mark.parametrize(("kind", "folder"), [("causal_lm", "model"), ("dataset", "data")])
+
+
+@KINDS
 @pytest.mark.parametrize("rate", [1.0, 2.0], ids=["same inputs", "other inputs"])
 @pytest.mark.slow
-def test_publishing_over_a_published_stage(tmp_path: Path, rate: float) -> None:
+def test_publishing_over_a_published_stage(tmp_path: Path, rate: float, kind: str, folder: str) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
-    publish_value(copy, 1.0)
+    publish_value(copy, 1.0, kind=kind)
     restore(run, copy)
     seen = set()
-    for _ in killed_before_each_change(lambda: publish_value(run, 2.0, rate)):
+    for _ in killed_before_each_change(lambda: publish_value(run, 2.0, rate, kind)):
         seen.add(check_stage(run))
-        publish_value(run, 3.0, rate)  # the next run finishes from any leftovers
+        publish_value(run, 3.0, rate, kind)  # the next run finishes, whatever the last one left
         assert check_stage(run) == "3.0"
         leftovers = [path.name for path in (run / "sft").iterdir()]
-        assert sorted(leftovers) == [".lock", "model", "stage.json", "started.json"]
+        assert sorted(leftovers) == sorted([".lock", folder, "stage.json", "started.json"])
         restore(run, copy)
     assert seen == {"1.0", "unfinished", "2.0"}
 
 
+@KINDS
 @pytest.mark.slow
-def test_the_first_publishing(tmp_path: Path) -> None:
+def test_the_first_publishing(tmp_path: Path, kind: str, folder: str) -> None:
     run = tmp_path / "run"
     run.mkdir()
     seen = set()
-    for _ in killed_before_each_change(lambda: publish_value(run, 1.0)):
+    for _ in killed_before_each_change(lambda: publish_value(run, 1.0, kind=kind)):
         seen.add(check_stage(run))
-        publish_value(run, 3.0)
-        assert check_stage(run) == "3.0"
+        publish_value(run, 3.0, kind=kind)
+        assert check_stage(run) == "3.0" and (run / "sft" / folder).is_dir()
         shutil.rmtree(run)
         run.mkdir()
     assert seen == {"unfinished", "1.0"}

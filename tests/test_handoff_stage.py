@@ -16,11 +16,11 @@ import handoff.stage
 from handoff.errors import HandoffError
 from handoff.files import hash_tree, read_json
 from handoff.manifest import Manifest, ParentRecord
-from handoff.parent import open_parent
+from handoff.parent import open_dataset, open_parent
 from handoff.stage import StageDir
 from handoff.state import StateStore
 from handoff.verify import verify_run
-from tests.handoff_models import inputs, publish, published, write_model, write_tokenizer
+from tests.handoff_models import inputs, publish, published, write_model, write_rows, write_tokenizer
 
 
 def save_state(stage: StageDir) -> None:
@@ -158,6 +158,78 @@ def test_a_tokenizer_is_published_with_its_record(tmp_path: Path) -> None:
     assert (parent.tokenizer.vocab_size, parent.tokenizer.stop_ids) == (11, [1, 5])
 
 
+# ---- rows
+
+
+def test_published_rows_open_and_verify(tmp_path: Path) -> None:
+    stage = published(tmp_path / "generate", write_rows, kind="dataset")
+    assert names(stage.path) == [".lock", "data", "stage.json", "started.json"]
+    manifest = stage.manifest()
+    assert manifest is not None and manifest.tokenizer is None
+    assert manifest.files == {"data/rows.jsonl": hash_tree(stage.data_dir)["rows.jsonl"]}
+    for ref in ("generate", str(stage.path), str(stage.data_dir)):
+        rows = open_dataset(ref, tmp_path, "sft")
+        assert rows.data_dir == stage.data_dir and rows.record().fingerprint == manifest.fingerprint
+    child = published(tmp_path / "sft", parents={"data:generate": rows.record()}).manifest()
+    assert child is not None and child.parents["data:generate"].path == "generate"
+    assert verify_run(tmp_path) == []
+
+
+def test_rows_that_changed_after_publishing_are_named(tmp_path: Path) -> None:
+    stage = published(tmp_path / "generate", write_rows, kind="dataset")
+    published(tmp_path / "sft", parents={"data:generate": open_dataset("generate", tmp_path, "sft").record()})
+    (stage.data_dir / "more.jsonl").write_text("{}\n")
+    with pytest.raises(HandoffError, match=r"altered after publishing: data/more.jsonl was added"):
+        open_dataset("generate", tmp_path, "sft")
+    assert [(p.stage, p.file) for p in verify_run(tmp_path)] == [("generate", "data/more.jsonl")]
+    (stage.data_dir / "more.jsonl").unlink()
+    stage.begin(inputs())
+    publish(stage, lambda path: write_rows(path, value=2), kind="dataset")
+    stage.close()
+    problems = verify_run(tmp_path)
+    assert [p.stage for p in problems] == ["sft"]
+    assert "data:generate generate: it has changed: data/rows.jsonl" in problems[0].message
+
+
+def test_rows_and_models_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    published(tmp_path / "generate", write_rows, kind="dataset")
+    published(tmp_path / "sft")
+    write_model(tmp_path / "llama")
+    with pytest.raises(HandoffError, match=r"generate is a data set: nothing can start from it; .*name: generate"):
+        open_parent("generate", tmp_path, {"causal_lm"})
+    for ref, found in (("sft", "is a language model"), (str(tmp_path / "llama"), "was not published by a stage")):
+        with pytest.raises(HandoffError, match=f"{ref} {found}; `source: stage, name: {ref}` of sft2 has to name"):
+            open_dataset(ref, tmp_path, "sft2")
+    (tmp_path / "sft" / "stage.json").unlink()
+    with pytest.raises(HandoffError, match="sft is unfinished"):
+        open_dataset("sft", tmp_path, "sft2")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "wrote no rows"),
+        ({"rows.jsonl": b""}, r"rows.jsonl has no rows"),
+        ({"rows.jsonl": b"{}\n[1]\n"}, r"rows.jsonl, line 2: each line of published rows is one JSON object"),
+        ({"rows.jsonl": b"{}\n\xff\n"}, r"rows.jsonl, line 2"),
+        ({"rows.pkl": b"x"}, r"rows.pkl: published rows are files .jsonl, .jsonl.gz, .parquet"),
+        ({"rows.parquet": b"PA"}, r"rows.parquet is no parquet file"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_not_published(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+    stage = StageDir(tmp_path / "generate")
+    stage.begin(inputs())
+
+    def write(folder: Path) -> None:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    with pytest.raises(HandoffError, match=message):
+        publish(stage, write, kind="dataset")
+    assert names(stage.path) == [".lock", "started.json"]
+    stage.close()
+
+
 # ---- begin
 
 
@@ -225,7 +297,7 @@ def test_an_interrupted_setting_aside_is_completed(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_publish_are_removed(tmp_path: Path) -> None:
     stage = published(tmp_path / "sft")
-    for name in (".model-writing", ".model-old"):
+    for name in (".writing", ".old"):
         (stage.path / name).mkdir()
         (stage.path / name / "part").write_text("x")
     (stage.path / ".stage.json.1234.tmp").write_text("x")

@@ -121,7 +121,7 @@ def attributes(files: list[Path]) -> set[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_is_read_by_code(root, stage):
-    files = [*(root / "stages" / stage).rglob("*.py"), *(root / "training").glob("*.py")]
+    files = [*(root / "stages" / stage).rglob("*.py"), *(root / "training").rglob("*.py")]
     for package in ("data", "reward", "rollout"):
         files += (root / package).rglob("*.py")
     read = attributes(files)

@@ -259,6 +259,21 @@ def test_verdict_claims_no_more_than_the_intervals(tmp_path: Path, gold: float, 
     assert ("over-optimisation" in text) == (gold < 0.21), "reward up and gold down has to be called by its name"
 
 
+def test_scores_of_any_name_are_shown_compared_and_grouped(tmp_path: Path) -> None:
+    results = make_results()
+    for model, metrics in results["metrics"].items():
+        own = {"value": 2.0 if model == "ppo" else 1.0, "low": 0.9, "high": 2.1, "n": 400}
+        results["metrics"][model] = {"stop_rate": metrics["stop_rate"], "helpfulness": own}
+    levels = {"hard": {"value": -1.0, "low": None, "high": None}, "easy": {"value": 3.0, "low": None, "high": None}}
+    results["families"] = {level: dict.fromkeys(results["models"], found) for level, found in levels.items()}
+    results["grouped"] = {"column": "level", "metric": "helpfulness"}
+    results["win_rates"] = {"ppo": {**results["win_rates"]["ppo"], "by": "helpfulness"}}
+    page = page_of(make_run(tmp_path, results=results))
+    assert "helpfulness by level" in page.text and "hard" in page.text and "Exact accuracy" not in page.text
+    assert "ppo moved the helpfulness of sft from 1.00 to 2.00 (+1.00), no clear difference" in page.text
+    assert "Helpfulness, ppo" in page.text and "Share of prompts with the better answer, by helpfulness" in page.text
+
+
 def test_several_policies_and_a_parent_from_outside(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     shutil.copytree(run / "ppo", run / "grpo")

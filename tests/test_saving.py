@@ -221,7 +221,7 @@ def test_a_full_disk_at_the_end_loses_nothing(disk, tmp_path, monkeypatch):
         with pytest.raises(HandoffError, match="the disk is full, nothing was published; free some space and run"):
             run_section(recipe, "sft")
     folder = recipe.run_dir / "sft"
-    assert not (folder / "stage.json").exists() and not (folder / ".model-writing").exists()
+    assert not (folder / "stage.json").exists() and not (folder / ".writing").exists()
     (disk / "filler").unlink()
     run_section(recipe, "sft")
     other = stage_recipe("sft", tmp_path / "other", *KEYS)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data.config import SourceConfig
+from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
 
 _LEAST_BF16_RATE = 1e-4
 
@@ -138,8 +138,17 @@ class TrainedModelArguments(ModelArguments):
 class StageConfig(Strict):
     """Keys that every section may have."""
 
+    publishes_rows: ClassVar[bool] = False
+    """Whether the stage publishes rows (`kind: dataset`), which other sections read as data, and no model."""
+
     stage: str = ""
     """The stage package that runs the section; by default the one with the section's name."""
+
+    def sources(self) -> list[SourceConfig]:
+        """Every data source that the section names, under whichever key."""
+        kinds = WorldSource | FileSource | HubSource | StageSource
+        lists = (value for _, value in self if isinstance(value, list))
+        return [source for entries in lists for source in entries if isinstance(source, kinds)]
 
 
 class TrainedStageConfig(StageConfig):

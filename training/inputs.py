@@ -6,14 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.config import FileSource, HubSource, SourceConfig, WorldSource
+from data.config import StageSource
 from data.fingerprint import fingerprints
 from handoff.errors import HandoffError
 from handoff.files import canonical_hash, sha256_file
 from handoff.manifest import MODEL_KINDS, Inputs
-from handoff.parent import open_parent
+from handoff.parent import open_dataset, open_parent
 from handoff.stage import StageDir
-from training.recipe import Recipe, Section
+from training.recipe import DATA_ROLE, Recipe, Section
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NAMED = re.compile(r"[a-z_]+(\.[a-z_]+)+:\w+")
@@ -41,29 +41,29 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
         DataError: a data source does not exist.
     """
     section = recipe.sections[name]
-    parents = {ref: _parent_fingerprint(recipe, ref) for ref in section.parents.values()}
+    parents = {ref: _parent_fingerprint(recipe, ref, role, name) for role, ref in section.parents.items()}
     for model in present_soft_parents(recipe, section):
-        parents[model] = _parent_fingerprint(recipe, model)
+        parents[model] = _parent_fingerprint(recipe, model, "model", name)
     keys = _without(section.config.model_dump(mode="json"))
     return Inputs(
         recipe={**{key: value for key, value in keys.items() if key not in _DEMANDS}, "stage": section.stage},
         parents=parents,
-        data=fingerprints(sources(section), recipe.data_root),
+        # The rows of another stage are among the parents.
+        data=fingerprints([s for s in section.config.sources() if not isinstance(s, StageSource)], recipe.data_root),
         code=code_fingerprint(section.stage),
         seed=recipe.seed,
         demands={key: value for key, value in keys.items() if key in _DEMANDS},
     )
 
 
-def sources(section: Section) -> list[SourceConfig]:
-    """Every data source that the section names, under whichever key."""
-    values = (value for _, value in section.config if isinstance(value, list))
-    return [source for value in values for source in value if isinstance(source, WorldSource | FileSource | HubSource)]
-
-
 def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
-    """Sections that `section` would look at and that have been published, in the recipe's order."""
-    return [name for name in section.soft_parents if StageDir(recipe.run_dir / name).manifest() is not None]
+    """What `section` looks at where it exists, in the recipe's order: sections that have been published, and
+    checkpoints of elsewhere."""
+    return [
+        ref
+        for ref in dict.fromkeys(section.soft_parents)
+        if ref not in recipe.sections or StageDir(recipe.run_dir / ref).manifest() is not None
+    ]
 
 
 @cache
@@ -110,7 +110,7 @@ def _imported(file: Path) -> list[Path]:
     return files
 
 
-def _parent_fingerprint(recipe: Recipe, ref: str) -> str:
+def _parent_fingerprint(recipe: Recipe, ref: str, role: str, reader: str) -> str:
     if ref in recipe.sections:
         manifest = StageDir(recipe.run_dir / ref).manifest()
         if manifest is None:
@@ -118,6 +118,8 @@ def _parent_fingerprint(recipe: Recipe, ref: str) -> str:
                 f"{recipe.run_dir / ref}: not published yet; make it with `baton run {recipe.path} --to {ref}`"
             )
         return manifest.fingerprint
+    if role.startswith(DATA_ROLE):
+        return open_dataset(ref, recipe.run_dir, reader, verify=False).manifest.fingerprint
     kinds: set[str] = {"tokenizer", *MODEL_KINDS}
     return open_parent(ref, recipe.run_dir, kinds, verify=False).fingerprint
 

@@ -11,6 +11,7 @@
 
 The `Config` in `stages/<stage>/config.py` defines a section's keys, and the function `parents` there its parents (see
 `training/registry.py`). A parent is a section, a checkpoint directory, or a model id of the hub, `organisation/name`.
+A section whose rows are read as data (`source: stage`) is a parent, too.
 
 Overrides, `section.key.key=value`, follow the same rules as the file. The value is YAML, and a number names an entry of
 a list (`sft.data.0.size=100`). All mistakes in a recipe are reported together, in one `RecipeError`.
@@ -25,6 +26,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from data.config import StageSource
 from handoff.errors import UserError
 from training.config import StageConfig, Strict
 from training.recipe_errors import Translator
@@ -41,6 +43,8 @@ from training.registry import Registry
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DATA_ROLE = "data:"
+"""Begins the roles of parents whose rows a section reads: `data:generate`."""
 _RESERVED_SECTIONS = ("logs", "stages", "name", "seed", "data_root", "output_root")
 
 
@@ -73,7 +77,8 @@ class Section:
     config: Any
     """An instance of that package's `config.Config`."""
     parents: dict[str, str]
-    """Role -> section, checkpoint directory or hub id. They are required; sections among them run first."""
+    """Role -> section, checkpoint directory or hub id. They are required; sections among them run first. The role of a
+    stage whose rows are read is `data:` and its name."""
     soft_parents: list[str]
     """Sections that run before this one if they run at all; not required."""
     resolved: dict[str, Any]
@@ -241,6 +246,7 @@ class _Loader:
             self.document.complain(("name",), f"'{top.name}' cannot name a folder: letters, digits, - and _ only")
         for section in sections.values():
             self._check_references(section, list(given or {}))
+            self._check_kinds(section, sections)
         self._check_cycles(sections)
         _refuse(self.document)
         assert isinstance(top, TopLevel)
@@ -292,7 +298,8 @@ class _Loader:
             name=name,
             stage=stage,
             config=config,
-            parents=self.registry.parents(stage, config),
+            parents=self.registry.parents(stage, config)
+            | {f"{DATA_ROLE}{s.name}": s.name for s in config.sources() if isinstance(s, StageSource)},
             soft_parents=self.registry.soft_parents(stage, config),
             resolved=resolved,
             provenance={".".join(map(str, p)): self._source((*where, *p)) for p in leaves(resolved)},
@@ -312,15 +319,38 @@ class _Loader:
         return length == len(path) or not isinstance(value, dict | list)
 
     def _check_references(self, section: Section, names: Sequence[str]) -> None:
-        for ref in [*section.parents.values(), *section.soft_parents]:
+        for role, ref in [*section.parents.items(), *(("", ref) for ref in section.soft_parents)]:
+            rows = role.startswith(DATA_ROLE)
             if ref == section.name:
-                self.document.complain(_find(section, ref), "a stage cannot start from itself")
-            elif ref not in names and not Path(ref).expanduser().is_dir() and not _is_hub_id(ref):
-                hint = did_you_mean(ref, names) or _among(names)
-                message = (
-                    f"{ref} is not a section of this recipe, an existing folder or a hub id (organisation/name){hint}"
+                self.document.complain(
+                    _find(section, ref), "a stage cannot " + ("read its own rows" if rows else "start from itself")
                 )
-                self.document.complain(_find(section, ref), message)
+            elif ref not in names and not Path(ref).expanduser().is_dir() and (rows or not _is_hub_id(ref)):
+                hint = did_you_mean(ref, names) or _among(names)
+                kinds = (
+                    "is not a section of this recipe or an existing folder"
+                    if rows
+                    else "is not a section of this recipe, an existing folder or a hub id (organisation/name)"
+                )
+                self.document.complain(_find(section, ref), f"{ref} {kinds}{hint}")
+
+    def _check_kinds(self, section: Section, sections: Mapping[str, Section]) -> None:
+        """Rows are read from sections that publish rows, and nothing else starts from those."""
+        refs = [*section.parents.items(), *(("", ref) for ref in section.soft_parents)]
+        for role, other in ((role, sections[ref]) for role, ref in refs if ref in sections and ref != section.name):
+            rows = role.startswith(DATA_ROLE)
+            if rows and not other.config.publishes_rows:
+                makers = [name for name, one in sections.items() if one.config.publishes_rows and name != section.name]
+                hint = f"; {', '.join(makers)} of this recipe does" if makers else ""
+                message = f"{section.name} reads the rows of {other.name}, and stage {other.stage} publishes none{hint}"
+            elif not rows and other.config.publishes_rows:
+                message = (
+                    f"{other.name} publishes rows, and {section.name} needs a model here; rows are read under `data`: "
+                    f"{{source: stage, name: {other.name}}}"
+                )
+            else:
+                continue
+            self.document.complain(_find(section, other.name), message)
 
     def _check_cycles(self, sections: Mapping[str, Section]) -> None:
         graph = {
@@ -346,7 +376,7 @@ class _Loader:
 
 def _find(section: Section, ref: str) -> KeyPath:
     """The key path of a reference in a section."""
-    for path in leaves(section.resolved):
+    for path in leaves({key: value for key, value in section.resolved.items() if key != "stage"}):
         value: Any = section.resolved
         for part in path:
             value = value[part]

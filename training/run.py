@@ -22,13 +22,13 @@ from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
 from handoff.journal import Journal
 from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest
-from handoff.parent import Parent, open_parent
+from handoff.parent import Dataset, Parent, open_dataset, open_parent
 from handoff.stage import StageDir
 from training import engines
 from training.engines.launch import is_main
 from training.engines.protocol import Engine
 from training.inputs import present_soft_parents, stage_inputs
-from training.recipe import Recipe, RecipeError, load_recipe
+from training.recipe import DATA_ROLE, Recipe, RecipeError, load_recipe
 from training.signals import Signals, Stopped
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Run:
         self.signals = signals
         self._started = time.time()
         self._parents: dict[str, Parent] = {}
+        self._datasets: dict[str, Dataset] = {}
         self._data: dict[str, Any] = {}
         self._metrics, self._samples = Journal(self.dir.metrics_path), Journal(self.dir.samples_path)
         self._mirror: Any = None
@@ -91,9 +92,23 @@ class Run:
         """Reads records. `account` has to follow once they are encoded, since encoding may drop rows too."""
         from data.load import load
 
-        loaded = load(sources, want, self.recipe.data_root, self.seed)
+        loaded = load(self._located(sources), want, self.recipe.data_root, self.seed)
         self._data.setdefault("fingerprints", {}).update(loaded.fingerprints)
         return loaded
+
+    def _located(self, sources: Sequence["SourceConfig"]) -> "list[SourceConfig]":
+        """The sources with the folders of those that are rows of stages; these become parents in the manifest."""
+        from data.config import StageSource
+
+        located: list[SourceConfig] = []
+        for source in sources:
+            if isinstance(source, StageSource):
+                name = source.name
+                rows = self.engine.on_main(lambda name=name: open_dataset(name, self.recipe.run_dir, self.section.name))
+                self._datasets[f"{DATA_ROLE}{source.name}"] = rows
+                source = source.at(rows.data_dir)
+            located.append(source)
+        return located
 
     def account(self, loaded: "Loaded[R]", label: str = "data", max_drop_fraction: float = 1.0) -> None:
         """Prints what became of the rows, keeps it for the manifest, and refuses when too many were dropped.
@@ -147,7 +162,7 @@ class Run:
     def publish(
         self,
         kind: Kind,
-        write_model: "Callable[[Path | None], Written | None] | None",
+        write: "Callable[[Path | None], Written | None] | None",
         metrics: dict[str, Any],
         extra: dict[str, Any] | None = None,
         files: Sequence[str] = (),
@@ -157,8 +172,8 @@ class Run:
 
         Args:
             kind: of what is published.
-            write_model: writes the model into a directory (`Model.write`); called on every process, with None on those
-                that do not write.
+            write: writes the model (`Model.write`) or the rows into a directory; called on every process, with None on
+                those that do not write.
             metrics: for the manifest.
             extra: what children need beyond the weights.
             files: names of other files in the stage's directory that are published too.
@@ -166,26 +181,26 @@ class Run:
         """
         metrics = {**metrics, "time/total": round(time.time() - self._started, 2)}
 
-        def write(path: Path) -> dict[str, str]:
-            assert write_model is not None
-            written = write_model(path)
-            if written is None:
+        def written(path: Path) -> dict[str, str]:
+            assert write is not None
+            done = write(path)
+            if done is None:
                 return {}
-            if written.changed is not None:
-                metrics["weights/changed"] = written.changed
-                self.log(step, {"weights/changed": written.changed})
+            if done.changed is not None:
+                metrics["weights/changed"] = done.changed
+                self.log(step, {"weights/changed": done.changed})
                 self.sync()
-            return written.hashes
+            return done.hashes
 
         if self.is_main:
             self.sync()
             self.dir.publish(
-                None if write_model is None else write,
+                None if write is None else written,
                 files=list(files),
                 name=self.section.name,
                 stage=self.section.stage,
                 kind=kind,
-                parents={role: parent.record() for role, parent in self._parents.items()},
+                parents={role: parent.record() for role, parent in {**self._parents, **self._datasets}.items()},
                 inputs=self._inputs,
                 recipe=self.section.resolved,
                 data=self._data,
@@ -197,8 +212,8 @@ class Run:
                 tokenizer=self._parents["parent"].tokenizer if "parent" in self._parents else None,
             )
             self._announce(self.dir.manifest())
-        elif write_model is not None:
-            write_model(None)
+        elif write is not None:
+            write(None)
         self.engine.barrier()
 
     def _announce(self, manifest: Manifest | None) -> None:

@@ -36,7 +36,14 @@ class WinRate(Estimate):
 
     over: str
     by: str = ""
-    """What decided which answer is better: the gold score or the learned reward."""
+    """The metric that decided which answer is better."""
+
+
+class Grouped(BaseModel):
+    """What `families` shows: one metric for each value of a column of the prompts."""
+
+    column: str = "family"
+    metric: str = "accuracy"
 
 
 class Sample(BaseModel):
@@ -48,11 +55,12 @@ class Sample(BaseModel):
 
 
 class Results(BaseModel):
-    """An evaluation's results.json. Rates and accuracies are shares in [0, 1]."""
+    """An evaluation's results.json. Rates and accuracies are shares in [0, 1]; other scores have units of their own."""
 
     models: list[str]
     metrics: dict[str, dict[str, Estimate]] = {}
     families: dict[str, dict[str, Estimate]] = {}
+    grouped: Grouped | None = None
     win_rates: dict[str, WinRate] = {}
     samples: list[Sample] = []
     bits_per_byte: dict[str, Estimate] = {}

@@ -7,8 +7,10 @@ not overlap, which is stricter than a test of the difference.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from baton.report.collect import Estimate, Results, RunData, Stage, WinRate
+from baton.report.collect import Estimate, Grouped, Results, RunData, Stage, WinRate
 from baton.report.text import number, percent, short
+
+_NO_SCORES = ("stop_rate", "length_tokens", "kl", "bits_per_byte")
 
 # metric -> (heading, what it is, better: 1 higher, -1 lower, 0 neither)
 _METRICS = {
@@ -65,9 +67,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Heat:
-    """One family: a cell per model, with the share in percent for its colour."""
+    """One group of prompts: a cell per model, with its place on the table's scale in percent for its colour."""
 
-    family: str
+    group: str
     cells: list[tuple[str, str, float] | None]
     """(value, interval, percent)"""
 
@@ -90,13 +92,18 @@ def metric_table(results: Results) -> Table:
     names = [n for n in _METRICS if any(n in m for m in measured.values())]
     names += sorted({name for metrics in measured.values() for name in metrics} - set(_METRICS))
     cells = {name: _column(name, {model: m[name] for model, m in measured.items() if name in m}) for name in names}
-    columns = [Column(*_METRICS.get(name, (name, "", 0))[:2]) for name in names]
+    columns = [Column(*_metric(name)[:2]) for name in names]
     rows = [Row(model, [cells[name].get(model) for name in names]) for model in results.models]
     return Table(columns, rows)
 
 
+def _metric(name: str) -> tuple[str, str, int]:
+    """(heading, what it is, better); a metric that is not known here is a score of the recipe, and more is better."""
+    return _METRICS.get(name, (name, "a score of the recipe", 1))
+
+
 def _column(metric: str, found: Mapping[str, Estimate]) -> dict[str, Cell]:
-    sign = _METRICS.get(metric, ("", "", 0))[2]
+    sign = _metric(metric)[2]
     ends = [end for e in found.values() for end in (e.value, e.low, e.high) if end is not None]
     low, high = min(ends), max(ends)
     if sign and len(found) > 1:
@@ -132,15 +139,31 @@ def interval(estimate: Estimate) -> str:
     return f"{number(estimate.low)} to {number(estimate.high)}"
 
 
+def heat_title(results: Results) -> str:
+    """`Exact accuracy by family`."""
+    grouped = results.grouped or Grouped()
+    return f"{_METRICS.get(grouped.metric, (grouped.metric,))[0]} by {grouped.column}"
+
+
 def heat_table(results: Results) -> list[Heat]:
-    """Accuracy of each model in each family, the families in the evaluation's order."""
+    """One metric of each model in each group of prompts, the groups in the evaluation's order.
+
+    The colours' scale goes from 0 to 1, or as far as the values do where some are beyond that.
+    """
+    values = [e.value for models in results.families.values() for e in models.values()]
+    low, high = min([0.0, *values]), max([1.0, *values])
     rows = []
-    for family, models in results.families.items():
-        cells = []
-        for model in results.models:
-            e = models.get(model)
-            cells.append((number(e.value), interval(e), round(100 * min(1.0, max(0.0, e.value)), 1)) if e else None)
-        rows.append(Heat(family, cells))
+    for group, models in results.families.items():
+        found = [models.get(model) for model in results.models]
+        rows.append(
+            Heat(
+                group,
+                [
+                    (number(e.value), interval(e), round(100 * (e.value - low) / (high - low), 1)) if e else None
+                    for e in found
+                ],
+            )
+        )
     return rows
 
 
@@ -154,8 +177,21 @@ def wins(results: Results) -> list[Win]:
 
 def judges(results: Results) -> str:
     """The judge of the win rates, in words."""
-    names = {"gold": "gold score", "reward": "learned reward"}
-    return named(sorted({names.get(win.by, win.by) for win in results.win_rates.values() if win.by}))
+    return named(sorted({score_name(win.by) for win in results.win_rates.values() if win.by}))
+
+
+def score_name(metric: str) -> str:
+    """The name of a score within a sentence."""
+    return {"gold": "gold score", "reward": "learned reward", "accuracy": "exact accuracy"}.get(metric, metric)
+
+
+def main_score(results: Results, model: str, parent: str) -> str | None:
+    """The score by which a model is compared with its parent: the first that both have of the gold score, what decided
+    wins, the learned reward, accuracy, and the recipe's others. None where they have none in common."""
+    shared = results.metrics[model].keys() & results.metrics[parent].keys()
+    judged = [results.win_rates[model].by] if model in results.win_rates else []
+    others = [name for name in results.metrics[model] if name not in _NO_SCORES]
+    return next((name for name in ("gold", *judged, "reward", "accuracy", *others) if name in shared), None)
 
 
 def _win_sentence(model: str, win: WinRate) -> str:
@@ -186,8 +222,10 @@ def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
                 found.append((stage, parent))
 
     def gain(pair: tuple[Stage, str]) -> float:
-        after, before = results.metrics[pair[0].name], results.metrics[pair[1]]
-        return after["gold"].value - before["gold"].value if "gold" in after and "gold" in before else 0.0
+        metric = main_score(results, pair[0].name, pair[1])
+        if metric is None:
+            return 0.0
+        return results.metrics[pair[0].name][metric].value - results.metrics[pair[1]][metric].value
 
     return sorted(found, key=gain, reverse=True)
 
@@ -196,7 +234,9 @@ def verdict(run: RunData, results: Results) -> list[str]:
     """The effect of alignment and tuning, in one or two sentences per model; the first one is the headline."""
     sentences = []
     for stage, parent in gains(run, results):
-        sentences.append(_gain_sentence(stage, results.metrics[stage.name], parent, results.metrics[parent]))
+        metric = main_score(results, stage.name, parent)
+        after, before = results.metrics[stage.name], results.metrics[parent]
+        sentences.append(_gain_sentence(stage, metric, after, parent, before))
         win = results.win_rates.get(stage.name)
         if win:
             sentences.append(_win_report(stage.name, win))
@@ -208,12 +248,13 @@ def verdict(run: RunData, results: Results) -> list[str]:
     return sentences
 
 
-def _gain_sentence(stage: Stage, after: Mapping[str, Estimate], parent: str, before: Mapping[str, Estimate]) -> str:
-    metric = next((m for m in ("gold", "reward", "accuracy") if m in after and m in before), None)
+def _gain_sentence(
+    stage: Stage, metric: str | None, after: Mapping[str, Estimate], parent: str, before: Mapping[str, Estimate]
+) -> str:
     if metric is None:
         return f"{stage.name} was evaluated beside {parent}, without a score that both have."
     new, old = after[metric], before[metric]
-    name = {"gold": "gold score", "reward": "learned reward", "accuracy": "exact accuracy"}[metric]
+    name = score_name(metric)
     change = f"from {short(old.value)} to {short(new.value)} ({short(new.value - old.value, signed=True)})"
     if new.value == old.value:
         sentence = f"{stage.name} left the {name} of {parent} at {short(old.value)}"

@@ -194,10 +194,13 @@ def tiles(run: RunData) -> list[Tile]:
     for results in all_results(run):
         for stage, parent in evaluation.gains(run, results):
             after, before = results.metrics[stage.name], results.metrics[parent]
-            if "gold" in after and "gold" in before:
-                gain = after["gold"].value - before["gold"].value
+            metric = evaluation.main_score(results, stage.name, parent)
+            if metric is not None:
+                gain = after[metric].value - before[metric].value
                 kl = f", {short(after['kl'].value)} nats away" if "kl" in after else ""
-                found.append(Tile(f"Gold score, {stage.name}", short(gain, signed=True), f"over {parent}{kl}"))
+                name = evaluation.score_name(metric)
+                label = f"{name[0].upper()}{name[1:]}, {stage.name}"
+                found.append(Tile(label, short(gain, signed=True), f"over {parent}{kl}"))
             win = results.win_rates.get(stage.name)
             if win:
                 found.append(Tile(f"Wins, {stage.name}", percent(win.value), f"over {win.over}"))

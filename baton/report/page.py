@@ -66,6 +66,7 @@ def _evaluation(stage: Stage) -> dict[str, Any]:
         "models": stage.results.models,
         "table": evaluation.metric_table(stage.results),
         "heat": evaluation.heat_table(stage.results),
+        "heat_title": evaluation.heat_title(stage.results),
         "wins": evaluation.wins(stage.results),
         "judges": evaluation.judges(stage.results),
         "samples": stage.results.samples,

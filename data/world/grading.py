@@ -29,6 +29,10 @@ _CLAIMS: dict[str, tuple[str, ...]] = {
 }
 
 
+COLUMNS = ("family", "answer", "lead", "end")
+"""What a prompt of the world has, and what makes it one."""
+
+
 def columns(task: Task) -> dict[str, Any]:
     """The values of a task that a checker needs, as plain JSON."""
     return {"family": task.family, "answer": task.answer, "lead": task.lead, "end": task.end}

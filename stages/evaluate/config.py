@@ -1,8 +1,11 @@
 """The section of a recipe that the evaluation stage reads."""
 
-from pydantic import Field
+from typing import Literal, Self, TypeAlias
+
+from pydantic import Field, model_validator
 
 from data.config import SourceConfig
+from reward.config import RewardConfig, check_rewards
 from training.config import ModelArguments, StageConfig
 from training.declaration import Declaration, HeldModel
 
@@ -13,24 +16,55 @@ DECLARATION = Declaration(
     missing="no evaluation, so no intervals, win rates or answers side by side",
 )
 
+Answering: TypeAlias = Literal["greedy", "sampled"]
+MEASURED = ("stop_rate", "length_tokens", "kl", "bits_per_byte")
+"""Metrics that are measured without being asked for."""
+
+
+class ScoreConfig(RewardConfig):
+    """A score, reported under its name: an entry like those of the RL stages' `reward`, and the answers it is for."""
+
+    on: Literal["greedy", "sampled", "both"] = "sampled"
+    """On which answers it is measured. `both` reports `<name>_greedy` and `<name>_sampled`."""
+
+    @model_validator(mode="after")
+    def _has_no_weight(self) -> Self:
+        if "weight" in self.model_fields_set:
+            raise ValueError("`weight` is for sums; an evaluation reports every score by itself")
+        return self
+
+    @property
+    def metrics(self) -> dict[Answering, str]:
+        """The answers that it is measured on, and the name of the metric there."""
+        if self.on == "both":
+            return {"greedy": f"{self.name}_greedy", "sampled": f"{self.name}_sampled"}
+        return {self.on: self.name}
+
 
 class Config(StageConfig):
     """The same prompts for every model; those of `models` that the run has not made are left out, and said."""
 
+    refused = dict.fromkeys(("reward",), "scores are a list: `scores: [{model: NAME, reencode: true}]`")
+
     models: list[str] = Field(min_length=1)
-    """Sections of this recipe, in the order of the table."""
+    """Sections of this recipe, checkpoint directories, or model ids of the hub, in the order of the table."""
     data: list[SourceConfig] = Field(min_length=1)
-    """Held-out prompts. The embedded world's are graded; others are scored by `reward` alone."""
+    """Held-out prompts."""
     text: list[SourceConfig] = Field(default_factory=list)
     """Held-out documents, for bits per byte."""
-    reward: str | None = None
-    """A reward-model section whose score is reported, and decides wins where nothing is graded."""
+    scores: list[ScoreConfig] = Field(default_factory=list)
+    """What the answers are scored by. Each entry is a metric; one whose model the run has not made is left out."""
+    wins: str | None = None
+    """The metric among `scores` that decides which of a model's and its parent's answers is better."""
+    group_by: str | None = None
+    """Column of the prompts by whose values the first metric of `scores` is reported as well; by default `family`,
+    where the prompts have it."""
     max_prompt_length: int = Field(default=256, ge=1)
     """Longer prompts are dropped and counted."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Tokens of an answer, at most."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the sampled answers, on which gold, reward, KL and wins are measured. Accuracy and stopping are greedy."""
+    """Of the sampled answers, on which KL is measured as well. The stop rate is that of the greedy ones."""
     context_length: int = Field(default=512, ge=2)
     """Tokens that a document's token is predicted from, at most."""
     batch_size: int = Field(default=64, ge=1)
@@ -40,6 +74,26 @@ class Config(StageConfig):
     model_args: ModelArguments = Field(default_factory=ModelArguments)
     """How the weights are loaded."""
 
+    @model_validator(mode="after")
+    def _names_are_metrics(self) -> Self:
+        check_rewards(self.scores)
+        names = self.metrics
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two scores give the metric {name}: give one of them another `name:`")
+            if name in MEASURED:
+                raise ValueError(f"{name} is measured anyway, as something else: give the score another `name:`")
+        if self.wins is not None and self.wins not in names:
+            raise ValueError(f"wins: {self.wins} is no metric of `scores`; there are {', '.join(names) or 'none'}")
+        if self.group_by is not None and not names:
+            raise ValueError("`group_by` is not read without `scores`")
+        return self
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics of `scores`, in their order."""
+        return [name for entry in self.scores for name in entry.metrics.values()]
+
 
 def parents(config: Config) -> dict[str, str]:
     """None is needed: what is there is evaluated."""
@@ -47,11 +101,12 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def soft_parents(config: Config) -> list[str]:
-    """Sections that are looked at where they exist."""
-    return [*config.models, *([config.reward] if config.reward is not None else [])]
+    """Models that are looked at where they exist."""
+    return [*config.models, *(ref for entry in config.scores for ref in entry.references)]
 
 
 def models(config: Config) -> list[HeldModel]:
     """What the section holds in memory, one policy at a time."""
-    scorer = [] if config.reward is None else [HeldModel("reward", config.reward)]
-    return [*(HeldModel("policy", name, note="one at a time") for name in config.models), *scorer]
+    scorers = dict.fromkeys(ref for entry in config.scores for ref in entry.references)
+    policies = [HeldModel("policy", name, note="one at a time") for name in config.models]
+    return [*policies, *(HeldModel("reward", ref) for ref in scorers)]

@@ -28,6 +28,15 @@ def proportion(values: Sequence[bool]) -> Estimate:
     return Estimate(value=share, low=max(0.0, min(share, low)), high=min(1.0, max(share, high)), n=n)
 
 
+def estimate(values: Sequence[float | None], seed: int, *, binary: bool) -> Estimate | None:
+    """The mean of what is not None: a proportion where all scores are 0 or 1 (`binary`), else with the bootstrap.
+    None where no value is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return proportion([value == 1 for value in known]) if binary else mean(known, seed)
+
+
 def mean(values: Sequence[float], seed: int) -> Estimate:
     """Mean with the percentile bootstrap's interval (Efron 1979), resampled with keyed random numbers."""
     data = np.asarray(values, dtype=np.float64)

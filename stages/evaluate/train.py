@@ -2,14 +2,14 @@
 
     python -m stages.evaluate recipes/tiny.yaml
 
-Greedy answers give accuracy and stop rate. Answers sampled with the same random numbers for every model give the gold
-score (the embedded world's, which no other stage may read), the learned reward, the KL from the parent, and wins over
-it. Held-out documents give bits per byte. Writes results.json beside the manifest.
+The recipe's `scores` are measured on either kind of answers: verifiers, reward models, judges, functions. Sampled
+answers use the same random numbers for every model; on them the KL from the parent is measured, too. Held-out documents
+give bits per byte. Writes results.json beside the manifest: each metric with its 95 % interval, the first one by group,
+and how often a model's answer is better than its parent's.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,93 +17,83 @@ from transformers import PreTrainedModel
 
 from data.encode import EncodedPrompt, Encoder, encode_prompts
 from data.records import Prompt, Text
-from data.world import correct, gold
 from handoff.errors import HandoffError
 from handoff.files import write_json
 from handoff.parent import Parent
+from reward.compose import Answers
 from reward.learned import LearnedReward
 from rollout.batch import pad_batch
 from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
 from rollout.sampling import Completion, SamplingSpec
-from stages.evaluate.config import Config
-from stages.evaluate.statistics import Estimate, mean, proportion
+from stages.evaluate import tables
+from stages.evaluate.config import Answering, Config, ScoreConfig
+from stages.evaluate.tables import Answered
 from training.model import Model, load_encoder
+from training.recipe import RecipeError
+from training.rewards import Scorer, load_rewards
 from training.run import Run
-
-
-@dataclass
-class Answered:
-    """One model's answers to all prompts, in the prompts' order; `rewards` and `kl` where they could be had."""
-
-    greedy: list[Completion]
-    greedy_texts: list[str]
-    sampled: list[Completion]
-    texts: list[str]
-    rewards: list[float] | None = None
-    kl: list[float] | None = None
 
 
 def train(run: Run) -> None:
     """Runs the stage (it trains nothing; every stage's entry has this name)."""
     config: Config = run.config
     present = run.present_parents()
-    parents = {name: present[name] for name in config.models if name in present}
-    for name in config.models:
-        if name not in parents:
-            run.console.print(f"  {name}: not in this run, left out", markup=False)
-    if not parents:
-        raise HandoffError(
-            f"{run.recipe.run_dir}: none of {', '.join(config.models)} has been published; make one with `baton run`"
-        )
+    parents = _models(run, present)
+    entries = _entries(run, present)
 
     # The prompts are encoded for each model by its own encoder: a foreign model keeps its own template.
     loaded = run.load(config.data, Prompt)
     documents = run.load(config.text, Text) if config.text else None
-    graded = all("family" in record.columns for record in loaded.records)
     first = load_encoder(next(iter(parents.values())))
     prompts = encode_prompts(loaded.records, first, config.max_prompt_length, loaded.accounting)
     run.account(loaded, "prompts")
     if documents is not None:
         run.account(documents, "documents")
+    column, keys = _groups(run, prompts)
+    scorers = _scorers(run, entries, present, list(parents.values()), prompts)
 
     answered: dict[str, Answered] = {}
     bits_per_byte: dict[str, dict[str, float]] = {}
+    origins: dict[str, str] = {}
     with run.progress(len(parents) * len(prompts) * 2, "evaluate") as advance:
         for name, parent in parents.items():
             encoder = load_encoder(parent)
+            ids = [encoder.prompt(p.record.messages) for p in prompts]
             model = Model.load(run.engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
             with model.whole() as module:
-                answered[name] = _answer(run, config, module, encoder, prompts, advance)
+                answered[name] = _answer(run, module, encoder, ids, advance)
                 if documents is not None:
                     texts = [record.text for record in documents.records]
                     bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, config)}
             del model, module
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
             if origin is not None and origin.name in answered:
+                origins[name] = origin.name
                 other = parents[origin.name]
                 reference = Model.load(run.engine, other, "reference", encoder, config.model_args, bf16=False).freeze()
-                ids = [encoder.prompt(p.record.messages) for p in prompts]
                 with reference.whole() as module:
                     logp = _logprobs(module, ids, answered[name].sampled, encoder.pad_id, config)
                 answered[name].kl = [sum(c.logprobs) - lp for c, lp in zip(answered[name].sampled, logp, strict=True)]
                 del reference, module
-            if config.reward is not None and config.reward in present:
-                answered[name].rewards = _rewards(run, config, present[config.reward], parent, prompts, answered[name])
+            answered[name].scores = _scores(entries, scorers, prompts, ids, answered[name])
 
+    measured = [metric for entry in entries for metric in entry.metrics.values()]
+    by_group = tables.groups(run.seed, measured[0], keys, answered) if measured else {}
     results = {
         "models": list(parents),
-        "metrics": {name: _metrics(run.seed, prompts, a, graded) for name, a in answered.items()},
-        "families": _families(prompts, answered) if graded else {},
-        "win_rates": _win_rates(run.seed, parents, prompts, answered, graded),
+        "metrics": tables.metrics(run.seed, answered),
+        "families": by_group,
+        "grouped": {"column": column, "metric": measured[0]} if by_group else None,
+        "win_rates": tables.win_rates(run.seed, config.wins, origins, answered) if config.wins in measured else {},
         "bits_per_byte": bits_per_byte,
         "samples": [
             {
                 "prompt": "\n".join(m.content for m in prompts[i].record.messages),
-                "reference": prompts[i].record.columns.get("answer"),
+                "reference": _reference(prompts[i]),
                 "answers": {name: a.greedy_texts[i] for name, a in answered.items()},
             }
-            for i in _spread(prompts, config.samples)
+            for i in tables.spread(keys, config.samples)
         ],
     }
     if run.is_main:
@@ -111,17 +101,135 @@ def train(run: Run) -> None:
     run.publish("evaluation", None, _headline(results), files=["results.json"])
 
 
+def _models(run: Run, present: dict[str, Parent]) -> dict[str, Parent]:
+    """The models that are there, by section; those of elsewhere by their own name."""
+    config: Config = run.config
+    parents: dict[str, Parent] = {}
+    for ref in config.models:
+        if ref not in present:
+            run.console.print(f"  {ref}: not in this run, left out", markup=False)
+            continue
+        parent = present[ref]
+        if parent.kind != "causal_lm":
+            raise HandoffError(f"{parent.path} is no language model; take it out of `models` of {run.section.name}")
+        name = ref if ref in run.recipe.sections else parent.name
+        if name in parents:
+            raise RecipeError(f"{run.section.name}.models: two models are called {name}; rename one's directory")
+        parents[name] = parent
+    if not parents:
+        raise HandoffError(
+            f"{run.recipe.run_dir}: none of {', '.join(config.models)} has been published; make one with `baton run`"
+        )
+    return parents
+
+
+def _entries(run: Run, present: dict[str, Parent]) -> list[ScoreConfig]:
+    """The scores whose models are there."""
+    config: Config = run.config
+    entries = []
+    for entry in config.scores:
+        missing = [ref for ref in entry.references if ref not in present]
+        if missing:
+            run.console.print(
+                f"  score {entry.name}: left out, {', '.join(missing)} is not in this run"
+                + ("; wins are left out with it" if config.wins in entry.metrics.values() else ""),
+                markup=False,
+            )
+        else:
+            entries.append(entry)
+    return entries
+
+
+def _groups(run: Run, prompts: Sequence[EncodedPrompt]) -> tuple[str, list[str | None]]:
+    """(column, the group of each prompt: the column's value as text, None where the prompt does not have it)."""
+    config: Config = run.config
+    column = config.group_by or "family"
+    values = [p.record.columns.get(column) for p in prompts]
+    keys = [None if value is None else str(value) for value in values]
+    if config.group_by is not None and not any(keys):
+        there = sorted({name for p in prompts for name in p.record.columns})
+        raise RecipeError(
+            f"{run.section.name}.group_by: no prompt has the column {column}; there are {', '.join(there) or 'none'}"
+        )
+    return column, keys
+
+
+def _scorers(
+    run: Run,
+    entries: Sequence[ScoreConfig],
+    present: dict[str, Parent],
+    policies: Sequence[Parent],
+    prompts: Sequence[EncodedPrompt],
+) -> dict[Answering, Scorer]:
+    """What scores each kind of answers. What is wrong with an entry shows here, before anything is answered."""
+    config: Config = run.config
+
+    def opened(ref: str) -> Parent:
+        if present[ref].kind != "reward_model":
+            raise HandoffError(f"{present[ref].path} is no reward model; correct `scores` of {run.section.name}")
+        return present[ref]
+
+    learned: dict[str, LearnedReward] = {}
+    frozen: list[Model] = []
+    kinds: tuple[Answering, ...] = ("greedy", "sampled")
+    return {
+        kind: Scorer(
+            load_rewards(
+                run.engine,
+                chosen,
+                opened,
+                policies,
+                prompts,
+                config.model_args,
+                bf16=False,
+                learned=learned,
+                frozen=frozen,
+            ),
+            run.engine,
+            frozen,
+        )
+        for kind in kinds
+        if (chosen := [entry for entry in entries if kind in entry.metrics])
+    }
+
+
+def _scores(
+    entries: Sequence[ScoreConfig],
+    scorers: dict[Answering, Scorer],
+    prompts: Sequence[EncodedPrompt],
+    ids: Sequence[list[int]],
+    answered: Answered,
+) -> dict[str, list[float | None]]:
+    """{metric: values (N,)} in the order of the recipe."""
+    found: dict[str, list[float | None]] = {}
+    answers = {"greedy": (answered.greedy, answered.greedy_texts), "sampled": (answered.sampled, answered.texts)}
+    for kind, scorer in scorers.items():
+        completions, texts = answers[kind]
+        _, parts = scorer.together(
+            Answers(
+                prompts=[p.record.messages for p in prompts],
+                prompt_ids=ids,
+                texts=texts,
+                ids=[c.ids for c in completions],
+                stopped=[c.end == "stop" for c in completions],
+                columns=[p.record.columns for p in prompts],
+            )
+        )
+        found |= {entry.metrics[kind]: parts[entry.name] for entry in entries if kind in entry.metrics}
+    return {metric: found[metric] for entry in entries for metric in entry.metrics.values()}
+
+
 def _answer(
-    run: Run, config: Config, model: PreTrainedModel, encoder: Encoder, prompts: Sequence[EncodedPrompt], advance: Any
+    run: Run, model: PreTrainedModel, encoder: Encoder, ids: Sequence[list[int]], advance: Callable[[int], None]
 ) -> Answered:
     """Greedy and sampled answers; each process its share, then all."""
-    mine = run.engine.share(len(prompts))
-    ids = [encoder.prompt(prompts[i].record.messages) for i in mine]
+    config: Config = run.config
+    mine = run.engine.share(len(ids))
     both = []
     for temperature in (0.0, config.temperature):
         spec = SamplingSpec(config.max_new_tokens, tuple(encoder.stop_ids), encoder.pad_id, temperature)
         keys = [("evaluate", i) for i in mine]
-        completions = generate(model, ids, spec, keys, run.seed, config.batch_size, advance)
+        completions = generate(model, [ids[i] for i in mine], spec, keys, run.seed, config.batch_size, advance)
         both.append(run.engine.join(zip(mine, completions, strict=True)))
     greedy, sampled = both
     return Answered(greedy, [encoder.decode(c.ids) for c in greedy], sampled, [encoder.decode(c.ids) for c in sampled])
@@ -146,23 +254,6 @@ def _logprobs(
         for row, value in zip(rows, sums.tolist(), strict=True):
             out[row] = value
     return out
-
-
-def _rewards(
-    run: Run, config: Config, reward: Parent, policy: Parent, prompts: Sequence[EncodedPrompt], answered: Answered
-) -> list[float]:
-    """Normalised scores of the learned reward model; it may have an encoding of its own."""
-    model = Model.load(run.engine, reward, "reward", load_encoder(reward), config.model_args, bf16=False).freeze()
-    encoder = load_encoder(policy)
-    messages = [p.record.messages for p in prompts]
-    with model.whole() as module:
-        return LearnedReward(reward, module, policy, reencode=True)(
-            messages,
-            answered.texts,
-            [encoder.prompt(m) for m in messages],
-            [c.ids for c in answered.sampled],
-            [c.end == "stop" for c in answered.sampled],
-        )
 
 
 @torch.no_grad()
@@ -194,76 +285,11 @@ def _bits_per_byte(model: PreTrainedModel, encoder: Encoder, texts: Sequence[str
     return nats / math.log(2) / size
 
 
-def _metrics(seed: int, prompts: Sequence[EncodedPrompt], a: Answered, graded: bool) -> dict[str, Estimate]:
-    out = {
-        "stop_rate": proportion([c.end == "stop" for c in a.greedy]),
-        "length_tokens": mean([float(len(c.ids)) for c in a.sampled], seed),
-    }
-    if graded:
-        out["accuracy"] = proportion(_correct(prompts, a.greedy_texts))
-        out["accuracy_sampled"] = proportion(_correct(prompts, a.texts))
-        out["gold"] = mean(_gold(prompts, a.texts), seed)
-        out["gold_greedy"] = mean(_gold(prompts, a.greedy_texts), seed)
-    if a.rewards is not None:
-        out["reward"] = mean(a.rewards, seed)
-    if a.kl is not None:
-        out["kl"] = mean(a.kl, seed)
-    return out
-
-
-def _families(prompts: Sequence[EncodedPrompt], answered: dict[str, Answered]) -> dict[str, dict[str, Estimate]]:
-    """Greedy accuracy of each instruction family, for each model."""
-    out: dict[str, dict[str, Estimate]] = {}
-    for family in dict.fromkeys(p.record.columns["family"] for p in prompts):
-        rows = [i for i, p in enumerate(prompts) if p.record.columns["family"] == family]
-        out[family] = {
-            name: proportion(_correct([prompts[i] for i in rows], [a.greedy_texts[i] for i in rows]))
-            for name, a in answered.items()
-        }
-    return out
-
-
-def _win_rates(
-    seed: int,
-    parents: dict[str, Parent],
-    prompts: Sequence[EncodedPrompt],
-    answered: dict[str, Answered],
-    graded: bool,
-) -> dict[str, dict[str, Any]]:
-    """How often a model's sampled answer is better than its parent's to the same prompt; ties are half a win."""
-    out = {}
-    for name, parent in parents.items():
-        origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
-        if origin is None or origin.name not in answered:
-            continue
-        if graded:
-            mine, theirs = (_gold(prompts, answered[n].texts) for n in (name, origin.name))
-        elif (a := answered[name].rewards) is not None and (b := answered[origin.name].rewards) is not None:
-            mine, theirs = a, b
-        else:
-            continue
-        wins = [0.5 if x == y else float(x > y) for x, y in zip(mine, theirs, strict=True)]
-        out[name] = {"over": origin.name, "by": "gold" if graded else "reward", **mean(wins, seed)}
-    return out
-
-
-def _correct(prompts: Sequence[EncodedPrompt], texts: Sequence[str]) -> list[bool]:
-    return [correct(p.record.columns, text) for p, text in zip(prompts, texts, strict=True)]
-
-
-def _gold(prompts: Sequence[EncodedPrompt], texts: Sequence[str]) -> list[float]:
-    return [gold(p.record.columns, text) for p, text in zip(prompts, texts, strict=True)]
-
-
-def _spread(prompts: Sequence[EncodedPrompt], count: int) -> list[int]:
-    """Prompts to show: one of each family first, then the next ones."""
-    seen: dict[Any, int] = {}
-    ranked = []
-    for i, prompt in enumerate(prompts):
-        family = prompt.record.columns.get("family")
-        seen[family] = seen.get(family, 0) + 1
-        ranked.append((seen[family], i))
-    return sorted(i for _, i in sorted(ranked)[:count])
+def _reference(prompt: EncodedPrompt) -> str | None:
+    """The right answer to show beside the models': the column `answer`, else the conversation's own answer."""
+    columns = prompt.record.columns
+    found = columns.get("answer", columns.get("reference"))
+    return None if found is None else str(found)
 
 
 def _headline(results: dict[str, Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from data.config import SourceConfig
-from reward.config import RewardConfig
+from reward.config import RewardConfig, check_rewards
 from rollout.config import VLLMConfig
 from stages.ppo.charts import CHARTS, SECTION
 from training.config import OptimizerConfig, StageConfig, Strict, TrainedModelArguments
@@ -285,15 +285,7 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for entries in (self.reward, self.monitor):
-            names = [entry.name for entry in entries]
-            if len(set(names)) != len(names):
-                raise ValueError(f"two rewards of the same name ({', '.join(names)}): give one a `name:` of its own")
-        encodings: dict[str, bool] = {}
-        for entry in (*self.reward, *self.monitor):
-            for ref in entry.references:
-                if encodings.setdefault(ref, entry.reencode) != entry.reencode:
-                    raise ValueError(f"{ref} is read with `reencode` in one entry and without it in another")
+        check_rewards(self.reward, self.monitor)
         t = self.train
         if self.advantage in ("group", "leave_one_out") and t.num_generations < 2:
             raise ValueError(

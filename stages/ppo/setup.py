@@ -18,8 +18,9 @@ from reward.learned import LearnedReward, statistics
 from rollout import ragged
 from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
-from training.model import Model, load_encoder
+from training.model import Model
 from training.recipe import RecipeError
+from training.rewards import load_rewards
 from training.run import Run
 
 
@@ -59,7 +60,7 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return shuffled(size, seed, "prompts", epoch)
 
 
-def load_rewards(
+def make_rewards(
     run: Run,
     entries: Sequence[RewardConfig],
     policy: Parent,
@@ -73,19 +74,13 @@ def load_rewards(
     `learned`: the scorers that are there already, by reference; new ones are added to it, and their models to `frozen`.
     """
     config: Config = run.config
-    for entry in entries:
-        for ref in entry.references:
-            if ref in learned:
-                continue
-            parent = run.parent(f"reward:{ref}", frozenset({"reward_model"}))
-            model = Model.load(
-                run.engine, parent, "reward", load_encoder(parent), config.model_args, bf16=bf16
-            ).freeze()
-            frozen.append(model)
-            learned[ref] = LearnedReward(parent, model.module, policy, reencode=entry.reencode)
-    composition = Composition(entries, learned)
-    composition.check_columns({name for prompt in prompts for name in prompt.record.columns})
-    return composition
+
+    def opened(ref: str) -> Parent:
+        return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
+
+    return load_rewards(
+        run.engine, entries, opened, [policy], prompts, config.model_args, bf16=bf16, learned=learned, frozen=frozen
+    )
 
 
 def load_policy(run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool) -> Model:

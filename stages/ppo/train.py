@@ -60,9 +60,9 @@ from stages.ppo.setup import (
     load_policy,
     load_prompts,
     load_reference,
-    load_rewards,
     make_critic,
     make_optimizer,
+    make_rewards,
     set_learning_rates,
 )
 from training.model import Model, load_encoder, trained_dtype
@@ -88,8 +88,8 @@ def train(run: Run) -> None:
     heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
-    rewards = load_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)
-    monitor = load_rewards(run, config.monitor, parent, bf16, heldout, learned, frozen) if config.monitor else None
+    rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)
+    monitor = make_rewards(run, config.monitor, parent, bf16, heldout, learned, frozen) if config.monitor else None
 
     # Models.
     dtype = trained_dtype(engine, config.model_args)

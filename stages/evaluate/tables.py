@@ -1,0 +1,98 @@
+"""From the models' answers and their scores to the tables of results.json. Pure functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout.sampling import Completion
+from stages.evaluate.statistics import Estimate, estimate, mean, proportion
+
+Scores = Mapping[str, Sequence[float | None]]
+"""{metric: one value for each prompt; None where the score has no opinion}."""
+
+
+@dataclass
+class Answered:
+    """One model's answers to all prompts, in the prompts' order, and what was measured on them."""
+
+    greedy: list[Completion]
+    greedy_texts: list[str]
+    sampled: list[Completion]
+    texts: list[str]
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    kl: list[float] | None = None
+    """Nats an answer, from the model's parent; None where that was not evaluated."""
+
+
+def binary_metrics(answered: Mapping[str, Answered]) -> set[str]:
+    """The metrics all of whose values, over all models, are 0 or 1."""
+    names = {name for a in answered.values() for name in a.scores}
+    return {
+        name
+        for name in names
+        if all(value in (0, 1, None) for a in answered.values() for value in a.scores.get(name, ()))
+    }
+
+
+def metrics(seed: int, answered: Mapping[str, Answered]) -> dict[str, dict[str, Estimate]]:
+    """{model: {metric: estimate}}; a score that has no opinion on any answer is left out."""
+    binary = binary_metrics(answered)
+    out: dict[str, dict[str, Estimate]] = {}
+    for model, a in answered.items():
+        out[model] = {
+            "stop_rate": proportion([c.end == "stop" for c in a.greedy]),
+            "length_tokens": mean([float(len(c.ids)) for c in a.sampled], seed),
+        }
+        for name, values in a.scores.items():
+            found = estimate(values, seed, binary=name in binary)
+            if found is not None:
+                out[model][name] = found
+        if a.kl is not None:
+            out[model]["kl"] = mean(a.kl, seed)
+    return out
+
+
+def groups(
+    seed: int, metric: str, keys: Sequence[str | None], answered: Mapping[str, Answered]
+) -> dict[str, dict[str, Estimate]]:
+    """{group: {model: estimate}} of one metric, the groups in the order of their first prompt.
+
+    `keys`: the group of each prompt; None for one that is in no group.
+    """
+    binary = metric in binary_metrics(answered)
+    out: dict[str, dict[str, Estimate]] = {}
+    for key in dict.fromkeys(key for key in keys if key is not None):
+        rows = [i for i, other in enumerate(keys) if other == key]
+        found = {
+            model: estimate([a.scores[metric][i] for i in rows], seed, binary=binary) for model, a in answered.items()
+        }
+        known = {model: one for model, one in found.items() if one is not None}
+        if known:
+            out[key] = known
+    return out
+
+
+def win_rates(
+    seed: int, metric: str, origins: Mapping[str, str], answered: Mapping[str, Answered]
+) -> dict[str, dict[str, Any]]:
+    """How often a model's answer scores higher than its parent's to the same prompt; a tie is half a win.
+
+    `origins`: {model: the model that it was trained from}, for those where both were evaluated.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for model, origin in origins.items():
+        pairs = zip(answered[model].scores[metric], answered[origin].scores[metric], strict=True)
+        wins = [0.5 if x == y else float(x > y) for x, y in pairs if x is not None and y is not None]
+        if wins:
+            out[model] = {"over": origin, "by": metric, **mean(wins, seed)}
+    return out
+
+
+def spread(keys: Sequence[str | None], count: int) -> list[int]:
+    """Prompts to show: one of each group first, then the next ones."""
+    seen: dict[str | None, int] = {}
+    ranked = []
+    for i, key in enumerate(keys):
+        seen[key] = seen.get(key, 0) + 1
+        ranked.append((seen[key], i))
+    return sorted(i for _, i in sorted(ranked)[:count])

@@ -1,0 +1,81 @@
+"""The section of a recipe that the generation stage reads."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.config import SourceConfig
+from reward.config import RewardConfig, check_rewards
+from training.config import ModelArguments, StageConfig
+from training.declaration import Declaration, HeldModel
+
+DECLARATION = Declaration(
+    "sampled answers",
+    targets=("generate",),
+    publishes="dataset",
+    headline=(("rows", "rows"), ("kept/score", "score of the rows"), ("stop_rate", "of answers stop")),
+)
+
+
+class Config(StageConfig):
+    """Sampled answers to prompts, with scores, as rows for other sections: `data: [{source: stage, name: ...}]`."""
+
+    publishes_rows: ClassVar[bool] = True
+
+    parent: str
+    """The model that answers."""
+    data: list[SourceConfig] = Field(min_length=1)
+    """Prompts."""
+    num_generations: int = Field(default=4, ge=1)
+    """Answers to one prompt."""
+    scores: list[RewardConfig] = Field(default_factory=list)
+    """What the answers are scored by: entries like those of the RL stages' `reward`, summed by weight."""
+    keep: Literal["all", "best"] = "all"
+    """`best`: of a prompt's answers the one with the highest score, of equal ones the first (rejection sampling)."""
+    min_score: float | None = None
+    """Answers that score less are left out, and counted."""
+    unfinished: Literal["drop", "keep"] = "drop"
+    """Answers that reached `max_new_tokens` without a stop token: left out and counted, or kept with `stopped: false`.
+    A model that is tuned on such answers learns to end in the middle."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0: greedy, with one answer a prompt."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Only the k likeliest tokens are drawn from; all when absent."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Only the likeliest tokens that together have at least this probability are drawn from; all when absent."""
+    max_prompt_length: int = Field(default=256, ge=1)
+    """Longer prompts are dropped and counted, tokens."""
+    max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
+    """The stage refuses to start when more than this share of the prompts was dropped."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens of an answer, at most."""
+    batch_size: int = Field(default=64, ge=1)
+    """Answers decoded at once by one process."""
+    model_args: ModelArguments = Field(default_factory=ModelArguments)
+    """How the weights are loaded."""
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> Self:
+        check_rewards(self.scores)
+        if not self.scores:
+            if self.keep == "best":
+                raise ValueError("`keep: best` chooses by score: name what the answers are scored by under `scores`")
+            if self.min_score is not None:
+                raise ValueError("`min_score` is not read without `scores`")
+        if self.temperature == 0:
+            if self.num_generations > 1:
+                raise ValueError("temperature 0 gives the same answer every time: set num_generations to 1")
+            if self.top_k is not None or self.top_p is not None:
+                raise ValueError("top_k and top_p are not read where temperature is 0")
+        return self
+
+
+def parents(config: Config) -> dict[str, str]:
+    """The model that answers, and the reward models by `reward:` and their reference."""
+    return {"parent": config.parent, **{f"reward:{ref}": ref for entry in config.scores for ref in entry.references}}
+
+
+def models(config: Config) -> list[HeldModel]:
+    """The model that answers, and the reward models."""
+    scorers = dict.fromkeys(ref for entry in config.scores for ref in entry.references)
+    return [HeldModel("policy", config.parent), *(HeldModel("reward", ref) for ref in scorers)]
