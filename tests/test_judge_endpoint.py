@@ -394,8 +394,11 @@ def test_options_are_checked_before_anything_is_asked(options, match):
 
 
 def test_the_recipe_entries_of_the_documentation(root):
-    blocks = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "judge.md").read_text(encoding="utf-8"), re.DOTALL)
-    entries = [entry for block in blocks for entry in (yaml.safe_load(block).get("reward") or [yaml.safe_load(block)])]
+    blocks = re.findall(
+        r"```yaml reward\n(.*?)```", (root / "docs" / "judge.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    loaded = [yaml.safe_load(block) for block in blocks]
+    entries = [entry for block in loaded for entry in (block if isinstance(block, list) else [block])]
     judges = [RewardConfig(**entry).args for entry in entries if "function" in entry]
     assert len(judges) == 6
     for args in judges:

@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 
 from stages.ppo.sampler import Sampler
 from tests.stage_chain import lines_of, result, run_stage, stage_recipe
+from training import engines
 from training.recipe import load_recipe
 from training.run import Run, run_section
 from training.signals import Signals, Stopped
 from training.trainer import StageTrainer
 
 slow = pytest.mark.slow
+
+ALONE = engines.current().largest
 
 
 def states(folder: Path) -> list[str]:
@@ -60,17 +63,17 @@ def test_during_a_step_a_signal_is_remembered(signum):
         pytest.skip("the tests were started with this signal ignored, and a stage leaves it so")
     with Signals("sft") as signals:
         signals.finish_steps(60)
-        assert signals.asked() == (0, False)
+        assert signals.asked(ALONE) == (0, False)
         os.kill(os.getpid(), signum)
         os.kill(os.getpid(), signum)  # a launcher forwards a signal that its group also received
-        assert signals.asked() == (signum, False)
+        assert signals.asked(ALONE) == (signum, False)
 
 
 def test_a_save_request_is_reported_once():
     with Signals("sft") as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.asked() == (0, True)
-        assert signals.asked() == (0, False)
+        assert signals.asked(ALONE) == (0, True)
+        assert signals.asked(ALONE) == (0, False)
 
 
 def test_an_ignored_signal_stays_ignored():
@@ -79,7 +82,7 @@ def test_an_ignored_signal_stays_ignored():
     try:
         with Signals("sft") as signals:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.asked() == (0, False)
+            assert signals.asked(ALONE) == (0, False)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -94,7 +97,7 @@ def test_a_forked_child_ends_when_it_is_told_to_and_does_not_tell_its_parent():
         time.sleep(0.2)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-        assert signals.asked() == (0, False)
+        assert signals.asked(ALONE) == (0, False)
 
 
 # ---- stages, in this process
