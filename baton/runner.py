@@ -30,6 +30,7 @@ from data.fingerprint import fingerprint
 from handoff.errors import UserError
 from handoff.files import check_writable
 from handoff.lock import RunLock
+from handoff.parent import known_hashes
 from handoff.stage import StageDir
 from training.inputs import sources, stage_inputs
 from training.recipe import Recipe, Section
@@ -216,7 +217,7 @@ def check_data(recipe: Recipe, names: Sequence[str]) -> None:
         )
     for name in names:
         for source in sources(recipe.sections[name]):
-            fingerprint(source, recipe.data_root)
+            fingerprint(source, recipe.data_root, known_hashes(recipe.run_dir).sha256)
 
 
 def _print_plan(recipe: Recipe, names: Sequence[str], force: Sequence[str], console: Console) -> None:

@@ -167,7 +167,7 @@ class HashCache:
     time.
 
     The change time, unlike the modification time, cannot be set back: a file that was written to is hashed again.
-    Only for files outside a run (a foreign checkpoint): what a run published is hashed afresh whenever it is verified.
+    For foreign checkpoints, data files and encoded rows. What a run published is hashed afresh whenever it is verified.
     """
 
     def __init__(self, path: Path) -> None:

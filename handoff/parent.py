@@ -109,13 +109,18 @@ def foreign_identity(
     return canonical_hash([kind, files, tokenizer.model_dump(mode="json")]), files
 
 
-def keep_hashes(run_dir: Path) -> None:
-    """Writes the hashes of foreign checkpoints that this process has opened for the run into it, for later commands.
+def known_hashes(run_dir: Path) -> HashCache:
+    """Hashes of the large files that a run reads: foreign checkpoints, data, encoded rows."""
+    return _hashes(run_dir.absolute())
 
-    Called once a stage of the run leaves something behind: opening a parent writes nothing, so that a start that is
-    refused leaves the disk as it was.
+
+def keep_hashes(run_dir: Path) -> None:
+    """Writes the hashes that this process has computed for the run into it, for later commands.
+
+    Called once a stage of the run leaves something behind: reading writes nothing, so that a start that is refused
+    leaves the disk as it was.
     """
-    _hashes(run_dir.absolute()).save()
+    known_hashes(run_dir).save()
 
 
 @cache
@@ -141,7 +146,7 @@ def _open_published(directory: Path, manifest: Manifest) -> Parent:
 
 def _open_foreign(directory: Path, name: str, run_dir: Path) -> Parent:
     kind, tokenizer = check_foreign(directory)
-    fingerprint, files = foreign_identity(directory, kind, tokenizer, _hashes(run_dir.absolute()).sha256)
+    fingerprint, files = foreign_identity(directory, kind, tokenizer, known_hashes(run_dir).sha256)
     return Parent(
         path=directory,
         model_dir=directory,

@@ -296,12 +296,17 @@ class StageDir:
 
     # ---- ending
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the stage wrote nothing since `begin` gave it an empty directory."""
+        return self._fresh and self._holds_only(self.started_path)
+
     def close(self) -> None:
         """Releases the directory. When the stage wrote nothing since `begin`, that is undone: an error in the data
         or in a parent costs neither the published stage that was set aside nor leaves an empty directory."""
         if self._inputs is None:
             return
-        if self._fresh and self._holds_only(self.started_path):
+        if self.untouched:
             self._undo()
         else:
             keep_hashes(self.path.parent)

@@ -11,7 +11,7 @@ from data.fingerprint import fingerprints
 from handoff.errors import HandoffError
 from handoff.files import canonical_hash, sha256_file
 from handoff.manifest import Inputs
-from handoff.parent import open_parent
+from handoff.parent import known_hashes, open_parent
 from handoff.stage import StageDir
 from training.recipe import Recipe, Section
 
@@ -48,7 +48,7 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
     return Inputs(
         recipe={**{key: value for key, value in keys.items() if key not in _DEMANDS}, "stage": section.stage},
         parents=parents,
-        data=fingerprints(sources(section), recipe.data_root),
+        data=fingerprints(sources(section), recipe.data_root, known_hashes(recipe.run_dir).sha256),
         code=code_fingerprint(section.stage),
         seed=recipe.seed,
         demands={key: value for key, value in keys.items() if key in _DEMANDS},

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from data.encode import EncodedPrompt, Encoder, encode_prompts
-from data.records import Prompt, Text
+from data.encode import EncodedPrompt, Encoder
+from data.records import Text
+from data.rows import Prompts, Texts
 from data.world import correct, gold
 from handoff.errors import HandoffError
 from handoff.files import write_json
@@ -58,14 +59,10 @@ def train(run: Run) -> None:
         )
 
     # The prompts are encoded for each model by its own encoder: a foreign model keeps its own template.
-    loaded = run.load(config.data, Prompt)
-    documents = run.load(config.text, Text) if config.text else None
-    graded = all("family" in record.columns for record in loaded.records)
     first = models.load_encoder(next(iter(parents.values())))
-    prompts = encode_prompts(loaded.records, first, config.max_prompt_length, loaded.accounting)
-    run.account(loaded, "prompts")
-    if documents is not None:
-        run.account(documents, "documents")
+    prompts = run.rows(config.data, Prompts(config.max_prompt_length), first, "prompts")
+    graded = prompts.facts.get("family") == len(prompts)
+    documents = run.rows(config.text, Texts(Text), label="documents") if config.text else None
 
     answered: dict[str, Answered] = {}
     bits_per_byte: dict[str, dict[str, float]] = {}
@@ -75,9 +72,8 @@ def train(run: Run) -> None:
             model = _frozen(models.load_causal_lm(parent, config.model_args, bf16=False))
             answered[name] = _answer(run, config, model, encoder, prompts, advance)
             if documents is not None:
-                bits_per_byte[name] = {
-                    "value": _bits_per_byte(model, encoder, [d.text for d in documents.records], config)
-                }
+                texts = [text for texts in documents for text in texts]
+                bits_per_byte[name] = {"value": _bits_per_byte(model, encoder, texts, config)}
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
             if origin is not None and origin.name in answered:
                 reference = _frozen(models.load_causal_lm(parents[origin.name], config.model_args, bf16=False))

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from data.config import SourceConfig
-from data.encode import EncodedPrompt, Encoder, encode_prompts
-from data.records import Prompt
+from data.encode import EncodedPrompt, Encoder
+from data.rows import Prompts, Rows
 from data.sampling import shuffled
 from handoff.contract import check_same_encoding
 from handoff.parent import Parent
@@ -33,13 +33,17 @@ def check_batch(run: Run, t: PPOTrainConfig, world: int) -> None:
         )
 
 
-def load_prompts(run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str) -> list[EncodedPrompt]:
+def load_prompts(run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str) -> Rows[EncodedPrompt]:
     """Encoded prompts; those that are too long are dropped and counted."""
     config: Config = run.config
-    loaded = run.load(sources, Prompt)
-    prompts = encode_prompts(loaded.records, encoder, config.max_prompt_length, loaded.accounting)
-    run.account(loaded, label, config.max_drop_fraction)
-    return prompts
+    return run.rows(sources, Prompts(config.max_prompt_length), encoder, label, config.max_drop_fraction)
+
+
+def column_names(prompts: Sequence[EncodedPrompt]) -> set[str]:
+    """Columns that any of the prompts has."""
+    if isinstance(prompts, Rows):
+        return set(prompts.facts)
+    return {name for prompt in prompts for name in prompt.record.columns}
 
 
 class PromptStream:
@@ -51,7 +55,9 @@ class PromptStream:
     def __call__(self, cursor: int, count: int) -> list[EncodedPrompt]:
         """`count` prompts from the position `cursor` on."""
         places = (divmod(position, len(self._prompts)) for position in range(cursor, cursor + count))
-        return [self._prompts[_permutation(len(self._prompts), self._seed, epoch)[place]] for epoch, place in places]
+        return [
+            self._prompts[int(_permutation(len(self._prompts), self._seed, epoch)[place])] for epoch, place in places
+        ]
 
 
 @lru_cache(maxsize=4)
@@ -81,7 +87,7 @@ def load_rewards(
             model.to(runtime.device())
             learned[ref] = LearnedReward(parent, model, policy, reencode=entry.reencode)
     composition = Composition(entries, learned)
-    composition.check_columns({name for prompt in prompts for name in prompt.record.columns})
+    composition.check_columns(column_names(prompts))
     return composition
 
 

@@ -82,7 +82,9 @@ def train(run: Run) -> None:
     accelerator = runtime.accelerator(t, embedding_shape(parent.model_dir)[1])
     encoder = models.load_encoder(parent)
     prompts = load_prompts(run, encoder, config.data, "prompts")
-    heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
+    heldout: Sequence[EncodedPrompt] = []
+    if config.eval_data:
+        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts")
     bf16 = accelerator.mixed_precision == "bf16"
     learned: dict[str, LearnedReward] = {}
     rewards = load_rewards(run, config.reward, parent, bf16, prompts, learned)
