@@ -28,7 +28,7 @@ from training.engines.protocol import Engine
 from training.inputs import stage_inputs
 from training.recipe import Recipe, load_recipe
 from training.registry import Registry
-from training.run import Run, run_section
+from training.run import ROWS, Run, run_section
 from training.signals import Signals
 
 # Between engines or numbers of processes sums are in another order.
@@ -201,6 +201,8 @@ def _copy(run_dir: Path, copied: Path, name: str, state: State) -> None:
     for other in run_dir.iterdir():
         if other.name != name and (other / "started.json").is_file():
             (copied / other.name).symlink_to(other)
+    if (run_dir.parent / ROWS).is_dir():
+        (copied.parent / ROWS).symlink_to(run_dir.parent / ROWS)
     if (run_dir / HASH_CACHE).is_file():
         shutil.copyfile(run_dir / HASH_CACHE, copied / HASH_CACHE)
     stage, ours = StageDir(run_dir / name), StageDir(copied / name)

@@ -31,7 +31,7 @@ from data.fingerprint import fingerprint
 from handoff.errors import UserError
 from handoff.files import check_writable
 from handoff.lock import RunLock
-from handoff.parent import open_dataset
+from handoff.parent import known_hashes, open_dataset
 from handoff.stage import StageDir
 from training.inputs import stage_inputs
 from training.recipe import Recipe, Section
@@ -221,7 +221,7 @@ def check_data(recipe: Recipe, names: Sequence[str]) -> None:
     for name in names:
         for source in recipe.sections[name].config.sources():
             if not isinstance(source, StageSource):
-                fingerprint(source, recipe.data_root)
+                fingerprint(source, recipe.data_root, known_hashes(recipe.run_dir).sha256)
             elif source.name not in recipe.sections:
                 open_dataset(source.name, recipe.run_dir, name, verify=False)
 

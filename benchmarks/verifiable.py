@@ -17,9 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.table import Row, json_path, report
+from data.accounting import Accounting
 from data.config import WorldSource
 from data.encode import Encoder
-from data.load import load
+from data.load import read
 from data.records import Prompt
 from data.world import correct
 from rollout.engine import generate
@@ -46,7 +47,7 @@ def accuracies(model_dir: Path, prompts: list[Prompt], temperature: float, sampl
 def main(path: Path | None) -> None:
     """Runs the sections that are not up to date, measures and prints."""
     source = WorldSource(source="world", kind="prompts", size=PROMPTS, split="test")
-    prompts = load([source], Prompt, None, 0).records
+    prompts = list(read([source], Prompt, None, 0, Accounting()))
     rows = []
     for seed in SEEDS:
         name = "tiny" if seed == SEEDS[0] else f"tiny-seed{seed}"

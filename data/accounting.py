@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from data.errors import DataError
 from data.records import Origin
@@ -73,6 +74,18 @@ class Accounting:
                 f"{lost} of {self.rows_in} rows were dropped, more than max_drop_fraction = {max_drop_fraction:g} "
                 f"allows:\n{self._reasons()}\nCorrect the data, or raise max_drop_fraction to accept this."
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """All counts, for `from_json`."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, counts: dict[str, Any]) -> "Accounting":
+        """What `to_json` gave, after it went through a JSON file."""
+        made = cls(counts["rows_in"], counts["rows_used"], examples=counts["examples"])
+        for name in ("dropped", "set_aside", "notes"):
+            getattr(made, name).update(counts[name])
+        return made
 
     def metrics(self) -> dict[str, int]:
         """For metrics.jsonl: `data/rows_in`, `data/rows_used`, `data/dropped/<reason>`, `data/set_aside/<reason>`."""

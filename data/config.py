@@ -75,7 +75,8 @@ class HubSource(RowsSource):
     hub_split: str = "train"
     """Split of the data set as published, e.g. `train` or `train[:1000]`."""
     revision: str | None = None
-    """Commit or tag of the data set, so that a run can be repeated; its newest when absent."""
+    """Commit or tag of the data set, so that a run can be repeated. When absent, what is the newest when its rows are
+    encoded; a later change on the hub is not seen while the encoded rows are there (`<output_root>/.rows`)."""
 
 
 class StageSource(RowsSource):

@@ -9,32 +9,27 @@ Three things make what a model is trained on equal to what it sees when it gener
    not a stop. In messages it is refused, because the rendered conversation could not be told from a forged one.
 3. Ids of special tokens come from the template alone: a beginning-of-sequence token appears once or not at all.
 
-What is dropped or cut is counted in the `Accounting` that the caller passes.
+How records become the rows that a stage trains on is in data/rows.py.
 """
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from data.accounting import Accounting
 from data.errors import DataError, RowRefused
-from data.records import Chat, Message, Preference, Prompt, Text
+from data.records import Message, Prompt
 from data.template import CHAT_TEMPLATE
 from data.turns import OwnTurns, Split, TemplateTurns, Turns
+from handoff.encoding import tokenizer_fingerprint
+from handoff.files import canonical_hash
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
-Truncation: TypeAlias = Literal["drop", "error", "keep_end"]
-
-TOO_LONG = "longer than max_length"
-_BATCH = 4096
-"""Records encoded in one call of the tokenizer: enough to keep it busy, little enough not to matter for memory."""
 
 
 class Encoder:
@@ -98,6 +93,22 @@ class Encoder:
         if pad_id is not None and tokenizer.pad_token_id != pad_id:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
         return cls(tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides which ids a text becomes: tokenizer, chat template, special tokens, stop ids."""
+        from importlib.metadata import version
+
+        tokenizer = self.tokenizer
+        return canonical_hash(
+            {
+                "vocabulary": tokenizer_fingerprint(json.loads(tokenizer.backend_tokenizer.to_str())),
+                "template": tokenizer.chat_template,
+                "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+                "ids": [self.bos_id, self.eos_id, self.pad_id, *self.stop_ids],
+                "tokenizers": version("tokenizers"),
+            }
+        )
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The conversation with the header of the answer to come. Raises DataError where it cannot be expressed."""
@@ -218,148 +229,6 @@ class EncodedPrompt:
 
     ids: list[int]
     record: Prompt
-
-
-def encode_documents(records: Sequence[Text], encoder: Encoder, block: int) -> "NDArray[np.int32]":
-    """All documents one after another, cut into blocks: shape (N, block), int32.
-
-    Documents end with the end token and may run on from one block into the next; the tail that fills no block (fewer
-    than `block` tokens of all) is left out.
-
-    Raises:
-        DataError: the documents together are shorter than one block.
-    """
-    import numpy as np
-
-    parts = [
-        np.fromiter(ids, dtype=np.int32, count=len(ids))
-        for batch in _batches(records)
-        for ids in encoder.documents([record.text for record in batch])
-    ]
-    stream = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    blocks = len(stream) // block
-    if blocks == 0:
-        raise DataError(
-            f"{len(records)} documents make {len(stream)} tokens, fewer than one block of {block}: add data, or lower "
-            "the block length"
-        )
-    return stream[: blocks * block].reshape(blocks, block)
-
-
-def encode_chats(
-    records: Sequence[Chat], encoder: Encoder, max_length: int, truncation: Truncation, accounting: Accounting
-) -> list[dict[str, list[int]]]:
-    """Rows `{"input_ids", "labels"}` of equal length each, labels -100 wherever nothing is to be learnt.
-
-    `truncation` says what becomes of rows with more than `max_length` tokens: dropped and counted; an error; or their
-    beginning is cut (a beginning token is kept), so that the last answer and its stop token stay at the end.
-
-    Raises:
-        DataError: a row is too long under `error`, or no row is left.
-    """
-    rows, shortest = [], 0
-    for batch in _batches(records):
-        for record, result in zip(batch, encoder.chats([r.messages for r in batch]), strict=True):
-            if isinstance(result, RowRefused):
-                accounting.drop(result.reason, record.origin)
-                continue
-            ids, mask = result
-            assert any(mask), f"{record.origin}: a chat without an answer"
-            labels = [i if supervised else -100 for i, supervised in zip(ids, mask, strict=True)]
-            if len(ids) > max_length:
-                shortest = min(shortest or len(ids), len(ids))
-                if truncation != "keep_end":
-                    _too_long(record, len(ids), max_length, truncation, accounting)
-                    continue
-                accounting.notes["rows whose beginning was cut to max_length"] += 1
-                head = 1 if ids[0] == encoder.bos_id else 0
-                ids = ids[:head] + ids[len(ids) - max_length + head :]
-                labels = [-100] * head + labels[len(labels) - max_length + head :]
-            rows.append({"input_ids": ids, "labels": labels})
-    return _some(rows, len(records), shortest, max_length)
-
-
-def encode_preferences(
-    records: Sequence[Preference], encoder: Encoder, max_length: int, truncation: Truncation, accounting: Accounting
-) -> list[dict[str, list[int]]]:
-    """Rows `{"prompt_ids", "chosen_ids", "rejected_ids"}`; both answers end with the stop token.
-
-    A row is as long as its prompt and the longer answer. `truncation` is as in `encode_chats`; under `keep_end` the
-    prompt alone is cut, and a row whose answer leaves no room for it is dropped.
-
-    Raises:
-        DataError: a row is too long under `error`, or no row is left.
-    """
-    rows, shortest = [], 0
-    for batch in _batches(records):
-        prompts = encoder.prompts([r.prompt for r in batch])
-        chosens = encoder.answers([r.chosen for r in batch])
-        rejecteds = encoder.answers([r.rejected for r in batch])
-        for record, prompt, chosen, rejected in zip(batch, prompts, chosens, rejecteds, strict=True):
-            refusal = encoder.refusal(record.chosen) or encoder.refusal(record.rejected)
-            if isinstance(prompt, RowRefused) or refusal:
-                accounting.drop(prompt.reason if isinstance(prompt, RowRefused) else str(refusal), record.origin)
-                continue
-            if chosen == rejected:
-                accounting.drop("chosen and rejected are the same tokens", record.origin)
-                continue
-            room = max_length - max(len(chosen), len(rejected))
-            if len(prompt) > room:
-                shortest = min(shortest or len(prompt) + max_length - room, len(prompt) + max_length - room)
-                head = 1 if prompt[0] == encoder.bos_id else 0
-                if truncation != "keep_end" or room <= head:
-                    _too_long(record, len(prompt) + max_length - room, max_length, truncation, accounting)
-                    continue
-                accounting.notes["prompts whose beginning was cut to max_length"] += 1
-                prompt = prompt[:head] + prompt[len(prompt) - room + head :]
-            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
-    return _some(rows, len(records), shortest, max_length)
-
-
-def encode_prompts(
-    records: Sequence[Prompt], encoder: Encoder, max_length: int, accounting: Accounting
-) -> list[EncodedPrompt]:
-    """Prompts of at most `max_length` tokens; longer ones are dropped, for a cut prompt asks something else.
-
-    Raises:
-        DataError: no row is left.
-    """
-    rows, shortest = [], 0
-    for batch in _batches(records):
-        for record, ids in zip(batch, encoder.prompts([r.messages for r in batch]), strict=True):
-            if isinstance(ids, RowRefused):
-                accounting.drop(ids.reason, record.origin)
-            elif len(ids) > max_length:
-                shortest = min(shortest or len(ids), len(ids))
-                accounting.drop(TOO_LONG, record.origin)
-            else:
-                rows.append(EncodedPrompt(ids, record))
-    return _some(rows, len(records), shortest, max_length)
-
-
-def _batches(records: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(records), _BATCH):
-        yield records[start : start + _BATCH]
-
-
-def _too_long(
-    record: Chat | Preference, length: int, max_length: int, truncation: Truncation, accounting: Accounting
-) -> None:
-    if truncation == "error":
-        raise DataError(
-            f"{record.origin}: {length} tokens, and max_length is {max_length}; raise max_length, shorten the row, or "
-            "set truncation to drop or keep_end"
-        )
-    accounting.drop(TOO_LONG, record.origin)
-
-
-def _some(rows: list[T], records: int, shortest: int, max_length: int) -> list[T]:
-    if not rows and shortest:
-        raise DataError(
-            f"no row is left of {records}: the shortest of those too long has {shortest} tokens, and max_length is "
-            f"{max_length}; raise max_length"
-        )
-    return rows
 
 
 def _or_raise(result: T | RowRefused) -> T:

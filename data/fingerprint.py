@@ -1,15 +1,11 @@
 """What a stage was fed, as hashes: a stage is stale when one of them changes."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
 from data.sources import source_files
-from handoff.files import canonical_hash, sha256_file, write_json
-
-_seen: dict[str, str] = {}
-"""Hashes of files already read by this process, by path, size and time of change."""
+from handoff.files import canonical_hash, sha256_file
 
 
 def label(source: SourceConfig) -> str:
@@ -27,12 +23,14 @@ def label(source: SourceConfig) -> str:
     return f"file:{source.path}"
 
 
-def fingerprint(source: SourceConfig, root: Path | None, cache: Path | None = None) -> tuple[str, str]:
+def fingerprint(
+    source: SourceConfig, root: Path | None, sha256: Callable[[Path], str] = sha256_file
+) -> tuple[str, str]:
     """(label, sha256 hex) of one source.
 
     Files and a stage's rows: names and bytes. The world: its own settings and the generator's source files. The hub:
-    name, subset, split and revision; without a revision a change on the hub is not seen. `cache`: a JSON file that
-    keeps hashes of files between processes, for data that takes long to read.
+    name, subset, split and revision; without a revision a change on the hub is not seen. `sha256`: the hash of a file;
+    with `HashCache.sha256` an unchanged file is not read again.
 
     Raises:
         DataError: the files that the source names are not there.
@@ -41,14 +39,16 @@ def fingerprint(source: SourceConfig, root: Path | None, cache: Path | None = No
         return label(source), canonical_hash([source.model_dump(mode="json"), _world_code()])
     if isinstance(source, HubSource):
         return label(source), canonical_hash([source.name, source.subset, source.hub_split, source.revision])
-    return label(source), _files_hash(source, root, cache)
+    return label(source), _files_hash(source, root, sha256)
 
 
-def fingerprints(sources: Sequence[SourceConfig], root: Path | None, cache: Path | None = None) -> dict[str, str]:
+def fingerprints(
+    sources: Sequence[SourceConfig], root: Path | None, sha256: Callable[[Path], str] = sha256_file
+) -> dict[str, str]:
     """The same for a list; a label that is met again (two parts of one file) gets `#2`, `#3`, ... behind it."""
     result: dict[str, str] = {}
     for source in sources:
-        name, digest = fingerprint(source, root, cache)
+        name, digest = fingerprint(source, root, sha256)
         times = sum(known.partition("#")[0] == name for known in result)
         result[f"{name}#{times + 1}" if times else name] = digest
     return result
@@ -59,21 +59,5 @@ def _world_code() -> list[str]:
     return [sha256_file(path) for path in sorted(folder.glob("*.py"))]
 
 
-def _files_hash(source: FileSource | StageSource, root: Path | None, cache: Path | None) -> str:
-    paths = source_files(source, root)
-    known = dict(_seen)
-    if cache is not None and cache.is_file():
-        known |= json.loads(cache.read_text(encoding="utf-8"))
-    hashes: list[tuple[str, str]] = []
-    fresh: dict[str, str] = {}
-    for path in paths:
-        status = path.stat()
-        key = f"{path.absolute()}|{status.st_size}|{status.st_mtime_ns}"
-        digest = known.get(key) or sha256_file(path)
-        if key not in known:
-            fresh[key] = digest
-        hashes.append((path.name, digest))
-    _seen.update(fresh)
-    if cache is not None and fresh:
-        write_json(cache, known | fresh)
-    return canonical_hash(hashes)
+def _files_hash(source: FileSource | StageSource, root: Path | None, sha256: Callable[[Path], str]) -> str:
+    return canonical_hash([(path.name, sha256(path)) for path in source_files(source, root)])

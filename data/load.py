@@ -1,4 +1,4 @@
-"""From the `data:` list of a recipe to records of one kind, with an account of every row.
+"""From the `data:` list of a recipe to a stream of records of one kind, with an account of every row.
 
 What is an error at once, because the data is not what the recipe says it is: a missing or empty file, a damaged one
 (truncated gzip, not UTF-8, broken JSON), a missing column, `null` or a wrong type in a column that is read, an unknown
@@ -16,68 +16,73 @@ note that counts it: the Alpaca instruction header inside a prompt, turns after 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from data.accounting import Accounting
 from data.config import SourceConfig, WorldSource
 from data.errors import DataError, RowRefused
-from data.fingerprint import fingerprints, label
+from data.fingerprint import label
 from data.formats import Conversation, Document, Format, Pair, Parsed, detect, parse
 from data.records import Chat, Message, Origin, Preference, Prompt, Record, Text
 from data.sampling import shuffled
 from data.sources import read_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 R = TypeVar("R", bound=Record)
 
 CUT_TURN = "conversations whose turns after the last answer were cut"
 
 
-@dataclass(frozen=True)
-class Loaded(Generic[R]):
-    records: list[R]
-    """In the source's own order; of several sources, shuffled together by the seed."""
-    accounting: Accounting
-    fingerprints: dict[str, str]
-    """sha256 by label, one for each source."""
+def read(
+    sources: Sequence[SourceConfig], want: type[R], root: Path | None, seed: int, accounting: Accounting
+) -> Iterator[R]:
+    """The usable records of the sources as `want` (Text, Chat, Preference or Prompt), while the files are being read.
 
-
-def load(sources: Sequence[SourceConfig], want: type[R], root: Path | None, seed: int) -> Loaded[R]:
-    """All records of the sources as `want` (Text, Chat, Preference or Prompt), turned into it where that makes sense.
+    They come source by source, each in its own order; `mixture_order` says in which order they are used. When the
+    iterator has ended, `accounting` counts every row.
 
     A chat becomes a prompt by leaving out its last answer, which goes to `columns["reference"]`; a pair becomes a
     prompt the same way (the chosen answer is the reference) and a chat with the chosen answer. Nothing becomes a
     document. A prompt keeps in `columns` whatever other columns its row has.
 
     Mixture: of the source with the largest weight all rows are used, of the others `weight / largest weight` of their
-    rows: those whose hash with the seed is lowest.
+    rows: those whose hash with the seed is lowest. The others are read twice: first to find these rows.
 
     Raises:
         DataError: see the head of this module; the message names file, row and field.
     """
-    digests = fingerprints(sources, root)
-    accounting = Accounting()
-    records: list[R] = []
     largest = max((source.weight for source in sources), default=1.0)
     for source in sources:
         own = Accounting()
-        loaded = _load_source(source, want, root, own)
         share = source.weight / largest
-        kept = _thin(loaded, share, seed) if share < 1 else loaded
-        if len(kept) < len(loaded):
-            own.put_aside("mixture weight", len(loaded) - len(kept))
+        if share < 1:
+            kept = _lowest((_hash(record, seed) for record in _records(source, want, root, own)), share)
+            for use, record in zip(kept, _records(source, want, root, Accounting()), strict=True):
+                if use:
+                    yield record
+            if not kept.all():
+                own.put_aside("mixture weight", int((~kept).sum()))
+        else:
+            yield from _records(source, want, root, own)
         accounting.merge(own)
-        records += kept
-    if len(sources) > 1:
-        records = [records[i] for i in shuffled(len(records), seed, "mixture")]
-    return Loaded(records, accounting, digests)
 
 
-def _load_source(source: SourceConfig, want: type[R], root: Path | None, accounting: Accounting) -> list[R]:
+def mixture_order(sources: Sequence[SourceConfig], records: int, seed: int) -> "NDArray[np.int64] | None":
+    """Indices of the records that `read` gave, (records,), in the order of use: of several sources shuffled together.
+
+    None: in the order in which they were read.
+    """
+    return shuffled(records, seed, "mixture") if len(sources) > 1 else None
+
+
+def _records(source: SourceConfig, want: type[R], root: Path | None, accounting: Accounting) -> Iterator[R]:
     """The usable records of one source, of its split and up to its limit."""
-    records: list[R] = []
+    found = 0
     split = "all" if isinstance(source, WorldSource) else source.split
     holdout = 0.0 if isinstance(source, WorldSource) else source.holdout
     for parsed, row, origin in _parsed_rows(source, want, root, accounting):
@@ -87,7 +92,7 @@ def _load_source(source: SourceConfig, want: type[R], root: Path | None, account
                 raise parsed
             record = _shape(parsed, want, origin, accounting)
         except RowRefused as refusal:
-            # Its prompt may be what is wrong with it, so its place is decided by the row itself.
+            # Its prompt may be what is wrong with it, so the row itself decides to which part it belongs.
             if _in_split(json.dumps(row, sort_keys=True, default=str), holdout, split):
                 accounting.drop(refusal.reason, origin)
             else:
@@ -96,14 +101,14 @@ def _load_source(source: SourceConfig, want: type[R], root: Path | None, account
         if not _in_split(_holdout_key(record), holdout, split):
             accounting.put_aside("other split")
             continue
-        records.append(record)
-        if len(records) == source.limit:
+        found += 1
+        yield record
+        if found == source.limit:
             break
-    if not records:
+    if not found:
         raise DataError(
             f"{label(source)}: no row can be used (split {split}, holdout {holdout:g}):\n{accounting.summary()}"
         )
-    return records
 
 
 def _parsed_rows(
@@ -237,11 +242,18 @@ def _in_split(key: str, holdout: float, split: str) -> bool:
     return actual == split
 
 
-def _thin(records: list[R], share: float, seed: int) -> list[R]:
-    """`share` of the records: those with the lowest hash, in their own order."""
-    places = [_place(f"mixture {seed}", repr(record)) for record in records]
-    order = sorted(range(len(records)), key=lambda i: places[i])
-    return [records[i] for i in sorted(order[: max(1, round(share * len(records)))])]
+def _hash(record: Record, seed: int) -> float:
+    return _place(f"mixture {seed}", repr(record))
+
+
+def _lowest(hashes: Iterable[float], share: float) -> "NDArray[np.bool_]":
+    """Which of them belong to the lowest `share`, at least one; (N,)."""
+    import numpy as np
+
+    places = np.fromiter(hashes, dtype=np.float64)
+    kept = np.zeros(len(places), dtype=bool)
+    kept[np.argsort(places, kind="stable")[: max(1, round(share * len(places)))]] = True
+    return kept
 
 
 def _place(purpose: str, text: str) -> float:

@@ -6,9 +6,14 @@ label of every packed row is masked, because it would be predicted from the last
 """
 
 from collections.abc import Sequence
-from operator import itemgetter
+from typing import TYPE_CHECKING, overload
 
-Row = dict[str, list[int]]
+from data.rows import Row, zipped
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from numpy.typing import NDArray
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -46,21 +51,51 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
+class PackedRows(Sequence[Row]):
     """Packs rows `{"input_ids", "labels"}` into rows of at most `max_length` tokens, with `position_ids`.
 
-    Call the model with `position_ids` and without `attention_mask`. Pad a batch with position 0, which makes each pad
-    token a separate row.
-
-    Raises:
-        ValueError: a row is empty or longer than `max_length`.
+    A packed row is put together when it is read. Call the model with `position_ids` and without `attention_mask`. Pad a
+    batch with position 0, which makes each pad token a separate row.
     """
-    packed = []
-    for indices in pack([len(row["input_ids"]) for row in rows], max_length):
-        row: Row = {"input_ids": [], "labels": [], "position_ids": []}
-        for ids, labels in map(itemgetter("input_ids", "labels"), (rows[i] for i in indices)):
-            row["input_ids"] += ids
-            row["labels"] += [-100, *labels[1:]]
-            row["position_ids"] += range(len(ids))
-        packed.append(row)
-    return packed
+
+    def __init__(self, rows: Sequence[Row], lengths: "Sequence[int] | NDArray[np.int32]", max_length: int) -> None:
+        """
+        Args:
+            lengths: tokens of each row, (N,).
+
+        Raises:
+            ValueError: a row is empty or longer than `max_length`.
+        """
+        import numpy as np
+
+        bins = pack([int(length) for length in lengths], max_length)
+        self._rows = rows
+        self._places = np.fromiter((index for one in bins for index in one), dtype=np.int64, count=len(lengths))
+        self._ends = np.cumsum([len(one) for one in bins])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first = self._ends[index - 1] if index else 0
+        packed: Row = {"input_ids": [], "labels": [], "position_ids": []}
+        for place in self._places[first : self._ends[index]]:
+            row = self._rows[int(place)]
+            packed["input_ids"] += row["input_ids"]
+            packed["labels"] += [-100, *row["labels"][1:]]
+            packed["position_ids"] += range(len(row["input_ids"]))
+        return packed
+
+    def dataset(self) -> "Dataset":
+        """For trainers of the ecosystem: a data set of numbers of packed rows, which are put together when read."""
+        import numpy as np
+        from datasets import Dataset
+
+        numbers = Dataset.from_dict({"packed": np.arange(len(self))})
+        return numbers.with_transform(lambda batch: zipped([self[i] for i in batch["packed"]]))

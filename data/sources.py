@@ -2,6 +2,9 @@
 
 A row is a dictionary of columns, or a string (a document). What makes a file unreadable is an error at once, with file
 and line: half a download or a broken line is never skipped in silence.
+
+JSON lines, parquet and data sets of the hub are read a piece at a time. Of text files, CSV and JSON arrays one file at
+a time is held in memory: what a document is follows from the whole file, and a damaged file is seen at once.
 """
 
 import csv

@@ -165,7 +165,7 @@ class HashCache:
     """Keeps the SHA-256 of large foreign files between commands, by path, size, inode and change time.
 
     Unlike the modification time, the change time cannot be set back, so a modified file is always hashed again.
-    Only for files outside a run (a foreign checkpoint); a run's published files are hashed at every verification.
+    For foreign checkpoints, data files and encoded rows; a run's published files are hashed at every verification.
     """
 
     def __init__(self, path: Path) -> None:

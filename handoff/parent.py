@@ -163,13 +163,18 @@ def foreign_identity(
     return canonical_hash([kind, files, tokenizer.model_dump(mode="json")]), files
 
 
-def keep_hashes(run_dir: Path) -> None:
-    """Writes the hashes of the foreign checkpoints that this process has opened into the run, for later commands.
+def known_hashes(run_dir: Path) -> HashCache:
+    """Hashes of the large files that a run reads: foreign checkpoints, data, encoded rows."""
+    return _hashes(run_dir.absolute())
 
-    It is called only when a stage of the run writes something. Opening a parent writes nothing, so that a refused start
-    leaves the disk unchanged.
+
+def keep_hashes(run_dir: Path) -> None:
+    """Writes the hashes that this process has computed for the run into it, for later commands.
+
+    It is called only when a stage of the run writes something. Reading writes nothing, so that a refused start leaves
+    the disk unchanged.
     """
-    _hashes(run_dir.absolute()).save()
+    known_hashes(run_dir).save()
 
 
 @cache
@@ -198,7 +203,7 @@ def _open_published(directory: Path, manifest: Manifest) -> Parent:
 
 def _open_foreign(directory: Path, name: str, run_dir: Path) -> Parent:
     kind, tokenizer = check_foreign(directory)
-    fingerprint, files = foreign_identity(directory, kind, tokenizer, _hashes(run_dir.absolute()).sha256)
+    fingerprint, files = foreign_identity(directory, kind, tokenizer, known_hashes(run_dir).sha256)
     return Parent(
         path=directory,
         model_dir=directory,

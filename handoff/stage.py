@@ -315,12 +315,17 @@ class StageDir:
 
     # ---- ending
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the stage wrote nothing since `begin` gave it an empty directory."""
+        return self._fresh and self._holds_only(self.started_path)
+
     def close(self) -> None:
         """Releases the directory. If the stage wrote nothing since `begin`, undoes `begin`: after an error in the data
         or a parent, the content that was set aside is back, and no empty directory remains."""
         if self._inputs is None:
             return
-        if self._fresh and self._holds_only(self.started_path):
+        if self.untouched:
             self._undo()
         else:
             keep_hashes(self.path.parent)

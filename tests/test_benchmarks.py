@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import checkpoint_cost, rl, scaling
+from benchmarks import checkpoint_cost, rl, rows, scaling
 from benchmarks.rl_setup import VOCABULARY, make, recipe, score
 from benchmarks.table import Row, in_turns, report
 from benchmarks.turns import Worker, WorkerError
@@ -156,3 +156,21 @@ def test_state_costs_are_measured_on_a_saved_and_resumed_state(tmp_path, capsys)
     assert saving["row"] == "checkpoint_save_5M" and resuming["row"] == "checkpoint_resume_5M"
     assert all(row["unit"] == "MB/s" and row["ours"] > 0 and row["peer"] > 0 for row in (saving, resuming))
     assert "hash" in capsys.readouterr().out
+
+
+def test_chats_have_the_size_that_was_asked_for_and_are_a_section_that_the_stage_accepts(material, tmp_path):
+    _, made = material
+    rows.write_chats(tmp_path / "chats.jsonl", 0.1)
+    assert 1e5 <= (tmp_path / "chats.jsonl").stat().st_size < 1.05e5
+    config = load_recipe(rows.recipe(tmp_path, made.policy, tmp_path / "chats.jsonl")).sections["sft"].config
+    assert config.train.max_steps == 4 and config.packing is False
+
+
+@pytest.mark.slow
+def test_starts_are_measured_and_the_second_one_reads_what_the_first_one_wrote(tmp_path, capsys):
+    rows.main(tmp_path / "rows.json", sizes=(0.1, 0.4))
+    growth, second = json.loads((tmp_path / "rows.json").read_text())
+    assert growth["row"] == "rows_growth" and growth["peer"] == 300 and growth["ours"] >= 1
+    assert second["row"] == "rows_second_start" and second["ours"] > 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "first" in line or "second " in line]
+    assert [line[1] for line in table[:2]] == [table[0][1]] * 2 and int(table[2][1]) > int(table[0][1]) > 50

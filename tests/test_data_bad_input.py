@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from data.config import FileSource, HubSource
 from data.errors import DataError
-from data.load import load
 from data.records import Chat, Preference, Text
 from handoff.errors import UserError
+from tests.row_sets import load
 
 GOOD = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
 

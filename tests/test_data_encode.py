@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.accounting import Accounting
-from data.encode import Encoder, encode_chats, encode_documents, encode_preferences, encode_prompts
+from data.encode import Encoder
 from data.errors import DataError
 from data.records import Chat, Message, Origin, Preference, Prompt, Text
+from data.rows import Chats, Documents, Pairs, Prompts
 from data.template import BOS, CHAT_TEMPLATE, END, EOS, PAD, SPECIAL_TOKENS
 from data.turns import OwnTurns, TemplateTurns
+from tests.row_sets import encode
 
 CHATML = (
     "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor %}"
@@ -184,7 +186,7 @@ def test_a_template_that_rewrites_earlier_turns_drops_the_row_but_can_be_prompte
     messages = tuple(Message(role, text) for role, text in zip(["user", "assistant"] * 2, "abcd"))
     single = Chat(messages[:2], Origin("x", 1))
     counts.read(2)
-    rows = encode_chats([single, Chat(messages, Origin("x", 2))], encoder, 100, "drop", counts)
+    rows = encode(Chats(100, "drop"), [single, Chat(messages, Origin("x", 2))], encoder, counts)
     assert len(rows) == 1
     assert counts.dropped == {"the chat template rewrites earlier turns": 1}
     with pytest.raises(DataError, match="rewrites earlier turns"):
@@ -198,7 +200,7 @@ def test_a_row_that_the_template_refuses_is_dropped_with_its_words():
     counts.read(2)
     good = (Message("user", "a"), Message("assistant", "b"))
     records = [Chat((Message("system", "s"), *good), Origin("x", 1)), Chat(good, Origin("x", 2))]
-    assert len(encode_chats(records, foreign("llama2"), 100, "drop", counts)) == 1
+    assert len(encode(Chats(100, "drop"), records, foreign("llama2"), counts)) == 1
     assert counts.dropped == {"the chat template refuses it: no system role": 1}
 
 
@@ -252,7 +254,7 @@ def chats(*answers: str) -> list[Chat]:
 def test_labels_are_masked_outside_answers():
     counts = Accounting()
     counts.read(1)
-    (row,) = encode_chats(chats("pear"), own(), 100, "drop", counts)
+    (row,) = encode(Chats(100, "drop"), chats("pear"), own(), counts)
     answer = own().answer("pear")
     assert row["labels"][-len(answer) :] == answer == row["input_ids"][-len(answer) :]
     assert set(row["labels"][: -len(answer)]) == {-100}
@@ -263,13 +265,13 @@ def test_truncation_drops_or_raises_or_keeps_the_end():
     long = len(own().chat(records[1].messages)[0])
     counts = Accounting()
     counts.read(2)
-    assert len(encode_chats(records, own(), 20, "drop", counts)) == 1
+    assert len(encode(Chats(20, "drop"), records, own(), counts)) == 1
     assert counts.dropped == {"longer than max_length": 1} and counts.rows_used == 1
     with pytest.raises(DataError, match=rf"x.jsonl:2: {long} tokens, and max_length is 20; raise max_length"):
-        encode_chats(records, own(), 20, "error", counts)
+        encode(Chats(20, "error"), records, own(), counts)
     counts = Accounting()
     counts.read(2)
-    row = encode_chats(records, own(), 20, "keep_end", counts)[1]
+    row = encode(Chats(20, "keep_end"), records, own(), counts)[1]
     assert counts.rows_used == 2 and counts.notes["rows whose beginning was cut to max_length"] == 1
     assert len(row["input_ids"]) == len(row["labels"]) == 20
     assert row["input_ids"][0] == own().bos_id and row["labels"][0] == -100
@@ -282,15 +284,15 @@ def test_every_row_too_long_is_an_error_that_names_the_shortest():
     shortest = len(own().chat(records[0].messages)[0])
     prompts = [Prompt((Message("user", "apple " * 40),), Origin("x", 1))]
     pairs = [Preference((Message("user", "apple"),), "pear " * 40, "no", Origin("x", 1))]
-    for encode in (
-        lambda counts: encode_chats(records, own(), 20, "drop", counts),
-        lambda counts: encode_prompts(prompts, own(), 20, counts),
-        lambda counts: encode_preferences(pairs, own(), 20, "keep_end", counts),
+    for encoded in (
+        lambda counts: encode(Chats(20, "drop"), records, own(), counts),
+        lambda counts: encode(Prompts(20), prompts, own(), counts),
+        lambda counts: encode(Pairs(20, "keep_end"), pairs, own(), counts),
     ):
         counts = Accounting()
         counts.read(2)
         with pytest.raises(DataError, match=r"no row is left of .*raise max_length") as error:
-            encode(counts)
+            encoded(counts)
         if "of 2" in str(error.value):
             assert f"has {shortest} tokens, and max_length is 20" in str(error.value)
 
@@ -301,12 +303,12 @@ def test_preferences_share_the_prompt_and_stop():
     answers = [("pear", "apple"), ("a", "<|end|>"), ("pear " * 30, "a")]
     records = [Preference(prompt, good, bad, Origin("x", i + 1)) for i, (good, bad) in enumerate(answers)]
     counts.read(3)
-    (row,) = encode_preferences(records, encoder, 24, "drop", counts)
+    (row,) = encode(Pairs(24, "drop"), records, encoder, counts)
     assert row["prompt_ids"] == encoder.prompt(prompt)
     assert row["chosen_ids"] == encoder.answer("pear") and row["rejected_ids"] == encoder.answer("apple")
     assert counts.dropped == {"text contains the special token <|end|>": 1, "longer than max_length": 1}
     cut = [Preference((Message("user", "sort " * 30),), "pear", "apple", Origin("x", 1))]
-    (row,) = encode_preferences(cut, encoder, 24, "keep_end", counts)
+    (row,) = encode(Pairs(24, "keep_end"), cut, encoder, counts)
     assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 24
     assert row["prompt_ids"][0] == encoder.bos_id and row["chosen_ids"] == encoder.answer("pear")
 
@@ -315,8 +317,8 @@ def test_prompts_keep_their_record_and_are_never_cut():
     counts = Accounting()
     counts.read(2)
     records = [Prompt((Message("user", text),), Origin("x", 1), {"answer": "4"}) for text in ("sort", "sort " * 40)]
-    (row,) = encode_prompts(records, own(), 20, counts)
-    assert row.record is records[0] and row.ids == own().prompt(records[0].messages)
+    (row,) = encode(Prompts(20), records, own(), counts)
+    assert row.record == records[0] and row.ids == own().prompt(records[0].messages)
     assert counts.dropped == {"longer than max_length": 1}
 
 
@@ -324,11 +326,13 @@ def test_documents_are_one_stream_in_blocks():
     encoder = own()
     records = [Text(f"apple {i} pear", Origin("x", i)) for i in range(50)]
     stream = [i for record in records for i in encoder.document(record.text)]
-    blocks = encode_documents(records, encoder, 16)
+    rows = encode(Documents(), records, encoder, Accounting())
+    blocks = rows.blocks(16)
+    assert rows.tokens.tolist() == stream and rows.facts["bytes"] == sum(len(record.text) for record in records)
     assert blocks.dtype == "int32" and blocks.shape == (len(stream) // 16, 16)
     assert blocks.reshape(-1).tolist() == stream[: blocks.size]
     with pytest.raises(DataError, match="fewer than one block of 100000"):
-        encode_documents(records, encoder, 100_000)
+        rows.blocks(100_000)
 
 
 def test_an_encoder_is_the_same_after_saving(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from data.accounting import Accounting
 from data.config import FileSource, WorldSource
 from data.errors import DataError
-from data.load import load
 from data.records import Chat, Message, Origin, Preference, Prompt, Text
+from tests.row_sets import load
 
 U, A, S, T = "user", "assistant", "system", "tool"
 

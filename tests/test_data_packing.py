@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import pack, pack_rows
+from data.packing import PackedRows, pack
 from data.sampling import shuffled, uniform
 
 
@@ -35,10 +35,10 @@ def test_best_fit_decreasing_by_hand_and_on_many_rows():
 
 def test_packed_rows_start_their_positions_again_and_lose_their_first_label():
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}]
-    assert pack_rows(rows, 5) == [
+    assert list(PackedRows(rows, [3, 2], 5)) == [
         {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "position_ids": [0, 1, 2, 0, 1]}
     ]
-    assert len(pack_rows(rows, 4)) == 2
+    assert len(PackedRows(rows, [3, 2], 4)) == 2
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -74,7 +74,7 @@ def test_the_loss_of_packed_rows_is_that_of_rows_alone(attention):
     with torch.no_grad():
         alone = sum(loss(model(torch.tensor([r["input_ids"]])).logits, torch.tensor([r["labels"]])) for r in rows)
         for batch_size in (1, 2):
-            packed = pack_rows(rows, 12)
+            packed = PackedRows(rows, [len(row["input_ids"]) for row in rows], 12)
             assert len(packed) < len(rows)
             total = torch.zeros((), dtype=torch.float64)
             for start in range(0, len(packed), batch_size):

@@ -4,8 +4,8 @@ import pytest
 
 from data.config import FileSource
 from data.errors import DataError
-from data.load import Loaded, load
 from data.records import Chat, Preference, Prompt, Text
+from tests.row_sets import Loaded, load
 
 TEXTS = {
     "pretrain/tinyshakespeare.txt.gz": 144,

@@ -11,9 +11,10 @@ import pytest
 from data.config import FileSource, HubSource, StageSource, WorldSource
 from data.documents import TARGET, split_documents
 from data.fingerprint import fingerprint, fingerprints
-from data.load import load
 from data.records import Chat, Origin, Prompt, Text
 from data.sources import read_rows
+from handoff.files import HashCache
+from tests.row_sets import load
 
 ROWS = [{"prompt": 'a "b", c\nd', "completion": "é"}, {"prompt": "q", "completion": "x" * 200_000}]
 
@@ -86,7 +87,6 @@ def test_a_data_set_is_read_by_name(tmp_path, monkeypatch):
     loaded = load([HubSource(source="hub", name=name, hub_split="train[:5]")], Chat, None, 0)
     assert [r.messages[0].content for r in loaded.records] == [row["prompt"] for row in (ROWS * 3)[:5]]
     assert loaded.records[4].origin == Origin(f"hub:{name}[train[:5]]", 5)
-    assert list(loaded.fingerprints) == [f"hub:{name}[train[:5]]"]
 
 
 BOOK = (
@@ -171,13 +171,11 @@ def test_fingerprints_of_one_list_have_distinct_names():
     assert fingerprint(hub[0], None)[1] != fingerprint(hub[1], None)[1]
 
 
-def test_the_cache_of_hashes_is_kept_between_processes(tmp_path, monkeypatch):
-    import data.fingerprint as module
-
+def test_a_file_that_has_not_changed_is_hashed_once(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
-    source, cache = FileSource(source="file", path="a.txt"), tmp_path / "cache.json"
-    monkeypatch.setattr(module, "_seen", {})
-    first = fingerprint(source, tmp_path, cache)
-    monkeypatch.setattr(module, "_seen", {})
-    monkeypatch.setattr(module, "sha256_file", lambda path: pytest.fail("hashed again"))
-    assert fingerprint(source, tmp_path, cache) == first
+    source, cache = FileSource(source="file", path="a.txt"), HashCache(tmp_path / "hashes.json")
+    first = fingerprint(source, tmp_path, cache.sha256)
+    assert first == fingerprint(source, tmp_path)
+    cache.save()
+    monkeypatch.setattr("handoff.files.sha256_file", lambda path: pytest.fail("hashed again"))
+    assert fingerprint(source, tmp_path, HashCache(tmp_path / "hashes.json").sha256) == first

@@ -3,11 +3,11 @@
 import pytest
 
 from data.config import FileSource
-from data.load import load
 from data.records import Message, Preference
 from reward.functions import RewardError
 from reward.judge import judge, judge_statistics, reset_judge_statistics
 from tests.judge_server import chat, failed, pieces, preferred, serve
+from tests.row_sets import load
 
 PROMPT = (Message("user", "Say something."),)
 REAL = [

@@ -9,12 +9,12 @@ import pytest
 
 import reward.code
 from data.config import FileSource
-from data.load import load
 from data.records import Message, Prompt
 from reward.code import code_tests, extract
 from reward.compose import Answers, Composition
 from reward.config import RewardConfig
 from reward.functions import RewardError
+from tests.row_sets import load
 
 PROMPT = (Message("user", "Write f, which adds one."),)
 BEGINNING = 'def f(n: int) -> int:\n    """n and one more"""\n'

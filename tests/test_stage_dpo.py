@@ -8,11 +8,12 @@ import torch
 from datasets import Dataset
 
 from data.accounting import Accounting
-from data.encode import encode_preferences
 from data.records import Message, Origin, Preference
+from data.rows import Pairs
 from handoff.parent import open_parent
 from stages.dpo.loss import alarms, pair_metrics
 from stages.dpo.train import Trainer, on_disk
+from tests.row_sets import encode
 from tests.stage_chain import chain, run_stage, runs
 from training import engines
 from training.config import ModelArguments
@@ -143,6 +144,6 @@ def test_truncation_keeps_the_answer_and_its_stop():
     record = Preference((Message("user", "repeat: " + "cat " * 40),), "cat", "dog", Origin("here", 1))
     accounting = Accounting()
     accounting.read()
-    row = encode_preferences([record], encoder, 24, "keep_end", accounting)[0]
+    row = encode(Pairs(24, "keep_end"), [record], encoder, accounting)[0]
     assert row["chosen_ids"] == encoder.answer("cat") and row["chosen_ids"][-1] == encoder.stop_ids[0]
     assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 24

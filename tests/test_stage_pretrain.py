@@ -8,7 +8,7 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import Encoder
-from stages.pretrain.train import Collator, scoring_windows
+from stages.pretrain.train import Collator, Windows
 from tests.stage_chain import chain, run_stage, runs, stage_recipe
 from training import engines
 from training.architecture import model_config
@@ -116,13 +116,13 @@ def test_a_document_begins_at_position_0_and_nothing_predicts_its_first_token():
 @pytest.mark.parametrize(("tokens", "width"), [(100, 16), (97, 16), (15, 16), (5, 16), (16, 16), (33, 8)])
 def test_windows_score_each_token_once_with_context(tokens, width):
     stream = list(range(10, 10 + tokens))
-    windows = scoring_windows([stream[:3], stream[3:]], 1, width)
+    windows = Windows(np.array(stream), 1, width)
     scored = [label for window in windows for label in window[1] if label != -100]
     assert scored == stream
     for window in windows:
         first = int(np.argmax(window[1] != -100))
         assert (window[1][first:] == window[0][first:]).all()
-    for window in windows[1:]:
+    for window in list(windows)[1:]:
         assert np.argmax(window[1] != -100) >= width // 2
 
 
@@ -131,7 +131,7 @@ def test_bits_per_byte_do_not_depend_on_the_batch_and_are_those_of_the_whole(enc
     model = build(encoder)
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     documents = encoder.documents(["Ann has 3 balls. Bob has 4 cats."] * 5)
-    windows = scoring_windows(documents, encoder.eos_id, 24)
+    windows = Windows(np.concatenate(documents), encoder.eos_id, 24)
     with torch.no_grad():
         found = token_losses(model, Collator(None).labelled(list(windows)))
     tokens = sum(map(len, documents))

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from data.config import FileSource
-from data.encode import encode_preferences
-from data.load import load
 from data.records import Preference
+from data.rows import Pairs
 from handoff.errors import GateError, HandoffError
 from handoff.files import read_json
 from handoff.parent import open_parent
@@ -17,6 +16,7 @@ from handoff.stage import StageDir
 from reward.learned import score
 from stages.reward_model.schema import Card
 from stages.reward_model.train import Collator, Trainer, row_scores
+from tests.row_sets import encode, load
 from tests.stage_chain import THINGS, chain, run_stage, runs, stage_recipe
 from training import engines
 from training.config import ModelArguments
@@ -84,7 +84,7 @@ def test_scores_depend_on_the_row_alone(model, encoder):
 def test_statistics_are_those_of_the_scores_of_held_out_answers(published, model, encoder):
     source = FileSource(source="file", path="held_pairs.jsonl")
     held = load([source], Preference, runs().parent, 3)
-    pairs = encode_preferences(held.records, encoder, 64, "drop", held.accounting)
+    pairs = encode(Pairs(64, "drop"), held.records, encoder, held.accounting)
     answers = [row["prompt_ids"] + row[key] for row in pairs for key in ("chosen_ids", "rejected_ids")]
     scores = score(model, answers, encoder.pad_id).double()
     assert published.manifest.extra["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)

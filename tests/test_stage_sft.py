@@ -9,7 +9,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import Encoder
 from data.errors import DataError
-from data.packing import pack_rows
+from data.packing import PackedRows
 from data.records import Message
 from handoff.errors import HandoffError
 from handoff.parent import open_parent
@@ -71,8 +71,8 @@ def test_packed_conversations_do_not_see_one_another(attention, parent, encoder)
     with torch.no_grad():
         alone = sum(token_losses(model, collate([row]))["nats"].item() for row in rows)
         padded = token_losses(model, collate(rows))
-        packed_rows = pack_rows(rows, 30)
-        packed = token_losses(model, collate(packed_rows))
+        packed_rows = PackedRows(rows, [len(row["input_ids"]) for row in rows], 30)
+        packed = token_losses(model, collate(list(packed_rows)))
     assert len({len(row["input_ids"]) for row in packed_rows}) > 1 and len(packed_rows) < len(rows)
     assert padded["nats"].sum().item() == pytest.approx(alone, abs=1e-4)
     assert packed["nats"].sum().item() == pytest.approx(alone, abs=1e-4)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import reward.verifiers.golds
 import reward.verifiers.maths
 from data.config import FileSource
-from data.load import load
 from data.records import Message, Prompt
 from reward.compose import Answers, Composition
 from reward.config import RewardConfig
@@ -24,6 +23,7 @@ from reward.functions import RewardError
 from reward.verifiers import maths_process
 from reward.verifiers.maths import math_equal, numeric_match
 from reward.verifiers.maths_process import Comparer
+from tests.row_sets import load
 
 NUMBERS = [  # completion, its number; None where it has none
     ("The answer is 42.", "42"),

@@ -11,7 +11,7 @@ from data.fingerprint import fingerprints
 from handoff.errors import HandoffError
 from handoff.files import canonical_hash, sha256_file
 from handoff.manifest import MODEL_KINDS, Inputs
-from handoff.parent import open_dataset, open_parent
+from handoff.parent import known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
 from training.recipe import DATA_ROLE, Recipe, Section
 
@@ -49,7 +49,11 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
         recipe={**{key: value for key, value in keys.items() if key not in _DEMANDS}, "stage": section.stage},
         parents=parents,
         # The rows of another stage are among the parents.
-        data=fingerprints([s for s in section.config.sources() if not isinstance(s, StageSource)], recipe.data_root),
+        data=fingerprints(
+            [source for source in section.config.sources() if not isinstance(source, StageSource)],
+            recipe.data_root,
+            known_hashes(recipe.run_dir).sha256,
+        ),
         code=code_fingerprint(section.stage),
         seed=recipe.seed,
         demands={key: value for key, value in keys.items() if key in _DEMANDS},

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from data.config import SourceConfig
 from data.encode import Encoder
+from data.records import Chat, Preference
+from data.rows import Questions
 from rollout.engine import generate
 from rollout.sampling import SamplingSpec
 
@@ -25,7 +28,7 @@ _SHOWN = 8
 def measure_rows(
     trainer: "StageTrainer",
     rows: Sequence[Any],
-    lengths: Sequence[int],
+    lengths: "Sequence[int] | np.ndarray",
     collate: Callable[[list[Any]], dict[str, Any]],
     measure: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]],
 ) -> dict[str, np.ndarray]:
@@ -42,7 +45,7 @@ def measure_rows(
     was_training = model.training
     model.eval()
     size = trainer.args.per_device_eval_batch_size
-    by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
+    by_length = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     batches = [by_length[start : start + size] for start in range(0, len(rows), size)]
     # Every process makes the same number of passes, whatever it does with the last: collectives need all of them.
     engine = trainer.run.engine
@@ -77,6 +80,15 @@ def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.
         "correct": (out.is_top1 & labelled).sum(-1),
         "tokens": labelled.sum(-1),
     }
+
+
+def questions(
+    run: "Run", sources: Sequence[SourceConfig], want: type[Chat] | type[Preference], encoder: Encoder, count: int
+) -> list[tuple[list[int], str]]:
+    """Prompts for `greedy_answers`: (ids, text to show) of what the first `count` held-out records ask."""
+    if not count:
+        return []
+    return [(ids, text) for ids, text in run.rows(sources, Questions(want), encoder, label=None)[:count] if ids]
 
 
 def greedy_answers(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from data.encode import EncodedPrompt
+from data.rows import Rows
 from handoff.contract import check_same_encoding
 from handoff.parent import Parent
 from reward.compose import Answers, Composition
@@ -50,8 +51,15 @@ def load_rewards(
                 if not entry.reencode:
                     check_same_encoding(policy, parent, f"{ref} reads the policies' tokens; set `reencode: true`")
     composition = Composition(entries, learned)
-    composition.check_columns({name for prompt in prompts for name in prompt.record.columns})
+    composition.check_columns(column_names(prompts))
     return composition
+
+
+def column_names(prompts: Sequence[EncodedPrompt]) -> set[str]:
+    """Columns that any of the prompts has."""
+    if isinstance(prompts, Rows):
+        return set(prompts.facts)
+    return {name for prompt in prompts for name in prompt.record.columns}
 
 
 class Scorer:

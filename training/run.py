@@ -18,11 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from data.config import StageSource
+from data.shards import RowStore
 from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
 from handoff.journal import Journal
 from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest
-from handoff.parent import Dataset, Parent, open_dataset, open_parent
+from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
 from training import engines
 from training.engines.launch import is_main
@@ -33,11 +35,14 @@ from training.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from data.config import SourceConfig
-    from data.load import Loaded
-    from data.records import Record
+    from data.encode import Encoder
+    from data.rows import Kind as RowKind
+    from data.rows import Rows
     from training.model import Written
 
-R = TypeVar("R", bound="Record")
+T = TypeVar("T")
+ROWS = ".rows"
+"""Folder of encoded rows in an output_root, shared by its runs."""
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "baton-align")
 
 
@@ -61,6 +66,8 @@ class Run:
         self._parents: dict[str, Parent] = {}
         self._datasets: dict[str, Dataset] = {}
         self._data: dict[str, Any] = {}
+        hashes = known_hashes(recipe.run_dir)
+        self._store = RowStore(recipe.output_root / ROWS, hashes.sha256, writes=self.is_main)
         self._metrics, self._samples = Journal(self.dir.metrics_path), Journal(self.dir.samples_path)
         self._mirror: Any = None
         self._on_close: list[Callable[[], None]] = []
@@ -88,37 +95,41 @@ class Run:
         self._parents |= opened
         return opened
 
-    def load(self, sources: Sequence["SourceConfig"], want: type[R], label: str = "data") -> "Loaded[R]":
-        """Reads records. `account` has to follow once they are encoded, since encoding may drop rows too."""
-        from data.load import load
+    def rows(
+        self,
+        sources: Sequence["SourceConfig"],
+        kind: "RowKind[T]",
+        encoder: "Encoder | None" = None,
+        label: str | None = "data",
+        max_drop_fraction: float = 1.0,
+    ) -> "Rows[T]":
+        """The rows of the sources, encoded once and kept below output_root. Every process calls it.
 
-        loaded = load(self._located(sources), want, self.recipe.data_root, self.seed)
-        self._data.setdefault("fingerprints", {}).update(loaded.fingerprints)
-        return loaded
+        Prints what became of the rows of the sources and keeps it for the manifest under `label`; None: rows that are
+        counted elsewhere.
+
+        Raises:
+            DataError: a source cannot be read, more than `max_drop_fraction` of its rows was dropped, or none is left.
+        """
+        rows = self._store.open(self._located(sources), kind, encoder, self.recipe.data_root, self.seed)
+        self._data.setdefault("fingerprints", {}).update(rows.fingerprints)
+        if label is not None:
+            self.console.print(f"  {label}: {rows.accounting.summary()}", markup=False)
+            rows.accounting.check(max_drop_fraction)
+            self._data[label] = rows.accounting.metrics()
+        return rows
 
     def _located(self, sources: Sequence["SourceConfig"]) -> "list[SourceConfig]":
         """The sources with the folders of those that are rows of stages; these become parents in the manifest."""
-        from data.config import StageSource
-
         located: list[SourceConfig] = []
         for source in sources:
             if isinstance(source, StageSource):
                 name = source.name
                 rows = self.engine.on_main(lambda name=name: open_dataset(name, self.recipe.run_dir, self.section.name))
-                self._datasets[f"{DATA_ROLE}{source.name}"] = rows
+                self._datasets[f"{DATA_ROLE}{name}"] = rows
                 source = source.at(rows.data_dir)
             located.append(source)
         return located
-
-    def account(self, loaded: "Loaded[R]", label: str = "data", max_drop_fraction: float = 1.0) -> None:
-        """Prints what became of the rows, keeps it for the manifest, and refuses when too many were dropped.
-
-        Raises:
-            DataError: more than `max_drop_fraction` of the rows was dropped, or none is left.
-        """
-        self.console.print(f"  {label}: {loaded.accounting.summary()}", markup=False)
-        loaded.accounting.check(max_drop_fraction)
-        self._data[label] = loaded.accounting.metrics()
 
     # ---- what goes out
 
@@ -244,6 +255,11 @@ class Run:
 
             yield advance
 
+    def refuse(self) -> None:
+        """Called after a user's mistake: where the stage has written nothing yet, its new rows are removed as well."""
+        if self.is_main and self.dir.untouched:
+            self._store.discard()
+
     def on_close(self, call: Callable[[], None]) -> None:
         """`call` is called when the stage ends, after a failure too."""
         self._on_close.append(call)
@@ -279,6 +295,7 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals,
             train = importlib.import_module(f"stages.{section.stage}.train").train
             train(run)
         except UserError:
+            run.refuse()
             raise
         except Exception as error:
             if not disk_is_full(error):

@@ -49,7 +49,9 @@ class StepOrder(Sampler[int]):
     row is seen, every process has the same number of passes, and no step is smaller than the others.
     """
 
-    def __init__(self, rows: int, step_size: int, seed: int, lengths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, rows: int, step_size: int, seed: int, lengths: "Sequence[int] | np.ndarray | None" = None
+    ) -> None:
         """`lengths` (one a row) puts rows of like length beside one another: little of a micro-batch is padding.
 
         A step then consists of four such groups (three or two where its size does not divide by four), the longest rows
@@ -84,7 +86,7 @@ class StepOrder(Sampler[int]):
             order = order[shuffled(len(order), self._seed, "groups", self._epoch)].reshape(self.steps, groups, -1)
             longest = self._lengths[order].max(axis=-1)  # (steps, groups)
             order = np.take_along_axis(order, np.argsort(-longest, axis=1, kind="stable")[:, :, None], axis=1).ravel()
-        return iter(order.tolist())
+        return map(int, order)
 
 
 class StageTrainer(Trainer):

@@ -10,29 +10,27 @@ hash of the pairs and of the reference's weights; no second model stays in memor
 once their bytes are found to be those that were written; else they are computed again.
 """
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from data.encode import encode_preferences
-from data.errors import RowRefused
 from data.records import Preference
+from data.rows import Pairs, Row, Rows
 from handoff.files import changed_files, hash_tree, read_json, remove_tree, write_json
 from stages.dpo.config import Config
 from stages.dpo.loss import alarms, pair_metrics
 from training.engines.protocol import Engine
-from training.measure import greedy_answers, measure_rows
+from training.measure import greedy_answers, measure_rows, questions
 from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
 
-Row = dict[str, Any]
 _HASHES = "hashes.json"
 
 
@@ -50,21 +48,13 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
 
     # Data: pairs as ids.
-    loaded = run.load(config.data, Preference)
-    rows = encode_preferences(loaded.records, encoder, config.max_length, config.truncation, loaded.accounting)
-    run.account(loaded, max_drop_fraction=config.max_drop_fraction)
-    heldout: list[Row] = []
+    pairs = Pairs(config.max_length, config.truncation)
+    rows = run.rows(config.data, pairs, encoder, max_drop_fraction=config.max_drop_fraction)
+    heldout: Rows[Row] | None = None
     prompts: list[tuple[list[int], str]] = []
     if config.eval_data:
-        held = run.load(config.eval_data, Preference)
-        heldout = encode_preferences(held.records, encoder, config.max_length, config.truncation, held.accounting)
-        run.account(held, "held-out data", config.max_drop_fraction)
-        asked = [pair.prompt for pair in held.records[: config.eval_answers]]
-        prompts = [
-            (ids, messages[-1].content)
-            for messages, ids in zip(asked, encoder.prompts(asked), strict=True)
-            if not isinstance(ids, RowRefused)
-        ]
+        heldout = run.rows(config.eval_data, pairs, encoder, "held-out data", config.max_drop_fraction)
+        prompts = questions(run, config.eval_data, Preference, encoder, config.eval_answers)
 
     # Model and trainer.
     smoothed = config.label_smoothing > 0
@@ -84,26 +74,27 @@ def train(run: Run) -> None:
     model = Model.load(
         run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=args.bf16
     )
-    drop_altered(run.engine, run.dir.state_dir / "pairs")
-    run.console.print(f"  the reference reads {len(rows) + len(heldout)} pairs")
+    run.console.print(f"  the reference reads {len(rows) + len(heldout or ())} pairs")
+    kept = run.dir.state_dir / "pairs"
+    drop_altered(run.engine, kept)
     trainer = Trainer(
         model=model.module,
         args=args,
-        train_dataset=on_disk(run.engine, rows, run.dir.state_dir / "pairs" / "train"),
-        eval_dataset=on_disk(run.engine, heldout, run.dir.state_dir / "pairs" / "eval") if heldout else None,
+        train_dataset=on_disk(run.engine, rows, kept / "train"),
+        eval_dataset=on_disk(run.engine, heldout, kept / "eval") if heldout is not None else None,
         processing_class=encoder.tokenizer,
     )
-    list_hashes(run.engine, run.dir.state_dir / "pairs")
-    lengths = [pair_length(row) for row in trainer.train_dataset] if config.group_by_length else None
+    list_hashes(run.engine, kept)
+    lengths = rows.lengths[longest_first(rows)] if config.group_by_length else None
     order = StepOrder(len(rows), config.train.global_batch_size, run.seed, lengths)
 
     measured: list[dict[str, float]] = []
 
     def hold_out() -> dict[str, float]:
-        if not heldout:
+        if heldout is None:
             return {}
-        pairs = list(trainer.eval_dataset)
-        found = measure_rows(trainer, pairs, [pair_length(row) for row in pairs], trainer.data_collator, pair_logps)
+        lengths = heldout.lengths[longest_first(heldout)]
+        found = measure_rows(trainer, trainer.eval_dataset, lengths, trainer.data_collator, pair_logps)
         metrics = pair_metrics(found, config.beta)
         metrics |= greedy_answers(run, trainer, encoder, prompts, config.max_new_tokens)
         measured.append(metrics)
@@ -118,16 +109,16 @@ def train(run: Run) -> None:
     run.publish("causal_lm", write, metrics, step=trainer.state.global_step)
 
 
-def pair_length(row: Row) -> int:
-    """Tokens of the prompt and the longer answer."""
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+def longest_first(rows: Rows[Row]) -> np.ndarray:
+    """Indices of the pairs, (N,), those of equal length in their own order."""
+    return np.argsort(-rows.lengths.astype(np.int64), kind="stable")
 
 
-def on_disk(engine: Engine, rows: Sequence[Row], folder: Path) -> Dataset:
+def on_disk(engine: Engine, rows: Rows[Row], folder: Path) -> Dataset:
     """The pairs, longest first, as a data set in `folder`, where TRL keeps the reference's log-probabilities too."""
     if engine.is_main and not folder.exists():
         written = folder.with_name(f".tmp-{folder.name}")
-        Dataset.from_list(sorted(rows, key=pair_length, reverse=True)).save_to_disk(written)
+        rows.stored(longest_first(rows)).save_to_disk(written)
         written.rename(folder)
     engine.barrier()
     return datasets.load_from_disk(str(folder))

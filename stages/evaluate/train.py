@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from data.encode import EncodedPrompt, Encoder, encode_prompts
-from data.records import Prompt, Text
+from data.encode import EncodedPrompt, Encoder
+from data.records import Text
+from data.rows import Prompts, Texts
 from handoff.errors import HandoffError
 from handoff.files import write_json
 from handoff.parent import Parent
@@ -43,13 +44,9 @@ def train(run: Run) -> None:
     entries = _entries(run, present)
 
     # The prompts are encoded for each model by its own encoder: a foreign model keeps its own template.
-    loaded = run.load(config.data, Prompt)
-    documents = run.load(config.text, Text) if config.text else None
     first = load_encoder(next(iter(parents.values())))
-    prompts = encode_prompts(loaded.records, first, config.max_prompt_length, loaded.accounting)
-    run.account(loaded, "prompts")
-    if documents is not None:
-        run.account(documents, "documents")
+    prompts = run.rows(config.data, Prompts(config.max_prompt_length), first, "prompts")
+    documents = run.rows(config.text, Texts(Text), label="documents") if config.text else None
     column, keys = _groups(run, prompts)
     scorers = _scorers(run, entries, present, list(parents.values()), prompts)
 
@@ -64,7 +61,7 @@ def train(run: Run) -> None:
             with model.whole() as module:
                 answered[name] = _answer(run, module, encoder, ids, advance)
                 if documents is not None:
-                    texts = [record.text for record in documents.records]
+                    texts = [text for texts in documents for text in texts]
                     bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, config)}
             del model, module
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.encode import EncodedPrompt, Encoder, encode_prompts
+from data.encode import EncodedPrompt, Encoder
 from data.errors import DataError
-from data.records import Prompt
+from data.rows import Prompts
 from handoff.journal import Journal
 from handoff.parent import Parent
 from reward.compose import Answers
@@ -41,9 +41,9 @@ def train(run: Run) -> None:
     config: Config = run.config
     parent = run.parent("parent")
     encoder = load_encoder(parent)
-    loaded = run.load(config.data, Prompt)
-    prompts = encode_prompts(loaded.records, encoder, config.max_prompt_length, loaded.accounting)
-    run.account(loaded, "prompts", config.max_drop_fraction)
+    prompts = run.rows(
+        config.data, Prompts(config.max_prompt_length), encoder, "prompts", max_drop_fraction=config.max_drop_fraction
+    )
     left_out = sorted({name for p in prompts for name in p.record.columns if name in _OWN})
     if left_out:
         run.console.print(f"  columns of the prompts that the rows do not keep: {', '.join(left_out)}", markup=False)

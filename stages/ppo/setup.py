@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from data.config import SourceConfig
-from data.encode import EncodedPrompt, Encoder, encode_prompts
-from data.records import Prompt
+from data.encode import EncodedPrompt, Encoder
+from data.rows import Prompts, Rows
 from data.sampling import shuffled
 from handoff.contract import check_same_encoding
 from handoff.parent import Parent
@@ -34,13 +34,10 @@ def check_batch(run: Run, t: PPOTrainConfig) -> None:
         )
 
 
-def load_prompts(run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str) -> list[EncodedPrompt]:
+def load_prompts(run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str) -> Rows[EncodedPrompt]:
     """Encoded prompts; those that are too long are dropped and counted."""
     config: Config = run.config
-    loaded = run.load(sources, Prompt)
-    prompts = encode_prompts(loaded.records, encoder, config.max_prompt_length, loaded.accounting)
-    run.account(loaded, label, config.max_drop_fraction)
-    return prompts
+    return run.rows(sources, Prompts(config.max_prompt_length), encoder, label, config.max_drop_fraction)
 
 
 class PromptStream:
@@ -52,7 +49,9 @@ class PromptStream:
     def __call__(self, cursor: int, count: int) -> list[EncodedPrompt]:
         """`count` prompts from the position `cursor` on."""
         places = (divmod(position, len(self._prompts)) for position in range(cursor, cursor + count))
-        return [self._prompts[_permutation(len(self._prompts), self._seed, epoch)[place]] for epoch, place in places]
+        return [
+            self._prompts[int(_permutation(len(self._prompts), self._seed, epoch)[place])] for epoch, place in places
+        ]
 
 
 @lru_cache(maxsize=4)

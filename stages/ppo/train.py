@@ -85,7 +85,9 @@ def train(run: Run) -> None:
     bf16 = engine.bf16
     encoder = load_encoder(parent)
     prompts = load_prompts(run, encoder, config.data, "prompts")
-    heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts") if config.eval_data else []
+    heldout: Sequence[EncodedPrompt] = []
+    if config.eval_data:
+        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts")
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
     rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)

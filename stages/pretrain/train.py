@@ -8,6 +8,7 @@ Legend: N rows, B rows of a batch, T tokens of a row (`block_size`).
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
-from data.encode import encode_documents
-from data.records import Text
+from data.rows import Documents
 from stages.pretrain.config import Config
 from training.architecture import model_config
 from training.measure import measure_rows, token_losses
@@ -48,16 +48,12 @@ def train(run: Run) -> None:
             raise RecipeError(f"{run.recipe.path}: {run.section.name}.{error}") from error
 
     # Data: blocks of tokens; held-out documents as windows that score every token once.
-    loaded = run.load(config.data, Text)
-    blocks = encode_documents(loaded.records, encoder, config.block_size)  # (N, T)
-    run.account(loaded, max_drop_fraction=config.max_drop_fraction)
-    windows, heldout_bytes = np.empty((0, 2, config.block_size), dtype=np.int64), 0
+    rows = run.rows(config.data, Documents(), encoder, max_drop_fraction=config.max_drop_fraction)
+    blocks = rows.blocks(config.block_size)  # (N, T)
+    windows, heldout_bytes = None, 0
     if config.eval_data:
-        held = run.load(config.eval_data, Text)
-        run.account(held, "held-out data", config.max_drop_fraction)
-        texts = [record.text for record in held.records]
-        windows = scoring_windows(encoder.documents(texts), encoder.eos_id, config.block_size)
-        heldout_bytes = sum(len(text.encode()) for text in texts)
+        held = run.rows(config.eval_data, Documents(), encoder, "held-out data", config.max_drop_fraction)
+        windows, heldout_bytes = Windows(held.tokens, encoder.eos_id, config.block_size), held.facts["bytes"]
 
     # Model and trainer.
     args = arguments(TrainingArguments, run, len(blocks))
@@ -77,9 +73,9 @@ def train(run: Run) -> None:
     order = StepOrder(len(blocks), config.train.global_batch_size, run.seed)
 
     def hold_out() -> dict[str, float]:
-        if not len(windows):
+        if windows is None:
             return {}
-        lengths = [windows.shape[-1]] * len(windows)
+        lengths = np.full(len(windows), windows.width)
         found = measure_rows(trainer, windows, lengths, collate.labelled, token_losses)
         nats, tokens = found["nats"].sum(), found["tokens"].sum()
         return {
@@ -141,20 +137,39 @@ class Collator:
         return {"input_ids": ids, "labels": labels.masked_fill(first, -100), "position_ids": columns - begins}
 
 
-def scoring_windows(documents: Sequence[Sequence[int]], end: int, width: int) -> np.ndarray:
-    """Windows over the documents laid end to end that score each token once, with half a window of context or more.
+class Windows(Sequence[np.ndarray]):
+    """Windows over a stream of documents that score each token once, with half a window of context or more.
 
-    Returns:
-        (N, 2, T) long: ids, and labels that are -100 for context. T is `width`, or less where all tokens are fewer.
+    A window is (2, T) long: ids, and labels that are -100 for context. T is `width`, or less where all tokens are
+    fewer. It is put together when it is read.
     """
-    stream = np.fromiter((t for ids in documents for t in ids), dtype=np.int64)
-    stream = np.concatenate([[end], stream])  # context for the first token; not scored itself
-    width = min(width, len(stream))
-    starts = [*range(0, len(stream) - width, max(1, width // 2)), len(stream) - width]
-    windows = np.full((len(starts), 2, width), -100, dtype=np.int64)
-    scored = 1
-    for window, start in zip(windows, starts, strict=True):
-        window[0] = stream[start : start + width]
+
+    def __init__(self, tokens: np.ndarray, end: int, width: int) -> None:
+        """
+        Args:
+            tokens: of the documents laid end to end, (N,).
+            end: the end token, which is the context of the first token; it is not scored itself there.
+        """
+        self._tokens, self._end = tokens, end
+        size = len(tokens) + 1
+        self.width = min(width, size)
+        self._starts = [*range(0, size - self.width, max(1, self.width // 2)), size - self.width]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = self._starts[index]
+        scored = self._starts[index - 1] + self.width if index else 1
+        window = np.full((2, self.width), -100, dtype=np.int64)
+        window[0, start == 0 :] = self._tokens[max(start - 1, 0) : start + self.width - 1]
+        if start == 0:
+            window[0, 0] = self._end
         window[1, scored - start :] = window[0, scored - start :]
-        scored = start + width
-    return windows
+        return window

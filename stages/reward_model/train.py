@@ -10,14 +10,13 @@ RL to normalise by.
 """
 
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import numpy as np
 import torch
-from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from data.encode import encode_preferences
-from data.records import Preference
+from data.rows import Pairs
 from handoff.contract import check_same_encoding
 from handoff.errors import GateError
 from handoff.files import write_json
@@ -50,21 +49,11 @@ def train(run: Run) -> None:
     others = {ref: open_member(run, ref, parent) for ref in config.ensemble_with}
 
     # Data: pairs of whole conversations.
-    loaded = run.load(config.data, Preference)
-    pairs = encode_preferences(loaded.records, encoder, config.max_length, config.truncation, loaded.accounting)
-    run.account(loaded, max_drop_fraction=config.max_drop_fraction)
+    kind = Pairs(config.max_length, config.truncation)
+    rows = run.rows(config.data, kind, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: list[Row] = []
     if config.eval_data:
-        held = run.load(config.eval_data, Preference)
-        heldout = encode_preferences(held.records, encoder, config.max_length, config.truncation, held.accounting)
-        run.account(held, "held-out data", config.max_drop_fraction)
-    rows = [
-        {
-            "chosen_ids": pair["prompt_ids"] + pair["chosen_ids"],
-            "rejected_ids": pair["prompt_ids"] + pair["rejected_ids"],
-        }
-        for pair in pairs
-    ]
+        heldout = list(run.rows(config.eval_data, kind, encoder, "held-out data", config.max_drop_fraction))
 
     # Model and trainer. Members of an ensemble see the same data, each in its own order.
     if config.seed is not None:
@@ -86,27 +75,28 @@ def train(run: Run) -> None:
     trainer = Trainer(
         model=model.module,
         args=args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows.dataset(whole),
         processing_class=encoder.tokenizer,
     )
-    lengths = [max(map(len, row.values())) for row in rows] if config.group_by_length else None
+    lengths = rows.lengths if config.group_by_length else None
     order = StepOrder(len(rows), config.train.global_batch_size, run.seed, lengths)
 
     def scores(answers: Sequence[Sequence[int]]) -> np.ndarray:
-        found = measure_rows(trainer, answers, [len(ids) for ids in answers], Collator(encoder.pad_id), row_scores)
+        lengths = np.fromiter(map(len, answers), dtype=np.int64, count=len(answers))
+        found = measure_rows(trainer, answers, lengths, Collator(encoder.pad_id), row_scores)
         return found["score"]
 
     def hold_out() -> dict[str, float]:
         if not heldout:
             return {}
-        chosen, rejected = np.split(scores(both_answers(heldout)), 2)
+        chosen, rejected = np.split(scores(BothAnswers(heldout)), 2)
         return pair_metrics(chosen, rejected, answer_lengths(heldout))
 
     fit(run, trainer, order, hold_out)
 
     # What it has learned. Without held-out pairs the statistics come from the training's own, and there is no card.
     metrics = trainer.evaluate()
-    answers = both_answers(heldout or pairs)
+    answers = BothAnswers(heldout or rows)
     values = scores(answers)
     extra = {"reward_mean": float(values.mean()), "reward_std": float(max(values.std(), 1e-6))}
     if heldout:
@@ -158,9 +148,33 @@ def row_scores(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
     return {"score": model(**batch, use_cache=False).logits.squeeze(-1)}
 
 
-def both_answers(pairs: Sequence[Row]) -> list[list[int]]:
+def whole(pair: Row) -> Row:
+    """Prompt and answer together, as TRL's trainer takes them."""
+    return {key: pair["prompt_ids"] + pair[key] for key in ("chosen_ids", "rejected_ids")}
+
+
+class BothAnswers(Sequence[list[int]]):
     """Prompt and answer of every pair: first all chosen ones, then all rejected ones."""
-    return [pair["prompt_ids"] + pair[key] for key in ("chosen_ids", "rejected_ids") for pair in pairs]
+
+    def __init__(self, pairs: Sequence[Row]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return 2 * len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rejected, place = divmod(index, len(self._pairs))
+        pair = whole(self._pairs[place])
+        ids: list[int] = pair["rejected_ids" if rejected else "chosen_ids"]
+        return ids
 
 
 def answer_lengths(pairs: Sequence[Row]) -> np.ndarray:

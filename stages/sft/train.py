@@ -12,15 +12,13 @@ their number: how the step is cut changes nothing.
 from collections.abc import Sequence
 
 import torch
-from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from data.encode import encode_chats
-from data.errors import RowRefused
-from data.packing import pack_rows
+from data.packing import PackedRows
 from data.records import Chat
+from data.rows import Chats, Row, Rows
 from stages.sft.config import Config
-from training.measure import greedy_answers, measure_rows, token_losses
+from training.measure import greedy_answers, measure_rows, questions, token_losses
 from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
@@ -37,42 +35,34 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
 
     # Data: conversations as ids and labels, packed or not.
-    loaded = run.load(config.data, Chat)
-    rows = encode_chats(loaded.records, encoder, config.max_length, config.truncation, loaded.accounting)
-    run.account(loaded, max_drop_fraction=config.max_drop_fraction)
-    heldout, prompts = [], []
+    chats = Chats(config.max_length, config.truncation)
+    rows = run.rows(config.data, chats, encoder, max_drop_fraction=config.max_drop_fraction)
+    heldout: Rows[Row] | None = None
+    prompts: list[tuple[list[int], str]] = []
     if config.eval_data:
-        held = run.load(config.eval_data, Chat)
-        heldout = encode_chats(held.records, encoder, config.max_length, config.truncation, held.accounting)
-        asked = [chat.messages[:-1] for chat in held.records[: config.eval_answers]]
-        prompts = [
-            (ids, messages[-1].content)
-            for messages, ids in zip(asked, encoder.prompts(asked), strict=True)
-            if not isinstance(ids, RowRefused)
-        ]
-        run.account(held, "held-out data", config.max_drop_fraction)
-    if config.packing:
-        rows = pack_rows(rows, config.max_length)
+        heldout = run.rows(config.eval_data, chats, encoder, "held-out data", config.max_drop_fraction)
+        prompts = questions(run, config.eval_data, Chat, encoder, config.eval_answers)
+    data = PackedRows(rows, rows.lengths, config.max_length) if config.packing else rows
 
     # Model and trainer.
-    args = arguments(SFTConfig, run, len(rows), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    args = arguments(SFTConfig, run, len(data), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     dtype = trained_dtype(run.engine, config.model_args)
     model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=args.bf16)
     collate = Collator(encoder.pad_id)
     trainer = Trainer(
         model=model.module,
         args=args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=data.dataset(),
         data_collator=collate,
         processing_class=encoder.tokenizer,
     )
-    lengths = [len(row["input_ids"]) for row in rows] if config.group_by_length and not config.packing else None
-    order = StepOrder(len(rows), config.train.global_batch_size, run.seed, lengths)
+    lengths = rows.lengths if config.group_by_length and not config.packing else None
+    order = StepOrder(len(data), config.train.global_batch_size, run.seed, lengths)
 
     def hold_out() -> dict[str, float]:
-        if not heldout:
+        if heldout is None:
             return {}
-        found = measure_rows(trainer, heldout, [len(r["input_ids"]) for r in heldout], collate, token_losses)
+        found = measure_rows(trainer, heldout, heldout.lengths, collate, token_losses)
         tokens = found["tokens"].sum()
         metrics = {"loss": found["nats"].sum() / tokens, "mean_token_accuracy": found["correct"].sum() / tokens}
         return metrics | greedy_answers(run, trainer, encoder, prompts, config.max_new_tokens)

@@ -7,14 +7,16 @@ later training can use new markers without resizing a model.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from data.config import SourceConfig, WorldSource
-from data.records import Chat, Preference, Prompt, Record, Text
+from data.records import Chat, Prompt, Text
+from data.rows import Rows, Texts
 from data.template import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, STOP_TOKENS
 from stages.tokenizer.config import Config
 from training.run import Run
@@ -25,12 +27,12 @@ _BATCH = 1000
 def train(run: Run) -> None:
     """Runs the stage. It is not distributed: the main process trains, the others wait for it."""
     config: Config = run.config
-    texts = read_texts(run, config.data, "data")
+    rows = read_texts(run, config.data, "data")
     heldout = read_texts(run, config.eval_data, "held-out data")
 
     started = time.perf_counter()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(run, texts, config),
+        tokenizer_object=train_bpe(run, rows, config),
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
@@ -41,11 +43,11 @@ def train(run: Run) -> None:
     elapsed = time.perf_counter() - started
     metrics = {
         "vocab_size": len(tokenizer),
-        "train_bytes_per_token": bytes_per_token(tokenizer, texts[:_BATCH]),
+        "train_bytes_per_token": bytes_per_token(tokenizer, islice(batches(rows), 1)),
         "time/train": round(elapsed, 2),
     }
     if heldout:
-        metrics["eval_bytes_per_token"] = bytes_per_token(tokenizer, heldout)
+        metrics["eval_bytes_per_token"] = bytes_per_token(tokenizer, batches(heldout))
     if len(tokenizer) < config.vocab_size:
         run.console.print(
             f"  the texts give {len(tokenizer)} entries, not {config.vocab_size}: no pair is left that occurs "
@@ -66,7 +68,7 @@ def train(run: Run) -> None:
     run.publish("tokenizer", write, metrics)
 
 
-def wanted(source: SourceConfig) -> type[Record]:
+def wanted(source: SourceConfig) -> type[Text] | type[Chat] | type[Prompt]:
     """As what the rows of a source are read."""
     if isinstance(source, WorldSource):
         return {"documents": Text, "chats": Chat, "preferences": Chat, "prompts": Prompt}[source.kind]
@@ -75,22 +77,22 @@ def wanted(source: SourceConfig) -> type[Record]:
     return Text if source.format == "text" else Chat
 
 
-def read_texts(run: Run, sources: Sequence[SourceConfig], label: str) -> list[str]:
+def read_texts(run: Run, sources: Sequence[SourceConfig], label: str) -> list[Rows[list[str]]]:
     """Texts of documents and messages, in the order of the sources."""
-    texts: list[str] = []
-    for kind in (Text, Chat, Prompt):
-        chosen = [source for source in sources if wanted(source) is kind]
-        if not chosen:
-            continue
-        loaded = run.load(chosen, kind)
-        run.account(loaded, f"{label} ({kind.__name__.lower()})")
-        for record in loaded.records:
-            assert not isinstance(record, Preference)  # pairs are read as conversations
-            texts += [record.text] if isinstance(record, Text) else [message.content for message in record.messages]
-    return texts
+    kinds = [(kind, [source for source in sources if wanted(source) is kind]) for kind in (Text, Chat, Prompt)]
+    return [
+        run.rows(chosen, Texts(kind), label=f"{label} ({kind.__name__.lower()})") for kind, chosen in kinds if chosen
+    ]
 
 
-def train_bpe(run: Run, texts: Sequence[str], config: Config) -> Tokenizer:
+def batches(rows: Sequence[Rows[list[str]]]) -> Iterator[list[str]]:
+    """All texts, read a batch at a time."""
+    texts = (text for part in rows for row in part for text in row)
+    while batch := list(islice(texts, _BATCH)):
+        yield batch
+
+
+def train_bpe(run: Run, rows: Sequence[Rows[list[str]]], config: Config) -> Tokenizer:
     """The trained BPE; every process gets the main one's."""
     tokenizer = Tokenizer(models.BPE())
     parts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] * config.split_digits
@@ -104,18 +106,23 @@ def train_bpe(run: Run, texts: Sequence[str], config: Config) -> Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        with run.progress(len(texts), "tokenizer") as advance:
+        total = sum(int(part.lengths.sum()) for part in rows)
+        with run.progress(total, "tokenizer") as advance:
 
-            def batches() -> Iterator[Sequence[str]]:
-                for start in range(0, len(texts), _BATCH):
-                    yield (batch := texts[start : start + _BATCH])
+            def counted() -> Iterator[list[str]]:
+                for batch in batches(rows):
+                    yield batch
                     advance(len(batch))
 
-            tokenizer.train_from_iterator(batches(), trainer, length=len(texts))
+            tokenizer.train_from_iterator(counted(), trainer, length=total)
     return Tokenizer.from_str(run.engine.from_main(tokenizer.to_str()))
 
 
-def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
-    """UTF-8 bytes that a token stands for, on average."""
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return sum(len(text.encode()) for text in texts) / max(1, sum(len(encoding.ids) for encoding in encodings))
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast, parts: Iterable[list[str]]) -> float:
+    """UTF-8 bytes that a token stands for, on average over all texts of all parts."""
+    size = tokens = 0
+    for texts in parts:
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        size += sum(len(text.encode()) for text in texts)
+        tokens += sum(len(encoding.ids) for encoding in encodings)
+    return size / max(1, tokens)

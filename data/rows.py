@@ -1,0 +1,387 @@
+"""What a stage trains on: the kinds of rows, and the rows of one kind as they lie in memory-mapped files.
+
+A kind says which records it reads, how a batch of them is encoded, and which columns are stored. The files are written
+and opened by data/shards.py.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
+
+from data.accounting import Accounting
+from data.encode import EncodedPrompt, Encoder
+from data.errors import DataError, RowRefused
+from data.records import Chat, Message, Origin, Preference, Prompt, Record, Text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from numpy.typing import NDArray
+
+T = TypeVar("T")
+Row: TypeAlias = dict[str, Any]
+Column: TypeAlias = Literal["ids", "flags", "text", "texts"]
+"""How a column is stored: token ids (int32), one bit for each token, one string, several strings."""
+Truncation: TypeAlias = Literal["drop", "error", "keep_end"]
+
+_READ_TOGETHER = 1000
+
+
+class TooLong(RowRefused):
+    """A row with more tokens than are allowed."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__("longer than max_length")
+        self.tokens = tokens
+
+
+class Kind(Generic[T]):
+    """A kind of rows; `T` is what a stage is given for each. A subclass is a dataclass of its settings."""
+
+    want: type[Record]
+    """The records that are read."""
+    columns: ClassVar[dict[str, Column]]
+    stream: ClassVar[bool] = False
+    """Whether the rows are stored as one stream of their column `ids`, in the order of use."""
+    max_length: int
+    """Most tokens of a row; only of kinds that drop longer ones."""
+
+    def encode(
+        self, records: Sequence[Any], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
+    ) -> Iterator[Row | RowRefused]:
+        """For each record its row, or why it is dropped.
+
+        Args:
+            notes: counts for the user, as `Accounting.notes`.
+            facts: counts over the rows, for the stage (`Rows.facts`).
+
+        Raises:
+            DataError: a row is too long and `truncation` is `error`.
+        """
+        raise NotImplementedError
+
+    def length(self, row: Row) -> int:
+        """Tokens of a row."""
+        raise NotImplementedError
+
+    def read(self, row: Row) -> T:
+        """A stored row as the stage is given it."""
+        return row  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Documents(Kind[Row]):
+    """Documents one after another as one stream of tokens (`Rows.tokens`). `facts["bytes"]`: of their texts, UTF-8."""
+
+    want = Text
+    columns: ClassVar[dict[str, Column]] = {"ids": "ids"}
+    stream: ClassVar[bool] = True
+
+    def encode(
+        self, records: Sequence[Text], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
+    ) -> Iterator[Row]:
+        """Documents end with the end token; the encoder drops none."""
+        assert encoder is not None
+        texts = [record.text for record in records]
+        facts["bytes"] += sum(len(text.encode()) for text in texts)
+        for ids in encoder.documents(texts):
+            yield {"ids": ids}
+
+    def length(self, row: Row) -> int:
+        """Tokens of a document."""
+        return len(row["ids"])
+
+
+@dataclass(frozen=True)
+class Chats(Kind[Row]):
+    """Conversations, read as `{"input_ids", "labels"}` of equal length: -100 wherever nothing is to be learnt.
+
+    `truncation` says what becomes of rows with more than `max_length` tokens: dropped and counted; an error; or their
+    beginning is cut (a beginning token is kept), so that the last answer and its stop token stay at the end.
+    """
+
+    max_length: int
+    truncation: Truncation
+    want = Chat
+    columns: ClassVar[dict[str, Column]] = {"input_ids": "ids", "mask": "flags"}
+
+    def encode(
+        self, records: Sequence[Chat], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
+    ) -> Iterator[Row | RowRefused]:
+        """Ids, and for each whether it is supervised."""
+        assert encoder is not None
+        for record, result in zip(records, encoder.chats([r.messages for r in records]), strict=True):
+            if isinstance(result, RowRefused):
+                yield result
+                continue
+            ids, mask = result
+            assert any(mask), f"{record.origin}: a chat without an answer"
+            if len(ids) > self.max_length:
+                if self.truncation != "keep_end":
+                    yield _too_long(record, len(ids), self.max_length, self.truncation)
+                    continue
+                notes["rows whose beginning was cut to max_length"] += 1
+                head = 1 if ids[0] == encoder.bos_id else 0
+                ids = ids[:head] + ids[len(ids) - self.max_length + head :]
+                mask = [False] * head + mask[len(mask) - self.max_length + head :]
+            yield {"input_ids": ids, "mask": mask}
+
+    def length(self, row: Row) -> int:
+        """Tokens of a conversation."""
+        return len(row["input_ids"])
+
+    def read(self, row: Row) -> Row:
+        """Ids and labels."""
+        labels = [i if supervised else -100 for i, supervised in zip(row["input_ids"], row["mask"], strict=True)]
+        return {"input_ids": row["input_ids"], "labels": labels}
+
+
+@dataclass(frozen=True)
+class Pairs(Kind[Row]):
+    """Preferences as `{"prompt_ids", "chosen_ids", "rejected_ids"}`; both answers end with the stop token.
+
+    A row is as long as its prompt and the longer answer. `truncation` is as in `Chats`; under `keep_end` the prompt
+    alone is cut, and a row whose answer leaves no room for it is dropped.
+    """
+
+    max_length: int
+    truncation: Truncation
+    want = Preference
+    columns: ClassVar[dict[str, Column]] = {"prompt_ids": "ids", "chosen_ids": "ids", "rejected_ids": "ids"}
+
+    def encode(
+        self, records: Sequence[Preference], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
+    ) -> Iterator[Row | RowRefused]:
+        """Prompts and answers, each encoded by itself."""
+        assert encoder is not None
+        prompts = encoder.prompts([r.prompt for r in records])
+        chosens = encoder.answers([r.chosen for r in records])
+        rejecteds = encoder.answers([r.rejected for r in records])
+        for record, prompt, chosen, rejected in zip(records, prompts, chosens, rejecteds, strict=True):
+            refusal = encoder.refusal(record.chosen) or encoder.refusal(record.rejected)
+            if isinstance(prompt, RowRefused):
+                yield prompt
+                continue
+            if refusal is not None:
+                yield refusal
+                continue
+            if chosen == rejected:
+                yield RowRefused("chosen and rejected are the same tokens")
+                continue
+            answer = max(len(chosen), len(rejected))
+            room = self.max_length - answer
+            if len(prompt) > room:
+                head = 1 if prompt[0] == encoder.bos_id else 0
+                if self.truncation != "keep_end" or room <= head:
+                    yield _too_long(record, len(prompt) + answer, self.max_length, self.truncation)
+                    continue
+                notes["prompts whose beginning was cut to max_length"] += 1
+                prompt = prompt[:head] + prompt[len(prompt) - room + head :]
+            yield {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+    def length(self, row: Row) -> int:
+        """Tokens of the prompt and the longer answer."""
+        return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+@dataclass(frozen=True)
+class Prompts(Kind[EncodedPrompt]):
+    """Prompts of at most `max_length` tokens; longer ones are dropped, for a cut prompt asks something else.
+
+    Messages and columns are stored as JSON, so values keep their types. `facts` counts the rows that have a column.
+    """
+
+    max_length: int
+    want = Prompt
+    columns: ClassVar[dict[str, Column]] = {"ids": "ids", "record": "text"}
+
+    def encode(
+        self, records: Sequence[Prompt], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
+    ) -> Iterator[Row | RowRefused]:
+        """Ids beside the record."""
+        assert encoder is not None
+        for record, ids in zip(records, encoder.prompts([r.messages for r in records]), strict=True):
+            if isinstance(ids, RowRefused):
+                yield ids
+            elif len(ids) > self.max_length:
+                yield TooLong(len(ids))
+            else:
+                columns = _json_columns(record, notes)
+                facts.update(columns.keys())
+                messages = [[message.role, message.content] for message in record.messages]
+                origin = [record.origin.file, record.origin.row]
+                yield {"ids": ids, "record": json.dumps([messages, origin, columns])}
+
+    def length(self, row: Row) -> int:
+        """Tokens of a prompt."""
+        return len(row["ids"])
+
+    def read(self, row: Row) -> EncodedPrompt:
+        """The record as it was read."""
+        messages, origin, columns = json.loads(row["record"])
+        return EncodedPrompt(row["ids"], Prompt(tuple(Message(*m) for m in messages), Origin(*origin), columns))
+
+
+@dataclass(frozen=True)
+class Questions(Kind[tuple[list[int], str]]):
+    """What chats or preferences ask before their last answer: ids of the prompt, and the last message to show.
+
+    Every record has a row; where the prompt cannot be expressed the ids are empty.
+    """
+
+    want: type[Chat] | type[Preference]
+    columns: ClassVar[dict[str, Column]] = {"ids": "ids", "text": "text"}
+
+    def encode(
+        self, records: Sequence[Chat | Preference], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
+    ) -> Iterator[Row]:
+        """Prompts of any length."""
+        assert encoder is not None
+        asked = [record.messages[:-1] if isinstance(record, Chat) else record.prompt for record in records]
+        for messages, ids in zip(asked, encoder.prompts(asked), strict=True):
+            yield {"ids": [] if isinstance(ids, RowRefused) else ids, "text": messages[-1].content}
+
+    def length(self, row: Row) -> int:
+        """Tokens of a prompt."""
+        return len(row["ids"])
+
+    def read(self, row: Row) -> tuple[list[int], str]:
+        """(ids, text)."""
+        return row["ids"], row["text"]
+
+
+@dataclass(frozen=True)
+class Texts(Kind[list[str]]):
+    """Texts as they are, without an encoder: of a document its text, of a conversation its messages'."""
+
+    want: type[Text] | type[Chat] | type[Prompt]
+    columns: ClassVar[dict[str, Column]] = {"texts": "texts"}
+
+    def encode(
+        self, records: Sequence[Text | Chat | Prompt], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
+    ) -> Iterator[Row]:
+        """The texts of each record."""
+        for record in records:
+            yield {"texts": [record.text] if isinstance(record, Text) else [m.content for m in record.messages]}
+
+    def length(self, row: Row) -> int:
+        """Number of texts."""
+        return len(row["texts"])
+
+    def read(self, row: Row) -> list[str]:
+        """The texts."""
+        texts: list[str] = row["texts"]
+        return texts
+
+
+class Rows(Sequence[T]):
+    """Rows of one kind in the order of use, read from memory-mapped files when they are asked for."""
+
+    def __init__(
+        self,
+        kind: Kind[T],
+        stored: "Dataset | None",
+        tokens: "NDArray[np.int32]",
+        lengths: "NDArray[np.int32]",
+        accounting: Accounting,
+        facts: dict[str, int],
+        fingerprints: dict[str, str],
+    ) -> None:
+        self._kind = kind
+        self._columns = stored
+        self.tokens = tokens
+        """Of a stream: all rows one after another, (tokens,) memory-mapped; else empty."""
+        self.lengths = lengths
+        """Length of each row by its kind, (N,) int32."""
+        self.accounting = accounting
+        """What became of every row of the sources."""
+        self.facts = facts
+        """Counts over the rows; the kind says which."""
+        self.fingerprints = fingerprints
+        """sha256 by label, one for each source."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            columns = self._stored[index]
+            return [self._kind.read(row) for row in _unzipped(columns)]
+        return self._kind.read(self._stored[index])
+
+    def __iter__(self) -> Iterator[T]:
+        for start in range(0, len(self), _READ_TOGETHER):
+            yield from self[start : start + _READ_TOGETHER]
+
+    def dataset(self, view: Callable[[T], Row] | None = None) -> "Dataset":
+        """For trainers of the ecosystem. Its column names are those stored; a row is what the kind, and then `view`,
+        makes of them when it is read."""
+
+        def shown(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            rows = [self._kind.read(row) for row in _unzipped(columns)]
+            return zipped([view(row) for row in rows] if view is not None else rows)  # type: ignore[arg-type]
+
+        return self._stored.with_transform(shown)
+
+    def stored(self, indices: "NDArray[np.int64]") -> "Dataset":
+        """The stored columns of some rows, in the order of `indices`, without a view."""
+        return self._stored.select(indices, keep_in_memory=True)
+
+    def blocks(self, block: int) -> "NDArray[np.int32]":
+        """The documents cut into blocks: (N, block), memory-mapped.
+
+        Documents may run on from one block into the next; the tail that fills no block (fewer than `block` tokens of
+        all) is left out.
+
+        Raises:
+            DataError: the documents together are shorter than one block.
+        """
+        blocks = len(self.tokens) // block
+        if blocks == 0:
+            raise DataError(
+                f"{len(self)} documents make {len(self.tokens)} tokens, fewer than one block of {block}: add data, or "
+                "lower the block length"
+            )
+        return self.tokens[: blocks * block].reshape(blocks, block)
+
+    @property
+    def _stored(self) -> "Dataset":
+        assert self._columns is not None, "a stream has tokens alone"
+        return self._columns
+
+
+def zipped(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Rows, at least one, as columns."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _unzipped(columns: dict[str, list[Any]]) -> list[Row]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _too_long(record: Chat | Preference, length: int, max_length: int, truncation: Truncation) -> TooLong:
+    if truncation == "error":
+        raise DataError(
+            f"{record.origin}: {length} tokens, and max_length is {max_length}; raise max_length, shorten the row, or "
+            "set truncation to drop or keep_end"
+        )
+    return TooLong(length)
+
+
+def _json_columns(record: Prompt, notes: Counter[str]) -> dict[str, Any]:
+    """The columns whose values JSON can hold; the others (bytes, dates of parquet files) are named in the notes."""
+    kept = {}
+    for name, value in record.columns.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            notes[f"column `{name}` left out: {type(value).__name__} is no JSON value"] += 1
+        else:
+            kept[name] = value
+    return kept

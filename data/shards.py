@@ -1,0 +1,421 @@
+"""Rows on disk: encoded once while their sources stream, then opened by every start that wants the same rows.
+
+    <output_root>/.rows/<key>/    rows.arrow or tokens.bin, lengths.npy, order.npy (several sources), index.json
+
+The key is a hash of everything that the rows depend on: the bytes of the sources and how they are read, the kind of
+rows and its settings, the encoder, the seed where sources are mixed, and the code of this package. The folder is
+written under another name and renamed when it is whole, so runs that write the same rows at once do not disturb each
+other. index.json has the SHA-256 of each file; a folder that does not agree with it is made again.
+
+Under several processes the main one writes. The others look for the folder from time to time and are in no collective,
+so encoding may take longer than the timeout of a process group. All nodes see the same output_root.
+"""
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+from data.accounting import Accounting
+from data.config import SourceConfig
+from data.encode import Encoder
+from data.errors import DataError, RowRefused
+from data.fingerprint import fingerprints
+from data.load import mixture_order, read
+from data.records import Chat, Origin, Preference, Prompt, Record, Text
+from data.rows import Column, Kind, Row, Rows, TooLong, zipped
+from handoff.errors import HandoffError
+from handoff.files import canonical_hash, fsync_path, fsync_tree, read_json, remove_tree, sha256_file, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+INDEX = "index.json"
+_ROWS, _TOKENS, _LENGTHS, _ORDER = "rows.arrow", "tokens.bin", "lengths.npy", "order.npy"
+_WRITING = ".writing-"
+# A batch of records goes through the tokenizer in one call. Both limits keep what is in memory small.
+_BATCH, _CHARACTERS = 4096, 1 << 21
+_BEAT = 10.0
+"""Seconds between two signs of life of a process that writes."""
+_PATIENCE = 1800.0
+"""Seconds without a sign of life after which nobody waits any more."""
+_LOOK = 0.2
+"""Seconds between two looks of a process that waits."""
+
+
+class RowStore:
+    """The rows of one output_root, as one run sees them."""
+
+    def __init__(self, folder: Path, sha256: Callable[[Path], str], writes: bool) -> None:
+        """
+        Args:
+            folder: where rows are kept; made when the first ones are written.
+            sha256: of a file, remembered while the file does not change (`HashCache.sha256`).
+            writes: whether this process writes rows that are missing; else it waits for them.
+        """
+        self._folder, self._sha256, self._writes = folder.absolute(), sha256, writes
+        self._made: list[Path] = []
+
+    def open(
+        self,
+        sources: Sequence[SourceConfig],
+        kind: Kind[T],
+        encoder: Encoder | None,
+        root: Path | None,
+        seed: int,
+    ) -> Rows[T]:
+        """The rows, encoded now if they are not there. Every process calls it.
+
+        Raises:
+            DataError: as `data.load.read` and `Kind.encode`; or every row is too long. Nothing is left of the rows.
+            HandoffError: the process that was to write them has given no sign of life for half an hour.
+        """
+        digests = fingerprints(sources, root, self._sha256)
+        folder = self._folder / row_key(digests, sources, kind, encoder, seed)
+        waiting_since = time.time()
+        while True:
+            if self._is_whole(folder):
+                with suppress(FileNotFoundError):  # its writer was refused and has removed it
+                    return open_rows(folder, kind, digests)
+            elif self._writes:
+                self._make(folder, sources, kind, encoder, root, seed)
+            else:
+                self._wait(folder, waiting_since)
+
+    def discard(self) -> None:
+        """Removes what this process has written: the start was refused, and leaves the disk as it was."""
+        for folder in self._made:
+            remove_tree(folder)
+        self._made = []
+        with suppress(OSError):  # rows of others are there
+            self._folder.rmdir()
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            index = read_json(folder / INDEX)
+            sealed = index.pop("seal") == canonical_hash(index)
+            return sealed and all(self._sha256(folder / name) == digest for name, digest in index["files"].items())
+        except (OSError, HandoffError, KeyError, TypeError):
+            return False
+
+    def _make(
+        self,
+        folder: Path,
+        sources: Sequence[SourceConfig],
+        kind: Kind[T],
+        encoder: Encoder | None,
+        root: Path | None,
+        seed: int,
+    ) -> None:
+        existed = self._folder.is_dir()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        writing = self._folder / f"{_WRITING}{folder.name}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+        try:
+            writing.mkdir()
+            with _signs_of_life(writing):
+                accounting = Accounting()
+                records = read(sources, kind.want, root, seed, accounting)
+                write_rows(writing, kind, records, encoder, accounting, lambda n: mixture_order(sources, n, seed))
+            fsync_tree(writing)
+            if not self._is_whole(folder):  # another run may have been faster
+                remove_tree(folder)
+                with suppress(OSError):  # it has been this very moment
+                    writing.rename(folder)
+                    self._made.append(folder)
+                fsync_path(self._folder)
+        finally:
+            remove_tree(writing)
+            if not existed and not self._made:
+                with suppress(OSError):
+                    self._folder.rmdir()
+
+    def _sweep(self) -> None:
+        """Removes what killed processes have left."""
+        for path in self._folder.glob(f"{_WRITING}*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _PATIENCE:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _wait(self, folder: Path, since: float) -> None:
+        signs = [since]
+        for path in self._folder.glob(f"{_WRITING}{folder.name}-*"):
+            with suppress(OSError):
+                signs.append(path.stat().st_mtime)
+        if time.time() - max(signs) > _PATIENCE:
+            raise HandoffError(
+                f"{folder}: the main process writes rows there, and has given no sign of life for {_PATIENCE:.0f} "
+                "seconds; look at its output. All nodes have to see the same output_root"
+            )
+        time.sleep(_LOOK)
+
+
+def row_key(
+    digests: dict[str, str], sources: Sequence[SourceConfig], kind: Kind[Any], encoder: Encoder | None, seed: int
+) -> str:
+    """Name of the folder: equal for equal rows.
+
+    Args:
+        digests: `fingerprints` of the sources.
+    """
+    largest = max((source.weight for source in sources), default=1.0)
+    settings = [
+        {**source.model_dump(mode="json", exclude={"weight"}), "share": source.weight / largest} for source in sources
+    ]
+    return canonical_hash(
+        {
+            "kind": [type(kind).__name__, kind.want.__name__, {k: v for k, v in vars(kind).items() if k != "want"}],
+            "sources": [list(pair) for pair in zip(digests.items(), settings, strict=True)],
+            "encoder": encoder.fingerprint if encoder is not None else None,
+            "seed": seed if len(sources) > 1 else None,
+            "code": _code(),
+        }
+    )
+
+
+@cache
+def _code() -> dict[str, str]:
+    """Hashes of this package's files. Those of the world are part of its fingerprint."""
+    folder = Path(__file__).parent
+    return {path.name: sha256_file(path) for path in sorted(folder.glob("*.py"))}
+
+
+def write_rows(
+    folder: Path,
+    kind: Kind[Any],
+    records: Iterable[R],
+    encoder: Encoder | None,
+    accounting: Accounting,
+    order_of: Callable[[int], "NDArray[np.int64] | None"],
+) -> None:
+    """Encodes records and writes their rows into the empty directory `folder`, a batch at a time.
+
+    Args:
+        accounting: of the records; complete when they have ended, then given what the encoder drops.
+        order_of: from the number of records to their order of use, None where that is the order they come in.
+
+    Raises:
+        DataError: as `kind.encode`, or no row is left and some were too long.
+    """
+    import numpy as np
+
+    writer = _TokenWriter(folder) if kind.stream else _ArrowWriter(folder, kind.columns)
+    lengths, places, dropped = array("i"), array("q"), _Dropped()
+    notes: Counter[str] = Counter()
+    facts: Counter[str] = Counter()
+    count = 0
+    with writer:
+        for batch in _batches(records):
+            rows = []
+            for record, result in zip(batch, kind.encode(batch, encoder, notes, facts), strict=True):
+                if isinstance(result, RowRefused):
+                    dropped.add(count, result, record.origin)
+                else:
+                    rows.append(result)
+                    lengths.append(kind.length(result))
+                    places.append(count)
+                count += 1
+            writer.add(rows)
+    if not lengths and dropped.shortest:
+        raise DataError(
+            f"no row is left of {count}: the shortest of those too long has {dropped.shortest} tokens, and max_length "
+            f"is {kind.max_length}; raise max_length"
+        )
+    in_order = np.array(lengths, dtype=np.int32)
+    order = order_of(count)
+    rank = None
+    if order is not None:
+        rank = np.empty(count, dtype=np.int64)
+        rank[order] = np.arange(count)
+        rows_in_order = np.argsort(rank[np.array(places, dtype=np.int64)], kind="stable")
+        writer.arrange(rows_in_order, in_order)
+        if writer.keeps_order:
+            np.save(folder / _ORDER, rows_in_order)
+        in_order = in_order[rows_in_order]
+    np.save(folder / _LENGTHS, in_order)
+    dropped.count_in(accounting, rank)
+    accounting.notes.update(notes)
+    hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    index = {"accounting": accounting.to_json(), "facts": dict(facts), "files": hashes}
+    write_json(folder / INDEX, {**index, "seal": canonical_hash(index)})
+
+
+def open_rows(folder: Path, kind: Kind[T], digests: dict[str, str]) -> Rows[T]:
+    """What `write_rows` wrote. The files are mapped now, and may be removed from the folder afterwards.
+
+    Raises:
+        FileNotFoundError: somebody has removed one.
+    """
+    import numpy as np
+    from datasets import Dataset
+
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    lengths = np.load(folder / _LENGTHS)
+    stored, tokens = None, np.empty(0, dtype=np.int32)
+    if not kind.stream:
+        stored = Dataset.from_file(str(folder / _ROWS))
+        if _ORDER in index["files"]:
+            stored = stored.select(np.load(folder / _ORDER), keep_in_memory=True)
+    elif lengths.any():  # an empty file cannot be mapped
+        tokens = np.memmap(folder / _TOKENS, dtype=np.int32, mode="r")
+    accounting = Accounting.from_json(index["accounting"])
+    return Rows(kind, stored, tokens, lengths, accounting, index["facts"], digests)
+
+
+class _ArrowWriter:
+    """Rows in a file of Arrow's stream format, which `datasets` memory-maps."""
+
+    keeps_order = True
+    """A row is found by its number in the file, whatever the order of use."""
+
+    def __init__(self, folder: Path, columns: dict[str, Column]) -> None:
+        import pyarrow
+
+        types = {
+            "ids": pyarrow.list_(pyarrow.int32()),
+            "flags": pyarrow.list_(pyarrow.bool_()),
+            "text": pyarrow.string(),
+            "texts": pyarrow.list_(pyarrow.string()),
+        }
+        self._schema = pyarrow.schema([(name, types[column]) for name, column in columns.items()])
+        self._file = (folder / _ROWS).open("wb")
+        self._stream = pyarrow.ipc.new_stream(self._file, self._schema)
+
+    def __enter__(self) -> "_ArrowWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._file:
+            self._stream.close()
+
+    def add(self, rows: list[Row]) -> None:
+        """One batch of the file."""
+        import pyarrow
+
+        if rows:
+            self._stream.write_batch(pyarrow.record_batch(zipped(rows), schema=self._schema))
+
+    def arrange(self, order: "NDArray[np.int64]", lengths: "NDArray[np.int32]") -> None:
+        """Nothing: the order is kept beside the rows."""
+
+
+class _TokenWriter:
+    """Token ids of all rows one after another, int32, in the order of use."""
+
+    keeps_order = False
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _TOKENS
+        self._file = self._path.open("wb")
+
+    def __enter__(self) -> "_TokenWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, rows: list[Row]) -> None:
+        """Appends them."""
+        import numpy as np
+
+        for row in rows:
+            self._file.write(np.array(row["ids"], dtype=np.int32).tobytes())
+
+    def arrange(self, order: "NDArray[np.int64]", lengths: "NDArray[np.int32]") -> None:
+        """Puts the rows into the order of use. `lengths`: of the rows as they were added."""
+        import numpy as np
+
+        ends = np.cumsum(lengths, dtype=np.int64)
+        if not len(ends):
+            return
+        tokens = np.memmap(self._path, dtype=np.int32, mode="r")
+        arranged = self._path.with_suffix(".arranged")
+        with arranged.open("wb") as file:
+            for row in order:
+                file.write(tokens[ends[row] - lengths[row] : ends[row]].tobytes())
+        arranged.replace(self._path)
+
+
+class _Dropped:
+    """Rows that the encoder dropped, in a few bytes each, until their order of use is known."""
+
+    def __init__(self) -> None:
+        self.shortest = 0
+        """Tokens of the shortest row that was too long; 0 where there was none."""
+        self._records, self._rows, self._reason, self._file = array("q"), array("q"), array("i"), array("i")
+        self._names: dict[str, int] = {}
+
+    def add(self, record: int, refusal: RowRefused, origin: Origin) -> None:
+        """Notes the record of that number."""
+        if isinstance(refusal, TooLong):
+            self.shortest = min(self.shortest or refusal.tokens, refusal.tokens)
+        self._records.append(record)
+        self._rows.append(origin.row)
+        self._reason.append(self._names.setdefault(refusal.reason, len(self._names)))
+        self._file.append(self._names.setdefault(origin.file, len(self._names)))
+
+    def count_in(self, accounting: Accounting, rank: "NDArray[np.int64] | None") -> None:
+        """Counts them, and names the first of them in the order of use. `rank`: place of each record in it."""
+        names = list(self._names)
+        order: Iterable[int] = range(len(self._records))
+        if rank is not None:
+            order = sorted(order, key=lambda i: rank[self._records[i]])
+        for i in order:
+            accounting.drop(names[self._reason[i]], Origin(names[self._file[i]], self._rows[i]))
+
+
+def _batches(records: Iterable[R]) -> Iterator[list[R]]:
+    batch: list[R] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += _characters(record)
+        if len(batch) == _BATCH or size > _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(record: Record) -> int:
+    match record:
+        case Text():
+            return len(record.text)
+        case Chat() | Prompt():
+            return sum(len(message.content) for message in record.messages)
+        case Preference():
+            answers = len(record.chosen) + len(record.rejected)
+            return answers + sum(len(message.content) for message in record.prompt)
+
+
+@contextmanager
+def _signs_of_life(folder: Path) -> Iterator[None]:
+    """Meanwhile the folder's time of change moves on, so that others see that its writer lives."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(_BEAT):
+            with suppress(OSError):
+                os.utime(folder)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
