@@ -79,6 +79,7 @@ def worker(path: Path) -> None:
             for row in rows
         ]
     )
+    assert share.score is not None
     share = share.with_columns(part_names=("reward",), parts=share.score[:, None])
     annotations = {name: torch.randn(len(share.ids), generator=generator) for name in ("values", "ref_logp")}
 
@@ -113,8 +114,8 @@ def worker(path: Path) -> None:
         seconds = time.perf_counter() - started
         grown = resident("VmHWM") - before
         assert len(result) == ANSWERS
-        seconds, grown = engine.largest(seconds, grown)
-        return seconds, grown
+        slowest, most = engine.largest(seconds, grown)
+        return slowest, most
 
     turns = [(measured(ours), measured(peer)) for _ in range(1 + TURNS)]
     found = {

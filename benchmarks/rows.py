@@ -26,6 +26,7 @@ import training.run
 from benchmarks.rl_setup import VOCABULARY, make
 from benchmarks.table import Row, report
 from data.template import SPECIAL_TOKENS
+from training.inputs import stage_inputs
 from training.recipe import load_recipe
 
 SIZES = (20, 2000)
@@ -94,7 +95,7 @@ def start(path: Path) -> Start:
         return wrapper
 
     with (
-        patch.object(training.run, "stage_inputs", timed(training.run.stage_inputs)),
+        patch.object(training.run, "stage_inputs", timed(stage_inputs)),
         patch.object(training.run.Run, "rows", timed(training.run.Run.rows)),
         sampled() as peaks,
     ):

@@ -237,17 +237,17 @@ def write_rows(
         )
     in_order = np.array(lengths, dtype=np.int32)
     order = order_of(count)
-    rank = None
+    turn = None
     if order is not None:
-        rank = np.empty(count, dtype=np.int64)
-        rank[order] = np.arange(count)
-        rows_in_order = np.argsort(rank[np.array(places, dtype=np.int64)], kind="stable")
+        turn = np.empty(count, dtype=np.int64)
+        turn[order] = np.arange(count)
+        rows_in_order = np.argsort(turn[np.array(places, dtype=np.int64)], kind="stable")
         writer.arrange(rows_in_order, in_order)
         if writer.keeps_order:
             np.save(folder / _ORDER, rows_in_order)
         in_order = in_order[rows_in_order]
     np.save(folder / _LENGTHS, in_order)
-    dropped.count_in(accounting, rank)
+    dropped.count_in(accounting, turn)
     accounting.notes.update(notes)
     hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
     index = {"accounting": accounting.to_json(), "facts": dict(facts), "files": hashes}
@@ -368,12 +368,12 @@ class _Dropped:
         self._reason.append(self._names.setdefault(refusal.reason, len(self._names)))
         self._file.append(self._names.setdefault(origin.file, len(self._names)))
 
-    def count_in(self, accounting: Accounting, rank: "NDArray[np.int64] | None") -> None:
-        """Counts them, and names the first of them in the order of use. `rank`: place of each record in it."""
+    def count_in(self, accounting: Accounting, turn: "NDArray[np.int64] | None") -> None:
+        """Counts them, and names the first of them in the order of use. `turn`: place of each record in it."""
         names = list(self._names)
         order: Iterable[int] = range(len(self._records))
-        if rank is not None:
-            order = sorted(order, key=lambda i: rank[self._records[i]])
+        if turn is not None:
+            order = sorted(order, key=lambda i: turn[self._records[i]])
         for i in order:
             accounting.drop(names[self._reason[i]], Origin(names[self._file[i]], self._rows[i]))
 

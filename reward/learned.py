@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from data.encode import Encoder
@@ -22,9 +21,11 @@ from handoff.parent import Parent
 from reward.functions import RewardError
 
 
-def backbone(model: PreTrainedModel) -> nn.Module:
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head: it returns hidden states."""
-    return model.get_submodule(model.base_model_prefix)
+    body = model.get_submodule(model.base_model_prefix)
+    assert isinstance(body, PreTrainedModel)
+    return body
 
 
 def last_token_scores(

@@ -65,6 +65,7 @@ def spread(values: Tensor, batch: PaddedBatch) -> Tensor:
 @torch.no_grad()
 def _reason_against(model: PreTrainedModel) -> str | None:
     body = model.base_model
+    assert isinstance(body, PreTrainedModel)
     size = body.config.get_text_config(decoder=True).vocab_size
     rows = [[[i * 5 % size for i in range(n)] for n in lengths] for lengths in _PROBE]
     if body is not model:

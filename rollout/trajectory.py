@@ -110,7 +110,7 @@ class TrajectoryBatch:
         """Of at least one token each. A number that one trajectory has, all have."""
         turns = [turn for t in trajectories for turn in t.turns]
         assert all(t.turns and t.turns[-1].end == len(t.ids) for t in trajectories)
-        some = {
+        some: dict[str, Any] = {
             name: torch.cat([getattr(t, name) for t in trajectories])
             for name in ("old_logp", "ref_logp", "values", "dense")
             if trajectories and getattr(trajectories[0], name) is not None
@@ -202,7 +202,7 @@ class TrajectoryBatch:
 
     def pad(self, column: Tensor) -> Tensor:
         """(ΣC,) -> (N, R), zeros behind a trajectory's end."""
-        return pad_sequence(self._tokens(column), batch_first=True)
+        return pad_sequence(list(self._tokens(column)), batch_first=True)
 
     def padded(self, rows: Sequence[int], pad_id: int, device: torch.device) -> PaddedBatch:
         """Some rows as a model reads them."""
@@ -237,13 +237,13 @@ class TrajectoryBatch:
 
     def select(self, rows: Tensor) -> "TrajectoryBatch":
         """These trajectories (indices), in this order."""
-        return replace(self, **{name: reordered(c, self.lengths(name), rows) for name, c in self.columns().items()})
+        return self.with_columns(**{name: reordered(c, self.lengths(name), rows) for name, c in self.columns().items()})
 
     @staticmethod
     def join(batches: Sequence["TrajectoryBatch"]) -> "TrajectoryBatch":
         """One behind the other; all have the same columns."""
         columns = [batch.columns() for batch in batches]
-        return replace(batches[0], **{name: torch.cat([c[name] for c in columns]) for name in columns[0]})
+        return batches[0].with_columns(**{name: torch.cat([c[name] for c in columns]) for name in columns[0]})
 
     @cached_property
     def _model_rows(self) -> tuple[tuple[Tensor, ...], ...]:
@@ -262,7 +262,8 @@ class TrajectoryBatch:
 
     def _tokens(self, column: Tensor) -> tuple[Tensor, ...]:
         """(ΣC,) -> each trajectory's (C,), views."""
-        return column.split(self.length.tolist())
+        pieces: tuple[Tensor, ...] = column.split(self.length.tolist())
+        return pieces
 
     def _sums(self, column: Tensor) -> Tensor:
         """(ΣS,) -> (N,)."""

@@ -207,6 +207,57 @@ def test_what_only_looks_at_recipes_and_runs_needs_no_torch(root):
     assert done.returncode == 0, done.stderr
 
 
+DISTRIBUTED = re.compile(
+    r"deepspeed|fsdp|^ddp$|distributeddataparallel|zero_stage|^(local_)?rank$|world_size|all_gather|^gather(_\w+|ed\w*)$"
+    r"|all_reduce|broadcast|^torch\.distributed"
+)
+# What a manifest records about the engine that ran; what vLLM's own weight transfer is called; nothing else.
+MAY_NAME_ENGINES = {
+    "handoff/manifest.py": {"zero_stage"},
+    "rollout/vllm_weights.py": {"_broadcast", "packed_nccl_broadcast_producer"},
+}
+
+
+def names_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of every variable, attribute, argument, import and keyword; and texts that are an engine's name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.keyword) and node.arg is not None:
+            yield node.value.lineno, node.arg
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Constant) and node.value in ("deepspeed", "fsdp2", "ddp"):
+            yield node.lineno, node.value
+
+
+def test_engines_ranks_and_collectives_are_named_in_their_package_alone(root):
+    """Elsewhere code asks `training.engines.protocol.Engine`, and works under an engine that it has never heard of."""
+    wrong = [
+        f"{name}:{line}: {found}"
+        for package in ("baton", "stages", "training", "rollout", "reward", "handoff", "data")
+        for path in sorted((root / package).rglob("*.py"))
+        if not (name := str(path.relative_to(root))).startswith("training/engines/")
+        for line, found in names_of(ast.parse(path.read_text(encoding="utf-8")))
+        if DISTRIBUTED.search(found.lower())
+        and not found.startswith(("training.engines.", "vllm."))
+        and found not in MAY_NAME_ENGINES.get(name, set())
+    ]
+    assert wrong == []
+
+
+def test_the_search_for_engines_finds_them():
+    code = "import deepspeed\nfrom torch.distributed import all_gather\nassert engine.name == 'fsdp2' and rank == 0\n"
+    found = [name for _, name in names_of(ast.parse(code)) if DISTRIBUTED.search(name.lower())]
+    assert sorted(found) == ["deepspeed", "fsdp2", "rank", "torch.distributed.all_gather"]
+
+
 @pytest.mark.parametrize("package", sorted(OURS))
 def test_an_imported_package_is_the_repositorys_own(root, package):
     """`data` and `reward` are names that other distributions could bring, too."""

@@ -60,7 +60,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0
+            vars(module)["attention_dropout"] = 0.0
     return model
 
 
@@ -98,14 +98,14 @@ def model_config(keys: dict[str, Any], encoder: Encoder, context: int) -> Pretra
             hint = f"; did you mean `{close[0]}`?" if close else ""
             raise RecipeError(f"model.{key}: a {architecture} configuration has no such field{hint}")
     try:
-        config = kind(
-            **given,
-            vocab_size=encoder.vocab_size,
-            bos_token_id=encoder.bos_id,
-            eos_token_id=encoder.eos_id,
-            pad_token_id=encoder.pad_id,
-            dtype="float32",
-        )
+        decided: dict[str, Any] = {
+            "vocab_size": encoder.vocab_size,
+            "bos_token_id": encoder.bos_id,
+            "eos_token_id": encoder.eos_id,
+            "pad_token_id": encoder.pad_id,
+            "dtype": "float32",
+        }
+        config = kind(**given, **decided)
     except Exception as error:  # each class validates in its own way; all of it is about these keys
         raise RecipeError(f"model: {architecture} refuses these values: {error}") from error
     if "max_position_embeddings" in fields and config.max_position_embeddings < context:

@@ -7,7 +7,7 @@ moments unchanged. The learning rate follows the step number, which counts skipp
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from handoff.errors import GateError
 
@@ -28,9 +28,7 @@ class Faults:
         """Metrics for metrics.jsonl; empty while no step was skipped."""
         return {"skipped_steps": self.total} if self.total else {}
 
-    def skip(
-        self, run: "Run", step: int, limit: int, found: Mapping[str, float], batch: Mapping[str, int | Sequence[int]]
-    ) -> None:
+    def skip(self, run: "Run", step: int, limit: int, found: Mapping[str, float], batch: Mapping[str, Any]) -> None:
         """Records that step `step` is skipped. Every process calls it.
 
         Args:

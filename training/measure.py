@@ -60,10 +60,10 @@ def measure_rows(
                 mine.append((batch, {name: value.double().tolist() for name, value in values.items()}))
     finally:
         model.train(was_training)
-    gathered = [part for parts in engine.of_all(mine) for part in parts]
-    result = {name: np.zeros(len(rows)) for name in gathered[0][1]}
-    for batch, values in gathered:
-        for name, column in values.items():
+    measured = [part for parts in engine.of_all(mine) for part in parts]
+    result = {name: np.zeros(len(rows)) for name in measured[0][1]}
+    for batch, columns in measured:
+        for name, column in columns.items():
             result[name][batch] = column
     return result
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -131,7 +132,7 @@ class Model:
             "attn_implementation": attention(arguments, bf16),
             "use_safetensors": True,
         }
-        loader = AutoModelForCausalLM
+        loader: Any = AutoModelForCausalLM
         if scored:
             _check_classification(parent)
             loader, keys = AutoModelForSequenceClassification, keys | {"num_labels": 1}
@@ -225,7 +226,7 @@ class Model:
         generation_config(source, self.encoder).save_pretrained(path)
 
     def _check(self, path: Path) -> None:
-        loader = AutoModelForSequenceClassification if self.role == "reward" else AutoModelForCausalLM
+        loader: Any = AutoModelForSequenceClassification if self.role == "reward" else AutoModelForCausalLM
         with self.engine.loading():
             _, found = loader.from_pretrained(path, device_map="meta", output_loading_info=True)
         wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
@@ -251,18 +252,15 @@ class Model:
         wanted = revert_weight_conversion(self.module, shapes)
         if {name: value.shape for name, value in wanted.items()} == {name: v.shape for name, v in shapes.items()}:
             return list(group.values())
-        gathered: dict[str, torch.Tensor] = {}
+        held: dict[str, torch.Tensor] = {}
 
         def whole(name: str) -> torch.Tensor:
-            if not gathered:  # every process is here: they write the same entries in the same order
+            if not held:  # every process is here: they write the same entries in the same order
                 found = {key: entry.whole().detach().to("cpu", entry.dtype) for key, entry in group.items()}
-                gathered.update(revert_weight_conversion(self.module, found))
-            return gathered.pop(name)
+                held.update(revert_weight_conversion(self.module, found))
+            return held.pop(name)
 
-        return [
-            Entry(name, value.dtype, tuple(value.shape), lambda name=name: whole(name))
-            for name, value in wanted.items()
-        ]
+        return [Entry(name, value.dtype, tuple(value.shape), partial(whole, name)) for name, value in wanted.items()]
 
 
 def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dtype:
@@ -283,7 +281,7 @@ def load_encoder(parent: Parent) -> Encoder:
 
 def check_vocabulary(module: PreTrainedModel, parent: Parent) -> None:
     """Raises HandoffError, naming both sizes, when the tokenizer has more ids than the model has embeddings."""
-    rows = module.get_input_embeddings().num_embeddings
+    rows = module.get_input_embeddings().get_parameter("weight").shape[0]
     size = parent.tokenizer.vocab_size
     if size > rows:
         raise HandoffError(f"{parent.path}: the tokenizer has {size} ids, the model only {rows} embeddings")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -125,7 +126,7 @@ class Run:
         for source in sources:
             if isinstance(source, StageSource):
                 name = source.name
-                rows = self.engine.on_main(lambda name=name: open_dataset(name, self.recipe.run_dir, self.section.name))
+                rows = self.engine.on_main(partial(open_dataset, name, self.recipe.run_dir, self.section.name))
                 self._datasets[f"{DATA_ROLE}{name}"] = rows
                 source = source.at(rows.data_dir)
             located.append(source)
@@ -211,7 +212,10 @@ class Run:
                 name=self.section.name,
                 stage=self.section.stage,
                 kind=kind,
-                parents={role: parent.record() for role, parent in {**self._parents, **self._datasets}.items()},
+                parents={
+                    **{role: parent.record() for role, parent in self._parents.items()},
+                    **{role: rows.record() for role, rows in self._datasets.items()},
+                },
                 inputs=self._inputs,
                 recipe=self.section.resolved,
                 data=self._data,

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import datasets
 import numpy as np
@@ -40,6 +40,9 @@ _SORTED_STEPS = 8
 # A step of rows that are all of one length would be a step of one kind of task: steps are put together from so many
 # groups of like length, drawn at random.
 _GROUPS = (4, 3, 2)
+
+
+A = TypeVar("A", bound=TrainingArguments)
 
 
 class StepOrder(Sampler[int]):
@@ -76,7 +79,7 @@ class StepOrder(Sampler[int]):
         return sorted(list(order)[first : first + self._step_size])
 
     def __iter__(self) -> Iterator[int]:
-        order = np.resize(shuffled(self._rows, self._seed, "order", self._epoch), len(self))
+        order: np.ndarray = np.resize(shuffled(self._rows, self._seed, "order", self._epoch), len(self))
         if self._lengths is not None:
             window = _SORTED_STEPS * self._step_size
             parts = [order[start : start + window] for start in range(0, len(order), window)]
@@ -103,7 +106,7 @@ class StageTrainer(Trainer):
     # TRL's trainers count the tokens seen here, and forget them when they resume.
     _total_train_tokens: int = 0
     # TRL's trainers collect here what the next line of metrics.jsonl averages.
-    _metrics: dict[str, dict[str, list[float]]] = {"train": {}}  # noqa: RUF012
+    _metrics: Any = {"train": {}}  # noqa: RUF012
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
         return self.order
@@ -112,7 +115,8 @@ class StageTrainer(Trainer):
         """AdamW as the Trainer makes it, or Muon and AdamW."""
         config = self.train_config
         if isinstance(config, MuonTrainConfig) and config.optim == "muon" and self.optimizer is None:
-            self.optimizer = muon_adamw(self.model, set(self.get_decay_parameter_names(self.model)), config)
+            trained: Any = self.model
+            self.optimizer = muon_adamw(trained, set(self.get_decay_parameter_names(trained)), config)
         return super().create_optimizer(model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -124,11 +128,12 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's, with a gradient that tells when it is not finite."""
-        return finite.carry_nonfinite(super().compute_loss(*args, **kwargs))
+        loss: Any = super().compute_loss(*args, **kwargs)
+        return finite.carry_nonfinite(loss)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Upstream's, which is asked for right before the optimizer steps."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]  # upstream has no types
         self.average.check(float(norm))
         return norm
 
@@ -153,11 +158,12 @@ class StageTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Upstream's, and then the state is put into what it has prepared."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]  # as above
         state = self.resumed
         if state is not None:
             moments = files.OPTIMIZER not in state.lost
             files.load_state(self.run.engine, self.model_wrapped, self.optimizer, state.path, moments)
+            assert self.lr_scheduler is not None
             move_schedule(self.lr_scheduler, state.step)
         return prepared
 
@@ -199,7 +205,7 @@ def _whole(value: float, total: int) -> int:
     return math.ceil(value * total) if value < 1 else int(value)
 
 
-def arguments(kind: type[TrainingArguments], run: "Run", rows: int, **own: Any) -> TrainingArguments:
+def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
     """TrainingArguments, or a TRL config, from the recipe's `train:` and the engine.
 
     Args:
@@ -301,6 +307,7 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
 def _place(trainer: StageTrainer, step: int) -> str:
     """A folder that tells upstream that `step` steps are done. From there it counts batches as this run cuts them, so
     that the rows of each step are the same for any number of processes."""
+    assert trainer.args.output_dir is not None
     folder = Path(trainer.args.output_dir)
     engine = trainer.run.engine
     if engine.is_main:

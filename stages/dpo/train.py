@@ -72,7 +72,7 @@ def train(run: Run) -> None:
     )
     dtype = trained_dtype(run.engine, config.model_args)
     model = Model.load(
-        run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=args.bf16
+        run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bool(args.bf16)
     )
     run.console.print(f"  the reference reads {len(rows) + len(heldout or ())} pairs")
     kept = run.dir.state_dir / "pairs"
@@ -94,7 +94,8 @@ def train(run: Run) -> None:
         if heldout is None:
             return {}
         lengths = heldout.lengths[longest_first(heldout)]
-        found = measure_rows(trainer, trainer.eval_dataset, lengths, trainer.data_collator, pair_logps)
+        kept_pairs: Any = trainer.eval_dataset  # as TRL has completed it
+        found = measure_rows(trainer, kept_pairs, lengths, trainer.data_collator, pair_logps)
         metrics = pair_metrics(found, config.beta)
         metrics |= greedy_answers(run, trainer, encoder, prompts, config.max_new_tokens)
         measured.append(metrics)

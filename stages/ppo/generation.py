@@ -9,6 +9,7 @@ from torch import nn
 from rollout.engine import generate
 from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm import VLLMEngine
+from stages.ppo.actor_critic import ActorCritic
 from training.engines.protocol import Engine
 from training.model import Model
 
@@ -54,7 +55,7 @@ class Generator:
         self._pushed = self._version
 
     @contextmanager
-    def engine(self) -> Iterator[nn.Module | None]:
+    def engine(self) -> Iterator[ActorCritic | None]:
         """What `complete` needs. Every process enters; inside, each may call `complete` as often as it needs.
 
         Under engines that shard the model, making it whole is a collective; completing is not.
@@ -66,7 +67,7 @@ class Generator:
                 yield actor
 
     def complete(
-        self, actor: nn.Module | None, contexts: Sequence[list[int]], keys: Sequence[tuple[int | str, ...]]
+        self, actor: ActorCritic | None, contexts: Sequence[list[int]], keys: Sequence[tuple[int | str, ...]]
     ) -> list[Completion]:
         """One completion for each context (token ids). (Seed, key) determines a completion's random numbers."""
         if self._vllm is not None:
@@ -79,7 +80,7 @@ class Generator:
         return self._processes.autocast()
 
     @contextmanager
-    def inference(self) -> Iterator[nn.Module]:
+    def inference(self) -> Iterator[ActorCritic]:
         """Policy and critic, whole, for forward passes without gradients in the precision of training."""
         with torch.no_grad(), self._processes.whole(self._model) as actor, self._processes.autocast():
             yield actor

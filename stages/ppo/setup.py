@@ -112,7 +112,9 @@ def make_critic(run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, 
     ragged.enable(critic.body)
     if ref is not None:
         weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
-        critic.start_from_reward_head(model.module.get_submodule("score"), *statistics(parent), weight)
+        head = model.module.get_submodule("score")
+        assert isinstance(head, torch.nn.Linear)
+        critic.start_from_reward_head(head, *statistics(parent), weight)
     return critic
 
 

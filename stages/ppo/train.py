@@ -22,7 +22,7 @@ Where it departs from the papers that advantages.py and loss.py cite:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -132,6 +132,7 @@ def train(run: Run) -> None:
             # Sample and score: everything below is the same on every process.
             batch, at.cursor, sampling = sampler.batch(stream, at.cursor, iteration)
             with phases("advantage"):
+                assert batch.old_logp is not None and batch.ref_logp is not None
                 mask = batch.pad(batch.actions).to(device)  # (N, R)
                 old_logp = batch.pad(batch.old_logp).to(device)  # (N, R)
                 ref_logp = batch.pad(batch.ref_logp).to(device)  # (N, R)
@@ -257,8 +258,8 @@ class Targets:
 
     def pick(self, rows: Tensor, width: int) -> "Targets":
         """Of some rows, the first `width` columns."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Targets(*(None if part is None else part[rows, :width] for part in parts))
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: part[rows, :width] for name, part in parts.items() if part is not None})
 
 
 def _advantages(config: Config, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:

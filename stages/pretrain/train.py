@@ -62,7 +62,7 @@ def train(run: Run) -> None:
         torch.manual_seed(run.seed)
         model = Model.build(run.engine, shape, encoder, config.model_args, bf16=args.bf16, dtype=dtype)
         if config.embedding_std is not None:
-            torch.nn.init.normal_(model.module.get_input_embeddings().weight, std=config.embedding_std)
+            torch.nn.init.normal_(model.module.get_input_embeddings().get_parameter("weight"), std=config.embedding_std)
     else:
         model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=args.bf16)
     parameters = model.parameters()

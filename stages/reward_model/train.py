@@ -69,7 +69,7 @@ def train(run: Run) -> None:
         config.model_args,
         dtype=dtype,
         dropout=False,
-        bf16=args.bf16,
+        bf16=bool(args.bf16),
         seed=run.seed,
     )
     trainer = Trainer(

@@ -47,7 +47,7 @@ def train(run: Run) -> None:
     # Model and trainer.
     args = arguments(SFTConfig, run, len(data), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     dtype = trained_dtype(run.engine, config.model_args)
-    model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=args.bf16)
+    model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=bool(args.bf16))
     collate = Collator(encoder.pad_id)
     trainer = Trainer(
         model=model.module,

@@ -1,6 +1,6 @@
 """Which engine has really wrapped a model, whatever the launch file asked for."""
 
-from typing import Any
+from typing import Any, cast
 
 from training.engines.launch import Request
 
@@ -23,7 +23,8 @@ def running(model: Any, processes: int, device: Any, *, deepspeed: bool) -> Requ
     if isinstance(model, DistributedDataParallel):
         return Request("ddp", None, processes, device)
     if isinstance(model, FSDPModule):
-        assert all(isinstance(p, DTensor) for p in model.parameters()), "FSDP left parameters whole"
+        whole = [p for p in cast(torch.nn.Module, model).parameters() if not isinstance(p, DTensor)]
+        assert not whole, "FSDP left parameters whole"
         return Request("fsdp2", None, processes, device)
     if deepspeed:
         from deepspeed import DeepSpeedEngine

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from training.engines import finite
@@ -329,7 +330,7 @@ class Single(Processes):
         """What the optimizer keeps, as `key/parameter`; nothing before its first step."""
         state = torch_optimizer(optimizer).state
         return [
-            Entry(f"{key}/{name}", value.dtype, tuple(value.shape), lambda value=value: self._full(value))
+            Entry(f"{key}/{name}", value.dtype, tuple(value.shape), partial(self._full, value))
             for name, parameter in self._trained_parameters(model).items()
             for key, value in sorted(state.get(parameter, {}).items())
         ]
