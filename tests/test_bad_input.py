@@ -243,7 +243,7 @@ def test_a_parent_altered_after_publishing_is_refused(name, refused, trained, tm
     message = refused("stages.sft", trained, f"parent={tmp_path / 'pretrain'}")
     assert message == (
         f"{tmp_path}/pretrain was altered after publishing: model/{name} was altered; restore it, or make it with "
-        "`make pretrain` or `baton run <recipe> --to pretrain`\n"
+        "`baton run <recipe> --to pretrain`\n"
     )
     assert everything(tmp_path) == before
 
