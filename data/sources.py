@@ -38,7 +38,8 @@ def read_rows(source: FileSource | HubSource | StageSource, root: Path | None) -
         yield from _hub_rows(source)
         return
     for path in source_files(source, root):
-        name = _display(path, root)
+        # Wherever the run lies, its rows have the same origin.
+        name = f"stage:{source.name}/{path.name}" if isinstance(source, StageSource) else _display(path, root)
         empty = True
         for place, row in _file_rows(path, name):
             empty = False

@@ -45,7 +45,7 @@ class State:
 class BrokenStates(HandoffError):
     """There are states, but none is whole. `weights`: the newest state whose weights can still be used, or None."""
 
-    def __init__(self, message: str, weights: State | None) -> None:
+    def __init__(self, message: str, weights: State | None = None) -> None:
         super().__init__(message)
         self.weights = weights
 

@@ -106,7 +106,7 @@ def test_rows_of_a_stage_are_read_from_the_folder_that_the_run_names(tmp_path):
     source = StageSource(source="stage", name="generate").at(tmp_path)
     read = list(read_rows(source, tmp_path / "elsewhere"))
     assert [row for row, _ in read] == rows[20:] + rows[:20]
-    assert read[0][1] == Origin(str(tmp_path / "more.jsonl.gz"), 1)
+    assert read[0][1] == Origin("stage:generate/more.jsonl.gz", 1)
     label, digest = fingerprint(source, None)
     assert label == "stage:generate" and digest == fingerprint(source.at(tmp_path), tmp_path)[1]
     prompts = load([source], Prompt, None, 0).records

@@ -145,6 +145,7 @@ def program(out: Path, other: Path | None) -> None:
             shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
         engine.mix(frozen, model, "policy", 0.25)
         files.write_tensors(engine, state / "frozen.safetensors", engine.weights(frozen))
+        engine.barrier()  # the main process writes
         files.load_frozen(engine, frozen, state / "frozen.safetensors")
         mixed = whole_weights(frozen)
         policy = {k.removeprefix("policy."): v for k, v in whole_weights(model).items() if k.startswith("policy.")}

@@ -27,7 +27,11 @@ MORE = """
     train: {max_steps: 4, global_batch_size: 8}
   evaluate:
     models: [pretrain, sft, ppo, dpo]
-    reward: reward
+    scores:
+      - {function: world_correct, name: accuracy, on: greedy}
+      - {function: world_gold, name: gold}
+      - {model: reward, name: reward, reencode: true}
+    wins: gold
     data: [{source: world, kind: prompts, size: 26, split: test}]
     max_new_tokens: 16
 """

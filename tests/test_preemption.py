@@ -153,7 +153,7 @@ def test_a_stage_stopped_while_it_reads_its_data_leaves_the_directory_as_it_was(
 
     before = content()
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(10))
+        patch.setattr(Run, "rows", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(10))
         with pytest.raises(Stopped):
             run_section(changed, "sft")
     assert content() == before

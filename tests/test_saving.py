@@ -143,7 +143,7 @@ def fill(folder: Path, leave: int = 0) -> None:
 
 def test_too_small_a_disk_is_an_error_before_training(disk):
     recipe = stage_recipe("sft", disk, *KEYS, "train.save_total_limit=300")
-    with pytest.raises(HandoffError, match=r"disk.*sft: 301 saved states of .* needs .* MiB, and .* MiB free") as told:
+    with pytest.raises(HandoffError, match=r"disk.*sft: 301 saved states of .* needs .* MiB, but .* MiB free") as told:
         run_section(recipe, "sft")
     assert "train.save_total_limit 300" in str(told.value)
     assert not list((recipe.run_dir / "sft").rglob("*.safetensors"))

@@ -34,7 +34,6 @@ class CalledBack(Protocol):
     run: Run
     train_config: TrainConfig
     faults: Faults
-    accelerator: Any
     lr_scheduler: Any
     model: Any
     state: TrainerState
@@ -80,8 +79,7 @@ class FlowCallback(TrainerCallback):
         order.set_epoch(state.global_step // order.steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._trainer.accelerator.optimizer_step_was_skipped:
-            # By DeepSpeed itself; the Trainer keeps the learning rate back then, and under no other engine.
+        if self._trainer.run.engine.held_rate_back(self._trainer):
             self._trainer.lr_scheduler.step()
         last = state.global_step >= state.max_steps
         eval_steps = self._trainer.train_config.eval_steps

@@ -184,8 +184,9 @@ class Model:
         return self.engine.whole(self.module if prepared is None else prepared)
 
     def parameters(self) -> int:
-        """How many weights there are."""
-        return sum(prod(entry.shape) for entry in self.engine.weights(self.module))
+        """How many weights there are, trained or not; a tied one counts once."""
+        names = {name for name, _ in self.module.named_parameters()}
+        return sum(prod(entry.shape) for entry in self.engine.weights(self.module) if entry.name in names)
 
     # ---- to disk
 
@@ -204,11 +205,18 @@ class Model:
         groups = self._published(self.engine.weights(prepared), f"{part}." if part else "")
         files = _files([entry for group in groups for entry in group])
         hashes: dict[str, str] = {}
+        full: OSError | None = None
         for name, entries in files.items():
             watched = [replace(e, whole=_watched(tally, e)) for e in entries] if path is not None else entries
-            digest = write_tensors(self.engine, (path or Path()) / name, watched)
+            try:
+                digest = write_tensors(self.engine, (path or Path()) / name, watched)
+            except OSError as error:  # the other processes go on to gather the next file
+                full = full or error
+                continue
             if digest is not None:
                 hashes[name] = digest
+        if full is not None:
+            raise full
         if path is None:
             return Written({}, None)
         if len(files) > 1:

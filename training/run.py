@@ -289,33 +289,45 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals,
     """
     with Signals(name, speaks=is_main()) as signals:
         engine = engines.start()
-        _quiet_libraries()
-        section = recipe.sections[name]
-        inputs = engine.on_main(lambda: stage_inputs(recipe, name))
-        run = make(recipe, name, signals, engine)
-        together = False
         try:
-            run.begin(inputs)
-            train = importlib.import_module(f"stages.{section.stage}.train").train
-            train(run)
-        except UserError:
-            run.refuse()
-            raise
-        except Exception as error:
-            if not disk_is_full(error):
-                raise
-            raise HandoffError(
-                f"{run.dir.path}: the disk is full ({error}), nothing was published; free some space and run the same "
-                "command again, it goes on from the last saved state"
-            ) from error
-        except Stopped as stopped:
-            together = stopped.together
-            raise
+            _run_section(recipe, name, signals, engine, make)
         finally:
-            run.close()
-            if together:
-                engine.barrier()  # a launcher ends what is left of its processes when the first one has ended
             engine.shutdown()
+
+
+def _run_section(
+    recipe: Recipe,
+    name: str,
+    signals: Signals,
+    engine: Engine,
+    make: Callable[[Recipe, str, Signals, Engine], Run],
+) -> None:
+    _quiet_libraries()
+    section = recipe.sections[name]
+    inputs = engine.on_main(lambda: stage_inputs(recipe, name))
+    run = make(recipe, name, signals, engine)
+    together = False
+    try:
+        run.begin(inputs)
+        train = importlib.import_module(f"stages.{section.stage}.train").train
+        train(run)
+    except UserError:
+        run.refuse()
+        raise
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise HandoffError(
+            f"{run.dir.path}: the disk is full ({error}), nothing was published; free some space and run the same "
+            "command again, it goes on from the last saved state"
+        ) from error
+    except Stopped as stopped:
+        together = stopped.together
+        raise
+    finally:
+        run.close()
+        if together:
+            engine.barrier()  # a launcher ends what is left of its processes when the first one has ended
 
 
 def _quiet_libraries() -> None:

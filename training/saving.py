@@ -5,6 +5,7 @@ What Trainer-based stages and the policy-gradient loop have in common. Each meth
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,12 @@ class SavedStates:
             HandoffError: no state is whole.
         """
         run = self._run
-        state: State | None = None
-        if run.is_main:
+
+        def found() -> State | None:
             self._store.clean()
-            state = self._found() if run.resumable else None
-        state = run.engine.from_main(state)
+            return self._found() if run.resumable else None
+
+        state = run.engine.on_main(found)
         run.rewind(state.step if state is not None else None)
         if state is None:
             return None
@@ -102,8 +104,9 @@ class SavedStates:
             HandoffError: there is not.
         """
         self._bytes = state_bytes
-        if not self._run.is_main:
-            return
+        self._run.engine.on_main(lambda: self._check_room(states, state_bytes, model_bytes))
+
+    def _check_room(self, states: int, state_bytes: int, model_bytes: int) -> None:
         there = tree_bytes(self._store.directory)
         need = max(0, states * state_bytes - there) + model_bytes
         what = (
@@ -127,18 +130,28 @@ class SavedStates:
             step: the name of the state.
             model, optimizer: as the engine has wrapped them.
             extra: what else the next step depends on, JSON.
-            more: writes the other parts into the folder; every process calls it.
+            more: writes the other parts into the folder. Every process calls it; it raises on the main one alone, once
+                every process has done its part.
             protect: an earlier step whose state is kept whatever its age.
         """
         engine = self._run.engine
         staged = engine.from_main(self._staged(step) if engine.is_main else None)
         if staged is None:
             return False
+        full: Exception | None = None
+        # Both contain collectives. A full disk, which the main process alone meets, must not keep it from the second.
+        for write in (partial(files.save_state, engine, model, optimizer), more):
+            try:
+                if write is not None:
+                    write(staged)
+            except Exception as error:
+                if not disk_is_full(error):
+                    raise
+                full = full or error
         done = True
         try:
-            files.save_state(engine, model, optimizer, staged)
-            if more is not None:
-                more(staged)
+            if full is not None:
+                raise full
             if engine.is_main:
                 self._run.sync()
                 extra = {**extra, "engine": engine.record().model_dump()}

@@ -65,9 +65,11 @@ def train(run: Run) -> None:
                     bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, config)}
             del model, module
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
-            if origin is not None and origin.name in answered:
-                origins[name] = origin.name
-                other = parents[origin.name]
+            # By what it is: a model of another run may have a parent of the same name.
+            before = None if origin is None else _same(origin.fingerprint, parents, answered)
+            if before is not None:
+                origins[name] = before
+                other = parents[before]
                 reference = Model.load(run.engine, other, "reference", encoder, config.model_args, bf16=False).freeze()
                 with reference.whole() as module:
                     logp = _logprobs(module, ids, answered[name].sampled, encoder.pad_id, config)
@@ -96,6 +98,11 @@ def train(run: Run) -> None:
     if run.is_main:
         write_json(run.dir.path / "results.json", results)
     run.publish("evaluation", None, _headline(results), files=["results.json"])
+
+
+def _same(fingerprint: str, parents: dict[str, Parent], answered: dict[str, Answered]) -> str | None:
+    """The name of the model with that fingerprint, among those that have answered already."""
+    return next((name for name in answered if parents[name].fingerprint == fingerprint), None)
 
 
 def _models(run: Run, present: dict[str, Parent]) -> dict[str, Parent]:

@@ -44,7 +44,7 @@ def train(run: Run) -> None:
     prompts = run.rows(
         config.data, Prompts(config.max_prompt_length), encoder, "prompts", max_drop_fraction=config.max_drop_fraction
     )
-    left_out = sorted({name for p in prompts for name in p.record.columns if name in _OWN})
+    left_out = sorted(name for name in prompts.facts if name in _OWN)
     if left_out:
         run.console.print(f"  columns of the prompts that the rows do not keep: {', '.join(left_out)}", markup=False)
 

@@ -3,7 +3,11 @@
     launch.py      which engine the launch file asks for
     protocol.py    what an engine does
     processes.py   collectives between the processes
+    exchange.py    tensors and trajectories from every process to every process
+    detect.py      which engine has really come up
+    finite.py      losses that are not finite
     single.py      one process; the others build on it
+    splitting.py   what the engines that cut parameters up have in common
     ddp.py         data parallel: every process has the whole model
     deepspeed.py   DeepSpeed ZeRO, stages 1 to 3
     fsdp2.py       PyTorch's own sharding

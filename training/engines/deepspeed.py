@@ -45,6 +45,10 @@ class DeepSpeed(Splitting):
                 "the launch file asks for DeepSpeed, which is not installed: pip install 'baton-align[deepspeed]'"
             )
 
+    def held_rate_back(self, trainer: Any) -> bool:
+        """As `Single.held_rate_back`: DeepSpeed skips steps that are not finite itself, and the Trainer follows it."""
+        return bool(trainer.accelerator.optimizer_step_was_skipped)
+
     # ---- loops written by hand
 
     def set_up(self, train: "OptimizerConfig", width: int) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # A collective that waits longer than this is dead. Nothing slow (tokenising, compiling) happens inside one.
 TIMEOUT = timedelta(minutes=30)
+# The other processes wait as long for what the main one does alone before training (hashing parents and data).
+PATIENCE = timedelta(days=1)
 
 
 class Processes:
@@ -30,6 +32,7 @@ class Processes:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self._patient: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -127,7 +130,10 @@ class Processes:
         return box[0]  # type: ignore[no-any-return]
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """What `call` returns on the main process, for all. A user's mistake that it finds is raised on all of them."""
+        """What `call` returns on the main process, for all. A user's mistake that it finds is raised on all of them.
+
+        `call` may take long (hashing a large parent): the others wait in a group of their own that allows for it.
+        """
         found: T | None = None
         error: UserError | None = None
         if self.is_main:
@@ -135,7 +141,14 @@ class Processes:
                 found = call()
             except UserError as refused:
                 error = refused
-        found, error = self.from_main((found, error))
+        if self.group():
+            import torch.distributed as dist
+
+            if self._patient is None:
+                self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            box: list[Any] = [(found, error)]
+            dist.broadcast_object_list(box, src=0, group=self._patient)
+            found, error = box[0]
         if error is not None:
             raise error
         return found  # type: ignore[return-value]

@@ -1,4 +1,7 @@
-"""What stages may ask of an engine. Shapes and rules of each method are in `single.Single`, which the others extend."""
+"""What stages may ask of an engine.
+
+What each method does is in `processes.Processes` and `single.Single`, which the other engines extend.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -53,6 +56,7 @@ class Engine(Protocol):
     # ---- stages with an upstream trainer
     def training_arguments(self, train: "TrainConfig") -> dict[str, Any]: ...
     def adopt(self, trainer: Any) -> None: ...
+    def held_rate_back(self, trainer: Any) -> bool: ...
 
     # ---- loops written by hand
     def set_up(self, train: "OptimizerConfig", width: int) -> None: ...

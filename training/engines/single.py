@@ -166,6 +166,10 @@ class Single(Processes):
         self._accelerator = trainer.accelerator
         self.check_model(trainer.model_wrapped)
 
+    def held_rate_back(self, trainer: Any) -> bool:
+        """Whether the Trainer has not moved the learning rate after the step that it has just taken."""
+        return False
+
     # ---- loops written by hand
 
     def set_up(self, train: "OptimizerConfig", width: int) -> None:
