@@ -1,4 +1,4 @@
-"""The `baton` command. Every sub-command imports what it needs when it runs, so that `--help` answers at once."""
+"""The `baton` command. Each sub-command imports what it needs only when it runs, so that `--help` is fast."""
 
 import sys
 from pathlib import Path
@@ -48,9 +48,9 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and why; run nothing.")] = False,
 ) -> None:
-    """Run the stages of a recipe that are not up to date, each saying why.
+    """Run the stages of a recipe that are not up to date, and print the reason for each.
 
-    An interrupted stage resumes. A stage whose recipe, parent, data or code changed is run again; what it had made is
+    An interrupted stage resumes. A stage whose recipe, parent, data or code changed is run again; its earlier result is
     kept in <run>/.previous.
     """
     from baton.runner import run_pipeline
@@ -62,7 +62,7 @@ def run(
 
 @app.command()
 def status(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Show where each stage stands: up to date, stale and why, unfinished, or new."""
+    """Show the state of each stage: up to date, stale (with the reason), unfinished, or new."""
     from baton.status import print_overview
     from training.recipe import load_recipe
 
@@ -71,8 +71,8 @@ def status(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def verify(target: RunArgument) -> None:
-    """Hash every published file and saved state of a run and its lineage again, and check that each stage's parents are
-    the ones it was made from.
+    """Hash every published file and saved state of a run and its lineage again, and check that each stage still has the
+    parents from which it was made.
 
     Exit code 1 when something differs.
     """
@@ -98,9 +98,9 @@ def replay(
     stage: Annotated[str, typer.Option(help="The section whose step it is.", show_default=False)],
     step: Annotated[int, typer.Option(min=1, help="The step, or the iteration.", show_default=False)],
 ) -> None:
-    """Take one training step again, from the nearest saved state before it, and compare it with metrics.jsonl.
+    """Repeat one training step from the nearest saved state before it, and compare it with metrics.jsonl.
 
-    The run is left as it is. Exit code 1 when loss or gradient norm differs.
+    The run's directory is not changed. Exit code 1 when loss or gradient norm differs.
     """
     from baton.replay import replay_step
     from baton.runs import run_dir_of
@@ -121,8 +121,8 @@ def config(
     overrides: Overrides = None,
     section: Annotated[str | None, typer.Option(help="Only this section.", show_default=False)] = None,
 ) -> None:
-    """Print the recipe with every value that will be used and where each one came from, and the models that each
-    section will have in memory."""
+    """Print the recipe with every value that will be used, the origin of each value, and the models that each section
+    will have in memory."""
     from baton.show import show_recipe
     from training.recipe import load_recipe
 
@@ -161,14 +161,15 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut off here.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
 ) -> None:
-    """Talk to a model in the terminal. /quit ends, /reset begins anew, /system TEXT sets the system message."""
+    """Talk to a model in the terminal. /quit ends, /reset starts a new conversation, /system TEXT sets the system
+    message."""
     from baton.chat import talk
 
     talk(target, model, compare, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 
 def main() -> NoReturn:
-    """Entry point of the console script: a user's mistake is a message and an exit code, not a traceback."""
+    """Entry point of the console script. For a user's mistake it prints a message, not a traceback, and exits."""
     try:
         app()
     except UserError as error:
@@ -181,7 +182,7 @@ def main() -> NoReturn:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Prints to stderr, in red where that is a terminal, and exits."""
+    """Prints the message to stderr, in red if that is a terminal, and exits with the code."""
     from rich.console import Console
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="red", markup=False)

@@ -1,11 +1,12 @@
-"""`baton replay`: takes one training step of a run again, and compares it with the line that the run has logged.
+"""`baton replay`: repeats one training step of a run and compares it with the line that the run logged.
 
-The stage's own code runs, from the newest whole state before the step, in a copy of the stage's directory beside the
-run: states are hard links there, lines are copies, the other stages are links to the run's. It ends as soon as the
-line has come, so that nothing is published. The run is not written to.
+The stage's own code runs from the newest whole state before the step, in a copy of the stage's directory beside the
+run. The copy has hard links to the states, copies of the logged lines, and symbolic links to the other stages. The
+replay ends when it has logged the line, so it publishes nothing. It does not change the run's directory; the encoded
+rows are shared with the run, and if the encoding has changed, new rows are added there.
 
-A stage with a Trainer logs averages over `train.logging_steps`: the step is in the first line at or after it, whose
-sums the state has kept if it was saved between two lines.
+A stage with a Trainer logs averages over `train.logging_steps`, so the step belongs to the first line at or after it. A
+state saved between two lines includes the sums for the next one.
 """
 
 import json
@@ -31,32 +32,32 @@ from training.registry import Registry
 from training.run import ROWS, Run, run_section
 from training.signals import Signals
 
-# Between engines or numbers of processes sums are in another order.
+# Another engine or number of processes adds the same numbers in another order.
 _TOLERANCE = 1e-4
 _MOST = 12
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A step that was taken again."""
+    """A repeated step."""
 
     section: str
     step: int
     line: int
-    """Step of the line that it is in."""
+    """Step of the logged line that includes it."""
     state: int
-    """Step of the state that it was taken from."""
+    """Step of the state from which the replay started."""
     logged: dict[str, float]
     again: dict[str, float]
-    """Empty where the stage ended before the line."""
+    """Empty if the stage ended before the line."""
     elsewhere: bool
-    """The state was saved by another engine, or on another number of processes or kind of device, than took it now."""
+    """Whether the state was saved by another engine, number of processes or kind of device than the replay used."""
     changes: list[str]
-    """What the stage depends on and is another than it was."""
+    """What has changed since the run, among the things that the stage's result depends on."""
 
     @property
     def agrees(self) -> bool:
-        """To the last bit; where the engine is another, to 1e-4."""
+        """Whether the values are equal: to the last bit, or to 1e-4 if `elsewhere`."""
         if self.elsewhere and self.again.keys() == self.logged.keys():
             return all(
                 math.isclose(value, self.again[key], rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
@@ -65,7 +66,7 @@ class Replayed:
         return self.again == self.logged
 
     def told(self) -> str:
-        """For the terminal."""
+        """The text for the terminal."""
         lines = [f"  {self.section}, step {self.step}: taken again from the state of step {self.state}"]
         if self.line != self.step:
             lines.append(f"  it is in the line of step {self.line}, whose loss is an average")
@@ -81,7 +82,7 @@ class Replayed:
 
 
 class _LineCame(Exception):
-    """Ends the replay."""
+    """Ends the replay: the stage has logged the line."""
 
     def __init__(self, metrics: dict[str, Any]) -> None:
         super().__init__()
@@ -89,30 +90,30 @@ class _LineCame(Exception):
 
 
 class _Replay(Run):
-    """A run that ends when it logs the line that is waited for."""
+    """A run that ends when it logs the line of step `line` or the first one after it that has the metric `key`."""
 
     def __init__(self, line: int, key: str, recipe: Recipe, name: str, signals: Signals, engine: Engine) -> None:
         super().__init__(recipe, name, signals, engine)
         self._line, self._key = line, key
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """As in a run, up to that line."""
+        """Logs as in a run; raises _LineCame after that line."""
         super().log(step, metrics)
         if step >= self._line and self._key in metrics:
             raise _LineCame(metrics)
 
     def mirror(self) -> None:
-        """None: trackers have had these lines."""
+        """Does nothing: the run has already sent these lines to its tracker."""
 
 
 def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
-    """Takes step `step` (from 1 on) of section `name` again, on one process.
+    """Repeats step `step` (counted from 1) of section `name`, on one process.
 
     Raises:
-        UserError: no such section or line, no whole state before the step, a stage without steps, or a recipe whose
-            section, parents or data are not those of the run any more.
-        GateError: the stage stops by itself before the line.
-        Stopped: a signal.
+        UserError: no such section or line, no whole state before the step, a stage without steps, or a section,
+            parents or data that have changed since the run.
+        GateError: the stage fails a check before the line.
+        Stopped: a signal ended the replay.
     """
     original = StageDir(run_dir / name)
     if not original.started_path.is_file():
@@ -153,11 +154,11 @@ def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
 
 
 def _choose(original: StageDir, key: str, step: int) -> tuple[dict[str, Any], State]:
-    """The line that the step is in, and the state to start from. Raises UserError."""
+    """The logged line that includes the step, and the state to start from. Raises UserError if either is missing."""
     lines: list[dict[str, Any]] = []
     if original.metrics_path.is_file():
         with original.metrics_path.open("rb") as file:
-            # The last line may be torn by a kill.
+            # If the run was killed, the last line may be incomplete.
             lines = [json.loads(line) for line in file if line.endswith(b"\n")]
     lines = [line for line in lines if key in line]
     store = StateStore(original.state_dir)
@@ -182,7 +183,7 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def _changes(original: StageDir, now: Inputs) -> list[str]:
-    """What is another than it was, where that may be; raises UserError where the step would be of another training."""
+    """Notes on changed code. Raises UserError if anything else changed, since then the step would be a different one."""
     begun = original.started_inputs()
     if begun is None:
         raise UserError(f"{original.started_path} cannot be read; restore it, or run the stage again")
@@ -196,7 +197,7 @@ def _changes(original: StageDir, now: Inputs) -> list[str]:
 
 
 def _copy(run_dir: Path, copied: Path, name: str, state: State) -> None:
-    """The stage up to `state`, without what it has published, among links to the other stages."""
+    """Copies the stage up to `state`, without its published files, and links the other stages."""
     copied.mkdir()
     for other in run_dir.iterdir():
         if other.name != name and (other / "started.json").is_file():
@@ -210,17 +211,17 @@ def _copy(run_dir: Path, copied: Path, name: str, state: State) -> None:
     for path in (stage.metrics_path, stage.samples_path):
         if path.is_file():
             shutil.copyfile(path, ours.path / path.name)
-    # All states up to this one: reinforcement learning may go back to its best policy.
+    # Earlier states are needed too: reinforcement learning may return to the state of its best policy.
     earlier = {f"step-{step}" for step in StateStore(stage.state_dir).steps() if step <= state.step}
     for path in stage.state_dir.iterdir():
         if path.name in earlier or path == state.path:
             shutil.copytree(path, ours.state_dir / path.name, copy_function=_link)
-        elif not path.name.startswith((".", "step-")):  # what the stage keeps there beside states
+        elif not path.name.startswith((".", "step-")):  # other files that the stage keeps beside its states
             shutil.copytree(path, ours.state_dir / path.name)
 
 
 def _link(source: str, target: str) -> None:
-    """States are never written to once they are whole."""
+    """A hard link is safe: a committed state is never written to."""
     try:
         Path(target).hardlink_to(source)
     except OSError:  # a file system without hard links

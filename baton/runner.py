@@ -1,11 +1,11 @@
-"""`baton run`: the stages of a recipe, one after the other, those that need it, each in a process of its own.
+"""`baton run`: runs the stages of a recipe that are not up to date, one after the other, each in its own process.
 
-The order follows from the parents. What is up to date is skipped; a stage whose recipe, parent, data or code changed
-is run again; one that was interrupted resumes. A child is looked at once its parents are there: a parent that was run
-again and came out the same leaves it up to date. All of this needs no torch.
+Parents run before their children. A stage that is up to date is skipped; a stage whose recipe, parent, data or code
+changed is run again; an interrupted stage resumes. A child is checked after its parents have run: if a parent was run
+again with the same result, the child is still up to date. This module needs no torch.
 
-Without a launch file, stages are forked from a server that has the heavy imports behind it (`baton/worker.py`). With
-one, each stage that trains or generates is started by `accelerate launch`.
+Without a launch file, stages are forked from a server that has already imported the large libraries
+(`baton/worker.py`). With a launch file, `accelerate launch` starts each stage that trains or generates.
 """
 
 import re
@@ -40,29 +40,29 @@ from training.signals import ENDING
 
 LOGS = "logs"
 SHOWN = 20
-"""Last lines of a stage that are shown again when it fails."""
+"""How many of a stage's last lines are shown again when it fails."""
 
 
 class Running(Protocol):
     """A stage that was started."""
 
     def send(self, signum: int) -> None:
-        """Passes a signal on."""
+        """Sends a signal to the stage."""
 
     def wait(self) -> int:
-        """Waits for the end; negative for a signal."""
+        """Waits for the stage's end and returns its exit code, negative for a signal."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A way to start a stage: what a user would type for the same, and what is done with the descriptor to print to."""
+    """A way to start a stage: the command that a user would type, and a function that takes the output descriptor."""
 
     command: Sequence[str]
     begin: Callable[[int], Running]
 
 
 def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: bool) -> Start:
-    """How a section is started. A stage that is not distributed runs on one process, whatever the launch file says."""
+    """How to start a section. A stage that is not distributed runs on one process, whatever the launch file says."""
     arguments = [str(recipe.path), *recipe.overrides, "--section", section.name]
     module = f"stages.{section.stage}"
     if launch is None or not Registry().declaration(section.stage).distributed:
@@ -78,7 +78,7 @@ def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: 
 
 
 def _program(name: str) -> str:
-    """A program of this Python's environment as a user would type it from here."""
+    """Path of a program in this Python's environment, as a user would type it in the current folder."""
     path = Path(sys.executable).with_name(name)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
@@ -89,7 +89,7 @@ StartOf = Callable[[Recipe, Section], Start]
 class Runner:
     """One run of a recipe's stages.
 
-    `start` and `inputs_of` are how a stage is started and what it depends on.
+    `start` starts a stage; `inputs_of` gives what its result depends on.
     """
 
     def __init__(self, recipe: Recipe, start: StartOf, console: Console, inputs_of: InputsOf = stage_inputs) -> None:
@@ -101,13 +101,13 @@ class Runner:
         self._signals: list[int] = []
 
     def run(self, names: Sequence[str], force: Sequence[str] = ()) -> int:
-        """Brings the sections up to date, in the order given. Returns 0, or the exit code of the stage that failed."""
+        """Brings the sections up to date, in the given order. Returns 0, or the exit code of the stage that failed."""
         check_writable(self.recipe.run_dir)
         with RunLock(self.recipe.run_dir, "baton run"), self._forwarding():
             for name in names:
                 found = standing(self.recipe, name, self.inputs_of)
                 if name in force:
-                    # Without a record of its start, the stage sets its directory aside and begins anew.
+                    # A stage without a record of its start moves its old directory away and starts from scratch.
                     StageDir(self.recipe.run_dir / name).started_path.unlink(missing_ok=True)
                     found = Standing(name, State.STALE, ("forced",), found.manifest)
                 skipped = found.state is State.UP_TO_DATE
@@ -162,11 +162,11 @@ class Runner:
 
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
-        """Signals to the runner go to the stage, and the runner waits for what it makes of them. The third that asks to
-        end kills. What the runner was started to ignore (`nohup`) stays ignored."""
+        """Inside, signals to the runner are forwarded to the stage, and the runner waits for the stage to react. The
+        third request to end kills the stage. A signal that was ignored at the start (`nohup`) stays ignored."""
 
         def forward(signum: int, frame: FrameType | None) -> None:
-            if signum == signal.SIGUSR1:  # save now: nothing to save, nothing to do
+            if signum == signal.SIGUSR1:  # a request to save, which is ignored if no stage runs
                 if self._running is not None:
                     self._running.send(signum)
                 return
@@ -187,7 +187,7 @@ class Runner:
 def run_pipeline(
     recipe: Recipe, targets: Sequence[str], force: Sequence[str], launch: Path | None, *, dry_run: bool
 ) -> int:
-    """`baton run`: see there. Returns the exit code."""
+    """The command `baton run` (see `baton.cli.run`). Returns the exit code."""
     names = recipe.order(targets or None)
     for name in force:
         if recipe.section(name).name not in names:
@@ -205,11 +205,12 @@ def run_pipeline(
 
 
 def check_data(recipe: Recipe, names: Sequence[str]) -> None:
-    """Looks at the data of every section before the first one is run: a wrong path shows at once, not after hours.
+    """Checks the data of every section before the first one runs, so that a wrong path is found at once, not hours later.
 
     Raises:
-        UserError: `data_root` is no folder; DataError: a source does not exist; HandoffError: a directory of another
-            run that is to give rows has published none.
+        UserError: `data_root` is no folder.
+        DataError: a source does not exist.
+        HandoffError: a source names a directory of another run that has published no rows.
     """
     if recipe.data_root is not None and not recipe.data_root.is_dir():
         page = re.search(r"docs/[\w./-]+\.md", recipe.path.read_text(encoding="utf-8"))

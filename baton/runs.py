@@ -1,4 +1,4 @@
-"""Where the run is that a command is about. No torch here."""
+"""Finds the folder of the run that a command names. Imports no torch."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from training.recipe import load_recipe
 
 
 def run_dir_of(target: Path) -> Path:
-    """The folder of a run, given itself or its recipe. Raises UserError when there is no such run."""
+    """The folder of a run; `target` is that folder or the run's recipe. Raises UserError when there is no such run."""
     if target.is_dir():
         return target
     if not target.exists() and target.suffix not in (".yaml", ".yml"):
