@@ -183,7 +183,7 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def _changes(original: StageDir, now: Inputs) -> list[str]:
-    """Notes on changed code. Raises UserError if anything else changed, since then the step would be a different one."""
+    """Notes on changed code. Raises UserError if anything else changed: the step would not be the same one."""
     begun = original.started_inputs()
     if begun is None:
         raise UserError(f"{original.started_path} cannot be read; restore it, or run the stage again")

@@ -205,7 +205,7 @@ def run_pipeline(
 
 
 def check_data(recipe: Recipe, names: Sequence[str]) -> None:
-    """Checks the data of every section before the first one runs, so that a wrong path is found at once, not hours later.
+    """Checks the data of every section before the first one runs, so that a wrong path shows at once, not hours later.
 
     Raises:
         UserError: `data_root` is no folder.

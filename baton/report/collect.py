@@ -1,6 +1,6 @@
-"""Reads a run's directory. Only this module of the report reads files; a broken file becomes a warning, not an error.
+"""Reads a run's directory. Only this module of the report reads files; an unreadable file is a warning, not an error.
 
-A stage without a manifest was started but not finished; its metrics up to now are shown.
+A stage without a manifest was started but not finished; the report shows its metrics so far.
 """
 
 import json
@@ -32,7 +32,7 @@ class Estimate(BaseModel):
 
 
 class WinRate(Estimate):
-    """Share of prompts on which a model's answer is better than that of the model `over`."""
+    """Share of prompts for which the model's answer is better than the answer of the model `over`."""
 
     over: str
     by: str = ""
@@ -40,14 +40,14 @@ class WinRate(Estimate):
 
 
 class Grouped(BaseModel):
-    """What `families` shows: one metric for each value of a column of the prompts."""
+    """What `families` contains: the values of `metric`, one for each value of the prompts' column `column`."""
 
     column: str = "family"
     metric: str = "accuracy"
 
 
 class Sample(BaseModel):
-    """One prompt and what each model answered."""
+    """One prompt and each model's answer."""
 
     prompt: str
     reference: str | None = None
@@ -55,7 +55,7 @@ class Sample(BaseModel):
 
 
 class Results(BaseModel):
-    """An evaluation's results.json. Rates and accuracies are shares in [0, 1]; other scores have units of their own."""
+    """An evaluation's results.json. Rates and accuracies are shares in [0, 1]; other scores have their own units."""
 
     models: list[str]
     metrics: dict[str, dict[str, Estimate]] = {}
@@ -78,27 +78,27 @@ class Stage:
     parameters: int | None
     """Total number of elements of the tensors in model/."""
     card: Card | None = None
-    """A reward model's report card; also of one that its gate held back."""
+    """A reward model's report card; it also exists if the stage's gate stopped the publication."""
     begun_as: str | None = None
-    """The stage's package as the record of its start says it."""
+    """The stage's package according to the record of its start."""
 
     @property
     def package(self) -> str:
-        """The stage's package; where no file says it, the stage's own name."""
+        """The stage's package; if no file names it, the stage's own name."""
         return self.manifest.stage if self.manifest else self.begun_as or self.name
 
     @property
     def declared(self) -> Declaration:
-        """What the stage's package says about itself."""
+        """The declaration of the stage's package."""
         return Registry().declaration(self.package)
 
     @property
     def parents(self) -> dict[str, str]:
-        """Role -> the name of the section or checkpoint."""
+        """{role: name of the section or checkpoint}."""
         return {role: parent.name for role, parent in self.manifest.parents.items()} if self.manifest else {}
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric, finite ones only, in order; a step logged twice counts with its last value."""
+        """Steps and finite values of a metric, in order of step. If a step was logged twice, its last value counts."""
         found = {}
         for row in self.metrics:
             value = row.get(key)
@@ -108,13 +108,13 @@ class Stage:
         return steps, [found[step] for step in steps]
 
     def has(self, key: str) -> bool:
-        """Whether the stage logged that metric, finite at least once."""
+        """Whether the stage logged a finite value of that metric."""
         return bool(self.series(key)[0])
 
 
 @dataclass
 class RunData:
-    """A run: its stages with parents before children, and messages about unreadable files."""
+    """A run: its stages, parents before children, and messages about unreadable files."""
 
     path: Path
     stages: list[Stage]
@@ -163,7 +163,7 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
         manifest = None
     parameters = None
     if manifest and manifest.kind in MODEL_KINDS:
-        try:  # headers only; tied tensors are stored, and counted, once
+        try:  # reads headers only; tied tensors are stored once and so counted once
             parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(directory.model_dir).values())
         except (HandoffError, OSError) as error:
             problems.append(str(error))
@@ -185,7 +185,7 @@ def _package_begun(directory: StageDir) -> str | None:
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file that have a step. Others are counted in `problems`."""
+    """The objects of a .jsonl file that have a step. A message in `problems` counts the other lines."""
     if not path.exists():
         return []
     rows, broken = [], []
@@ -243,7 +243,7 @@ def _unreadable(path: Path, error: ValidationError, remedy: str) -> str:
 
 
 def _in_order(stages: Sequence[Stage]) -> list[Stage]:
-    """Parents before children, otherwise in the order of publishing, with unpublished stages last."""
+    """The stages with parents before children, otherwise in order of publication, unpublished ones last."""
     waiting = sorted(stages, key=lambda s: (s.manifest is None, s.manifest.created if s.manifest else "", s.name))
     ordered: list[Stage] = []
     while waiting:

@@ -1,7 +1,7 @@
-"""Which curves a run has: from the charts that its stages declare, and the metrics that they logged, to drawings.
+"""Draws a run's curves, from the charts that its stages declare and the metrics that they logged.
 
-A stage that declares no charts, such as one of a package that this installation does not have, gets one chart for each
-metric. A metric that was not logged makes no chart.
+A stage that declares no charts (for example, of a package that is not installed here) gets one chart for each metric. A
+metric that was not logged gets no chart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from training import declaration
 from training.declaration import Line, held_out
 
 _HELD_OUT = ("eval_", "eval/")
-# Counts that grow with the steps, and what the clock says: no curves of a training.
+# Counters and times, which say nothing about how the training went.
 _NO_CURVES = ("step", "epoch", "episode", "num_tokens", "time/")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Share of a stage's time that one phase took, in percent, and how long that was."""
+    """Share of a stage's time that one phase took, in percent; `text` is its duration."""
 
     name: str
     percent: float
@@ -30,7 +30,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class StageCurves:
-    """The section of one stage that declares a section of its own."""
+    """The report section of a stage that declares its own section."""
 
     stage: Stage
     lede: str
@@ -40,7 +40,7 @@ class StageCurves:
 
 
 def training_charts(stages: Sequence[Stage], colors: Mapping[str, str]) -> list[Chart]:
-    """The curves of the stages that have no section of their own: first all charts of the first title, and so on."""
+    """The charts of the stages without a section of their own, grouped by title."""
     drawn: dict[str, list[Chart]] = {}
     for index, stage in enumerate(stages):
         if stage.declared.section is not None:
@@ -54,7 +54,7 @@ def training_charts(stages: Sequence[Stage], colors: Mapping[str, str]) -> list[
 
 
 def _charts_of_metrics(stage: Stage) -> list[declaration.Chart]:
-    """A chart for each metric that the stage logged at two steps or more, beside the same one of held-out data."""
+    """A chart for each metric that the stage logged at two steps or more, with the held-out curve of the same name."""
     logged = {key for row in stage.metrics for key in row if not key.startswith(_NO_CURVES)}
     curves = {key for key in logged if len(stage.series(key)[0]) > 1}
     names = {key.removeprefix("eval_").removeprefix("eval/") for key in curves}
@@ -66,7 +66,7 @@ def _charts_of_metrics(stage: Stage) -> list[declaration.Chart]:
 
 
 def sections(stages: Sequence[Stage], colors: Mapping[str, str]) -> list[StageCurves]:
-    """The curves of every stage that has a section of its own, and has logged something for it."""
+    """The curves of every stage that declares its own section and logged at least one of the section's metrics."""
     found = []
     for index, stage in enumerate(stages):
         section = stage.declared.section

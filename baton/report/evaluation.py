@@ -1,7 +1,7 @@
-"""The evaluation's tables and its verdict, from results.json: values with 95 % intervals, placed on a common scale.
+"""The evaluation's tables and verdict, made from results.json: values with 95 % intervals, on one scale per column.
 
-Every number in the verdict's sentences is also in the tables. A difference is called clear only if the two intervals do
-not overlap, which is stricter than a test of the difference.
+Every number in the verdict is also in the tables. A difference is called clear only if the two intervals do not
+overlap, which is stricter than a test of the difference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,12 +38,12 @@ class Cell:
     scaled: bool
     """Whether the column has a scale: more than one number."""
     best: bool
-    """Whether it is the best of its column, or its interval overlaps with the best."""
+    """Whether it is the best of its column, or its interval overlaps that of the best."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of the table."""
+    """A column of the table: one metric."""
 
     heading: str
     about: str
@@ -51,7 +51,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A model of the table; a cell is None where that model was not measured."""
+    """A row of the table: one model. A cell is None if that metric was not measured for the model."""
 
     model: str
     cells: list[Cell | None]
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Models by metrics."""
+    """A table with a row for each model and a column for each metric."""
 
     columns: list[Column]
     rows: list[Row]
@@ -67,7 +67,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Heat:
-    """One group of prompts: a cell per model, with its place on the table's scale in percent for its colour."""
+    """One group of prompts, with a cell for each model. The cell's percent on the table's scale gives its colour."""
 
     group: str
     cells: list[tuple[str, str, float] | None]
@@ -85,7 +85,7 @@ class Win:
 
 
 def metric_table(results: Results) -> Table:
-    """Every metric of every model."""
+    """The table of all metrics and models."""
     measured = {model: dict(results.metrics.get(model, {})) for model in results.models}
     for model, bits in results.bits_per_byte.items():
         measured.setdefault(model, {})["bits_per_byte"] = bits
@@ -98,7 +98,7 @@ def metric_table(results: Results) -> Table:
 
 
 def _metric(name: str) -> tuple[str, str, int]:
-    """(heading, what it is, better); a metric that is not known here is a score of the recipe, and more is better."""
+    """(heading, what it is, better). An unknown metric is a score defined by the recipe, for which higher is better."""
     return _METRICS.get(name, (name, "a score of the recipe", 1))
 
 
@@ -133,22 +133,22 @@ def _cell(estimate: Estimate, low: float, high: float, best: bool) -> Cell:
 
 
 def interval(estimate: Estimate) -> str:
-    """`0.71 to 0.79`; empty where no interval was computed."""
+    """`0.71 to 0.79`; empty if no interval was computed."""
     if estimate.low is None or estimate.high is None:
         return ""
     return f"{number(estimate.low)} to {number(estimate.high)}"
 
 
 def heat_title(results: Results) -> str:
-    """`Exact accuracy by family`."""
+    """The heat table's title, e.g. `Exact accuracy by family`."""
     grouped = results.grouped or Grouped()
     return f"{_METRICS.get(grouped.metric, (grouped.metric,))[0]} by {grouped.column}"
 
 
 def heat_table(results: Results) -> list[Heat]:
-    """One metric of each model in each group of prompts, the groups in the evaluation's order.
+    """One metric of each model in each group of prompts, with the groups in the evaluation's order.
 
-    The colours' scale goes from 0 to 1, or as far as the values do where some are beyond that.
+    The colour scale goes from 0 to 1, and is extended to include values outside that range.
     """
     values = [e.value for models in results.families.values() for e in models.values()]
     low, high = min([0.0, *values]), max([1.0, *values])
@@ -176,18 +176,18 @@ def wins(results: Results) -> list[Win]:
 
 
 def judges(results: Results) -> str:
-    """The judge of the win rates, in words."""
+    """Names of the scores that decided the win rates."""
     return named(sorted({score_name(win.by) for win in results.win_rates.values() if win.by}))
 
 
 def score_name(metric: str) -> str:
-    """The name of a score within a sentence."""
+    """The name of a score, as used within a sentence."""
     return {"gold": "gold score", "reward": "learned reward", "accuracy": "exact accuracy"}.get(metric, metric)
 
 
 def main_score(results: Results, model: str, parent: str) -> str | None:
-    """The score by which a model is compared with its parent: the first that both have of the gold score, what decided
-    wins, the learned reward, accuracy, and the recipe's others. None where they have none in common."""
+    """The score for comparing a model with its parent: the first that both have, in the order gold score, score that
+    decided the win rate, learned reward, accuracy, other scores of the recipe. None if they have none in common."""
     shared = results.metrics[model].keys() & results.metrics[parent].keys()
     judged = [results.win_rates[model].by] if model in results.win_rates else []
     others = [name for name in results.metrics[model] if name not in _NO_SCORES]
@@ -212,7 +212,7 @@ def _win_report(model: str, win: WinRate) -> str:
 
 
 def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
-    """The evaluated aligned models whose parent was evaluated too, with its name; the largest gain first."""
+    """(stage, parent's name) of each aligned model that was evaluated together with its parent, largest gain first."""
     found = []
     for model in results.models:
         stage = run.stage(model)

@@ -1,6 +1,6 @@
-"""What the report says beside the curves: headline, figures, stages, data, and what is missing.
+"""The report's content other than the curves: headline, figures, stages, data, and what is missing.
 
-Everything is derived from the manifests and metrics; nothing is said that they do not hold.
+All of it is derived from the manifests and metrics.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class StageRow:
-    """A row of the stage table, all in words."""
+    """A row of the stage table, as text."""
 
     name: str
     kind: str
@@ -43,7 +43,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class Account:
-    """What became of the rows of one data set of one stage: rows_in = used + all that was dropped."""
+    """How many rows of one data set a stage used and dropped: rows_in = used + sum of `dropped`."""
 
     stage: str
     label: str
@@ -51,7 +51,7 @@ class Account:
     used: int
     dropped: list[tuple[str, int]]
     aside: list[tuple[str, int]]
-    """Rows that were read and not asked for, such as those of another split; no part of `rows_in`."""
+    """Rows that were read but do not belong to the data set, such as another split's; not included in `rows_in`."""
 
     @property
     def used_percent(self) -> float:
@@ -61,7 +61,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Gap:
-    """Something that the report would show, and the command that makes it."""
+    """Something that is missing from the report, and the command that makes it."""
 
     what: str
     command: str
@@ -86,7 +86,7 @@ def lineage_nodes(run: RunData, palette: Mapping[str, str]) -> list[Node]:
     for stage in run.stages:
         parents = []
         for parent in dict.fromkeys(stage.parents.values()):
-            if parent in names and parent not in drawn:  # a checkpoint elsewhere that happens to have a stage's name
+            if parent in names and parent not in drawn:  # a checkpoint outside the run that has the name of a stage
                 parent += " (outside)"
             if parent not in drawn:
                 drawn.add(parent)
@@ -100,7 +100,7 @@ def lineage_nodes(run: RunData, palette: Mapping[str, str]) -> list[Node]:
 
 
 def stage_rows(run: RunData, palette: Mapping[str, str]) -> list[StageRow]:
-    """One row a stage."""
+    """One row for each stage."""
     return [_stage_row(stage, palette[stage.name]) for stage in run.stages]
 
 
@@ -128,7 +128,7 @@ def _stage_row(stage: Stage, color: str) -> StageRow:
 
 
 def headline(stage: Stage) -> list[tuple[str, str]]:
-    """The stage's one or two most telling metrics: (value, what it is). Empty where it has none."""
+    """The stage's one or two most important metrics, as (value, what it is). Empty if it has none."""
     assert stage.manifest is not None
     if stage.results:
         return [(str(len(stage.results.models)), "models compared")]
@@ -144,14 +144,14 @@ def headline(stage: Stage) -> list[tuple[str, str]]:
 
 
 def seconds(stage: Stage) -> float | None:
-    """Wall-clock time of the stage's last start to its publication."""
+    """Wall-clock seconds from the stage's last start to its publication."""
     assert stage.manifest is not None
     value = stage.manifest.metrics.get("time/total")
     return float(value) if isinstance(value, int | float) else None
 
 
 def tokens(stage: Stage) -> float | None:
-    """Tokens that the stage was trained on; of a policy, those that it sampled."""
+    """Tokens on which the stage trained; for reinforcement learning, the tokens that the policy sampled."""
     assert stage.manifest is not None
     value = stage.manifest.metrics.get("train_tokens")
     if isinstance(value, int | float):
@@ -168,7 +168,7 @@ def tokens(stage: Stage) -> float | None:
 
 
 def sentences(run: RunData) -> list[str]:
-    """The verdict: headline first. Without an evaluation it says how far the run is."""
+    """The verdict, headline first. Without an evaluation, it says how many stages are done."""
     found = [sentence for results in all_results(run) for sentence in evaluation.verdict(run, results)]
     if found:
         return found
@@ -189,7 +189,7 @@ def all_results(run: RunData) -> list[Results]:
 
 
 def tiles(run: RunData) -> list[Tile]:
-    """The large figures: for each aligned model its gain and its KL, then wins, then the cost of it all."""
+    """The large figures: gain, KL and wins of each aligned model, then the run's total time and the newest model's size."""
     found = []
     for results in all_results(run):
         for stage, parent in evaluation.gains(run, results):
@@ -215,7 +215,7 @@ def tiles(run: RunData) -> list[Tile]:
 
 
 def accounts(run: RunData) -> list[Account]:
-    """Every data set that a stage counted; a manifest keeps them beside the fingerprints, by label."""
+    """Every data set whose rows a stage counted. In a manifest's `data`, each label other than `fingerprints` is one."""
     found = []
     for stage in run.published:
         assert stage.manifest is not None
@@ -243,7 +243,7 @@ def _reasons(counted: Mapping[str, int], prefix: str) -> list[tuple[str, int]]:
 
 
 def gaps(run: RunData) -> list[Gap]:
-    """The parts of the report that this run has no data for."""
+    """The parts of the report for which this run has no data."""
     recipe = f"RECIPE=recipes/{run.name}.yaml"
     found = [
         Gap(f"{stage.name} was started and is not finished", f"baton run recipes/{run.name}.yaml --to {stage.name}")
