@@ -1,10 +1,10 @@
-"""The frame around every stage: from a recipe's section to a published directory.
+"""Runs a stage: from a recipe's section to a published directory.
 
     python -m stages.sft recipes/tiny.yaml train.learning_rate=1e-4
     accelerate launch --config_file recipes/launch/ddp.yaml -m stages.sft recipes/tiny.yaml
 
-A stage's `train(run)` gets a `Run`: its typed configuration, its parents opened and checked, its data counted, and the
-places to write to. Under several processes every rank has a `Run`; only the main one writes.
+A stage's `train(run)` gets a `Run`, which holds its typed configuration, opens and checks its parents, counts its data,
+and writes its files. With several processes, each one has a `Run`; only the main process writes.
 """
 
 import argparse
@@ -48,7 +48,7 @@ _PACKAGES = ("torch", "transformers", "trl", "accelerate", "tokenizers", "numpy"
 
 
 class Run:
-    """One stage of one recipe, being run. Not made by stages themselves: see `run_section`."""
+    """One section of a recipe while its stage runs. `run_section` makes it, not the stage."""
 
     def __init__(self, recipe: Recipe, name: str, signals: Signals, engine: Engine) -> None:
         from rich.console import Console
@@ -74,7 +74,7 @@ class Run:
         self._on_close: list[Callable[[], None]] = []
 
     def begin(self, inputs: Inputs) -> None:
-        """Takes the stage's directory. Afterwards `resumable` says whether an earlier start had the same inputs."""
+        """Locks the stage's directory. Afterwards `resumable` says whether an earlier start had the same inputs."""
         self._inputs = inputs
         origin = {"recipe": str(self.recipe.path.absolute()), "overrides": list(self.recipe.overrides)}
         self.resumable = self.engine.on_main(lambda: self.dir.begin(inputs, origin=origin))
@@ -82,14 +82,18 @@ class Run:
     # ---- what comes in
 
     def parent(self, role: str = "parent", kinds: frozenset[str] = frozenset({"causal_lm"})) -> Parent:
-        """The parent in that role. The main process hashes its files and checks its contract. Raises HandoffError."""
+        """Opens the parent in that role. The main process hashes its files and checks its contract.
+
+        Raises:
+            HandoffError: the parent is not published, damaged, or not of one of the `kinds`.
+        """
         ref = self.section.parents[role]
         opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, set(kinds)))
         self._parents[role] = opened
         return opened
 
     def present_parents(self) -> dict[str, Parent]:
-        """The published ones among the sections that this one looks at (evaluation), opened, in the recipe's order."""
+        """Opens the published soft parents (the models that an evaluation compares), in the recipe's order."""
         names = present_soft_parents(self.recipe, self.section)
         kinds = set[str](MODEL_KINDS)
         opened = self.engine.on_main(lambda: {name: open_parent(name, self.recipe.run_dir, kinds) for name in names})
@@ -104,10 +108,10 @@ class Run:
         label: str | None = "data",
         max_drop_fraction: float = 1.0,
     ) -> "Rows[T]":
-        """The rows of the sources, encoded once and kept below output_root. Every process calls it.
+        """The rows of the sources, encoded once and stored under output_root. Every process calls it.
 
-        Prints what became of the rows of the sources and keeps it for the manifest under `label`; None: rows that are
-        counted elsewhere.
+        Prints how many rows were used and dropped, and keeps the counts for the manifest under `label`. With label
+        None it does neither, for rows that are counted elsewhere.
 
         Raises:
             DataError: a source cannot be read, more than `max_drop_fraction` of its rows was dropped, or none is left.
@@ -121,7 +125,7 @@ class Run:
         return rows
 
     def _located(self, sources: Sequence["SourceConfig"]) -> "list[SourceConfig]":
-        """The sources with the folders of those that are rows of stages; these become parents in the manifest."""
+        """The sources. Those that are rows of a stage get that stage's folder and become parents in the manifest."""
         located: list[SourceConfig] = []
         for source in sources:
             if isinstance(source, StageSource):
@@ -135,22 +139,22 @@ class Run:
     # ---- what goes out
 
     def rewind(self, step: int | None) -> None:
-        """Cuts metrics.jsonl and samples.jsonl back to what was written up to `step` (None: empties them)."""
+        """Removes the lines after `step` from metrics.jsonl and samples.jsonl (None: all lines)."""
         if self.is_main:
             for journal in (self._metrics, self._samples):
                 journal.cut(step)
 
     def sync(self) -> None:
-        """Called before a state is committed: has every line that was logged on the disk.
+        """Writes all logged lines to the disk; called before a state is committed.
 
         Raises:
-            OSError: there is no room for them.
+            OSError: the disk is full.
         """
         for journal in (self._metrics, self._samples):
             journal.sync()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl. Keys that depend on the clock begin with `time/`."""
+        """Adds a line to metrics.jsonl. Keys of measured times begin with `time/`."""
         if not self.is_main:
             return
         self._metrics.append([{"step": step, **metrics}])
@@ -158,7 +162,7 @@ class Run:
             self._mirror.wake()
 
     def mirror(self) -> None:
-        """Has lines mirrored to Weights & Biases; called by stages whose `train.report_to` says so."""
+        """Mirrors the lines to Weights & Biases from now on; called if `train.report_to` is wandb."""
         if not self.is_main:
             return
         from training.tracker import WandbMirror
@@ -167,7 +171,7 @@ class Run:
         self._mirror = WandbMirror(self.dir.path, "baton", name, self.dir.run_id(), self.section.resolved)
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Lines of samples.jsonl: prompt, completion, score, and whatever else the stage has to show."""
+        """Adds lines to samples.jsonl: prompt, completion, score, and other values that the stage wants to show."""
         if self.is_main:
             self._samples.append([{"step": step, **row} for row in rows])
 
@@ -183,13 +187,13 @@ class Run:
         """Publishes the stage. Every process calls it.
 
         Args:
-            kind: of what is published.
-            write: writes the model (`Model.write`) or the rows into a directory; called on every process, with None on
-                those that do not write.
-            metrics: for the manifest.
-            extra: what children need beyond the weights.
-            files: names of other files in the stage's directory that are published too.
-            step: of the line that says how many weights have changed.
+            kind: kind of the published result.
+            write: writes the model (`Model.write`) or the rows into a directory. Every process calls it; those that do
+                not write pass None.
+            metrics: metrics for the manifest.
+            extra: values that children need besides the weights.
+            files: names of other files in the stage's directory to publish.
+            step: step of the logged line with the share of changed weights.
         """
         metrics = {**metrics, "time/total": round(time.time() - self._started, 2)}
 
@@ -239,7 +243,7 @@ class Run:
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
-        """A bar with rate and time left; yields `advance(n)`. Nothing is drawn where nobody looks."""
+        """A progress bar with rate and time left; yields `advance(n)`. It is drawn only in a terminal."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -260,16 +264,16 @@ class Run:
             yield advance
 
     def refuse(self) -> None:
-        """Called after a user's mistake: where the stage has written nothing yet, its new rows are removed as well."""
+        """Called after a user's mistake. If the stage has written nothing yet, its newly encoded rows are removed."""
         if self.is_main and self.dir.untouched:
             self._store.discard()
 
     def on_close(self, call: Callable[[], None]) -> None:
-        """`call` is called when the stage ends, after a failure too."""
+        """Registers a function that is called when the stage ends, also after a failure."""
         self._on_close.append(call)
 
     def close(self) -> None:
-        """Lets go of the directory, the mirror, and whatever the stage has asked for."""
+        """Calls the functions given to `on_close`, then closes the mirror and unlocks the stage's directory."""
         for call in self._on_close:
             call()
         if self._mirror is not None:
@@ -281,11 +285,11 @@ class Run:
 def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals, Engine], Run] = Run) -> None:
     """Runs one section in this process.
 
-    `make`: another kind of run than one that goes on to its end (`baton replay`).
+    `make`: makes the Run; `baton replay` passes a subclass that ends early.
 
-    Raises, beside what the stage raises:
-        HandoffError: a file that the stage cannot do without found no room. What can wait has waited.
-        Stopped: a signal ended it.
+    Raises, besides the stage's own errors:
+        HandoffError: the disk is too full for a file that the stage needs. A full disk only postpones a saved state.
+        Stopped: a signal ended the stage.
     """
     with Signals(name, speaks=is_main()) as signals:
         engine = engines.start()
@@ -327,11 +331,11 @@ def _run_section(
     finally:
         run.close()
         if together:
-            engine.barrier()  # a launcher ends what is left of its processes when the first one has ended
+            engine.barrier()  # when the first process has ended, a launcher kills the others
 
 
 def _quiet_libraries() -> None:
-    """Their bars for loading and saving say nothing that `Run.progress` does not; their warnings stay."""
+    """Turns off the libraries' progress bars, which would disturb `Run.progress`; their warnings stay on."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -340,7 +344,7 @@ def _quiet_libraries() -> None:
 
 
 def choose_section(recipe: Recipe, stage: str) -> str:
-    """Which section `python -m stages.<stage>` means. Raises RecipeError when it is not clear."""
+    """The section that `python -m stages.<stage>` runs. Raises RecipeError if none or several are possible."""
     candidates = [s.name for s in recipe.sections.values() if s.stage == stage]
     if stage in candidates:
         return stage
@@ -353,8 +357,8 @@ def choose_section(recipe: Recipe, stage: str) -> str:
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m stages.<stage>`. Exits with 0, 2 (a user's mistake), 3 (a gate of the recipe, a named
-    stop) or 128 + n (ended by signal n)."""
+    """Entry point of `python -m stages.<stage>`. Exits with 0, 2 (a user's mistake), 3 (GateError: a result below a
+    gate of the recipe, or a training that was stopped as hopeless) or 128 + n (ended by signal n)."""
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=f"Runs the stage {stage}.")
     parser.add_argument("recipe", help="the recipe file")
     parser.add_argument("overrides", nargs="*", help="key=value, of the section or dotted from the top of the recipe")
@@ -378,5 +382,5 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
         sys.exit(3)
     except Stopped as stopped:
         sys.exit(stopped.code)
-    except KeyboardInterrupt:  # before the stage began
+    except KeyboardInterrupt:  # before the stage installed its signal handlers
         sys.exit(130)

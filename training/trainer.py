@@ -1,8 +1,9 @@
-"""What every Trainer-based stage gets around its upstream trainer (transformers' or TRL's), by inheritance, no fork.
+"""What every Trainer-based stage adds to its upstream trainer (transformers' or TRL's), by inheritance.
 
-- The rows of each optimizer step depend on seed and epoch alone: not on the number of processes or where a resume was.
-- States are committed whole or not at all, the newest valid one is resumed, a full disk costs one state, no training.
-- Held-out metrics are the stage's own, at the start, every `eval_steps` and at the end.
+- The rows of each optimizer step depend only on seed and epoch, not on the number of processes or on a resume.
+- States are committed whole or not at all, and the newest whole one is resumed. If the disk is full, a state is not
+  saved and training continues.
+- Held-out metrics are the stage's own, measured at the start, every `eval_steps` and at the end.
 - Upstream's model cards, telemetry, progress bars and prints are off.
 """
 
@@ -35,10 +36,10 @@ from training.saving import SavedStates
 if TYPE_CHECKING:
     from training.run import Run
 
-# Rows are sorted by length within so many optimizer steps at a time.
+# Rows are sorted by length within windows of this many optimizer steps.
 _SORTED_STEPS = 8
-# A step of rows that are all of one length would be a step of one kind of task: steps are put together from so many
-# groups of like length, drawn at random.
+# Rows of one length often belong to one kind of task. So that a step is not made of one kind only, it consists of this
+# many random groups, each of rows of similar length; the first number that divides the step's size is used.
 _GROUPS = (4, 3, 2)
 
 
@@ -46,19 +47,19 @@ A = TypeVar("A", bound=TrainingArguments)
 
 
 class StepOrder(Sampler[int]):
-    """Which rows make up each optimizer step: a function of (seed, epoch) alone.
+    """The rows of each optimizer step, which depend only on (seed, epoch).
 
-    An epoch is a whole number of steps; the last one is filled up with rows from the epoch's beginning, so that every
-    row is seen, every process has the same number of passes, and no step is smaller than the others.
+    An epoch is a whole number of steps; the last one is filled up with rows from the epoch's beginning. So every row is
+    used, every process makes the same number of passes, and all steps have the same size.
     """
 
     def __init__(
         self, rows: int, step_size: int, seed: int, lengths: "Sequence[int] | np.ndarray | None" = None
     ) -> None:
-        """`lengths` (one a row) puts rows of like length beside one another: little of a micro-batch is padding.
+        """`lengths`: one for each row. With it, rows of similar length are adjacent, so micro-batches have less padding.
 
-        A step then consists of four such groups (three or two where its size does not divide by four), the longest rows
-        first; micro-batches no larger than a group pad least. The size of a micro-batch decides nothing here.
+        A step then consists of four such groups (three or two if its size is not a multiple of four), the longest rows
+        first. Micro-batches no larger than a group have the least padding; their size does not affect the order.
         """
         assert rows > 0 and (lengths is None or len(lengths) == rows)
         self.steps = math.ceil(rows / step_size)
@@ -72,7 +73,7 @@ class StepOrder(Sampler[int]):
         return self.steps * self._step_size
 
     def rows_of(self, step: int) -> list[int]:
-        """The rows of an optimizer step, counted from 0 over all epochs; in the order of the training data."""
+        """The rows of an optimizer step (counted from 0 over all epochs), sorted by their index in the data."""
         order = StepOrder(self._rows, self._step_size, self._seed, self._lengths)
         order.set_epoch(step // self.steps)
         first = step % self.steps * self._step_size
@@ -93,7 +94,7 @@ class StepOrder(Sampler[int]):
 
 
 class StageTrainer(Trainer):
-    """A mixin: `class SftTrainer(StageTrainer, trl.SFTTrainer)`. `fit` sets what it needs before it trains."""
+    """A mixin: `class SftTrainer(StageTrainer, trl.SFTTrainer)`. `fit` sets these attributes before training."""
 
     run: "Run"
     order: StepOrder
@@ -103,16 +104,16 @@ class StageTrainer(Trainer):
     hold_out: Callable[[], dict[str, float]]
     faults: Faults
     average: AverageCallback
-    # TRL's trainers count the tokens seen here, and forget them when they resume.
+    # TRL's trainers count training tokens here, but do not save the count, so our states include it.
     _total_train_tokens: int = 0
-    # TRL's trainers collect here what the next line of metrics.jsonl averages.
+    # TRL's trainers collect values here, whose averages go into the next line of metrics.jsonl.
     _metrics: Any = {"train": {}}  # noqa: RUF012
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
         return self.order
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW as the Trainer makes it, or Muon and AdamW."""
+        """The Trainer's AdamW, or Muon with AdamW if `train.optim` is muon."""
         config = self.train_config
         if isinstance(config, MuonTrainConfig) and config.optim == "muon" and self.optimizer is None:
             trained: Any = self.model
@@ -127,18 +128,18 @@ class StageTrainer(Trainer):
         return metrics
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, with a gradient that tells when it is not finite."""
+        """Upstream's loss; if it is not finite, its gradient is not finite either."""
         loss: Any = super().compute_loss(*args, **kwargs)
         return finite.carry_nonfinite(loss)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Upstream's, which is asked for right before the optimizer steps."""
+        """Upstream's norm. The Trainer calls this right before the optimizer steps, so bad gradients are caught here."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]  # upstream has no types
         self.average.check(float(norm))
         return norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A state of ours, which any engine can load. Upstream's parts depend on the engine, and are pickles."""
+        """Saves a state that any engine can load. Upstream's checkpoints depend on the engine and contain pickles."""
         extra = {
             "tokens": self._total_train_tokens,
             "faults": asdict(self.faults),
@@ -154,10 +155,10 @@ class StageTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: `_prepare_for_training` does it, when model and optimizer are wrapped."""
+        """Does nothing: `_prepare_for_training` loads the state, once model and optimizer are wrapped."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Upstream's, and then the state is put into what it has prepared."""
+        """Upstream's preparation; then the saved state is loaded into the prepared model, optimizer and schedule."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]  # as above
         state = self.resumed
         if state is not None:
@@ -168,7 +169,7 @@ class StageTrainer(Trainer):
         return prepared
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As the state has them, right before the first batch."""
+        """Restores the saved random generators right before the first batch, or seeds them anew if they are lost."""
         state = self.resumed
         if state is None:
             return
@@ -178,14 +179,14 @@ class StageTrainer(Trainer):
             files.load_rng(self.run.engine, state.path, self.args.seed, state.step)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: the manifest says what this is."""
+        """Does nothing: the manifest describes the model."""
 
     def _send_telemetry(self) -> None:
-        """None: no network after the start."""
+        """Does nothing: training uses no network."""
 
 
 def move_schedule(scheduler: LambdaLR, step: int) -> None:
-    """Puts learning rates where they are after `step` steps: they follow from that alone, so nothing of it is saved."""
+    """Sets the learning rates to those after `step` steps. They depend only on the step, so a state has no schedule."""
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     state = scheduler.state_dict()
     assert {"last_epoch", "_step_count", "_last_lr"} <= state.keys()
@@ -201,7 +202,7 @@ def total_steps(config: TrainConfig, rows: int) -> int:
 
 
 def _whole(value: float, total: int) -> int:
-    """Steps from a number of steps, or from a share of all."""
+    """A number of steps; a value below 1 is a share of `total`."""
     return math.ceil(value * total) if value < 1 else int(value)
 
 
@@ -210,13 +211,13 @@ def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
 
     Args:
         kind: the class to make.
-        run: of the stage, whose config has `train`.
-        rows: of the training data.
-        own: fields of `kind` that the stage decides.
+        run: the stage's run, whose config has `train`.
+        rows: number of rows of the training data.
+        own: fields of `kind` that the stage sets.
 
     Raises:
-        LaunchError: the global batch does not divide by the processes, Muon under an engine that shards, and what else
-            the engine refuses.
+        LaunchError: the global batch is not a multiple of what all processes take in one pass, Muon is set under an
+            engine that shards, or the engine refuses another value.
     """
     config: TrainConfig = run.config.train
     if isinstance(config, MuonTrainConfig):
@@ -227,7 +228,7 @@ def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
         schedule = {"num_decay_steps": _whole(config.decay_steps, total)}
     quiet()
     fields: dict[str, Any] = {
-        # Inside the state's folder, under a name that `StateStore.clean` removes.
+        # Inside the folder of states, under a name that `StateStore.clean` removes.
         "output_dir": str(run.dir.state_dir / ".tmp-trainer"),
         "max_steps": total,
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
@@ -255,30 +256,30 @@ def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
 
 
 def quiet() -> None:
-    """Upstream's notes are not for the user of a recipe; its errors are."""
+    """Hides the libraries' notes and warnings, which do not help the user of a recipe; errors are still shown."""
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|trl|accelerate|torch\.distributed)\."
     )
     datasets.disable_progress_bars()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # TRL asks it before it draws its own bars
+    os.environ.setdefault("TQDM_DISABLE", "1")  # TRL checks it before it draws its own bars
     for name in ("trl", "accelerate", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[[], dict[str, float]]) -> None:
-    """Trains, from the newest valid state where there is one.
+    """Trains, starting from the newest whole state if there is one.
 
     Args:
-        run: of the stage.
+        run: the stage's run.
         trainer: made with `arguments`.
         order: the rows of each step.
-        hold_out: held-out metrics of the model as it stands; called before the first step and every `eval_steps`.
+        hold_out: measures the current model on held-out data; called before the first step and every `eval_steps`.
 
     Raises:
-        HandoffError: there are saved states and none is whole, or there is no room for those to come.
+        HandoffError: there are saved states but none is whole, or the disk has too little room for new ones.
         GateError: loss or gradient was not finite in too many steps in a row.
-        Stopped: a signal asked for it, and the state is saved.
+        Stopped: a signal asked the stage to end, and it tried to save its state.
     """
     config: TrainConfig = run.config.train
     trainer.run, trainer.order, trainer.train_config, trainer.hold_out = run, order, config, hold_out
@@ -297,7 +298,8 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
     trainer.add_callback(FlowCallback(trainer))
     trainer.add_callback(MetricsCallback(trainer))
     trainer.add_callback(trainer.average)
-    # A second start may find on the disk what the first one computed with random numbers before this (DPO's reference).
+    # A first start may use random numbers before this point (for DPO's reference) where a later start reads the result
+    # from the disk. Seeding here gives both the same random numbers from now on.
     transformers.set_seed(run.seed)
     with run.progress(trainer.args.max_steps, run.section.name) as advance:
         trainer.add_callback(ProgressCallback(advance))
@@ -305,8 +307,8 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
 
 
 def _place(trainer: StageTrainer, step: int) -> str:
-    """A folder that tells upstream that `step` steps are done. From there it counts batches as this run cuts them, so
-    that the rows of each step are the same for any number of processes."""
+    """A folder from which upstream reads that `step` steps are done. Upstream then skips batches of this run's size, so
+    the rows of each step are the same for any number of processes."""
     assert trainer.args.output_dir is not None
     folder = Path(trainer.args.output_dir)
     engine = trainer.run.engine

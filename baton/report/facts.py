@@ -189,7 +189,7 @@ def all_results(run: RunData) -> list[Results]:
 
 
 def tiles(run: RunData) -> list[Tile]:
-    """The large figures: gain, KL and wins of each aligned model, then the run's total time and the newest model's size."""
+    """The large figures: gain, KL and wins of each aligned model, then the run's time and the newest model's size."""
     found = []
     for results in all_results(run):
         for stage, parent in evaluation.gains(run, results):
@@ -215,7 +215,7 @@ def tiles(run: RunData) -> list[Tile]:
 
 
 def accounts(run: RunData) -> list[Account]:
-    """Every data set whose rows a stage counted. In a manifest's `data`, each label other than `fingerprints` is one."""
+    """Every data set whose rows a stage counted: each label in a manifest's `data` except `fingerprints`."""
     found = []
     for stage in run.published:
         assert stage.manifest is not None
