@@ -1,4 +1,4 @@
-"""What every Trainer-based stage does around its steps: evaluate, log, save, end when asked to, skip what is broken."""
+"""Callbacks of every Trainer-based stage: when to evaluate, log, save and end, and how to skip a step."""
 
 import math
 import time
@@ -11,25 +11,25 @@ from training.config import TrainConfig
 from training.faults import Faults
 from training.run import Run
 
-# Totals that the Trainer logs once at the end; the manifest has them in other form.
+# A key of the totals that the Trainer logs once at the end. They are not logged; the manifest has its own totals.
 _AT_THE_END = "train_runtime"
 
 
 class Order(Protocol):
-    """Which rows make up each optimizer step."""
+    """The rows of each optimizer step."""
 
     steps: int
-    """Optimizer steps of an epoch."""
+    """Optimizer steps in an epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose rows come next, from 0 on."""
+        """Sets the epoch (counted from 0) whose rows come next."""
 
     def rows_of(self, step: int) -> list[int]:
         """The rows of an optimizer step, counted from 0 over all epochs."""
 
 
 class CalledBack(Protocol):
-    """What the callbacks need of a trainer; `training.trainer.StageTrainer` is one. Upstream's attributes are Any."""
+    """What the callbacks need from a trainer; `training.trainer.StageTrainer` has it. Upstream's attributes are Any."""
 
     run: Run
     train_config: TrainConfig
@@ -46,14 +46,14 @@ class CalledBack(Protocol):
         """The rows of each step."""
 
     def evaluate(self) -> dict[str, float]:
-        """Measures and logs the held-out metrics."""
+        """Measures, logs and returns the held-out metrics."""
 
 
 class FlowCallback(TrainerCallback):
-    """When to evaluate, to save, to log and to end, beyond what the Trainer decides itself.
+    """Decides when to evaluate, save, log and end, beyond what the Trainer itself decides.
 
     Raises:
-        Stopped: a signal asked for it; after the step, with the state saved.
+        Stopped: a signal asked the stage to end; raised after the step, when a state was saved or could not be saved.
     """
 
     def __init__(self, trainer: CalledBack) -> None:
@@ -64,7 +64,7 @@ class FlowCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The model is wrapped by now, so this is the earliest moment at which the engine can be seen.
+        # Only now is the model wrapped, so that the engine can check it.
         self._trainer.run.engine.adopt(self._trainer)
         if state.global_step == 0:
             self._trainer.evaluate()
@@ -73,8 +73,8 @@ class FlowCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # accelerate does not find the sampler behind the loader that skips the steps of a resumed epoch, on several
-        # processes: the rest of the epoch would have the rows of the first one.
+        # On several processes, accelerate does not set the epoch of the sampler inside the loader that skips the steps
+        # of a resumed epoch. Without this, the rest of that epoch would use the rows of the first epoch.
         order = self._trainer.order
         order.set_epoch(state.global_step // order.steps)
 
@@ -85,11 +85,11 @@ class FlowCallback(TrainerCallback):
         eval_steps = self._trainer.train_config.eval_steps
         if not last and eval_steps and state.global_step % eval_steps == 0:
             control.should_evaluate = True
-        # While steps are skipped, the weights are suspect: states of them would push out the good ones before.
+        # While steps are being skipped, the weights may be broken. Saving them would delete older, good states.
         due = control.should_save or self._postponed
         self._postponed = due and self._trainer.faults.in_a_row > 0
         self._stop, save = self._trainer.run.signals.asked(self._trainer.run.engine.largest)
-        # What follows the last step is the publishing, which keeps the same weights.
+        # After the last step no state is needed: publishing follows and writes the same weights.
         control.should_save = not last and ((due and not self._postponed) or bool(self._stop) or save)
         control.should_log = control.should_log or last
 
@@ -101,7 +101,7 @@ class FlowCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Lines of metrics.jsonl."""
+    """Writes the Trainer's logs to metrics.jsonl."""
 
     def __init__(self, trainer: CalledBack) -> None:
         self._trainer = trainer
@@ -123,7 +123,7 @@ class MetricsCallback(TrainerCallback):
         if _AT_THE_END in logs or "loss" not in logs:
             return
         if not math.isfinite(logs["grad_norm"]):
-            del logs["grad_norm"]  # of a step that was skipped, which has a line of its own
+            del logs["grad_norm"]  # belongs to a skipped step, which has its own line
         assert self._last is not None
         step, then = self._last
         now = time.perf_counter()
@@ -134,14 +134,14 @@ class MetricsCallback(TrainerCallback):
 
 
 class AverageCallback(TrainerCallback):
-    """The sums behind the averages of the next line: without the steps that are skipped, and across a resume.
+    """Keeps the sums for the averages of the next line correct when steps are skipped and when a run resumes.
 
-    A state may be saved between two lines. What is summed up by then is saved with it, so that the next line of the
-    resumed run is that of a run which was never stopped.
+    A state may be saved between two lines. It then includes the sums so far, so that the next line of a resumed run is
+    the same as without the interruption.
     """
 
     def __init__(self, trainer: CalledBack, saved: dict[str, Any] | None) -> None:
-        """`saved`: what `sums` gave when the state was saved; None for a fresh start."""
+        """`saved`: the result of `sums` when the state was saved; None for a fresh start."""
         self._trainer = trainer
         self._saved = saved
 
@@ -151,7 +151,7 @@ class AverageCallback(TrainerCallback):
         if self._saved is None:
             return
         trainer, losses = self._trainer, self._saved["losses"]
-        # Another number of processes than then: each gets the same share of the sum.
+        # If the number of processes has changed, each one gets an equal share of the sum.
         engine = trainer.run.engine
         mine = losses[engine.data_rank] if len(losses) == engine.data_world else sum(losses) / len(losses)
         trainer._tr_loss += mine
@@ -165,11 +165,11 @@ class AverageCallback(TrainerCallback):
         self._counts = {key: len(values) for key, values in self._trainer._metrics["train"].items()}
 
     def check(self, norm: float) -> None:
-        """With the norm of all gradients, right before the optimizer steps: leaves it nothing to do where they are not
-        finite. The same on every process.
+        """Called with the norm of all gradients right before the optimizer steps. If it is not finite, removes the
+        gradients, so that the step changes nothing. The norm is the same on every process.
 
         Raises:
-            GateError: that was one too many in a row.
+            GateError: more than `train.max_skipped_steps` steps in a row were skipped.
         """
         trainer = self._trainer
         if math.isfinite(norm):
@@ -183,7 +183,7 @@ class AverageCallback(TrainerCallback):
             del sums[key][self._counts.get(key, 0) :]
             if not sums[key]:
                 del sums[key]
-        trainer.model.zero_grad()  # an optimizer leaves alone what has no gradient
+        trainer.model.zero_grad()  # an optimizer does not change parameters that have no gradient
         step = trainer.state.global_step
         trainer.faults.skip(
             trainer.run,
@@ -194,7 +194,7 @@ class AverageCallback(TrainerCallback):
         )
 
     def sums(self) -> dict[str, Any]:
-        """What goes into a saved state. Every process calls it."""
+        """The sums to include in a saved state. Every process calls it."""
         trainer = self._trainer
         return {
             "losses": trainer.run.engine.of_all(float(trainer._tr_loss)),
@@ -204,7 +204,7 @@ class AverageCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """One tick of the run's progress bar for each optimizer step."""
+    """Advances the run's progress bar by one for each optimizer step."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance

@@ -1,4 +1,4 @@
-"""Held-out measurements, row by row: what a batch held or how many processes shared the rows changes nothing.
+"""Held-out measurements per row, independent of how rows are put into batches and of the number of processes.
 
 Legend: B rows, T tokens.
 """
@@ -32,14 +32,17 @@ def measure_rows(
     collate: Callable[[list[Any]], dict[str, Any]],
     measure: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]],
 ) -> dict[str, np.ndarray]:
-    """Per-row measurements of the model as it stands, in the order of `rows`, the same on every process.
+    """Measurements of the current model for each row, in the order of `rows`, the same on every process.
 
     Args:
-        trainer: whose wrapped model is measured, in evaluation mode and the training's precision.
-        rows: what `collate` takes; at least one.
-        lengths: tokens of each row; rows of like length share a batch.
+        trainer: its wrapped model is measured, in evaluation mode and with the precision of training.
+        rows: rows that `collate` accepts; at least one.
+        lengths: tokens of each row; rows of similar length share a batch.
         collate: rows -> batch.
         measure: (model, batch) -> {name: (B,) tensor}.
+
+    Returns:
+        {name: (number of rows,) array}.
     """
     model = trainer.model_wrapped
     was_training = model.training
@@ -47,7 +50,7 @@ def measure_rows(
     size = trainer.args.per_device_eval_batch_size
     by_length = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     batches = [by_length[start : start + size] for start in range(0, len(rows), size)]
-    # Every process makes the same number of passes, whatever it does with the last: collectives need all of them.
+    # Every process makes the same number of passes, since collectives need all; a surplus pass is not counted.
     engine = trainer.run.engine
     mine: list[tuple[list[int], dict[str, list[float]]]] = []
     try:
@@ -69,7 +72,7 @@ def measure_rows(
 
 
 def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Sums over each row's labels: `nats` (B,), how many tokens were the likeliest (`correct`), and `tokens` (B,).
+    """Sums over each row's labels, each (B,): `nats`, `correct` (labels that were the likeliest token) and `tokens`.
 
     The model has TRL's fused head (`trl.trainer.utils.add_fused_lm_head`), so no logits of size (B, T, V) are made.
     """
@@ -85,7 +88,7 @@ def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.
 def questions(
     run: "Run", sources: Sequence[SourceConfig], want: type[Chat] | type[Preference], encoder: Encoder, count: int
 ) -> list[tuple[list[int], str]]:
-    """Prompts for `greedy_answers`: (ids, text to show) of what the first `count` held-out records ask."""
+    """Prompts for `greedy_answers`: (ids, text to show) of the questions in the first `count` held-out records."""
     if not count:
         return []
     return [(ids, text) for ids, text in run.rows(sources, Questions(want), encoder, label=None)[:count] if ids]
@@ -98,11 +101,12 @@ def greedy_answers(
     prompts: Sequence[tuple[Sequence[int], str]],
     max_new_tokens: int,
 ) -> dict[str, float]:
-    """Answers prompts (ids, text to show) greedily, each process its share; some answers go to samples.jsonl.
+    """Generates greedy answers to prompts (ids, text to show), shared among the processes. The first few answers are
+    written to samples.jsonl.
 
     Returns:
-        `stop_rate`, the share that ended with a stop token, and `answer_tokens`, their mean length; nothing without
-        prompts.
+        `stop_rate`, the share of answers that ended with a stop token, and `answer_tokens`, the mean length of all;
+        empty without prompts.
     """
     if not prompts:
         return {}

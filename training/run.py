@@ -82,11 +82,7 @@ class Run:
     # ---- what comes in
 
     def parent(self, role: str = "parent", kinds: frozenset[str] = frozenset({"causal_lm"})) -> Parent:
-        """Opens the parent in that role. The main process hashes its files and checks its contract.
-
-        Raises:
-            HandoffError: the parent is not published, damaged, or not of one of the `kinds`.
-        """
+        """Opens the parent in that role. The main process hashes its files and checks its contract. Raises HandoffError."""
         ref = self.section.parents[role]
         opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, set(kinds)))
         self._parents[role] = opened
@@ -335,7 +331,7 @@ def _run_section(
 
 
 def _quiet_libraries() -> None:
-    """Turns off the libraries' progress bars, which would disturb `Run.progress`; their warnings stay on."""
+    """Turns off the libraries' progress bars, which add nothing to `Run.progress`; their warnings stay on."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -357,8 +353,8 @@ def choose_section(recipe: Recipe, stage: str) -> str:
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m stages.<stage>`. Exits with 0, 2 (a user's mistake), 3 (GateError: a result below a
-    gate of the recipe, or a training that was stopped as hopeless) or 128 + n (ended by signal n)."""
+    """Entry point of `python -m stages.<stage>`. Exits with 0, 2 (a user's mistake), 3 (a result below a gate of the
+    recipe, or a training that the stage itself stopped) or 128 + n (ended by signal n)."""
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}", description=f"Runs the stage {stage}.")
     parser.add_argument("recipe", help="the recipe file")
     parser.add_argument("overrides", nargs="*", help="key=value, of the section or dotted from the top of the recipe")

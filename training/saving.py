@@ -1,6 +1,6 @@
-"""The saved states of a run that trains: found at its start, written on its way, whatever the disk does.
+"""Finds the saved states of a training run at its start and saves new ones; a full disk does not stop the training.
 
-What Trainer-based stages and the policy-gradient loop have in common. Each method is called by every process.
+Trainer-based stages and the policy-gradient loop share this code. Every process calls each method.
 """
 
 import logging
@@ -29,10 +29,10 @@ class SavedStates:
     ) -> None:
         """
         Args:
-            run: of the stage.
-            config: its `train:`.
-            more: names of parts beside model and optimizer.
-            needed: those of them without which the weights are no start.
+            run: the stage's run.
+            config: the stage's `train:`.
+            more: names of parts besides model and optimizer.
+            needed: the parts among `more` that a start from the weights alone requires.
         """
         self._run, self._config = run, config
         weights = (files.MODEL, *needed)
@@ -40,12 +40,12 @@ class SavedStates:
         self._bytes = 0
 
     def newest(self) -> State | None:
-        """The state to go on from, None for a fresh start. Metrics and samples are cut back to it.
+        """The state to resume, None for a fresh start. Lines of metrics and samples after it are removed.
 
-        Where the recipe says `resume: weights` and no state is whole, it is one whose `lost` is not empty.
+        With `resume: weights` in the recipe and no whole state, it is a damaged state, whose `lost` is not empty.
 
         Raises:
-            HandoffError: no state is whole.
+            HandoffError: there are states, but none is whole (or, with `resume: weights`, has usable weights).
         """
         run = self._run
 
@@ -92,16 +92,16 @@ class SavedStates:
             return error.weights
 
     def at(self, step: int | None) -> State | None:
-        """The state of that step, if it is there and whole."""
+        """The state of that step, or None if it is missing or damaged."""
         found = self._store.at(step) if self._run.is_main and step is not None else None
         return self._run.engine.from_main(found)
 
     def check_room(self, states: int, state_bytes: int, model_bytes: int) -> None:
-        """Before training: there is room for `states` states at a time, of about `state_bytes` each, and for the model
-        of `model_bytes` that is published. States that are there already have theirs.
+        """Checks before training that the disk has room for `states` states of about `state_bytes` each and for the
+        published model of `model_bytes`. The space of states that already exist is counted as available.
 
         Raises:
-            HandoffError: there is not.
+            HandoffError: there is too little room.
         """
         self._bytes = state_bytes
         self._run.engine.on_main(lambda: self._check_room(states, state_bytes, model_bytes))
@@ -124,14 +124,14 @@ class SavedStates:
         more: Callable[[Path], None] | None = None,
         protect: int | None = None,
     ) -> bool:
-        """Saves the state of `step`. False where there is no room for it: then the earlier ones are as they were.
+        """Saves the state of `step`. Returns False if the disk has no room for it; the earlier states are then unchanged.
 
         Args:
-            step: the name of the state.
-            model, optimizer: as the engine has wrapped them.
-            extra: what else the next step depends on, JSON.
-            more: writes the other parts into the folder. Every process calls it; it raises on the main one alone, once
-                every process has done its part.
+            step: the step after which the state is saved; it names the state.
+            model, optimizer: as wrapped by the engine.
+            extra: other values that the next step depends on, as JSON.
+            more: writes the other parts into the folder. Every process calls it; errors are raised only on the main
+                process, after every process has done its part.
             protect: an earlier step whose state is kept whatever its age.
         """
         engine = self._run.engine
@@ -139,7 +139,8 @@ class SavedStates:
         if staged is None:
             return False
         full: Exception | None = None
-        # Both contain collectives. A full disk, which the main process alone meets, must not keep it from the second.
+        # Both contain collectives, and only the main process notices a full disk. So it must call the second one even
+        # if the first has failed; otherwise the other processes would wait for it forever.
         for write in (partial(files.save_state, engine, model, optimizer), more):
             try:
                 if write is not None:
@@ -157,7 +158,7 @@ class SavedStates:
                 extra = {**extra, "engine": engine.record().model_dump()}
                 path = self._store.commit(step, staged, self._config.save_total_limit, extra, protect)
                 self._bytes = tree_bytes(path)
-        except Exception as error:  # on the main process alone
+        except Exception as error:  # only on the main process
             if not disk_is_full(error):
                 raise
             remove_tree(staged)
@@ -166,7 +167,7 @@ class SavedStates:
         return engine.from_main(done)
 
     def _staged(self, step: int) -> Path | None:
-        """The folder to write into; None, and a line in the log, when there is no room."""
+        """The folder to write the state into. None if the disk has no room, with a warning in the log."""
         free = free_bytes(self._store.directory)
         if free < self._bytes:
             self._say_full(step, f"it takes {human_bytes(self._bytes)}, {human_bytes(free)} are free")

@@ -56,7 +56,7 @@ class StepOrder(Sampler[int]):
     def __init__(
         self, rows: int, step_size: int, seed: int, lengths: "Sequence[int] | np.ndarray | None" = None
     ) -> None:
-        """`lengths`: one for each row. With it, rows of similar length are adjacent, so micro-batches have less padding.
+        """`lengths`: one for each row; rows of similar length are then adjacent, so micro-batches have less padding.
 
         A step then consists of four such groups (three or two if its size is not a multiple of four), the longest rows
         first. Micro-batches no larger than a group have the least padding; their size does not affect the order.
@@ -104,7 +104,7 @@ class StageTrainer(Trainer):
     hold_out: Callable[[], dict[str, float]]
     faults: Faults
     average: AverageCallback
-    # TRL's trainers count training tokens here, but do not save the count, so our states include it.
+    # TRL's trainers count training tokens here and lose the count on a resume, so our states include it.
     _total_train_tokens: int = 0
     # TRL's trainers collect values here, whose averages go into the next line of metrics.jsonl.
     _metrics: Any = {"train": {}}  # noqa: RUF012
@@ -133,7 +133,7 @@ class StageTrainer(Trainer):
         return finite.carry_nonfinite(loss)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Upstream's norm. The Trainer calls this right before the optimizer steps, so bad gradients are caught here."""
+        """Upstream's norm, checked here because the Trainer calls this right before the optimizer steps."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]  # upstream has no types
         self.average.check(float(norm))
         return norm
@@ -182,7 +182,7 @@ class StageTrainer(Trainer):
         """Does nothing: the manifest describes the model."""
 
     def _send_telemetry(self) -> None:
-        """Does nothing: training uses no network."""
+        """Does nothing: upstream must not use the network."""
 
 
 def move_schedule(scheduler: LambdaLR, step: int) -> None:
