@@ -1,4 +1,4 @@
-"""Which network is built and how it computes: a recipe's `model:` keys, the attention kernel, dropout."""
+"""Chooses a network and how it computes: a recipe's `model:` keys, the attention kernel, dropout."""
 
 import difflib
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from data.encode import Encoder
 from training.config import ModelArguments
 from training.recipe import RecipeError
 
-# What the pipeline itself decides about a model that is built from a recipe.
+# Fields of a new model's configuration that the pipeline sets, so a recipe may not.
 _DECIDED = (
     "vocab_size",
     "bos_token_id",
@@ -27,16 +27,16 @@ _DECIDED = (
 
 
 def choose_attention(requested: str, *, cuda: bool, bf16: bool, packages: Collection[str]) -> str:
-    """Which attention kernel a model is loaded with.
+    """The attention kernel with which to load a model.
 
     Args:
         requested: `auto`, `eager`, `sdpa` or `flash_attention_2`.
-        cuda: a CUDA device is there.
-        bf16: the forward pass runs in bfloat16; FlashAttention has no float32.
+        cuda: whether there is a CUDA device.
+        bf16: whether the forward pass runs in bfloat16; FlashAttention does not support float32.
         packages: names of importable packages.
 
     Raises:
-        RecipeError: FlashAttention was asked for where it cannot run.
+        RecipeError: FlashAttention was requested but cannot run.
     """
     possible = cuda and bf16 and "flash_attn" in packages
     if requested == "auto":
@@ -55,7 +55,7 @@ def attention(arguments: ModelArguments, bf16: bool) -> str:
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Every dropout set to zero, in modules and where attention takes it as a number."""
+    """Sets every dropout of the model to zero, in modules and where attention has it as a number. Returns the model."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -74,15 +74,16 @@ def type_of_config(architecture: str) -> type[PretrainedConfig]:
 
 
 def model_config(keys: dict[str, Any], encoder: Encoder, context: int) -> PretrainedConfig:
-    """The configuration for `model:` of a recipe: `architecture`, and fields of that architecture's configuration.
+    """The configuration for a recipe's `model:`, which has `architecture` and fields of that architecture's class.
 
     Args:
         keys: the recipe's mapping.
-        encoder: decides the vocabulary and the special ids.
-        context: tokens in the longest row that the model must take.
+        encoder: gives the vocabulary size and the special ids.
+        context: tokens in the longest row that the model must accept.
 
     Raises:
-        RecipeError: unknown architecture or field, a field that the pipeline decides, a value that the class refuses.
+        RecipeError: unknown architecture or field, a field that the pipeline sets, a value that the class rejects, or
+            fewer positions than `context`.
     """
     architecture = keys["architecture"]
     kind = type_of_config(architecture)
@@ -106,7 +107,7 @@ def model_config(keys: dict[str, Any], encoder: Encoder, context: int) -> Pretra
             "dtype": "float32",
         }
         config = kind(**given, **decided)
-    except Exception as error:  # each class validates in its own way; all of it is about these keys
+    except Exception as error:  # each class raises its own errors for invalid values
         raise RecipeError(f"model: {architecture} refuses these values: {error}") from error
     if "max_position_embeddings" in fields and config.max_position_embeddings < context:
         raise RecipeError(

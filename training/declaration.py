@@ -1,4 +1,4 @@
-"""What a stage package says about itself, so that no other code has to know single stages. No torch here.
+"""How a stage package describes itself, so that no other code depends on particular stages. Imports no torch.
 
 Every `stages/<stage>/config.py` has a `DECLARATION`; only its caption is required:
 
@@ -21,11 +21,11 @@ class HeldModel:
 
     role: Role
     parent: str
-    """Reference that the model comes from: a section, a directory or a hub id."""
+    """Reference to the model's source: a section, a directory or a hub id."""
     trained: bool = False
-    """Whether the stage updates its weights."""
+    """Whether the stage updates the model's weights."""
     note: str = ""
-    """What else a reader should know, e.g. that the weights are random at the start."""
+    """Other information for the reader, e.g. that the weights are random at the start."""
 
     def __str__(self) -> str:
         words = [word for word in ("trained" if self.trained else "", self.note) if word]
@@ -40,7 +40,7 @@ class Line:
     """Key in metrics.jsonl."""
     label: str
     color: str = ""
-    """A colour of the report's style sheet, and the line is dashed; empty: the stage's own colour, and solid."""
+    """A colour of the report's style sheet for a dashed line; empty: a solid line in the stage's own colour."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Chart:
 
 
 def held_out(metric: str, label: str = "held out") -> Line:
-    """A line of held-out data: dashed, in the colour of text."""
+    """A line for held-out data: dashed, in the colour of the text."""
     return Line(metric, label, "ink")
 
 
 @dataclass(frozen=True)
 class PathChart:
-    """Two metrics of the same steps against each other."""
+    """A chart of one metric against another, with a point for each step that has both."""
 
     title: str
     x: str
@@ -72,7 +72,7 @@ class PathChart:
 
 @dataclass(frozen=True)
 class PartsChart:
-    """All metrics that begin with a prefix, a line each; drawn when there are at least two."""
+    """A chart with a line for each metric that begins with a prefix; drawn when there are at least two."""
 
     title: str
     prefix: str
@@ -81,7 +81,7 @@ class PartsChart:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the report for one stage alone, headed by the stage's caption."""
+    """A section of the report for a single stage, with the stage's caption as its heading."""
 
     lede: str
     """Sentence under the heading; `{parent}` is replaced by the name of the stage's parent."""
@@ -92,41 +92,41 @@ class Section:
     parts: PartsChart | None = None
     """Drawn after the charts."""
     phases: tuple[str, ...] = ()
-    """Names of the metrics `time/<name>`, in seconds, of which the share in the stage's time is shown."""
+    """Names of metrics `time/<name>`, in seconds. The report shows the share of each in their sum."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """One stage package. A stage that is unknown here is `Declaration(name)`."""
+    """The declaration of one stage package. For a stage that is not installed here, it is `Declaration(name)`."""
 
     caption: str
     """What the stage does, in a few words: "instruction tuning"."""
     targets: tuple[str, ...] = ()
-    """Targets of the Makefile that run up to a section of this stage; the first one is the usual."""
+    """Targets of the Makefile that run a recipe up to a section of this stage; the first is the usual one."""
     publishes: Kind = "causal_lm"
-    """Kind of what it publishes."""
+    """Kind of the published result."""
     distributed: bool = True
-    """Whether a launch file starts it on several processes. False: it runs on one, whatever the launch file says, and
-    the imports of a training are not loaded ahead for it."""
+    """Whether a launch file starts it on several processes. False: it runs on one process, whatever the launch file
+    says, and the libraries for training are not imported for it in advance."""
     compared: tuple[str, ...] = ()
-    """Metrics of a step that `baton replay` compares; a line that has the first one is a line of training. Empty: the
-    stage has no steps."""
+    """Metrics of a step that `baton replay` compares; a line with the first of them is the line of a training step.
+    Empty: the stage has no steps."""
     answers: Literal["no", "tuned", "aligned"] = "no"
-    """Whether people can talk to its model: it was `tuned` to answer, or `aligned` to what they prefer as well."""
+    """Whether users can chat with its model: it was `tuned` to answer, or also `aligned` with preferences."""
     headline: tuple[tuple[str, str], ...] = ()
-    """(metric of the manifest, what it is), the most telling first; tables show the first two that are there."""
+    """(metric of the manifest, its description), the most important first; tables show the first two that exist."""
     charts: tuple[Chart, ...] = ()
     """Charts of the report. Empty: one for each metric that was logged at two steps or more."""
     section: Section | None = None
-    """A section of its own in the report; None: its charts stand with those of the other stages."""
+    """The stage's own section in the report; None: its charts appear among those of the other stages."""
     missing: str = ""
-    """What the report says when the run has no such stage, e.g. "no reward model"; empty: nothing."""
+    """Text of the report when the run has no such stage, e.g. "no reward model"; empty: no text."""
 
 
 TRAINER_LINE = ("loss", "grad_norm")
-"""`compared` of the stages that train with a Trainer."""
+"""The value of `compared` for stages that train with a Trainer."""
 
-# Charts that several stages have.
+# Charts that several stages share.
 LOSS = Chart("loss", (Line("loss", "train"), held_out("eval_loss")))
 BITS_PER_BYTE = Chart("bits per byte", (held_out("eval_bits_per_byte"),), "on held-out documents")
 TOKEN_ACCURACY = Chart(
@@ -138,7 +138,8 @@ STOP_RATE = Chart("stop rate", (held_out("eval_stop_rate"),), "greedy answers th
 
 
 def pair_charts(accuracy: str, margin: str) -> tuple[Chart, Chart]:
-    """The charts of a stage that learns from pairs, from its metrics' names; of held-out pairs they are eval_<name>."""
+    """The charts of a stage that learns from pairs. `accuracy` and `margin` name its metrics; those of held-out pairs
+    are eval_<name>."""
     return (
         Chart(
             "pair accuracy",

@@ -1,4 +1,4 @@
-"""What a stage's result depends on, computed without torch: the runner compares it with what a published stage had."""
+"""Computes what a stage's result depends on. The runner compares it with the record in a published stage. No torch."""
 
 import ast
 import re
@@ -17,8 +17,8 @@ from training.recipe import DATA_ROLE, Recipe, Section
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NAMED = re.compile(r"[a-z_]+(\.[a-z_]+)+:\w+")
-# Keys that change what is kept or shown, how a step is cut up, and how a stage ends or goes on before it has a result;
-# never what is learned, but for the last bits. So a state is good for other hardware.
+# Keys that decide only what is kept or shown, how a step is divided into micro-batches, and how a stage stops and
+# resumes. They change what is learned in the last bits at most, so a state can be resumed on other hardware.
 _WITHOUT_EFFECT = {
     "report_to",
     "save_total_limit",
@@ -29,12 +29,12 @@ _WITHOUT_EFFECT = {
     "per_device_eval_batch_size",
     "rollout_micro_batch_size",
 }
-# Keys of a section that decide whether its result is published, never what it is.
+# Keys of a section that decide only whether its result is published.
 _DEMANDS = {"gate"}
 
 
 def stage_inputs(recipe: Recipe, name: str) -> Inputs:
-    """Inputs of section `name`.
+    """The inputs of section `name`.
 
     Raises:
         HandoffError: a parent has not been published, or is no checkpoint.
@@ -61,8 +61,8 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
 
 
 def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
-    """What `section` looks at where it exists, in the recipe's order: sections that have been published, and
-    checkpoints of elsewhere."""
+    """The soft parents of `section` that exist, in the recipe's order: published sections, and checkpoints outside
+    the recipe."""
     return [
         ref
         for ref in dict.fromkeys(section.soft_parents)
@@ -72,15 +72,16 @@ def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
 
 @cache
 def code_fingerprint(stage: str) -> str:
-    """Hash of the code that computes the result: all files of ours that the stage imports, directly or not."""
+    """Hash of the code that computes the result: all of the repository's files that the stage imports, directly or
+    indirectly."""
     return canonical_hash({str(file.relative_to(_ROOT)): sha256_file(file) for file in code_files(stage)})
 
 
 def code_files(stage: str) -> list[Path]:
-    """The closure of the stage's imports among the repository's own files, sorted.
+    """The repository's files that the stage imports, directly or indirectly, sorted.
 
-    Imports inside functions count, and so does text of the form `module:name`, by which reward functions are named.
-    A package inside a package counts as a whole: the sandbox starts some of its files as programs.
+    Imports inside functions count, and so do strings of the form `module:name`, which name reward functions. Of a
+    package inside a package all files count, because the sandbox starts some of its files as programs.
     """
     waiting = sorted((_ROOT / "stages" / stage).rglob("*.py"))
     found = set(waiting)
@@ -93,7 +94,7 @@ def code_files(stage: str) -> list[Path]:
 
 @cache
 def _imported(file: Path) -> list[Path]:
-    """Files of ours that a file imports: modules, and the packages that they are in."""
+    """The repository's files that a file imports: modules, and the packages that contain them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):

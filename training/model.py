@@ -1,15 +1,14 @@
-"""A model: one network in one role, from the parent it is loaded from to the files it is published in.
+"""Loads, freezes and publishes a model: one network in one role.
 
-Roles: `policy` (trained to speak), `reference` (a frozen policy that the KL is measured to), `critic` (reads values),
-`reward` (one score a text). A `Model` knows its role, its precision, its encoder, how its parameters are named on the
-disk, and the engine that cuts it up. Nobody else strips a prefix, matches a name or casts a tensor.
+Roles: `policy` (generates text), `reference` (a frozen policy to which the KL is measured), `critic` (estimates
+values), `reward` (one score for each text). A `Model` has its role, its precision, its encoder, and the engine that
+may shard it. Parameter names are converted and tensors are cast for publishing only in this module.
 
-Weights are float32 unless a recipe chooses otherwise for those that it trains: AdamW cannot move bfloat16 weights at
-the learning rates of alignment, since the step is below their precision. For speed in bfloat16 there is autocast
-(`train.bf16`).
+Weights are float32 unless a recipe sets another type for the weights that it trains: at the learning rates of
+alignment, AdamW's steps are below the precision of bfloat16 weights. For speed, `train.bf16` turns on autocast.
 
-A published model is what anyone can load: safetensors, the parent's tokenizer and chat template byte for byte, and a
-generation_config.json with the stop ids.
+Other programs can load a published model: it consists of safetensors, the parent's tokenizer and chat template byte for
+byte, and a generation_config.json with the stop ids.
 """
 
 import json
@@ -63,16 +62,16 @@ _SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Written:
-    """What `Model.write` has done."""
+    """The result of `Model.write`."""
 
     hashes: dict[str, str]
     """{file: SHA-256} of the weight files, computed while they were written; empty on processes that do not write."""
     changed: float | None
-    """Share of the parent's weights that training has changed; None where there is nothing to compare."""
+    """Share of the parent's weights that training has changed; None if there is nothing to compare."""
 
 
 class Model:
-    """One network in one role. `module` is the plain transformers model, whole until the engine cuts it up."""
+    """One network in one role. `module` is the plain transformers model, which is whole until the engine shards it."""
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ class Model:
         self.engine, self.module, self.role = engine, module, role
         self.encoder, self.arguments, self.parent = encoder, arguments, parent
         self.dtype = module.dtype
-        """Precision of the weights as they are trained or read."""
+        """Precision of the weights in memory."""
         self._class_name = type(module).__name__  # an engine may change the class
 
     @classmethod
@@ -103,24 +102,24 @@ class Model:
         bf16: bool = True,
         seed: int = 0,
     ) -> Self:
-        """A model from its parent.
+        """Loads a model from its parent.
 
-        For `policy` and `reference` it is a causal language model; for `reward` it has a head of one output; for
-        `critic` it is of the parent's own kind.
+        For `policy` and `reference` it is a causal language model; for `reward` it has a head with one output; for
+        `critic` it is of the same kind as the parent.
 
-        A head that the parent lacks is drawn from N(0, 1 / (H + 1)) (H hidden size) with `seed` by a generator of its
-        own, so nothing else decides what it is.
+        If the parent has no head, a new one is drawn from N(0, 1 / (H + 1)) (H hidden size). It uses its own random
+        generator, so it depends only on `seed`.
 
         Args:
-            engine: that will train or read it.
-            parent: opened and checked.
-            role: see the head of this module.
-            encoder: the parent's (`load_encoder`).
+            engine: the engine that will train or use the model.
+            parent: the opened and checked parent.
+            role: see the docstring of this module.
+            encoder: the parent's encoder (`load_encoder`).
             arguments: `model_args` of the recipe.
-            dtype: of the weights, whatever the parent's are.
+            dtype: type of the weights, whatever the parent's type is.
             dropout: False sets every dropout to zero, whatever the configuration says.
-            bf16: the forward pass will run under bfloat16 autocast where there is a GPU for it.
-            seed: of a new head.
+            bf16: whether the forward pass will run under bfloat16 autocast if there is a GPU for it.
+            seed: seed of a new head.
 
         Raises:
             HandoffError: the tokenizer has ids that the model has no embedding for, or transformers has no sequence
@@ -164,7 +163,7 @@ class Model:
         return cls(engine, module, "policy", encoder, arguments, None)
 
     def reference(self, bf16: bool) -> "Model":
-        """A frozen view of what this policy started from: what the KL and DPO's log-ratios are measured to.
+        """A frozen model of this policy's parent, the reference for the KL and for DPO's log-ratios.
 
         `bf16` as in `load`.
         """
@@ -172,7 +171,7 @@ class Model:
         return Model.load(self.engine, self.parent, "reference", self.encoder, self.arguments, dropout=False, bf16=bf16)
 
     def freeze(self) -> Self:
-        """From now on the model is only read, inside `whole`. Every process calls it."""
+        """Freezes the model; from then on it computes only inside `whole`. Every process calls it."""
         self.engine.freeze(self.module)
         return self
 
@@ -184,22 +183,22 @@ class Model:
         return self.engine.whole(self.module if prepared is None else prepared)
 
     def parameters(self) -> int:
-        """How many weights there are, trained or not; a tied one counts once."""
+        """The number of weights, trained or not; a tied weight counts once."""
         names = {name for name, _ in self.module.named_parameters()}
         return sum(prod(entry.shape) for entry in self.engine.weights(self.module) if entry.name in names)
 
     # ---- to disk
 
     def write(self, path: Path | None, prepared: Any, part: str = "") -> Written:
-        """Writes a model that anyone can load. Every process calls it; only the main one writes.
+        """Writes a model that other programs can load. Every process calls it; only the main process writes.
 
-        One tensor at a time is gathered, compared with the parent's, written in float32 and hashed. Afterwards
-        transformers reads configuration, names and shapes back, without the weights.
+        Each tensor in turn is gathered, compared with the parent's, written in float32 and hashed. Afterwards
+        transformers reads back the configuration, names and shapes, without the weights, as a check.
 
         Args:
             path: an existing directory; None on processes that do not write.
             prepared: what the engine or a trainer wrapped around the module.
-            part: name of the module inside `prepared`, where that holds more than one.
+            part: name of the module inside `prepared`, if that has more than one.
         """
         tally = ChangeTally(self.parent, self.dtype)
         groups = self._published(self.engine.weights(prepared), f"{part}." if part else "")
@@ -210,7 +209,7 @@ class Model:
             watched = [replace(e, whole=_watched(tally, e)) for e in entries] if path is not None else entries
             try:
                 digest = write_tensors(self.engine, (path or Path()) / name, watched)
-            except OSError as error:  # the other processes go on to gather the next file
+            except OSError as error:  # the next files are gathered all the same, since the other processes wait for it
                 full = full or error
                 continue
             if digest is not None:
@@ -241,10 +240,10 @@ class Model:
         assert not wrong, f"{path} does not load as it was saved: {wrong}"
 
     def _published(self, entries: Sequence[Entry], prefix: str) -> list[list[Entry]]:
-        """The entries as transformers publishes them: under its names, in float32, a tied weight once.
+        """The entries in the form that transformers publishes: with its names, in float32, a tied weight once.
 
-        An architecture may hold several published tensors as one (the experts of a layer). They are taken apart layer
-        by layer, so each group of entries is gathered at once.
+        In memory, an architecture may combine several published tensors into one (the experts of a layer). They are
+        split layer by layer, so the entries of one group are gathered together.
         """
         tied = self.module.all_tied_weights_keys  # {name that is left out: name that is kept}
         plain = {e.name.removeprefix(prefix): e for e in entries if e.name.startswith(prefix)}
@@ -263,7 +262,7 @@ class Model:
         held: dict[str, torch.Tensor] = {}
 
         def whole(name: str) -> torch.Tensor:
-            if not held:  # every process is here: they write the same entries in the same order
+            if not held:  # every process gets here together, since all write the same entries in the same order
                 found = {key: entry.whole().detach().to("cpu", entry.dtype) for key, entry in group.items()}
                 held.update(revert_weight_conversion(self.module, found))
             return held.pop(name)
@@ -275,7 +274,7 @@ def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dty
     """The precision of the weights that are trained.
 
     Raises:
-        LaunchError: bfloat16 under an engine that trains float32 weights of its own all the same.
+        LaunchError: bfloat16 under an engine that keeps and trains float32 weights anyway.
     """
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
     engine.check_trained_dtype(dtype)
@@ -283,7 +282,7 @@ def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dty
 
 
 def load_encoder(parent: Parent) -> Encoder:
-    """The parent's tokenizer and chat template, padding with the token that the hand-off found fit for it."""
+    """The parent's tokenizer and chat template, with the pad token that the parent's contract gives."""
     return Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)
 
 
@@ -312,14 +311,14 @@ def _draw_head(head: torch.nn.Module, seed: int) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer's files as they are: loading and saving them could change what they are hashed by."""
+    """Copies the tokenizer's files byte for byte. Loading and saving them could change their hashes."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def generation_config(model_dir: Path, encoder: Encoder) -> GenerationConfig:
-    """The directory's own generation settings, where it has any, with the ids that the encoder uses and stops at."""
+    """The directory's generation settings, if it has any, with the encoder's stop, pad and beginning ids."""
     here = (model_dir / "generation_config.json").is_file()
     config = GenerationConfig.from_pretrained(model_dir) if here else GenerationConfig()
     declared = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -330,7 +329,7 @@ def generation_config(model_dir: Path, encoder: Encoder) -> GenerationConfig:
 
 
 def _layer(name: str) -> str:
-    """The part of a parameter's name up to its layer's number; the whole name outside of layers.
+    """The part of a parameter's name up to its layer's number; the whole name if it belongs to no layer.
 
     >>> _layer("model.layers.3.mlp.up_proj.weight"), _layer("lm_head.weight")
     ('model.layers.3', 'lm_head.weight')
@@ -341,7 +340,7 @@ def _layer(name: str) -> str:
 
 
 def _files(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """The entries by the file that they go into, in their order."""
+    """{file name: its entries}, in the order of the entries."""
     parts: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -366,14 +365,14 @@ def _write_index(path: Path, files: Mapping[str, Sequence[Entry]]) -> None:
 
 
 class ChangeTally:
-    """Counts which of the parent's weights training has changed, a tensor at a time.
+    """Counts how many of the parent's weights training has changed, one tensor at a time.
 
-    A head that the parent lacks, and what else it has not under the same name, does not count. Without tied embeddings,
-    those of tokens that no row has stay as they are.
+    Tensors that the parent does not have under the same name, such as a new head, do not count. Without tied
+    embeddings, the embeddings of tokens that occur in no row stay unchanged.
     """
 
     def __init__(self, parent: Parent | None, dtype: torch.dtype) -> None:
-        self._dtype = dtype  # the parent was rounded to it, which is no change
+        self._dtype = dtype  # loading rounded the parent's weights to this type, which does not count as a change
         self._changed = self._total = 0
         self._files: dict[str, Path] = {}
         if parent is not None and parent.kind != "tokenizer":
@@ -393,7 +392,7 @@ class ChangeTally:
             self._total += now.numel()
 
     def share(self) -> float | None:
-        """Of the weights that could be compared."""
+        """The changed share of the weights that could be compared; None if there were none."""
         return self._changed / self._total if self._total else None
 
 
@@ -408,7 +407,7 @@ def _watched(tally: ChangeTally, entry: Entry) -> "Callable[[], torch.Tensor]":
 
 @contextmanager
 def several(models: Sequence[Model]) -> Iterator[None]:
-    """Inside, all of these frozen models have whole parameters."""
+    """Inside, all of these frozen models have whole parameters and can compute."""
     if not models:
         yield
         return

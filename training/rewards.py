@@ -1,4 +1,4 @@
-"""Rewards for the stages that score answers: ppo, generate and evaluate. Loading them, and sharing the work."""
+"""Rewards for the stages that score answers (ppo, generate, evaluate): loads them and shares the work."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,17 +26,17 @@ def load_rewards(
     learned: dict[str, LearnedReward],
     frozen: list[Model],
 ) -> Composition:
-    """Every entry, with its models frozen. They compute inside `several(frozen)`.
+    """Loads every entry of the recipe's rewards and freezes its models, which compute only inside `several(frozen)`.
 
     Args:
-        open_model: opens the reward model of a reference.
-        policies: whose answers are to be scored.
-        prompts: what they answer; functions are checked against the columns of these.
-        learned: scorers whose models are loaded already, by reference; new ones are added.
-        frozen: those models; new ones are added.
+        open_model: opens the reward model that a reference names.
+        policies: the policies whose answers will be scored.
+        prompts: the prompts to be answered; they must have the columns that the reward functions read.
+        learned: scorers whose models are already loaded, by reference; new ones are added.
+        frozen: the models of these scorers; new ones are added.
 
     Raises:
-        HandoffError: a model reads the policies' tokens (no `reencode`), and one of them encodes otherwise.
+        HandoffError: a reward model reads a policy's tokens (no `reencode`), but encodes text differently.
         RewardError: an unknown function, an argument that it does not have, or a column that the prompts do not have.
     """
     for entry in entries:
@@ -56,23 +56,23 @@ def load_rewards(
 
 
 def column_names(prompts: Sequence[EncodedPrompt]) -> set[str]:
-    """Columns that any of the prompts has."""
+    """Names of the columns that at least one prompt has."""
     if isinstance(prompts, Rows):
         return set(prompts.facts)
     return {name for prompt in prompts for name in prompt.record.columns}
 
 
 class Scorer:
-    """Scores of many answers, computed by all processes together."""
+    """Scores many answers, with the work shared among all processes."""
 
     def __init__(self, composition: Composition, engine: Engine, frozen: Sequence[Model]) -> None:
-        """`frozen`: the models that the composition reads."""
+        """`frozen`: the models that the composition uses."""
         self._composition, self._engine, self._frozen = composition, engine, frozen
 
     def together(self, answers: Answers) -> tuple[list[float], dict[str, list[float | None]]]:
-        """(weighted sums (N,), each entry's own values (N,)). Each process scores its share and gets all values.
+        """(weighted sums (N,), values of each entry (N,)). Each process scores its share and gets all values.
 
-        Every process calls it with all answers. Raises what the composition raises.
+        Every process calls it with all answers. Raises the same errors as the composition.
         """
         mine = self._engine.share(len(answers.texts))
         with several(self._frozen):
@@ -83,7 +83,7 @@ class Scorer:
 
 
 def _taken(answers: Answers, rows: Sequence[int]) -> Answers:
-    """Some of the answers."""
+    """The answers with these indices."""
     return Answers(
         prompts=[answers.prompts[i] for i in rows],
         prompt_ids=[answers.prompt_ids[i] for i in rows],

@@ -82,7 +82,7 @@ class Run:
     # ---- what comes in
 
     def parent(self, role: str = "parent", kinds: frozenset[str] = frozenset({"causal_lm"})) -> Parent:
-        """Opens the parent in that role. The main process hashes its files and checks its contract. Raises HandoffError."""
+        """Opens that role's parent. The main process hashes its files and checks its contract. Raises HandoffError."""
         ref = self.section.parents[role]
         opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, set(kinds)))
         self._parents[role] = opened

@@ -124,7 +124,7 @@ class SavedStates:
         more: Callable[[Path], None] | None = None,
         protect: int | None = None,
     ) -> bool:
-        """Saves the state of `step`. Returns False if the disk has no room for it; the earlier states are then unchanged.
+        """Saves the state of `step`. Returns False if the disk has no room for it; the earlier states then stay.
 
         Args:
             step: the step after which the state is saved; it names the state.
