@@ -282,7 +282,7 @@ def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dty
 
 
 def load_encoder(parent: Parent) -> Encoder:
-    """The parent's tokenizer and chat template, with the pad token that the parent's contract gives."""
+    """The parent's tokenizer and chat template, with the pad token of the parent's tokenizer record."""
     return Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)
 
 
@@ -318,7 +318,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def generation_config(model_dir: Path, encoder: Encoder) -> GenerationConfig:
-    """The directory's generation settings, if it has any, with the encoder's stop, pad and beginning ids."""
+    """The directory's generation settings, if it has any. Adds the encoder's stop ids; sets its pad and bos ids."""
     here = (model_dir / "generation_config.json").is_file()
     config = GenerationConfig.from_pretrained(model_dir) if here else GenerationConfig()
     declared = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -34,7 +34,7 @@ def hidden_matrices(model: PreTrainedModel) -> list[str]:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Both optimizers in one. The scheduler scales each group's own peak rate by the same factor."""
+    """Muon and AdamW as one optimizer. The scheduler scales each group's own peak learning rate by the same factor."""
 
     def __init__(self, matrices: Iterable[nn.Parameter], others: list[dict[str, Any]], config: MuonTrainConfig) -> None:
         self._muon = torch.optim.Muon(
@@ -53,7 +53,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._link()
 
     def _link(self) -> None:
-        # Both parts use the groups and the state of this object, which other code reads, changes and saves.
+        # Other code reads, changes and saves this object's groups and state, so both parts must use the same ones.
         split = len(self._muon.param_groups)
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:split], self.param_groups[split:]
         self._muon.state = self._adamw.state = self.state
@@ -64,15 +64,15 @@ class MuonAdamW(torch.optim.Optimizer):
         self._link()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
-        """One step of each; closures are not supported."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
+        """One step of both optimizers; closures are not supported."""
         assert closure is None
         self._muon.step()
         self._adamw.step()
 
 
 def muon_adamw(model: PreTrainedModel, decayed: set[str], config: MuonTrainConfig) -> MuonAdamW:
-    """The optimizer for `model`; `decayed` names the parameters with weight decay."""
+    """The optimizer for `model`; `decayed` names the AdamW parameters with weight decay. Muon decays all of its own."""
     matrices = set(hidden_matrices(model))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rest = [(name, p) for name, p in named if name not in matrices]
