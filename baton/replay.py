@@ -221,7 +221,7 @@ def _copy(run_dir: Path, copied: Path, name: str, state: State) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link is safe: a committed state is never written to."""
+    """Hard-links a file, which is safe because a committed state is never written to."""
     try:
         Path(target).hardlink_to(source)
     except OSError:  # a file system without hard links
