@@ -85,7 +85,7 @@ class LossArguments(Strict):
     cliprange_high: float | None = Field(default=None, gt=0)
     """How far a ratio may rise above 1; required for `clip_higher` and `cispo`, optional for `gspo`."""
     dual_clip: float = Field(default=3.0, gt=1)
-    """c of `dual_clip`: the loss of a token with negative advantage A is at most c·|A|."""
+    """c of `dual_clip`: the loss of a token with negative advantage is at most c times the absolute advantage."""
     loss_normaliser: Literal["token", "sequence", "constant"] = "token"
     """A minibatch's loss is `token`: the mean over its tokens; `sequence`: the mean of its answers' means; `constant`:
     the sum divided by (number of answers · `max_completion_length`)."""

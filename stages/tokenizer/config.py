@@ -28,7 +28,7 @@ class Config(StageConfig):
     eval_data: list[SourceConfig] = Field(default_factory=list)
     """Held-out texts, for bytes per token."""
     vocab_size: int = Field(default=4096, ge=288)
-    """Number of entries, including the 256 bytes and the special tokens; fewer if the texts give fewer pairs to merge."""
+    """Number of entries, including the 256 bytes and special tokens; fewer if the texts give too few pairs to merge."""
     split_digits: bool = True
     """Make each digit a separate token, so that a number is always split in the same way."""
     min_frequency: int = Field(default=2, ge=1)
