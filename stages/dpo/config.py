@@ -72,5 +72,5 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def models(config: Config) -> list[HeldModel]:
-    """Models in memory. There is no separate reference: its log-probabilities are computed before training."""
+    """Models held in memory. There is no separate reference: its log-probabilities are computed before training."""
     return [HeldModel("policy", config.parent, trained=True)]

@@ -219,8 +219,8 @@ class GuardConfig(Strict):
     """When training stops early, and which model is kept. Each stop names its cause and the remedy (exit code 3)."""
 
     probe_prompts: int = Field(default=16, ge=0)
-    """Number of prompts in a probe before training, which checks that rewards differ between answers. Each prompt is
-    answered `num_generations` times, at least four times; 0: no probe."""
+    """Number of prompts in a probe before training, which checks that answers end and that their rewards differ. Each
+    prompt is answered `num_generations` times, at least four times; 0: no probe."""
     max_truncated: float = Field(default=0.5, ge=0, le=1)
     """Maximum share of the probe's answers that reach `max_completion_length`."""
     max_without_signal: float = Field(default=0.9, ge=0, le=1)
@@ -329,7 +329,7 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory."""
+    """Models that the section holds in memory."""
     held = [HeldModel("policy", config.parent, trained=True), HeldModel("reference", config.parent)]
     if config.advantage == "gae":
         note = "" if config.critic_parent is not None else "the policy's body, a new head"

@@ -60,6 +60,6 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory."""
+    """Models that the section holds in memory."""
     note = "" if config.model is None else f"random weights, {config.model['architecture']}"
     return [HeldModel("policy", config.parent, trained=True, note=note)]

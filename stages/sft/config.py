@@ -47,5 +47,5 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory."""
+    """Models that the section holds in memory."""
     return [HeldModel("policy", config.parent, trained=True)]

@@ -24,7 +24,7 @@ class Config(StageConfig):
 
     data: list[SourceConfig] = Field(min_length=1)
     """Training texts. Of conversations and pairs, the messages are used. A file source is read as documents if its
-    `format` is `text` (or `auto`, and its name ends in .txt), else as conversations."""
+    `format` is `text` (or `auto`, and its path contains .txt), else as conversations."""
     eval_data: list[SourceConfig] = Field(default_factory=list)
     """Held-out texts, for bytes per token."""
     vocab_size: int = Field(default=4096, ge=288)
