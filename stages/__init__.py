@@ -1,1 +1,1 @@
-"""One package for each stage of a model's upbringing, and nothing else. What stages share is in `training/`."""
+"""One package for each stage of training, and nothing else. Code that stages share is in `training/`."""

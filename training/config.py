@@ -36,15 +36,15 @@ class OptimizerConfig(Strict):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this global norm under every engine; 0: no clipping."""
     bf16: bool | Literal["auto"] = "auto"
-    """Autocast in bfloat16 over float32 weights; `auto`: on GPUs that have it and, in policy-gradient training of
-    models at least 256 wide, on CPUs that have it."""
+    """Autocast in bfloat16 over float32 weights. `auto`: on GPUs that support it and, in policy-gradient training of
+    models with a hidden size of at least 256, on CPUs that support it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_total_limit: int = Field(default=2, ge=1)
     """Number of saved states to keep."""
     resume: Literal["exact", "weights"] = "exact"
-    """If an interrupted stage finds no whole state: `exact` refuses and names the broken parts; `weights` continues
-    from the newest intact weights at their step, with new optimizer and random states where those were lost."""
+    """If an interrupted stage has no complete saved state: `exact` stops and names the damaged files; `weights`
+    continues from the newest intact weights at their step, with new optimizer and random states if those are lost."""
     max_skipped_steps: int = Field(default=3, ge=0)
     """Consecutive optimizer steps that may be skipped (loss or gradient not finite) before the stage stops."""
     grace_seconds: float = Field(default=60.0, gt=0, le=3600)

@@ -42,20 +42,20 @@ class Config(TrainedStageConfig):
     """Preference optimisation without a reward model; the parent is the reference. Dropout is off."""
 
     beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference: the implied reward is beta times the log-ratio."""
+    """β: the implied reward is β times the log-ratio to the reference; a larger β keeps the policy closer to it."""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """DPO (Rafailov et al. 2023), IPO (Azar et al. 2023) or SLiC's hinge."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of pairs that are believed to be the wrong way round (`sigmoid` only; the unbiased loss of robust DPO,
-    Chowdhury et al. 2024)."""
+    """Assumed share of pairs whose labels are swapped (`sigmoid` only; the unbiased loss of robust DPO, Chowdhury et
+    al. 2024)."""
     sft_weight: float = Field(default=0.0, ge=0)
-    """Weight of the plain log-likelihood of chosen answers, which keeps it from falling."""
+    """Weight of an added log-likelihood loss on chosen answers, which keeps their probability from falling."""
     eval_answers: int = Field(default=32, ge=0)
-    """Held-out prompts that are answered greedily before and after, for lengths and the rate of answers that stop."""
+    """Number of held-out prompts answered greedily in each evaluation, to measure answer length and stop rate."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Tokens of such an answer, at most."""
+    """Maximum tokens of such an answer."""
     group_by_length: bool = True
-    """Pairs of like length share a step, so that little is padding."""
+    """Batch pairs of similar length together, to reduce padding."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training; its batch sizes count pairs."""
 
@@ -72,5 +72,5 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory. The policy is its own reference: it reads all pairs before it is trained."""
+    """Models held in memory. There is no separate reference: its log-probabilities are computed before training."""
     return [HeldModel("policy", config.parent, trained=True)]

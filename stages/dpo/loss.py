@@ -1,10 +1,10 @@
-"""What DPO is judged by on held-out pairs: pure functions of log-probabilities. The training's loss is TRL's."""
+"""Metrics of DPO on held-out pairs, as pure functions of log-probabilities. The training loss itself is TRL's."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-# Nats a token of chosen answers below the reference: each token 1.6 times less likely.
+# Nats per token of the chosen answers, relative to the reference: each token is 1.6 times less likely.
 _COLLAPSE = -0.5
 _LONGER = 1.5
 _FEWER_STOPS = 0.05
@@ -16,8 +16,8 @@ def pair_metrics(logps: Mapping[str, np.ndarray], beta: float) -> dict[str, floa
     Args:
         logps: (N,) each: `chosen`, `rejected`, `ref_chosen`, `ref_rejected` (sums of nats over the answer's tokens),
             `chosen_tokens`.
-        beta: of the implied reward beta * (log pi - log pi_ref), Rafailov et al. 2023, eq. 5. The loss is eq. 7; it is
-            ln 2 where policy and reference are equal.
+        beta: coefficient of the implied reward beta * (log pi - log pi_ref), Rafailov et al. 2023, eq. 5. The loss is
+            eq. 7; it is ln 2 when policy and reference are equal.
     """
     chosen = beta * (logps["chosen"] - logps["ref_chosen"])
     rejected = beta * (logps["rejected"] - logps["ref_rejected"])
@@ -34,7 +34,7 @@ def pair_metrics(logps: Mapping[str, np.ndarray], beta: float) -> dict[str, floa
 
 
 def alarms(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """What is known to go wrong with DPO, in words with a remedy, from the metrics before and after training."""
+    """Warnings about known failures of DPO, each with a remedy, from the metrics before and after training."""
     found = []
     drift = after["chosen_logratio_per_token"]
     if drift < _COLLAPSE:

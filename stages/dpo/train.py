@@ -1,4 +1,4 @@
-"""Direct preference optimisation with TRL's DPOTrainer (Rafailov et al. 2023), on pairs that our own encoder has cut.
+"""Direct preference optimisation with TRL's DPOTrainer (Rafailov et al. 2023), on pairs that our encoder has tokenized.
 
     python -m stages.dpo recipes/tiny.yaml
     accelerate launch --config_file recipes/launch/ddp.yaml -m stages.dpo recipes/tiny.yaml
@@ -6,8 +6,8 @@
 Legend: B pairs, T tokens.
 
 The reference's log-probabilities are computed once, before training, and kept beside the pairs in `state/pairs` under a
-hash of the pairs and of the reference's weights; no second model stays in memory. A resumed training reads them again,
-once their bytes are found to be those that were written; else they are computed again.
+hash of the pairs and of the reference's weights, so no second model stays in memory. A resumed run reads them from
+there if the files are unchanged, and computes them again otherwise.
 """
 
 from contextlib import suppress
@@ -35,7 +35,7 @@ _HASHES = "hashes.json"
 
 
 class Trainer(StageTrainer, DPOTrainer):
-    """TRL's trainer in our frame. The pairs come as ids, so there is nothing left to prepare."""
+    """TRL's trainer with the behaviour that all stages share. The pairs are tokenized already, so it skips that."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -94,7 +94,7 @@ def train(run: Run) -> None:
         if heldout is None:
             return {}
         lengths = heldout.lengths[longest_first(heldout)]
-        kept_pairs: Any = trainer.eval_dataset  # as TRL has completed it
+        kept_pairs: Any = trainer.eval_dataset  # TRL has added the reference's log-probabilities
         found = measure_rows(trainer, kept_pairs, lengths, trainer.data_collator, pair_logps)
         metrics = pair_metrics(found, config.beta)
         metrics |= greedy_answers(run, trainer, encoder, prompts, config.max_new_tokens)
@@ -111,12 +111,12 @@ def train(run: Run) -> None:
 
 
 def longest_first(rows: Rows[Row]) -> np.ndarray:
-    """Indices of the pairs, (N,), those of equal length in their own order."""
+    """Indices of the pairs by falling length, (N,). Pairs of equal length keep their order."""
     return np.argsort(-rows.lengths.astype(np.int64), kind="stable")
 
 
 def on_disk(engine: Engine, rows: Rows[Row], folder: Path) -> Dataset:
-    """The pairs, longest first, as a data set in `folder`, where TRL keeps the reference's log-probabilities too."""
+    """The pairs, longest first, as a data set in `folder`. TRL keeps the reference's log-probabilities there too."""
     if engine.is_main and not folder.exists():
         written = folder.with_name(f".tmp-{folder.name}")
         rows.stored(longest_first(rows)).save_to_disk(written)
@@ -126,17 +126,17 @@ def on_disk(engine: Engine, rows: Rows[Row], folder: Path) -> Dataset:
 
 
 def drop_altered(engine: Engine, pairs: Path) -> None:
-    """Removes the folder when a kill left it unfinished, or a byte of it is not as it was written."""
+    """Removes the folder if it is incomplete (the process was killed) or differs from what was written."""
     if engine.is_main and pairs.exists():
         with suppress(OSError, ValueError):
             if not changed_files(pairs, read_json(pairs / _HASHES)):
                 return
         remove_tree(pairs)
-    # Nobody opens it before: `on_disk` waits for the main process.
+    # No barrier is needed: no process opens the folder before the one in `on_disk`.
 
 
 def list_hashes(engine: Engine, pairs: Path) -> None:
-    """Notes the bytes of the folder, for `drop_altered`."""
+    """Writes the hashes of the folder's files, which `drop_altered` compares."""
     if engine.is_main:
         hashes = hash_tree(pairs)
         hashes.pop(_HASHES, None)

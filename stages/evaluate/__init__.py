@@ -1,1 +1,1 @@
-"""Evaluation: from the models of a run to one table of what each stage brought, with 95 % intervals."""
+"""Evaluation: compares the models of a run in one table, with 95 % intervals."""

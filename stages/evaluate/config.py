@@ -18,14 +18,14 @@ DECLARATION = Declaration(
 
 Answering: TypeAlias = Literal["greedy", "sampled"]
 MEASURED = ("stop_rate", "length_tokens", "kl", "bits_per_byte")
-"""Metrics that are measured without being asked for."""
+"""Metrics that are always measured."""
 
 
 class ScoreConfig(RewardConfig):
-    """A score, reported under its name: an entry like those of the RL stages' `reward`, and the answers it is for."""
+    """A score, reported under its name: an entry like those of the RL stages' `reward`, plus the kind of answers."""
 
     on: Literal["greedy", "sampled", "both"] = "sampled"
-    """On which answers it is measured. `both` reports `<name>_greedy` and `<name>_sampled`."""
+    """The answers that are scored. `both` reports `<name>_greedy` and `<name>_sampled`."""
 
     @model_validator(mode="after")
     def _has_no_weight(self) -> Self:
@@ -35,14 +35,14 @@ class ScoreConfig(RewardConfig):
 
     @property
     def metrics(self) -> dict[Answering, str]:
-        """The answers that it is measured on, and the name of the metric there."""
+        """{kind of answers that are scored: name of the metric}."""
         if self.on == "both":
             return {"greedy": f"{self.name}_greedy", "sampled": f"{self.name}_sampled"}
         return {self.on: self.name}
 
 
 class Config(StageConfig):
-    """The same prompts for every model; those of `models` that the run has not made are left out, and said."""
+    """Evaluates all `models` on the same prompts; those that the run has not published are reported and left out."""
 
     refused = dict.fromkeys(("reward",), "scores are a list: `scores: [{model: NAME, reencode: true}]`")
 
@@ -53,24 +53,24 @@ class Config(StageConfig):
     text: list[SourceConfig] = Field(default_factory=list)
     """Held-out documents, for bits per byte."""
     scores: list[ScoreConfig] = Field(default_factory=list)
-    """What the answers are scored by. Each entry is a metric; one whose model the run has not made is left out."""
+    """How answers are scored. Each entry is a metric; an entry whose model the run has not published is left out."""
     wins: str | None = None
-    """The metric among `scores` that decides which of a model's and its parent's answers is better."""
+    """The metric of `scores` by which a model's answers are compared with its parent's, for the win rate."""
     group_by: str | None = None
-    """Column of the prompts by whose values the first metric of `scores` is reported as well; by default `family`,
-    where the prompts have it."""
+    """Column of the prompts. The first metric of `scores` is also reported for each of its values. By default `family`,
+    if the prompts have it."""
     max_prompt_length: int = Field(default=256, ge=1)
     """Longer prompts are dropped and counted."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Tokens of an answer, at most."""
+    """Maximum tokens of an answer."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the sampled answers, on which KL is measured as well. The stop rate is that of the greedy ones."""
+    """Temperature of the sampled answers. KL is measured on these, the stop rate on the greedy ones."""
     context_length: int = Field(default=512, ge=2)
-    """Tokens that a document's token is predicted from, at most."""
+    """Maximum tokens of context from which a document's token is predicted."""
     batch_size: int = Field(default=64, ge=1)
     """Rows decoded or scored at once by one process."""
     samples: int = Field(default=12, ge=0)
-    """Prompts whose answers are kept for the report."""
+    """Number of prompts whose answers appear in the report."""
     model_args: ModelArguments = Field(default_factory=ModelArguments)
     """How the weights are loaded."""
 
@@ -91,22 +91,22 @@ class Config(StageConfig):
 
     @property
     def metrics(self) -> list[str]:
-        """The names of all metrics of `scores`, in their order."""
+        """The names of all metrics of `scores`, in the recipe's order."""
         return [name for entry in self.scores for name in entry.metrics.values()]
 
 
 def parents(config: Config) -> dict[str, str]:
-    """None is needed: what is there is evaluated."""
+    """No parent is required; the stage evaluates the models that exist."""
     return {}
 
 
 def soft_parents(config: Config) -> list[str]:
-    """Models that are looked at where they exist."""
+    """Models that are used if they exist."""
     return [*config.models, *(ref for entry in config.scores for ref in entry.references)]
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory, one policy at a time."""
+    """Models that the section holds in memory; policies are loaded one at a time."""
     scorers = dict.fromkeys(ref for entry in config.scores for ref in entry.references)
     policies = [HeldModel("policy", name, note="one at a time") for name in config.models]
     return [*policies, *(HeldModel("reward", ref) for ref in scorers)]

@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson's for proportions, the bootstrap's for means."""
+"""95 % intervals: Wilson's for proportions, bootstrap intervals for means."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -12,7 +12,7 @@ _RESAMPLES = 2000
 
 
 class Estimate(TypedDict):
-    """A mean, its 95 % interval, and over how many items."""
+    """A mean, its 95 % interval, and the number of items `n`."""
 
     value: float
     low: float
@@ -29,8 +29,8 @@ def proportion(values: Sequence[bool]) -> Estimate:
 
 
 def estimate(values: Sequence[float | None], seed: int, *, binary: bool) -> Estimate | None:
-    """The mean of what is not None: a proportion where all scores are 0 or 1 (`binary`), else with the bootstrap.
-    None where no value is known."""
+    """The mean of the values that are not None, as a proportion if all scores are 0 or 1 (`binary`), else with a
+    bootstrap interval. None if all values are None."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -38,7 +38,7 @@ def estimate(values: Sequence[float | None], seed: int, *, binary: bool) -> Esti
 
 
 def mean(values: Sequence[float], seed: int) -> Estimate:
-    """Mean with the percentile bootstrap's interval (Efron 1979), resampled with keyed random numbers."""
+    """Mean with a percentile bootstrap interval (Efron 1979), resampled with keyed random numbers."""
     data = np.asarray(values, dtype=np.float64)
     picks = (uniform((_RESAMPLES, len(data)), seed, "bootstrap") * len(data)).astype(np.int64)
     means = data[picks].mean(-1)

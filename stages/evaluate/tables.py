@@ -1,4 +1,4 @@
-"""From the models' answers and their scores to the tables of results.json. Pure functions."""
+"""Computes the tables of results.json from the models' answers and scores. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +8,12 @@ from rollout.sampling import Completion
 from stages.evaluate.statistics import Estimate, estimate, mean, proportion
 
 Scores = Mapping[str, Sequence[float | None]]
-"""{metric: one value for each prompt; None where the score has no opinion}."""
+"""{metric: one value for each prompt; None where the score function gives none}."""
 
 
 @dataclass
 class Answered:
-    """One model's answers to all prompts, in the prompts' order, and what was measured on them."""
+    """One model's answers to all prompts, in the prompts' order, and their scores."""
 
     greedy: list[Completion]
     greedy_texts: list[str]
@@ -21,11 +21,11 @@ class Answered:
     texts: list[str]
     scores: dict[str, list[float | None]] = field(default_factory=dict)
     kl: list[float] | None = None
-    """Nats an answer, from the model's parent; None where that was not evaluated."""
+    """KL from the model's parent, nats per answer; None if the parent was not evaluated."""
 
 
 def binary_metrics(answered: Mapping[str, Answered]) -> set[str]:
-    """The metrics all of whose values, over all models, are 0 or 1."""
+    """The metrics with no values other than 0 and 1, over all models."""
     names = {name for a in answered.values() for name in a.scores}
     return {
         name
@@ -35,7 +35,7 @@ def binary_metrics(answered: Mapping[str, Answered]) -> set[str]:
 
 
 def metrics(seed: int, answered: Mapping[str, Answered]) -> dict[str, dict[str, Estimate]]:
-    """{model: {metric: estimate}}; a score that has no opinion on any answer is left out."""
+    """{model: {metric: estimate}}; a score that is None for all answers is left out."""
     binary = binary_metrics(answered)
     out: dict[str, dict[str, Estimate]] = {}
     for model, a in answered.items():
@@ -55,9 +55,9 @@ def metrics(seed: int, answered: Mapping[str, Answered]) -> dict[str, dict[str, 
 def groups(
     seed: int, metric: str, keys: Sequence[str | None], answered: Mapping[str, Answered]
 ) -> dict[str, dict[str, Estimate]]:
-    """{group: {model: estimate}} of one metric, the groups in the order of their first prompt.
+    """{group: {model: estimate}} of one metric; groups are in the order of their first prompts.
 
-    `keys`: the group of each prompt; None for one that is in no group.
+    `keys`: the group of each prompt; None for a prompt without a group.
     """
     binary = metric in binary_metrics(answered)
     out: dict[str, dict[str, Estimate]] = {}
@@ -75,9 +75,9 @@ def groups(
 def win_rates(
     seed: int, metric: str, origins: Mapping[str, str], answered: Mapping[str, Answered]
 ) -> dict[str, dict[str, Any]]:
-    """How often a model's answer scores higher than its parent's to the same prompt; a tie is half a win.
+    """Share of prompts where a model's answer scores higher than its parent's; a tie counts as half a win.
 
-    `origins`: {model: the model that it was trained from}, for those where both were evaluated.
+    `origins`: {model: its parent}, for models whose parent was evaluated too.
     """
     out: dict[str, dict[str, Any]] = {}
     for model, origin in origins.items():
@@ -89,7 +89,7 @@ def win_rates(
 
 
 def spread(keys: Sequence[str | None], count: int) -> list[int]:
-    """Prompts to show: one of each group first, then the next ones."""
+    """Indices of `count` prompts to show: first one of each group, then a second one of each, and so on."""
     seen: dict[str | None, int] = {}
     ranked = []
     for i, key in enumerate(keys):

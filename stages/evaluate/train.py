@@ -2,10 +2,10 @@
 
     python -m stages.evaluate recipes/tiny.yaml
 
-The recipe's `scores` are measured on either kind of answers: verifiers, reward models, judges, functions. Sampled
-answers use the same random numbers for every model; on them the KL from the parent is measured, too. Held-out documents
-give bits per byte. Writes results.json beside the manifest: each metric with its 95 % interval, the first one by group,
-and how often a model's answer is better than its parent's.
+The recipe's `scores` (verifiers, reward models, judges, functions) are measured on greedy or sampled answers or both.
+Sampled answers use the same random numbers for every model, and the KL from the parent is measured on them. Held-out
+documents give bits per byte. results.json, beside the manifest, holds each metric with its 95 % interval, the first
+metric also by group, and how often a model's answer is better than its parent's.
 """
 
 import math
@@ -65,7 +65,7 @@ def train(run: Run) -> None:
                     bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, config)}
             del model, module
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
-            # By what it is: a model of another run may have a parent of the same name.
+            # Look the parent up by fingerprint: a model of another run may have a parent of the same name.
             before = None if origin is None else _same(origin.fingerprint, parents, answered)
             if before is not None:
                 origins[name] = before
@@ -101,12 +101,12 @@ def train(run: Run) -> None:
 
 
 def _same(fingerprint: str, parents: dict[str, Parent], answered: dict[str, Answered]) -> str | None:
-    """The name of the model with that fingerprint, among those that have answered already."""
+    """The name of the model with that fingerprint, if it has already answered the prompts."""
     return next((name for name in answered if parents[name].fingerprint == fingerprint), None)
 
 
 def _models(run: Run, present: dict[str, Parent]) -> dict[str, Parent]:
-    """The models that are there, by section; those of elsewhere by their own name."""
+    """The published models to evaluate: {section, or for a model from outside the recipe its own name: model}."""
     config: Config = run.config
     parents: dict[str, Parent] = {}
     for ref in config.models:
@@ -128,7 +128,7 @@ def _models(run: Run, present: dict[str, Parent]) -> dict[str, Parent]:
 
 
 def _entries(run: Run, present: dict[str, Parent]) -> list[ScoreConfig]:
-    """The scores whose models are there."""
+    """The entries of `scores` whose reward models have been published; the others are reported and left out."""
     config: Config = run.config
     entries = []
     for entry in config.scores:
@@ -145,7 +145,7 @@ def _entries(run: Run, present: dict[str, Parent]) -> list[ScoreConfig]:
 
 
 def _groups(run: Run, prompts: Sequence[EncodedPrompt]) -> tuple[str, list[str | None]]:
-    """(column, the group of each prompt: the column's value as text, None where the prompt does not have it)."""
+    """(column, each prompt's group: the column's value as text, or None if the prompt lacks the column)."""
     config: Config = run.config
     column = config.group_by or "family"
     values = [p.record.columns.get(column) for p in prompts]
@@ -165,7 +165,7 @@ def _scorers(
     policies: Sequence[Parent],
     prompts: Sequence[EncodedPrompt],
 ) -> dict[Answering, Scorer]:
-    """What scores each kind of answers. What is wrong with an entry shows here, before anything is answered."""
+    """The scorer of each kind of answers. A faulty entry raises its error here, before any prompt is answered."""
     config: Config = run.config
 
     def opened(ref: str) -> Parent:
@@ -226,7 +226,7 @@ def _scores(
 def _answer(
     run: Run, model: PreTrainedModel, encoder: Encoder, ids: Sequence[list[int]], advance: Callable[[int], None]
 ) -> Answered:
-    """Greedy and sampled answers; each process its share, then all."""
+    """Greedy and sampled answers. Each process generates its share, then all processes get all answers."""
     config: Config = run.config
     mine = run.engine.share(len(ids))
     both = []
@@ -262,10 +262,10 @@ def _logprobs(
 
 @torch.no_grad()
 def _bits_per_byte(model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], config: Config) -> float:
-    """−Σ log2 p(token) / bytes; a token is predicted from half to a whole context, or all that stands before it."""
+    """−Σ log2 p(token) / bytes. A token is predicted from at least half a context, or from all tokens before it."""
     nats, size = 0.0, 0
     context, stride = config.context_length, config.context_length // 2
-    windows: list[tuple[list[int], int]] = []  # tokens, and how many of the last ones count
+    windows: list[tuple[list[int], int]] = []  # tokens, and how many of them are scored, counted from the end
     for text, ids in zip(texts, encoder.documents(texts), strict=True):
         size += len(text.encode())
         windows.append((ids[:context], len(ids[:context]) - 1))
@@ -290,14 +290,14 @@ def _bits_per_byte(model: PreTrainedModel, encoder: Encoder, texts: Sequence[str
 
 
 def _reference(prompt: EncodedPrompt) -> str | None:
-    """The right answer to show beside the models': the column `answer`, else the conversation's own answer."""
+    """The right answer to show beside the models' answers: the column `answer`, else `reference` (data.load)."""
     columns = prompt.record.columns
     found = columns.get("answer", columns.get("reference"))
     return None if found is None else str(found)
 
 
 def _headline(results: dict[str, Any]) -> dict[str, float]:
-    """The last model's numbers, for the stage table."""
+    """The last model's metrics, for the table of stages."""
     last = results["models"][-1]
     out = {f"{last}/{metric}": estimate["value"] for metric, estimate in results["metrics"][last].items()}
     if last in results["win_rates"]:

@@ -1,1 +1,1 @@
-"""Generation: from a language model and prompts to rows of sampled answers that other stages read as data."""
+"""Generation: samples a language model's answers to prompts, as rows that other stages read as data."""

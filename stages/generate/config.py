@@ -27,28 +27,28 @@ class Config(StageConfig):
     data: list[SourceConfig] = Field(min_length=1)
     """Prompts."""
     num_generations: int = Field(default=4, ge=1)
-    """Answers to one prompt."""
+    """Number of answers to each prompt."""
     scores: list[RewardConfig] = Field(default_factory=list)
-    """What the answers are scored by: entries like those of the RL stages' `reward`, summed by weight."""
+    """How answers are scored: entries like those of the RL stages' `reward`, summed by weight."""
     keep: Literal["all", "best"] = "all"
-    """`best`: of a prompt's answers the one with the highest score, of equal ones the first (rejection sampling)."""
+    """`best`: keep each prompt's answer with the highest score, the first one of a tie (rejection sampling)."""
     min_score: float | None = None
-    """Answers that score less are left out, and counted."""
+    """Answers with a lower score are left out and counted."""
     unfinished: Literal["drop", "keep"] = "drop"
     """Answers that reached `max_new_tokens` without a stop token: left out and counted, or kept with `stopped: false`.
-    A model that is tuned on such answers learns to end in the middle."""
+    A model that is tuned on such answers learns to stop in mid-sentence."""
     temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature; 0: greedy, with one answer a prompt."""
+    """Sampling temperature; 0: greedy, with one answer per prompt."""
     top_k: int | None = Field(default=None, ge=1)
-    """Only the k likeliest tokens are drawn from; all when absent."""
+    """Sample from the k most probable tokens only; from all when absent."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Only the likeliest tokens that together have at least this probability are drawn from; all when absent."""
+    """Sample from the most probable tokens with at least this total probability only; from all when absent."""
     max_prompt_length: int = Field(default=256, ge=1)
-    """Longer prompts are dropped and counted, tokens."""
+    """Maximum tokens of a prompt; longer prompts are dropped and counted."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
-    """The stage refuses to start when more than this share of the prompts was dropped."""
+    """The stage refuses to start if more than this share of the prompts was dropped."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Tokens of an answer, at most."""
+    """Maximum tokens of an answer."""
     batch_size: int = Field(default=64, ge=1)
     """Answers decoded at once by one process."""
     model_args: ModelArguments = Field(default_factory=ModelArguments)
@@ -71,7 +71,7 @@ class Config(StageConfig):
 
 
 def parents(config: Config) -> dict[str, str]:
-    """The model that answers, and the reward models by `reward:` and their reference."""
+    """Role -> reference. A reward model's role is `reward:` and its reference."""
     return {"parent": config.parent, **{f"reward:{ref}": ref for entry in config.scores for ref in entry.references}}
 
 

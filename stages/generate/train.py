@@ -1,14 +1,15 @@
-"""Generation: a model answers each prompt several times; the answers, or the best of them, become rows.
+"""Generation: a model answers each prompt several times, and all or the best of its answers become rows.
 
     python -m stages.generate recipes/rejection.yaml
 
-Best of n by a verifier or a reward model, and instruction tuning on what is kept, is rejection sampling (Dong et al.
-2023, "RAFT", arXiv:2304.06767; Yuan et al. 2023, arXiv:2308.01825). A row is a conversation that ends with the answer,
-the prompt's own columns, `sample` (the answer's number, from 0), `stopped`, and with `scores` also `score` (the
-weighted sum) and `scores` (each entry's own value).
+Keeping the best of n answers by a verifier or a reward model, and tuning on them, is rejection sampling (Dong et al.
+2023, "RAFT", arXiv:2304.06767; Yuan et al. 2023, arXiv:2308.01825). A row holds a conversation that ends with the
+answer, the prompt's own columns, `sample` (the answer's number, from 0) and `stopped`. If the recipe has `scores`, it
+also holds `score` (the weighted sum) and `scores` (each entry's own value).
 
-Random numbers are keyed by (seed, section, prompt, sample), so neither processes nor batches change an answer. Finished
-prompts are kept in answers.jsonl until the rows are published: an interrupted stage goes on behind them.
+Random numbers are keyed by (seed, section, prompt, sample), so answers do not depend on the number of processes or the
+batch size. Answers to finished prompts stay in answers.jsonl until the rows are published; an interrupted stage
+continues after them.
 """
 
 import json
@@ -29,10 +30,10 @@ from training.model import Model, load_encoder
 from training.rewards import Scorer, load_rewards
 from training.run import Run
 
-# Columns of the prompts that the rows do not keep, since they have their own of that name; and `label`, which readers
-# of conversations would take for a verdict on the new answer.
+# Columns of the prompts that the rows do not keep: those that the rows have themselves, and `label`, which a reader of
+# conversations would take for a judgement of the new answer.
 _OWN = ("messages", "sample", "stopped", "score", "scores", "label")
-_CHUNK = 4  # batches that a process decodes between two lines of the journal
+_CHUNK = 4  # batches that a process decodes per line of the journal
 _SHOWN = 8  # rows in samples.jsonl
 
 
@@ -99,7 +100,7 @@ def train(run: Run) -> None:
 def _answers(
     run: Run, parent: Parent, encoder: Encoder, prompts: Sequence[EncodedPrompt], journal: Journal
 ) -> list[Completion]:
-    """`num_generations` answers to each prompt, those to one prompt together, in the prompts' order."""
+    """`num_generations` answers to each prompt, grouped by prompt, in the prompts' order."""
     config: Config = run.config
     n, engine = config.num_generations, run.engine
     lines = journal.lines() if run.is_main else []
@@ -140,7 +141,7 @@ def _answers(
 def _flat(
     config: Config, encoder: Encoder, prompts: Sequence[EncodedPrompt], completions: Sequence[Completion]
 ) -> Answers:
-    """The answers as rewards are given them; a prompt is repeated for each of its answers."""
+    """The answers in the form that rewards take; a prompt is repeated for each of its answers."""
     repeated = [prompt for prompt in prompts for _ in range(config.num_generations)]
     return Answers(
         prompts=[p.record.messages for p in repeated],
@@ -153,11 +154,11 @@ def _flat(
 
 
 def choose(config: Config, stopped: Sequence[bool], total: Sequence[float] | None) -> tuple[list[int], dict[str, int]]:
-    """(answers that become rows, in their order; how many were left out, by reason).
+    """(indices of the answers that become rows, in order; number of answers left out, by reason).
 
     Args:
-        stopped: (N,) for each answer whether it ended; the answers to one prompt are together.
-        total: (N,) scores, None where nothing is scored.
+        stopped: (N,), whether each answer ended with a stop token; the answers to one prompt are adjacent.
+        total: (N,) scores; None if the recipe scores nothing.
     """
     dropped = {"unfinished": 0, "below min_score": 0, "not the best": 0}
     kept: list[int] = []
@@ -194,7 +195,7 @@ def _rows(
 
 
 def _show(run: Run, answers: Answers, total: Sequence[float] | None, kept: Sequence[int]) -> None:
-    """The first rows, for the report."""
+    """Writes the first rows to samples.jsonl, for the report."""
     run.rewind(None)
     run.samples(
         0,
@@ -216,7 +217,7 @@ def _metrics(
     kept: Sequence[int],
     dropped: dict[str, int],
 ) -> dict[str, float]:
-    """Of all answers, but for what begins with `kept/`."""
+    """Metrics over all answers; those that begin with `kept/` are over the published rows only."""
     count = len(answers.texts)
     out: dict[str, float] = {
         "rows": len(kept),

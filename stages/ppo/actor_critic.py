@@ -16,7 +16,7 @@ from rollout.ragged import enabled, inputs, spread
 
 
 class Critic(nn.Module):
-    """A transformer body with a linear head that reads a value at every position."""
+    """A transformer body with a linear head that computes a value at every position."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """`model`: its body becomes the critic's; the head starts at zero."""
@@ -33,7 +33,7 @@ class Critic(nn.Module):
             self.head.bias.fill_(-mean * weight / std)
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        """Values (B, R), fp32: at an action, the value of everything before it; elsewhere they mean nothing."""
+        """Values (B, R), fp32: at an action, the value of the tokens before it; at other positions, arbitrary."""
         if enabled(self.body):
             hidden = self.body(**inputs(self.body, batch)).last_hidden_state[0, batch.unpadded.before]  # (A, H)
             return spread(self.head(hidden).squeeze(-1).float(), batch)
@@ -49,7 +49,7 @@ class Critic(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """`forward` gives what the losses need, for the actions of a padded batch only."""
+    """`forward` computes the losses' inputs at the completion tokens of a padded batch."""
 
     def __init__(self, policy: PreTrainedModel, critic: Critic | None) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ class ActorCritic(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """-> log-probabilities and entropies of the actions, values of the states before them: (B, R).
 
-        There are no values without a critic. Entropies carry a gradient only where it is asked for.
+        Values are None without a critic. Entropies have a gradient only if `entropy_gradient` is set.
         """
         logp, entropy = completion_logprobs(self.policy, batch, temperature, entropy_gradient)
-        # Copies, since FSDP hooks what a module returns and cannot do so on a view.
+        # Return copies: FSDP registers hooks on a module's outputs, which fails on views.
         values = self.critic(batch).clone() if self.critic is not None else None
         return logp.clone(), entropy, values
 
@@ -72,11 +72,11 @@ class ActorCritic(nn.Module):
 def micro_batches(
     lengths: Sequence[int], rows: Sequence[int], size: int, processes: int, *, padded: bool
 ) -> list[list[list[int]]]:
-    """Splits `rows` into micro-batches of at most `size` rows, for each process equally many.
+    """Splits `rows` into micro-batches of at most `size` rows, the same number for each process.
 
-    padded: rows of similar length share a micro-batch, so that little is padding. Otherwise every micro-batch, on any
-    process, gets about the same number of tokens, so that none takes much more memory or time. The number of rows has
-    to be a multiple of `processes`.
+    padded: rows of similar length share a micro-batch, so that there is little padding. Otherwise all micro-batches on
+    all processes get about the same number of tokens, so that none takes much more memory or time. The number of rows
+    must be a multiple of `processes`.
     """
     assert len(rows) % processes == 0
     ordered = sorted(rows, key=lambda row: (lengths[row], row))

@@ -1,8 +1,8 @@
 """Turns rewards of trajectories into advantages of tokens: one pure function per estimator, no model, no configuration.
 
-Legend: N trajectories, R tokens behind the prompt (right-padded), G trajectories of the same prompt, side by side.
+Legend: N trajectories, R tokens after the prompt (right-padded), G trajectories of the same prompt, adjacent.
 `mask` (N, R) bool is true at actions, the tokens that the policy chose. It is false in padding and at an environment's
-tokens between two turns; every result is 0 there. Time runs from action to action, over all turns of a trajectory.
+tokens between two turns; every result is 0 there. A time step is an action, counted through all turns of a trajectory.
 
 Papers: KL in the reward, Ziegler et al. 2019 (arXiv:1909.08593). GAE, Schulman et al. 2015 (arXiv:1506.02438). GRPO,
 Shao et al. 2024 (arXiv:2402.03300). Without its standard deviation, Liu et al. 2025, "Dr. GRPO" (arXiv:2503.20783).
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from stages.ppo.loss import masked, masked_whiten
 
-# Added to a group's standard deviation, as in TRL: a group of equal rewards then gives 0 and not a division by 0.
+# Added to a group's standard deviation, as in TRL, to avoid a division by 0 when all rewards of a group are equal.
 _STD_EPSILON = 1e-4
 
 
 def token_rewards(
     scores: Tensor, kl: Tensor | None, kl_coef: float, mask: Tensor, dense: Tensor | None = None
 ) -> Tensor:
-    """−β·KL at every action, and the trajectory's score added at its last action (Ziegler et al., eq. 2).
+    """−β·KL at every action, plus the trajectory's score at its last action (Ziegler et al., eq. 2).
 
     Args:
-        scores: (N,), all of a trajectory's score, that of `dense` included.
+        scores: (N,), each trajectory's total score, including `dense`.
         kl: (N, R), or None when the KL is in the loss.
         kl_coef: β.
-        mask: (N, R), at least one action a row.
-        dense: (N, R), the part of the score that belongs to single actions: what a reward model gave them, and each
+        mask: (N, R), at least one action per row.
+        dense: (N, R), the part of the score that belongs to single actions: a reward model's scores of tokens, and each
             turn's reward at the turn's last action. None: there is no such part.
 
     Returns:
@@ -55,9 +55,9 @@ def last_action(mask: Tensor) -> Tensor:
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """0 up to max_length − buffer tokens, then falling evenly to −1 at max_length (DAPO, eq. 13). (N,) -> (N,).
+    """0 up to max_length − buffer tokens, then a linear fall to −1 at max_length (DAPO, eq. 13). (N,) -> (N,).
 
-    lengths: actions of each trajectory.
+    lengths: number of actions of each trajectory.
     """
     over = lengths.float() - (max_length - buffer)
     return -(over / buffer).clamp(0, 1)
@@ -66,9 +66,9 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1} (GAE, eq. 11–16).
 
-    t + 1 is the next action, in the same turn or the next one of the policy. Trajectories are episodes: behind the last
-    action value and advantage are 0, whether it stopped or was cut off. `lam` is one number, or one for each trajectory
-    (N,). Returns (advantages, returns = A + V), both (N, R).
+    t + 1 is the next action, in the same turn or in the policy's next one. A trajectory is one episode: after the last
+    action, value and advantage are 0, whether the answer stopped or was cut off. `lam` is one number, or one for each
+    trajectory (N,). Returns (advantages, returns = A + V), both (N, R).
     """
     rewards, values = masked(rewards, mask), masked(values, mask)
     advantages = torch.zeros_like(rewards)
@@ -84,12 +84,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float 
 
 
 def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
-    """λ = 1 − 1/(α·length), at least 0: the more actions, the farther back the end is credited (VAPO). (N,)."""
+    """λ = 1 − 1/(α·length), at least 0: long trajectories carry the final reward back farther (VAPO). (N,)."""
     return (1 - 1 / (alpha * mask.sum(-1).float())).clamp(min=0)
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
-    """Rewards minus the first of their group, so that equal ones give exactly 0 and rounding errors are not scaled up.
+    """Rewards minus the first reward of their group: equal rewards give exactly 0, so no rounding error is scaled up.
 
     (N,) -> (N / G, G).
     """
@@ -100,7 +100,7 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
 def group_relative(rewards: Tensor, group_size: int, scale: bool) -> Tensor:
     """(r − mean of the group) / deviation of the group (GRPO, section 4.1.2); without `scale` only centred (Dr. GRPO).
 
-    The deviation is the sample's (G − 1). rewards (N,), whole groups side by side -> (N,).
+    The deviation is the sample standard deviation (divisor G − 1). rewards (N,), groups adjacent -> (N,).
     """
     groups = _groups(rewards, group_size)
     centred = groups - groups.mean(-1, keepdim=True)
@@ -119,7 +119,7 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
 def global_baseline(rewards: Tensor, mask: Tensor, gamma: float, group_size: int) -> Tensor:
     """Σ_{s≥t} γ^(s−t) r_s over actions, scaled over all actions of the batch to mean 0 and deviation 1 (REINFORCE++).
 
-    Where a prompt has several trajectories, their mean total is first taken off each one's last action (the paper's
+    If a prompt has several trajectories, their mean total is first subtracted at the last action of each (the paper's
     variant with a group baseline). rewards (N, R) -> (N, R).
     """
     rewards = masked(rewards, mask)
@@ -137,18 +137,18 @@ def global_baseline(rewards: Tensor, mask: Tensor, gamma: float, group_size: int
 
 
 def over_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Every action of a trajectory gets the trajectory's advantage. (N,) -> (N, R)."""
+    """Gives every action of a trajectory the trajectory's advantage. (N,) -> (N, R)."""
     return masked(advantages[:, None].expand(mask.shape), mask)
 
 
 def without_signal(scores: Tensor, group_size: int) -> Tensor:
-    """Groups whose answers all have the same score, from which nothing can be learned (DAPO, eq. 11). -> (N / G,)."""
+    """True for each group whose answers all have the same score: it teaches nothing (DAPO, eq. 11). -> (N / G,)."""
     groups = scores.view(-1, group_size)
     return (groups.amax(-1) - groups.amin(-1)) < 1e-6
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var(R − V) / Var(R) over the mask: 1 perfect, 0 as good as a constant, below 0 worse. ()."""
+    """1 − Var(R − V) / Var(R) over the mask: 1 is perfect, 0 as good as a constant, below 0 worse than one. ()."""
     residual, target = (returns - values)[mask], returns[mask]
     return 1 - residual.var(unbiased=False) / target.var(unbiased=False).clamp(min=1e-8)
 

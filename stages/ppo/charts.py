@@ -1,4 +1,4 @@
-"""What the report shows of a policy-gradient stage: charts and section. Metrics have TRL's names. No torch."""
+"""The charts and the section of a policy-gradient stage in the report. Metrics have TRL's names. No torch here."""
 
 from training.declaration import Chart, Line, PartsChart, PathChart, Section, held_out
 

@@ -25,7 +25,7 @@ DECLARATION = Declaration(
 
 
 def _refuse_unread(config: BaseModel, keys: Iterable[str], condition: str) -> None:
-    """Raises ValueError for a key that the recipe gives but the stage would not read."""
+    """Raises ValueError if the recipe gives a key that the stage would not read."""
     for key in keys:
         if key in config.model_fields_set:
             raise ValueError(f"`{key}` is not read unless {condition}")
@@ -35,27 +35,28 @@ class AdvantageArguments(Strict):
     """How an answer's reward becomes advantages. Which of these keys are read depends on the section's `advantage`."""
 
     num_generations: int = Field(default=1, ge=1)
-    """G, answers to one prompt in one iteration; at least 2 for `group` and `leave_one_out`."""
+    """G, number of answers to one prompt in one iteration; at least 2 for `group` and `leave_one_out`."""
     gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount of a token's reward: `gae` and `global_baseline`."""
+    """γ, discount per token, for `gae` and `global_baseline`."""
     lam: float | Literal["length_adaptive"] = 0.95
     """λ of GAE: 1 is the Monte-Carlo return, 0 the one-step error; `length_adaptive`: 1 − 1/(lam_alpha · length)."""
     lam_alpha: float = Field(default=0.05, gt=0)
     """α of the length-adaptive λ."""
     critic_lam: float | None = Field(default=None, ge=0, le=1)
-    """λ of the critic's returns, if it differs from that of the advantages."""
+    """λ of the critic's returns, if different from that of the advantages."""
     whiten_advantages: bool = True
     """`gae` only: advantages are scaled to mean 0 and deviation 1 over the iteration."""
     scale_rewards: bool = True
     """`group` only: divide by the group's standard deviation."""
     overlong_buffer: int = Field(default=0, ge=0)
-    """Tokens before `max_completion_length` over which a penalty rises to `overlong_penalty`; 0: no such penalty."""
+    """Number of tokens before `max_completion_length` over which a penalty rises linearly to `overlong_penalty`; 0: no
+    such penalty."""
     overlong_penalty: float = Field(default=1.0, gt=0)
-    """Penalty of the longest answer."""
+    """Penalty on an answer of `max_completion_length` tokens."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Penalty on the score of an answer that did not end with a stop token."""
     mask_truncated_completions: bool = False
-    """Exclude answers that did not end from training."""
+    """Exclude answers without a stop token from the loss."""
     dynamic_sampling_rounds: int = Field(default=0, ge=0)
     """Maximum further rounds of sampling that replace groups with equal scores by other prompts' groups."""
 
@@ -76,26 +77,27 @@ class LossArguments(Strict):
     """The losses of policy and critic."""
 
     policy_loss: Literal["clip", "clip_higher", "dual_clip", "gspo", "cispo"] = "clip"
-    """PPO's clipping; with an upper range of its own (DAPO: 0.2 and 0.28); bounded for bad tokens; one ratio an answer
-    (GSPO: 3e-4 and 4e-4, with `loss_normaliser: sequence`); a clipped weight (CISPO)."""
+    """`clip`: PPO. `clip_higher`: with a separate upper range (DAPO: 0.2 and 0.28). `dual_clip`: with a bound for
+    negative advantages. `gspo`: one ratio per answer (GSPO: 3e-4 and 4e-4, with `loss_normaliser: sequence`). `cispo`:
+    clipped weights."""
     cliprange: float = Field(default=0.2, gt=0, lt=1)
-    """ε: how far a ratio may fall below 1, and rise above it unless `cliprange_high` is given."""
+    """ε: how far a ratio may fall below 1, and also rise above 1 unless `cliprange_high` is given."""
     cliprange_high: float | None = Field(default=None, gt=0)
-    """How far a ratio may rise above 1; `clip_higher` and `cispo` need it, `gspo` may have it."""
+    """How far a ratio may rise above 1; required for `clip_higher` and `cispo`, optional for `gspo`."""
     dual_clip: float = Field(default=3.0, gt=1)
-    """c of `dual_clip`: the loss of a token with negative advantage is at most c times it."""
+    """c of `dual_clip`: the loss of a token with negative advantage is at most c times the absolute advantage."""
     loss_normaliser: Literal["token", "sequence", "constant"] = "token"
-    """A minibatch's loss is the mean over its tokens; over its answers' means; or the sum by answers times
-    `max_completion_length`."""
+    """A minibatch's loss is `token`: the mean over its tokens; `sequence`: the mean of its answers' means; `constant`:
+    the sum divided by (number of answers · `max_completion_length`)."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
     vf_coef: float = Field(default=0.1, gt=0)
-    """Weight of the value loss beside the policy loss."""
+    """Weight of the value loss relative to the policy loss."""
     cliprange_value: float = Field(default=0.2, gt=0)
     """How far a value may move from its old one before its loss is clipped, in units of the normalised reward."""
     importance_sampling: Literal["none", "token", "sequence"] = "none"
-    """Weigh losses by how probable the policy finds what the engine sampled, each token or each answer as a whole.
-    Needed where the engine's numbers are not the trainer's."""
+    """Multiply losses by the ratio of the trainer's to the engine's probability, per token or per answer. For engines
+    whose probabilities differ from the trainer's, such as vLLM."""
     importance_cap: float = Field(default=2.0, gt=0)
     """Upper bound of the importance weights."""
 
@@ -117,7 +119,7 @@ class LossArguments(Strict):
 
     @property
     def cliprange_above(self) -> float:
-        """`cliprange_high`, or where it is not given `cliprange`."""
+        """`cliprange_high` if given, else `cliprange`."""
         return self.cliprange if self.cliprange_high is None else self.cliprange_high
 
 
@@ -125,23 +127,23 @@ class KLArguments(Strict):
     """The KL penalty towards the reference."""
 
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the penalty goes: into each token's reward or into the loss. Never both."""
+    """Whether the penalty is part of each token's reward or of the loss."""
     kl_estimator: Literal["k1", "k2", "k3", "auto"] = "auto"
     """`auto`: k1 in the reward, k3 in the loss."""
     kl_coef: float = Field(default=0.05, ge=0)
     """β, weight of the KL penalty (per nat)."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    """`adaptive` moves β so that the KL of an answer goes to `kl_target`."""
+    """`adaptive` changes β to bring the KL per answer to `kl_target`."""
     kl_target: float = Field(default=6.0, gt=0)
     """Target KL of the adaptive controller, in nats per answer."""
     kl_horizon: float = Field(default=10000.0, gt=0)
     """Horizon of the adaptive controller, in answers."""
     sync_ref_model: bool = False
-    """Whether the reference follows the policy."""
+    """Whether the reference is moved towards the policy at intervals."""
     ref_model_sync_steps: int = Field(default=10, ge=1)
     """Iterations between two updates of the reference."""
     ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
-    """The moved reference is α·policy + (1 − α)·reference; 1: it becomes the policy."""
+    """α of the update reference ← α·policy + (1 − α)·reference; 1: the reference becomes the policy."""
 
     @model_validator(mode="after")
     def _kl_keys_read(self) -> Self:
@@ -176,8 +178,8 @@ class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerCo
     iterations: int = Field(default=50, ge=1)
     """Iterations of sampling and training."""
     rollout_batch_size: int = Field(default=64, ge=2)
-    """Answers of one iteration, over all processes; a multiple of `num_generations` and of `num_mini_batches` times
-    processes."""
+    """Answers of one iteration, over all processes; a multiple of `num_generations` and of (`num_mini_batches` · number
+    of processes)."""
     num_ppo_epochs: int = Field(default=2, ge=1)
     """Passes over each iteration's answers."""
     num_mini_batches: int = Field(default=2, ge=1)
@@ -191,7 +193,7 @@ class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerCo
     lr_decay: Literal["none", "linear"] = "linear"
     """`linear`: both learning rates fall to a tenth of their peak over the run."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; log-probabilities are those of the tempered distribution too."""
+    """Sampling temperature. All log-probabilities are computed at this temperature too."""
     max_completion_length: int = Field(default=64, ge=1)
     """Maximum tokens of an answer."""
     rollout_micro_batch_size: int = Field(default=64, ge=1)
@@ -199,7 +201,7 @@ class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerCo
     save_iterations: int = Field(default=0, ge=0)
     """Iterations between two saved states; 0: every tenth of the run."""
     sample_iterations: int = Field(default=10, ge=1)
-    """Iterations between two evaluations on held-out prompts: logs their score, adds some answers to samples.jsonl."""
+    """Iterations between two evaluations on held-out prompts, which log scores and add answers to samples.jsonl."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -217,31 +219,32 @@ class GuardConfig(Strict):
     """When training stops early, and which model is kept. Each stop names its cause and the remedy (exit code 3)."""
 
     probe_prompts: int = Field(default=16, ge=0)
-    """Prompts that are answered before training, each `num_generations` times and at least four times, to see whether
-    there is anything to learn from; 0: no such probe."""
+    """Number of prompts in a probe before training, which checks that answers end and that their rewards differ. Each
+    prompt is answered `num_generations` times, at least four times; 0: no probe."""
     max_truncated: float = Field(default=0.5, ge=0, le=1)
-    """Share of the probe's answers that may reach `max_completion_length`."""
+    """Maximum share of the probe's answers that reach `max_completion_length`."""
     max_without_signal: float = Field(default=0.9, ge=0, le=1)
-    """Share of the probe's prompts whose answers may all have the same score."""
+    """Maximum share of the probe's prompts whose answers all have the same score."""
     kl_limit: float = Field(default=50.0, gt=0)
     """KL in nats per answer above which the stage stops, because the policy is too far from the reference."""
     mismatch_limit: float = Field(default=0.05, gt=0)
-    """Mean difference, in nats a token, of the log-probabilities of engine and trainer, above which the stage stops."""
+    """The stage stops when the log-probabilities of engine and trainer differ by more than this on average, in nats per
+    token."""
     entropy_floor: float = Field(default=0.05, ge=0, lt=1)
     """The stage stops when the answers' entropy falls below this share of its value in the first iteration."""
     patience: int = Field(default=10, ge=1)
-    """Iterations in a row with one and the same reward everywhere, without any answer that ends, or with a critic worse
-    than a constant, after which the stage stops."""
+    """The stage stops after this many consecutive iterations in which all rewards are equal, no answer has a stop
+    token, or the critic predicts worse than a constant."""
     on_overoptimization: Literal["stop", "rollback", "warn"] = "stop"
-    """When the score rises at held-out prompts and the monitor falls: end here with the best model; go back to it, with
-    half the learning rate and twice the KL coefficient; or only say so."""
+    """What to do when the held-out score rises and the monitor falls. `stop`: end with the best model. `rollback`:
+    continue from the best model with half the learning rate and twice the KL coefficient. `warn`: print a warning."""
     overoptimization_looks: int = Field(default=2, ge=1)
     """Consecutive evaluations that must show over-optimisation."""
     max_rollbacks: int = Field(default=2, ge=1)
-    """The stage stops after this many rollbacks."""
+    """Maximum number of rollbacks; at the next over-optimisation the stage stops."""
     keep: Literal["best", "last"] = "best"
-    """`best`: of the policies looked at, the one with the highest held-out monitor, or without a monitor the highest
-    score less `kl_coef` times KL. `last`: the one that training ended with."""
+    """`best`: the evaluated policy with the highest held-out monitor, or without a monitor the highest score minus
+    `kl_coef` times KL. `last`: the policy at the end of training."""
 
     @model_validator(mode="after")
     def _guards_read(self) -> Self:
@@ -258,24 +261,25 @@ class Config(StageConfig):
     parent: str
     """The policy to start from; its frozen copy is the reference."""
     advantage: Literal["gae", "group", "leave_one_out", "global_baseline"] = "gae"
-    """PPO with a critic; GRPO; RLOO; REINFORCE++. Only the first has a critic."""
+    """`gae`: PPO with a critic. `group`: GRPO. `leave_one_out`: RLOO. `global_baseline`: REINFORCE++."""
     reward: list[RewardConfig] = Field(min_length=1)
     """The rewards; training maximises their weighted sum."""
     monitor: list[RewardConfig] = Field(default_factory=list)
-    """Measured at held-out prompts and never trained on: a gold score, a judge, another reward model. Over-optimisation
-    shows against their weighted sum, and the kept model is chosen by it."""
+    """Scores measured on held-out prompts and never trained on, such as a gold score, a judge or another reward model.
+    Their weighted sum serves to detect over-optimisation and to choose the kept model."""
     critic: str | None = None
-    """Reward model that initialises the critic; by default the first one under `reward`, else the policy's body."""
+    """Reward model that initialises the critic; by default the first one under `reward`, or without one the policy's
+    body."""
     data: list[SourceConfig] = Field(min_length=1)
     """Prompts."""
     eval_data: list[SourceConfig] = Field(default_factory=list)
-    """Held-out prompts, answered every `sample_iterations`."""
+    """Held-out prompts, answered every `sample_iterations` iterations."""
     max_prompt_length: int = Field(default=256, ge=1)
     """Longer prompts are dropped and counted."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
-    """The stage refuses to start when more than this share of the prompts was dropped."""
+    """The stage refuses to start if more than this share of the prompts was dropped."""
     vllm: VLLMConfig | None = None
-    """Sample with vLLM; without it, the in-process engine samples."""
+    """Settings for sampling with vLLM; when absent, the in-process engine samples."""
     model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
     train: PPOTrainConfig = Field(default_factory=PPOTrainConfig)
@@ -325,7 +329,7 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory."""
+    """Models that the section holds in memory."""
     held = [HeldModel("policy", config.parent, trained=True), HeldModel("reference", config.parent)]
     if config.advantage == "gae":
         note = "" if config.critic_parent is not None else "the policy's body, a new head"

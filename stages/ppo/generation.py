@@ -1,4 +1,4 @@
-"""The engine that the policy answers with: in this process, or vLLM, which is given the policy's weights first."""
+"""The engine that samples the policy's answers: the one in this process, or vLLM with a copy of the weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +15,7 @@ from training.model import Model
 
 
 class Generator:
-    """Completions of the policy that is being trained, and its forward passes without gradients."""
+    """Completions and forward passes without gradients, both of the policy in training."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Generator:
         model: nn.Module,
         vllm: VLLMEngine | None,
     ) -> None:
-        """`processes`: the training engine. `batch_size`: rows that the engine of this process decodes at once."""
+        """`processes`: the training engine. `batch_size`: rows that the in-process engine decodes at once."""
         self.spec = spec
         self._seed, self._batch_size = seed, batch_size
         self._processes, self._model, self._vllm = processes, model, vllm
@@ -34,21 +34,21 @@ class Generator:
         self.recomputes = vllm is not None or processes.bf16
         """Whether the trainer's log-probabilities may differ from the engine's."""
         self.central = vllm is not None and vllm.central
-        """Whether the main process alone can ask for completions."""
+        """Whether only the main process can request completions."""
         self.together = vllm.together if vllm is not None else 1
-        """Neighbouring processes that have to ask for the same completions, since they share one vLLM."""
+        """Number of neighbouring processes that share one vLLM and must request the same completions."""
 
     def weights_moved(self) -> None:
-        """An engine with weights of its own has to be given the policy's before it answers again."""
+        """Notes that the policy's weights have changed, which makes the copy in vLLM stale."""
         self._version += 1
 
     @property
     def stale(self) -> bool:
-        """Whether the engine has other weights than the policy."""
+        """Whether vLLM's weights are older than the policy's."""
         return self._vllm is not None and self._pushed < self._version
 
     def push_weights(self) -> None:
-        """Gives vLLM the policy's weights. Every process calls it."""
+        """Sends the policy's weights to vLLM. Every process calls it."""
         assert self._vllm is not None
         with self._processes.whole(self._model) as actor:
             self._vllm.update_weights(actor.policy.named_parameters(), self._version)
@@ -56,9 +56,8 @@ class Generator:
 
     @contextmanager
     def engine(self) -> Iterator[ActorCritic | None]:
-        """What `complete` needs. Every process enters; inside, each may call `complete` as often as it needs.
-
-        Under engines that shard the model, making it whole is a collective; completing is not.
+        """The model that `complete` takes; None with vLLM. Every process must enter this context. Inside it, each may
+        call `complete` any number of times: only gathering a sharded model is a collective operation.
         """
         if self._vllm is not None:
             yield None
@@ -76,12 +75,12 @@ class Generator:
         return generate(actor.policy, contexts, self.spec, keys, self._seed, self._batch_size)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The precision of training."""
+        """A context with the precision of training."""
         return self._processes.autocast()
 
     @contextmanager
     def inference(self) -> Iterator[ActorCritic]:
-        """Policy and critic, whole, for forward passes without gradients in the precision of training."""
+        """Policy and critic with all weights gathered, for forward passes without gradients in training's precision."""
         with torch.no_grad(), self._processes.whole(self._model) as actor, self._processes.autocast():
             yield actor
 

@@ -1,10 +1,10 @@
-"""What watches over a policy-gradient run: a probe before it, named stops during it, and which policy is kept.
+"""Guards of a policy-gradient run: a probe before training, early stops during it, and the choice of the kept policy.
 
-Rewards are proxies. What is optimised hard enough against a proxy comes apart from what was meant (Gao et al. 2022,
-arXiv:2210.10760), so every look at held-out prompts is a point on the plane of KL and reward; the kept policy is the
-best of these points, and a score that rises while the monitor falls ends the run or takes it back.
+A reward is a proxy, and optimising a proxy too far makes the true objective worse (Gao et al. 2022, arXiv:2210.10760).
+So the policy is evaluated on held-out prompts from time to time; such an evaluation is called a look. The kept policy
+is the one of the best look. If the score rises while the monitor falls, the run stops or goes back to that policy.
 
-Nothing here touches a model. `Watch` is plain data, so that a resumed run goes on judging where it was.
+Nothing here uses a model. `Watch` is plain data that is saved, so that a resumed run continues with the same history.
 """
 
 import math
@@ -20,23 +20,23 @@ from stages.ppo.config import GuardConfig, PPOTrainConfig
 from stages.ppo.metrics import mean as mean_of
 from stages.ppo.sampler import rewards_of
 
-# Before the first optimizer step the policy is the one that sampled: a ratio off 1 by more is a bug, not training.
+# Before the first optimizer step the policy equals the one that sampled, so a larger deviation from 1 is a bug.
 _FIRST_RATIO_TOLERANCE = 0.01
-# Differences of two means are taken for real from here on, in standard errors.
+# A difference of two means above this number of standard errors counts as significant.
 _SIGNIFICANT = 2.0
 _PROBE_ANSWERS = 4
 
 
 def probe_size(t: PPOTrainConfig) -> int:
-    """Answers to each prompt of the probe: as many as training compares, or enough to see whether they differ."""
+    """Answers to each prompt of the probe: `num_generations`, but at least enough to see whether they differ."""
     return max(_PROBE_ANSWERS, t.num_generations)
 
 
 def probe(batch: TrajectoryBatch, t: PPOTrainConfig, guards: GuardConfig) -> dict[str, float]:
-    """Whether there is anything to learn from: `batch` holds `probe_size` answers to each prompt.
+    """Checks before training that the rewards give a signal; returns metrics. `batch`: `probe_size` answers per prompt.
 
     Raises:
-        GateError: nearly all answers are cut off, or nearly no prompt has answers of different reward.
+        GateError: too many answers are cut off, or too few prompts have answers with different rewards.
     """
     cpu = torch.device("cpu")
     rewards = rewards_of(batch, t, cpu)
@@ -62,30 +62,30 @@ def probe(batch: TrajectoryBatch, t: PPOTrainConfig, guards: GuardConfig) -> dic
 
 @dataclass
 class Look:
-    """What held-out prompts said after an iteration; `monitor_error` is the standard error."""
+    """An evaluation on held-out prompts after an iteration; `monitor_error` is the standard error of `monitor`."""
 
     step: int
     score: float
     kl: float
     length: float
     monitor: float
-    """The monitor's mean; without one, what the learned score would be at the first look's length."""
+    """The monitor's mean; without a monitor, the estimated score at the mean length of the first look."""
     monitor_error: float
 
 
 @dataclass
 class Watch:
-    """The memory of the guards: goes into every saved state."""
+    """What the guards have seen so far; part of every saved state."""
 
     looks: list[Look] = field(default_factory=list)
     score_per_token: float = 0.0
-    """Slope of a learned score on length at the first look, for the length-controlled score; 0: nothing learned."""
+    """Slope of the score on length at the first look, for the length-controlled score; 0 without a reward model."""
     first_entropy: float | None = None
     constant: int = 0
     endless: int = 0
     blind_critic: int = 0
     divergent: int = 0
-    """Looks in a row that show over-optimisation."""
+    """Number of consecutive looks that show over-optimisation."""
     rollbacks: int = 0
     alarms: list[str] = field(default_factory=list)
 
@@ -95,13 +95,13 @@ class Watch:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Watch":
-        """What `state` gave."""
+        """Restores a `Watch` from the result of `state`."""
         return cls(**{**state, "looks": [Look(**look) for look in state["looks"]]})
 
     def after_iteration(
         self, metrics: dict[str, float], rewards: torch.Tensor, iteration: int, guards: GuardConfig
     ) -> None:
-        """Raises GateError, in plain words, when going on cannot help. `rewards` (N,): those that were trained on."""
+        """Raises GateError, with cause and remedy, when training must stop. `rewards` (N,): the ones of training."""
         where = f"iteration {iteration}"
         if metrics["objective/kl"] > guards.kl_limit:
             raise GateError(
@@ -149,9 +149,9 @@ class Watch:
             )
 
     def look(self, step: int, batch: TrajectoryBatch, learned: bool) -> Look:
-        """Judges the answers to the held-out prompts; `over_optimized` then says whether the run has gone wrong.
+        """Adds a look from the answers to the held-out prompts; `over_optimized` takes it into account.
 
-        `learned`: the score is, at least in part, a reward model's, and may like length for its own sake.
+        `learned`: at least a part of the score comes from a reward model, which may prefer long answers as such.
         """
         scores, lengths = batch.reward, batch.action_count.double()
         if not self.looks and learned:
@@ -176,7 +176,7 @@ class Watch:
         return max(self.looks, key=lambda look: look.monitor)
 
     def over_optimized(self, guards: GuardConfig) -> str | None:
-        """In words, when the score has risen and the monitor has fallen for long enough."""
+        """A description of the over-optimisation if enough consecutive looks show it, else None."""
         if self.divergent < guards.overoptimization_looks:
             return None
         best, last = self._peak(), self.looks[-1]
@@ -188,9 +188,9 @@ class Watch:
         )
 
     def best(self, kl_coef: float, monitored: bool) -> int | None:
-        """The iteration whose policy is to be kept: highest monitor, or without one highest score − β·KL; the first of
-        equals. No policy that was looked at is better in both KL and reward, so it lies on their frontier. None before
-        the first look at a policy that has been trained."""
+        """The iteration whose policy is kept: the one with the highest monitor, or without a monitor the highest
+        score − β·KL (then no other look has both less KL and more reward); the first one of equals. None before the
+        first look after training has begun."""
         trained = [look for look in self.looks if look.step > 0]
         best = max(
             trained, key=lambda look: look.monitor if monitored else look.score - kl_coef * look.kl, default=None
@@ -199,6 +199,6 @@ class Watch:
 
 
 def _mean(values: torch.Tensor) -> tuple[float, float]:
-    """Mean and its standard error."""
+    """The mean and its standard error."""
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return values.mean().item(), error

@@ -1,12 +1,12 @@
 """The losses of the policy-gradient family as functions of tensors: no model, no configuration, no ranks.
 
-Legend: B rows, R tokens behind the prompt (right-padded), `mask` (B, R) bool, true at the actions that are trained on:
-tokens that the policy chose, of one turn or several. Every count, mean and length below is one of actions.
+Legend: B rows, R tokens after the prompt (right-padded), `mask` (B, R) bool, true at the actions that are trained on:
+tokens that the policy chose, in one turn or several. Counts, means and lengths below are over actions.
 
-A policy loss gives one number a token. `total` weighs them by the chosen normaliser, and the caller divides once, by
-`count` over all micro-batches and processes, so that neither accumulation nor the number of processes changes a
-gradient. Masked positions are selected away with `where`, never multiplied by zero: whatever stands in padding or at an
-environment's tokens, NaN included, changes nothing.
+A policy loss gives one number per token. `total` weights and sums them by the chosen normaliser, and the caller divides
+once, by `count` over all micro-batches and processes, so that gradients do not depend on accumulation or the number of
+processes. Masked positions are removed with `where`, not multiplied by zero, so that values there, even NaN, have no
+effect.
 
 Papers: PPO, Schulman et al. 2017 (arXiv:1707.06347). Adaptive KL coefficient, Ziegler et al. 2019 (arXiv:1909.08593).
 k1, k2, k3: Schulman 2020, "Approximating KL Divergence". Clip-higher, token normaliser: Yu et al. 2025, DAPO
@@ -26,7 +26,7 @@ Sums = dict[str, Tensor]
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Values with zero where the mask is off; gradients there are zero, too."""
+    """Values with zero where the mask is false; their gradients there are zero too."""
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
@@ -40,7 +40,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     mean = masked_mean(values, mask)
     variance = masked_mean((masked(values, mask) - mean) ** 2, mask)
     centred = values - mean if shift_mean else values
-    if shift_mean:  # again, since for nearly equal values the rounding error of the mean exceeds their deviation
+    if shift_mean:  # centre again: for nearly equal values the mean's rounding error exceeds their deviation
         centred = centred - masked_mean(centred, mask)
     return masked(centred * torch.rsqrt(variance + 1e-8), mask)
 
@@ -57,9 +57,9 @@ def total(losses: Tensor, mask: Tensor, normaliser: Normaliser) -> Tensor:
 
 
 def count(lengths: Sequence[int], normaliser: Normaliser, max_length: int) -> int:
-    """The divisor of `total` for rows with these numbers of trained actions: actions, rows, or rows · `max_length`.
+    """The divisor of `total`: number of actions, of rows, or of rows · `max_length`. At least 1.
 
-    A row without trained actions counts for nothing. At least 1.
+    lengths: number of trained actions of each row. A row without any is not counted.
     """
     if normaliser == "token":
         return max(1, sum(lengths))
@@ -86,7 +86,7 @@ def clip_loss(
 def dual_clip_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, dual: float
 ) -> tuple[Tensor, Sums]:
-    """The clipped loss, for A < 0 at most −dual·A, so that a huge ratio cannot dominate a step (Ye et al., eq. 5).
+    """The clipped loss, limited to −dual·A for A < 0, so that a huge ratio cannot dominate a step (Ye et al., eq. 5).
 
     `dual` > 1 + high. All (B, R). Returns as `clip_loss`.
     """
@@ -101,9 +101,9 @@ def dual_clip_loss(
 def sequence_ratio_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[Tensor, Sums]:
-    """The clipped loss with one ratio a trajectory, the geometric mean over its actions (GSPO, eq. 5–7).
+    """The clipped loss with one ratio per trajectory, the geometric mean over its actions (GSPO, eq. 5–7).
 
-    All (B, R); a trajectory's loss stands at each of its actions. Returns as `clip_loss`; approxkl is the tokens' own.
+    All (B, R); each action has its trajectory's loss. Returns as `clip_loss`; approxkl uses the ratios of tokens.
     """
     log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
     mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -115,9 +115,9 @@ def sequence_ratio_loss(
 def clipped_weight_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, high: float
 ) -> tuple[Tensor, Sums]:
-    """−sg(min(r, 1 + high)) A log π: the weight is clipped, no token loses its gradient (CISPO, eq. 4–5).
+    """−sg(min(r, 1 + high)) A log π: clips the weight, so that every token keeps a gradient (CISPO, eq. 4–5).
 
-    The paper sets no lower bound, nor does this. All (B, R). Returns as `clip_loss`.
+    As in the paper, there is no lower bound. All (B, R). Returns as `clip_loss`.
     """
     log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
     ratio = log_ratio.exp()
@@ -141,7 +141,7 @@ def _sums(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor) -> Su
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float
 ) -> tuple[Tensor, Sums]:
-    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), the value loss that goes with PPO's clipping (openai/baselines).
+    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), the clipped value loss of PPO implementations (openai/baselines).
 
     All (B, R). Returns (losses (B, R), sums over the mask of clipfrac).
     """
@@ -157,19 +157,19 @@ def value_loss(
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """log π/π_ref at tokens sampled from π: unbiased, may be negative; the one to put into a reward. (B, R) nats."""
+    """log π/π_ref at tokens sampled from π: unbiased, may be negative; for use in the reward. (B, R) nats."""
     return logp - ref_logp
 
 
 def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """½ (log π/π_ref)²: biased, never negative; its gradient is an unbiased one of the KL. (B, R) nats."""
+    """½ (log π/π_ref)²: biased, never negative; its gradient is an unbiased estimate of the KL's. (B, R) nats."""
     return 0.5 * (logp - ref_logp) ** 2
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """π_ref/π − 1 − log π_ref/π: unbiased, never negative; the one that GRPO puts into its loss. (B, R) nats.
+    """π_ref/π − 1 − log π_ref/π: unbiased, never negative; GRPO's loss uses it. (B, R) nats.
 
-    Its gradient, though, is that of KL(π_ref ‖ π).
+    Its gradient, however, is that of KL(π_ref ‖ π).
     """
     ratio = ref_logp - logp
     return torch.expm1(ratio) - ratio
@@ -179,6 +179,6 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, samples: int) -> float:
-    """Proportional controller of the coefficient (after Ziegler et al., section 2.2). kl, target: nats an answer."""
+    """Proportional controller of the coefficient (after Ziegler et al., section 2.2). kl, target: nats per answer."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * samples / horizon)

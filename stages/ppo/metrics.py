@@ -1,4 +1,4 @@
-"""What is logged about an iteration, under TRL's names so that its dashboards go on working."""
+"""Metrics of an iteration, under TRL's names, so that dashboards made for TRL work."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,10 @@ _SHOWN = 8
 def iteration_metrics(
     batch: TrajectoryBatch, total: dict[str, float], t: PPOTrainConfig, kl_coef: float
 ) -> dict[str, float]:
-    """Means over the trajectories of an iteration and over the actions that it trained on.
+    """Means over the trajectories of an iteration and over the actions trained on.
 
-    `total`: sums over those actions, on all processes; without the ones that a loss has not, or that were skipped.
+    `total`: sums over those actions, on all processes. A sum is absent if the chosen losses do not compute it or all
+    steps were skipped.
     """
     assert batch.old_logp is not None
     stopped = int(batch.stopped.sum())
@@ -52,12 +53,12 @@ def iteration_metrics(
 
 
 def mean(values: Tensor) -> float:
-    """(N,) -> its mean, added up from the first to the last, whatever the number of threads."""
+    """(N,) -> the mean. Summed in order, so that the number of threads does not change the result."""
     return values.double().cumsum(0)[-1].item() / len(values)
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of a text's tokens that occurred in it before.
+    """Share of a text's token n-grams that already occurred earlier in the text.
 
     >>> repetition([1, 2, 1, 2, 1, 2], n=2)
     0.6
@@ -67,13 +68,13 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
 
 
 def mean_repetition(batch: TrajectoryBatch) -> float:
-    """Mean over the trajectories of `repetition` among the tokens that the policy chose."""
+    """Mean over the trajectories of `repetition`, computed on the tokens that the policy chose."""
     ids = batch.ids[batch.actions].split(batch.action_count.tolist())
     return sum(repetition(own.tolist()) for own in ids) / len(batch)
 
 
 def part_means(batch: TrajectoryBatch, prefix: str) -> dict[str, float]:
-    """Mean of each reward over the trajectories on which it had an opinion, and on how many it had none."""
+    """Mean of each reward over the trajectories that it scored, and the number of those that it did not score."""
     assert batch.parts is not None
     means = {}
     for name, values in zip(batch.part_names, batch.parts.T, strict=True):
@@ -86,7 +87,7 @@ def part_means(batch: TrajectoryBatch, prefix: str) -> dict[str, float]:
 
 
 def shown(batch: TrajectoryBatch, prompts: Sequence[EncodedPrompt], encoder: Encoder) -> list[dict[str, Any]]:
-    """The first answers to `prompts`, for people to read. A trajectory of several turns shows all that was said."""
+    """The first answers to `prompts`, for samples.jsonl. A completion contains all the policy's turns."""
     assert batch.parts is not None
     rows = []
     for i in range(min(_SHOWN, len(batch))):
@@ -105,7 +106,7 @@ def shown(batch: TrajectoryBatch, prompts: Sequence[EncodedPrompt], encoder: Enc
 
 
 def judged(config: Config) -> dict[str, float]:
-    """What this process asked of judges since the last call: questions, tokens, cost, refusals."""
+    """This process's requests to judges since the last call: counts, tokens, cost, refusals."""
     if not any(entry.function == "judge" for entry in (*config.reward, *config.monitor)):
         return {}
     from reward.judge import judge_statistics, reset_judge_statistics

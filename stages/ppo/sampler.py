@@ -1,8 +1,8 @@
-"""Trajectories for the policy-gradient loop, with everything that training needs to know about them.
+"""Trajectories for the policy-gradient loop, with rewards, log-probabilities and values.
 
-Each process samples, scores and annotates its share. Then every process holds all trajectories, in the same order. The
-answers to one prompt stay on one process, so that the engine reads their prompt once. Processes exchange tensors of
-numbers; texts stay with the process that scores them.
+Each process samples, scores and annotates its share. Then every process gets all trajectories, in the same order. The
+answers to one prompt are sampled on one process, so that the engine processes the prompt once. Processes exchange only
+tensors; texts stay on the process that scores them.
 """
 
 import time
@@ -30,7 +30,7 @@ from training.model import Model, several
 
 
 class Phases:
-    """Where the time of an iteration goes."""
+    """Measures the seconds that each phase of an iteration takes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -43,7 +43,7 @@ class Phases:
         self.seconds[f"time/{name}"] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call, and as `time/iteration` all that have gone by since then."""
+        """Seconds by phase since the last call, and in `time/iteration` the whole time since then."""
         now = time.perf_counter()
         seconds = {**self.seconds, "time/iteration": now - self._since}
         self.seconds, self._since = defaultdict(float), now
@@ -51,7 +51,7 @@ class Phases:
 
 
 def rewards_of(batch: TrajectoryBatch, t: PPOTrainConfig, device: torch.device) -> Tensor:
-    """Rewards less the penalties for not ending and for coming near the longest length. (N,) fp32."""
+    """Rewards minus the penalties for a missing stop token and for nearly reaching the maximum length. (N,) fp32."""
     rewards = (batch.reward - t.missing_eos_penalty * (~batch.stopped).double()).float().to(device)
     if t.overlong_buffer:
         lengths = batch.action_count.to(device)
@@ -74,8 +74,8 @@ class Sampler:
         frozen: Sequence[Model] = (),
         environment: Callable[[], Environment] | None = None,
     ) -> None:
-        """`monitor`: scores that are measured at held-out prompts only. `frozen`: the models that rewards and monitor
-        read. `environment`: makes one for a conversation; without it every prompt is answered once."""
+        """`monitor`: scores for held-out prompts only. `frozen`: the models that rewards and monitor use.
+        `environment`: makes an environment for one conversation; without it every prompt is answered once."""
         self.phases = Phases()
         self.encoder = encoder
         self._t, self._engine, self._generator, self._reference = t, engine, generator, reference
@@ -85,18 +85,19 @@ class Sampler:
     def batch(
         self, prompts_from: Callable[[int, int], list[EncodedPrompt]], cursor: int, iteration: int
     ) -> tuple[TrajectoryBatch, int, dict[str, float]]:
-        """The trajectories of one iteration, whole groups side by side, annotated.
+        """The annotated trajectories of one iteration; those of one group are adjacent.
 
-        Groups whose trajectories all have the same reward teach nothing. In up to `dynamic_sampling_rounds` further
-        rounds other prompts take their place (DAPO, section 3.2); where no more rounds are left, they fill the batch.
+        A group whose trajectories all have the same reward gives no gradient. Up to `dynamic_sampling_rounds` further
+        rounds replace such groups by those of other prompts (DAPO, section 3.2). If that is not enough, they fill the
+        batch.
 
         Args:
-            prompts_from: (cursor, count) -> so many prompts of the endless stream, from that position on.
+            prompts_from: (cursor, count) -> `count` prompts of the endless stream from position `cursor`.
             cursor: position in the stream.
             iteration: keys the random numbers.
 
         Returns:
-            The trajectories, the position in the stream behind their prompts, and metrics of the sampling.
+            The trajectories, the position in the stream after their prompts, and metrics of the sampling.
         """
         t, size = self._t, self._t.num_generations
         wanted = t.rollout_batch_size // size
@@ -136,9 +137,9 @@ class Sampler:
         first: int = 0,
         monitor: bool = False,
     ) -> TrajectoryBatch:
-        """`group_size` scored answers to each prompt, side by side, in the prompts' order; the same on every process.
+        """`group_size` scored answers to each prompt, adjacent, in the prompts' order; the same on every process.
 
-        The random numbers of a row follow from `key` and its number, which starts at `first`.
+        A row's random numbers are keyed by `key` and the row's number; numbers start at `first`.
         """
         engine, generator = self._engine, self._generator
         if generator.stale:
@@ -167,7 +168,7 @@ class Sampler:
         with self.phases("score"):
             share = self._scored(share, conversations, prompts, group_size, monitor)
         with self.phases("exchange"):
-            if not engine.leads(generator.together):  # a neighbour has the same trajectories
+            if not engine.leads(generator.together):  # another process of the same vLLM has these trajectories
                 share = share.select(torch.empty(0, dtype=torch.int64))
             return join_trajectories(engine, share, prompts, group_size)
 
@@ -179,7 +180,7 @@ class Sampler:
         size: int,
         monitor: bool,
     ) -> TrajectoryBatch:
-        """With the rewards of the last answers, each in the conversation before it."""
+        """The batch with rewards. Each trajectory's last answer is scored in the context of its conversation."""
         contexts, ids = batch.last_answers()
         answers = Answers(
             prompts=[messages[:-1] for messages in conversations],
@@ -204,8 +205,8 @@ class Sampler:
         )
 
     def annotate(self, batch: TrajectoryBatch, values: bool = True) -> TrajectoryBatch:
-        """With the reference's log-probabilities, the values where there is a critic, and the policy's own
-        log-probabilities, which are the engine's unless the trainer may compute others."""
+        """The batch with the log-probabilities of reference and policy and, with a critic, its values. The policy's
+        are the engine's, unless the trainer's may differ from them (`Generator.recomputes`)."""
         engine, temperature = self._engine, self._t.temperature
         mine = batch.select(torch.tensor(list(engine.share(len(batch))), dtype=torch.int64))
         found = {}
@@ -227,7 +228,8 @@ class Sampler:
         return batch.with_columns(**{"old_logp": batch.engine_logp, **found})
 
     def _computed(self, batch: TrajectoryBatch, compute: Callable[[PaddedBatch], Tensor]) -> Tensor:
-        """A column (ΣC,) fp32 of what `compute` gives for padded rows: (B, R). Micro-batches are of like length."""
+        """The results of `compute` (padded rows -> (B, R)) as one column (ΣC,) fp32. Rows of a micro-batch have
+        similar lengths."""
         size, lengths = self._t.rollout_micro_batch_size, (batch.prompt_length + batch.length).tolist()
         ordered = sorted(range(len(batch)), key=lambda i: -lengths[i])
         pieces: list[Tensor] = [torch.empty(0)] * len(batch)

@@ -1,8 +1,8 @@
-"""Where a run stands, saved and read back, and the way to the policy that is kept.
+"""Saves and restores the state of a policy-gradient run, and restores the best policy.
 
-The best policy of the frontier is one of the saved states: a look that is better than all before it is followed by a
-save, which the rotation then spares. So going back to it restores optimizer and critic as well, and a resumed run knows
-it without having seen it.
+The best policy so far is always one of the saved states: when a look is better than all before it, the state is saved,
+and it is not deleted as long as it is the best. So going back to it restores optimizer and critic too, and a resumed
+run can also go back to it.
 """
 
 from dataclasses import asdict, dataclass
@@ -26,15 +26,15 @@ _REFERENCE = "reference.safetensors"
 
 @dataclass
 class Position:
-    """Everything that the next iteration depends on beside model, optimizer and reference."""
+    """Everything that the next iteration depends on besides model, optimizer and reference."""
 
     iteration: int
-    """Iterations that are done."""
+    """Number of finished iterations."""
     cursor: int
-    """Prompts that were taken from the stream."""
+    """Number of prompts taken from the stream."""
     kl_coef: float
     lr_factor: float
-    """Halved by every rollback."""
+    """Factor on the learning rates; every rollback halves it."""
     watch: Watch
     faults: Faults
 
@@ -52,22 +52,22 @@ class Saves:
         self._run, self._model, self._optimizer = run, model, optimizer
         config: Config = run.config
         self._t, self._guards, self._monitored = config.train, config.guards, bool(config.monitor)
-        self._reference = reference if config.train.sync_ref_model else None  # it moves, and has to be saved
+        self._reference = reference if config.train.sync_ref_model else None  # saved only if it changes
         self._every = self._t.save_iterations or max(1, self._t.iterations // 10)
         moving = [_REFERENCE] if self._reference is not None else []
         self._states = SavedStates(run, self._t, more=moving, needed=moving)
 
     def resume(self) -> Position:
-        """The newest valid state, loaded; without one the beginning. Cuts the metrics back to it.
+        """Loads the newest valid state and cuts the metrics back to it; without a state, the start of the run.
 
         Raises:
-            HandoffError: there are saved states and none is whole, or there is no room for those to come.
+            HandoffError: there are saved states but none is whole, or the disk has too little space for new ones.
         """
         state = self._states.newest()
         engine = self._run.engine
         policy = files.weight_bytes(engine, engine.unwrapped(self._model).policy)
         size = files.state_bytes(engine, self._model) + (policy if self._reference is not None else 0)
-        # One being written, and the best one, which stays whatever its age.
+        # The kept states, the one being written, and the best one, which is never deleted.
         at_once = self._t.save_total_limit + 1 + (self._guards.keep == "best")
         self._states.check_room(at_once, size, policy)
         if state is None:
@@ -77,7 +77,7 @@ class Saves:
         return _position(state)
 
     def judge(self, at: Position) -> Literal["go on", "back", "stop"]:
-        """After a look, whether the run goes on; `back`: it has been taken back to its best policy for that."""
+        """After a look: whether the run continues. `back`: it continues from its best policy, which is now loaded."""
         found = at.watch.over_optimized(self._guards)
         if found is None:
             return "go on"
@@ -101,16 +101,16 @@ class Saves:
         return "back"
 
     def after_iteration(self, at: Position, looked: bool) -> None:
-        """Saves when it is time, when the look just taken is the best so far, and when a signal asks for it.
+        """Saves at regular intervals, when the latest look is the best so far, and when a signal requests it.
 
         Raises:
-            Stopped: a signal asked for that.
+            Stopped: a signal requested a stop.
         """
         run = self._run
         if at.iteration == self._t.iterations:
             return
         improved = looked and self._guards.keep == "best" and self._best_step(at) == at.iteration
-        # While steps are skipped, the weights are suspect: states of them would push out the good ones before.
+        # While steps are being skipped, the weights may be bad, and saving them would delete older, good states.
         due = at.iteration % self._every == 0 and not at.faults.in_a_row
         stop, asked = run.signals.asked(run.engine.largest)
         saved = bool(improved or due or stop or asked) and self._save(at)
@@ -118,7 +118,7 @@ class Saves:
             raise run.signals.stopped(stop, f"iteration {at.iteration}", saved)
 
     def restore_best(self, at: Position) -> int:
-        """Puts the policy that is to be published into the model. Returns its iteration."""
+        """Loads the policy to publish into the model. Returns its iteration."""
         if self._guards.keep == "last" or self._best_step(at) in (None, at.iteration):
             return at.iteration
         best = self._best_state(at)
@@ -141,7 +141,7 @@ class Saves:
             files.load_frozen(engine, self._reference.module, state.path / _REFERENCE)
 
     def _save(self, at: Position) -> bool:
-        """Every rank calls it. False: the disk is full, which costs the save, not the run."""
+        """Every rank calls it. False: the disk is full; the state is not saved and the run continues."""
         extra = {
             "cursor": at.cursor,
             "kl_coef": at.kl_coef,

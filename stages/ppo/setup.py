@@ -1,4 +1,4 @@
-"""What the loop starts from: prompts, rewards, critic, optimizer."""
+"""Builds the inputs of the loop: prompts, rewards, models, optimizer."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -35,19 +35,19 @@ def check_batch(run: Run, t: PPOTrainConfig) -> None:
 
 
 def load_prompts(run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str) -> Rows[EncodedPrompt]:
-    """Encoded prompts; those that are too long are dropped and counted."""
+    """Encoded prompts; prompts that are too long are dropped and counted."""
     config: Config = run.config
     return run.rows(sources, Prompts(config.max_prompt_length), encoder, label, config.max_drop_fraction)
 
 
 class PromptStream:
-    """Prompts without end: epochs of keyed permutations, laid end to end."""
+    """An endless stream of prompts: one keyed permutation of them after another."""
 
     def __init__(self, prompts: Sequence[EncodedPrompt], seed: int) -> None:
         self._prompts, self._seed = prompts, seed
 
     def __call__(self, cursor: int, count: int) -> list[EncodedPrompt]:
-        """`count` prompts from the position `cursor` on."""
+        """`count` prompts, starting at position `cursor`."""
         places = (divmod(position, len(self._prompts)) for position in range(cursor, cursor + count))
         return [
             self._prompts[int(_permutation(len(self._prompts), self._seed, epoch)[place])] for epoch, place in places
@@ -68,9 +68,9 @@ def make_rewards(
     learned: dict[str, LearnedReward],
     frozen: list[Model],
 ) -> Composition:
-    """Every entry, with its models frozen, checked against the columns of the prompts.
+    """The rewards of all entries, with frozen models, checked against the columns of the prompts.
 
-    `learned`: the scorers that are there already, by reference; new ones are added to it, and their models to `frozen`.
+    `learned`: the scorers loaded so far, by reference. New ones are added to it, and their models to `frozen`.
     """
     config: Config = run.config
 
@@ -83,7 +83,7 @@ def make_rewards(
 
 
 def load_policy(run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool) -> Model:
-    """The parent's model, without dropout, reading rows without their padding where it can."""
+    """The parent's model, without dropout; it computes rows without padding if its architecture supports that."""
     config: Config = run.config
     model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
     ragged.enable(model.module)
@@ -91,14 +91,17 @@ def load_policy(run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype, 
 
 
 def load_reference(policy: Model, bf16: bool) -> Model:
-    """The frozen reference of a policy, which reads rows as the policy does."""
+    """The frozen reference of a policy, set up to compute rows as the policy does."""
     reference = policy.reference(bf16)
     ragged.enable(reference.module)
     return reference.freeze()
 
 
 def make_critic(run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool) -> Critic | None:
-    """From the reward model, with its head in the units of the normalised reward; else from the policy's body."""
+    """The critic: from the reward model, its head scaled to the normalised reward; without one, from the policy's body.
+
+    None unless `advantage` is `gae`.
+    """
     config: Config = run.config
     if config.advantage != "gae":
         return None
@@ -119,7 +122,7 @@ def make_critic(run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, 
 
 
 def make_optimizer(model: ActorCritic, t: PPOTrainConfig) -> torch.optim.Optimizer:
-    """AdamW with a group for the policy and, where there is a critic, one for it."""
+    """AdamW with one parameter group for the policy and, if there is a critic, another for it."""
     groups = [{"params": list(model.policy.parameters()), "lr": t.learning_rate}]
     if model.critic is not None:
         groups.append({"params": list(model.critic.parameters()), "lr": t.critic_learning_rate})
@@ -128,9 +131,9 @@ def make_optimizer(model: ActorCritic, t: PPOTrainConfig) -> torch.optim.Optimiz
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, t: PPOTrainConfig, iteration: int, factor: float) -> float:
-    """Warm-up, then constant or linear to a tenth, times `factor`. Returns the policy's rate.
+    """Sets warm-up, then a constant rate or a linear fall to a tenth, times `factor`. Returns the policy's rate.
 
-    While only the critic learns, the policy's rate is 0.
+    The policy's rate is 0 while only the critic learns.
     """
     factor *= min(1.0, (iteration + 1) / max(1, t.warmup_iterations))
     if t.lr_decay == "linear":

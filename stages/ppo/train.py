@@ -1,23 +1,24 @@
-"""The policy gradient: samples answers, scores them, and moves the policy towards the better ones.
+"""Policy-gradient training: samples answers, scores them, and makes the better ones more probable.
 
     python -m stages.ppo recipes/tiny.yaml [--section grpo]
     accelerate launch --config_file recipes/launch/ddp.yaml -m stages.ppo recipes/tiny.yaml
 
-One loop; the section's `advantage` says what an answer is compared with: a critic's expectation (`gae`: PPO), the other
-answers to its prompt (`group`: GRPO; `leave_one_out`: RLOO), or all answers (`global_baseline`: REINFORCE++).
+All algorithms share one loop. The section's `advantage` sets the baseline of an answer's reward: a critic's value
+(`gae`: PPO), the other answers to its prompt (`group`: GRPO; `leave_one_out`: RLOO), or the mean of all answers
+(`global_baseline`: REINFORCE++).
 
-Legend: N trajectories of an iteration over all processes, ΣC their tokens behind the prompts, R the most of one
+Legend: N trajectories of an iteration over all processes, ΣC their tokens after the prompts, R the maximum of one
 trajectory, B rows of a micro-batch.
 
-Where it departs from the papers that advantages.py and loss.py cite:
-1. The old log-probabilities are those that sampling computed, so the first epoch needs no forward pass of its own for
-   them. Where engine and trainer round differently (autocast, vLLM), the trainer computes them, and the difference is
-   logged, limited, and weighed out where the recipe asks for it.
-2. Each process samples and scores its share, then all get all N trajectories (they are small beside the model).
+Differences from the papers that advantages.py and loss.py cite:
+1. The old log-probabilities come from sampling, which saves a forward pass. Where engine and trainer round differently
+   (autocast, vLLM), the trainer computes them. The difference is logged and limited, and corrected by importance
+   weights if the recipe sets `importance_sampling`.
+2. Each process samples and scores its share, then all get all N trajectories (they are small compared with the model).
    Advantages, minibatches and counts are global, and the same for any number of processes.
 3. The critic starts from the reward model, its head scaled to the normalised reward.
-4. Dropout is off throughout, so that a ratio is 1 until the weights move.
-5. What is published is the best policy that was looked at, not the last one (guards.py).
+4. Dropout is off throughout, so that ratios are 1 until the weights change.
+5. The published policy is the best one evaluated on held-out prompts, not the last one (guards.py).
 """
 
 import math
@@ -70,7 +71,7 @@ from training.run import Run
 
 
 def train(run: Run) -> None:
-    """Runs the stage. Raises GateError when training has gone where no result can come from, Stopped after a signal."""
+    """Runs the stage. Raises GateError when a guard ends the training (guards.py), Stopped after a signal."""
     config: Config = run.config
     t, guards = config.train, config.guards
     engine = run.engine
@@ -113,7 +114,7 @@ def train(run: Run) -> None:
     stream = PromptStream(prompts, run.seed)
     phases = sampler.phases
 
-    # Resume at the border of an iteration: the next one depends on nothing but the state and its own number.
+    # Resume between two iterations: an iteration depends only on the saved state and its own number.
     saves = Saves(run, model, optimizer, reference)
     at = saves.resume()
     watch = at.watch
@@ -129,7 +130,7 @@ def train(run: Run) -> None:
                 _look(run, sampler, heldout, 0, watch)
                 phases.take()
 
-            # Sample and score: everything below is the same on every process.
+            # Sample and score. The results are the same on every process.
             batch, at.cursor, sampling = sampler.batch(stream, at.cursor, iteration)
             with phases("advantage"):
                 assert batch.old_logp is not None and batch.ref_logp is not None
@@ -165,7 +166,7 @@ def train(run: Run) -> None:
                 for epoch in range(t.num_ppo_epochs):
                     order = shuffled(len(batch), run.seed, "minibatches", iteration, epoch)
                     for number, rows in enumerate(np.split(order, t.num_mini_batches)):
-                        # Of the whole minibatch, on all processes.
+                        # The divisor counts the whole minibatch, over all processes.
                         divisor = losses.count([counted[i] for i in rows], t.loss_normaliser, t.max_completion_length)
                         each = t.per_device_train_batch_size
                         shares = micro_batches(sizes, rows.tolist(), each, engine.data_world, padded=padded_rows)
@@ -192,8 +193,8 @@ def train(run: Run) -> None:
                         norms.append(norm)
                         for key, value in sums.items():
                             found[key] = found.get(key, 0.0) + value
-                read = {key: value.item() for key, value in found.items()}  # once: a GPU would wait each time
-                engine.release_memory()  # sampling has tensors of other sizes
+                read = {key: value.item() for key, value in found.items()}  # here only, since `item` waits for the GPU
+                engine.release_memory()  # sampling needs tensors of other sizes
             total = engine.sums(read | judged(config))
             metrics = iteration_metrics(batch, total, t, at.kl_coef)
             metrics |= sampling | {
@@ -217,8 +218,8 @@ def train(run: Run) -> None:
                 sampler.move_reference(t.ref_model_mixup_alpha)
             generator.weights_moved()
 
-            # Logged first, so that a state never lacks a line of its past; what is behind a state is cut off and
-            # written again. The seconds of a save are in the line after it.
+            # Log before saving, so that the log is never behind a saved state. A resume cuts off the lines after its
+            # state, and they are written again. The time of a save is in the next line.
             run.log(done, {**metrics, **{key: round(value, 4) for key, value in phases.take().items()}})
             looked = bool(heldout) and (done % t.sample_iterations == 0 or done == t.iterations)
             if looked:
@@ -246,7 +247,7 @@ def train(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the loss compares the model with. All (N, R), or (B, R) of a micro-batch; only entries in `mask` count."""
+    """The loss's fixed inputs. All (N, R), or (B, R) for a micro-batch; only entries in `mask` count."""
 
     mask: Tensor
     old_logp: Tensor
@@ -257,13 +258,13 @@ class Targets:
     weights: Tensor | None
 
     def pick(self, rows: Tensor, width: int) -> "Targets":
-        """Of some rows, the first `width` columns."""
+        """The first `width` columns of the given rows."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: part[rows, :width] for name, part in parts.items() if part is not None})
 
 
 def _advantages(config: Config, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Advantages and, with a critic, the returns that it learns. All (N, R)."""
+    """Advantages and, with a critic, the returns that it learns to predict. All (N, R)."""
     t = config.train
     if config.advantage == "gae":
         assert values is not None
@@ -289,7 +290,7 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of every action (B, R) of a micro-batch, and sums over its actions for the log.
 
-    `output`: log-probabilities, entropies and values (B, R) of the model as it is now.
+    `output`: log-probabilities, entropies and values (B, R) of the current model.
     """
     logp, entropy, value = output
     policy, sums = _policy_loss(t, logp, here.old_logp, here.advantages, here.mask)
@@ -297,7 +298,7 @@ def _loss(
         policy = policy * losses.masked(here.weights, here.mask)
     loss = policy
     if t.kl_in == "loss" and kl_coef > 0:
-        # Masked before the estimator: e to the power of what stands in padding may overflow, and 0·inf is no gradient.
+        # Mask before the estimator: its exponential may overflow in padding, and the gradient 0·inf would be NaN.
         pair = losses.masked(logp, here.mask), losses.masked(here.ref_logp, here.mask)
         loss = loss + kl_coef * losses.KL_ESTIMATORS[t.estimator](*pair)
     if t.entropy_coef > 0:
@@ -324,7 +325,7 @@ def _loss(
 def _policy_loss(
     t: PPOTrainConfig, logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
 ) -> tuple[Tensor, losses.Sums]:
-    """The chosen loss, one number a token. All (B, R)."""
+    """The loss that the recipe chooses, one number per token. All (B, R)."""
     low = t.cliprange
     match t.policy_loss:
         case "clip":
@@ -340,7 +341,7 @@ def _policy_loss(
 
 
 def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: int, watch: Watch) -> None:
-    """Answers the held-out prompts with the same random numbers each time; logs their score and shows some."""
+    """Answers the held-out prompts with the same random numbers each time, logs the scores, stores some samples."""
     config: Config = run.config
     batch = sampler.annotate(sampler.answer(heldout, ("heldout",), 1, monitor=True), values=False)
     look = watch.look(step, batch, any(entry.references for entry in config.reward))

@@ -18,27 +18,27 @@ DECLARATION = Declaration(
 
 
 class Config(StageConfig):
-    """Next-token prediction on documents: from random weights, or on from a checkpoint."""
+    """Next-token prediction on documents, from random weights or from a checkpoint."""
 
     parent: str
-    """A tokenizer, for random weights (then `model` says what is built); or a causal language model to go on from."""
+    """A tokenizer, to start from random weights (`model` then describes the model), or a causal language model."""
     model: dict[str, Any] | None = None
     """`architecture`: a model type of transformers (llama, mistral, qwen3, gpt2, ...); every other key is a field of
     that architecture's configuration, checked against it when the stage starts."""
     embedding_std: float | None = Field(default=None, gt=0)
-    """Standard deviation of the token embeddings at the start; absent: the architecture's own, about 0.02. Near 1, with
-    an untied head, a small model learns to copy from its context several times sooner (docs/tiny.md)."""
+    """Initial standard deviation of the token embeddings; when absent, the architecture's own, about 0.02. With a value
+    near 1 and an untied head, a small model learns to copy from its context several times sooner (docs/tiny.md)."""
     data: list[SourceConfig] = Field(min_length=1)
     """Documents."""
     eval_data: list[SourceConfig] = Field(default_factory=list)
     """Held-out documents, for loss, perplexity and bits per byte."""
     block_size: int = Field(default=256, ge=8)
-    """Tokens in one row. Documents are laid end to end, each with an end token, and cut into rows."""
+    """Tokens in one row. Documents are concatenated, each followed by an end token, and cut into rows."""
     isolate_documents: bool = False
-    """No document of a row sees the one before it. Costs a mask in attention; pays where documents are short and tell
-    nothing about each other."""
+    """Prevent attention between the documents of a row. This makes attention slower; use it for short, unrelated
+    documents."""
     max_drop_fraction: float = Field(default=0.5, ge=0, le=1)
-    """The stage refuses to start when more than this share of the documents was dropped."""
+    """The stage refuses to start if more than this share of the documents was dropped."""
     model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
     train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
@@ -60,6 +60,6 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory."""
+    """Models that the section holds in memory."""
     note = "" if config.model is None else f"random weights, {config.model['architecture']}"
     return [HeldModel("policy", config.parent, trained=True, note=note)]

@@ -113,16 +113,17 @@ class Collator:
     """Rows of equal length, without padding."""
 
     def __init__(self, boundary: int | None) -> None:
-        """`boundary`: the end token that isolates documents from one another; None lets them see each other."""
+        """`boundary`: the end token, after which a new document begins; None: documents attend to each other."""
         self._boundary = boundary
 
     def __call__(self, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        """Blocks (T,) -> input_ids, labels and, isolated, position_ids, each (B, T) long. Every token is a label."""
+        """Blocks (T,) -> input_ids, labels and, for isolated documents, position_ids, each (B, T) long. Every token is
+        a label, except an isolated document's first one."""
         ids = torch.from_numpy(np.stack(rows).astype(np.int64))
         return self._batch(ids, ids.clone())
 
     def labelled(self, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        """The same from windows (2, T) of ids and labels."""
+        """The same batch, made from windows (2, T) of ids and labels."""
         ids, labels = torch.from_numpy(np.stack(rows)).unbind(1)
         return self._batch(ids, labels.clone())
 
@@ -133,22 +134,23 @@ class Collator:
         first[:, 1:] = ids[:, :-1] == self._boundary
         columns = torch.arange(ids.shape[1]).expand_as(ids)
         begins = torch.where(first, columns, 0).cummax(dim=1).values
-        # Nothing is left to predict a document's first token from.
+        # An isolated document's first token has no context, so it is not predicted.
         return {"input_ids": ids, "labels": labels.masked_fill(first, -100), "position_ids": columns - begins}
 
 
 class Windows(Sequence[np.ndarray]):
-    """Windows over a stream of documents that score each token once, with half a window of context or more.
+    """Overlapping windows over a stream of documents. Each token is scored once, with at least half a window of
+    context where the stream has that much.
 
-    A window is (2, T) long: ids, and labels that are -100 for context. T is `width`, or less where all tokens are
-    fewer. It is put together when it is read.
+    A window is (2, T) long: ids, and labels that are -100 for context. T is `width`, or the length of the stream if
+    that is shorter. A window is built when it is read.
     """
 
     def __init__(self, tokens: np.ndarray, end: int, width: int) -> None:
         """
         Args:
-            tokens: of the documents laid end to end, (N,).
-            end: the end token, which is the context of the first token; it is not scored itself there.
+            tokens: token ids of the concatenated documents, (N,).
+            end: the end token. It precedes the first token as its context and is not scored in that place.
         """
         self._tokens, self._end = tokens, end
         size = len(tokens) + 1

@@ -1,15 +1,15 @@
-"""The report card of a reward model: what its scores on held-out pairs say about it. Pure functions of numbers.
+"""Computes the report card of a reward model from its scores on held-out pairs. Pure functions of numbers.
 
 Legend: N pairs, each with a chosen (better) and a rejected answer.
 
-1. Accuracy, and the share of every other statement, with Wilson's interval (`training.measure.wilson`).
-2. Length. A reward model may have learned that long answers are good, and a policy then learns to write long ones:
-   Singhal et al. 2023 (arXiv:2310.03716) find much of what RLHF gains to be that. So accuracy stands beside what
-   length alone gets right, and is split by which of the two answers is the longer one.
+1. Accuracy and all other shares have Wilson's interval (`training.measure.wilson`).
+2. Length. A reward model may prefer long answers as such, and a policy then learns to write long ones. Singhal et al.
+   2023 (arXiv:2310.03716) attribute much of the gain of RLHF to this. So the card compares the accuracy with that of
+   length alone, and splits it by the relative length of the two answers.
 3. Calibration. Under the model of Bradley and Terry 1952 the better answer wins with probability sigmoid(difference of
    scores). Expected calibration error: Guo et al. 2017 (arXiv:1706.04599), eq. 3, over bins of equal width.
-4. Probes: the better answer must score above itself spoilt, for that is where a policy goes that finds mistakes.
-5. Agreement with other reward models (Coste et al. 2023, arXiv:2310.02743): where they disagree, none is to be trusted.
+4. Probes. The better answer must score higher than spoilt copies of it, or a policy could learn to write such answers.
+5. Agreement with other reward models (Coste et al. 2023, arXiv:2310.02743): scores on which they disagree are doubtful.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ Row = dict[str, list[int]]
 CALIBRATION_BINS = 10
 HISTOGRAM_BINS = 24
 PROBE_SHARE = 0.8
-"""What a probe must reach to pass where the gate says nothing else."""
+"""Share that a probe must reach to pass if the gate does not set `min_probes`."""
 _TELLING_CORRELATION = 0.6
 _TELLING_PAIRS = 10
 _LENGTHS = (
@@ -36,12 +36,12 @@ _LENGTHS = (
     ("longer", "by more than a tenth"),
     ("much longer", "twice as long or more"),
 )
-# A row's off-topic answer is looked for among so many others.
+# Maximum number of other rows that are searched for a row's off-topic answer.
 _CANDIDATES = 32
 
 
 def preferred(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """1 where `better` is larger, ½ where they tie, else 0."""
+    """1 where `better` is larger, ½ where the two are equal, else 0."""
     wins: np.ndarray = (better > worse) + 0.5 * (better == worse)
     return wins
 
@@ -54,14 +54,14 @@ def share(right: np.ndarray) -> Share:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; 0 where either does not vary."""
+    """Pearson correlation; 0 if either input is constant."""
     if a.std() == 0 or b.std() == 0:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
 
 
 def pair_metrics(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """What is logged while training.
+    """Metrics on held-out pairs that are logged during training.
 
     Args:
         chosen, rejected: scores (N,).
@@ -80,7 +80,7 @@ def pair_metrics(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray) 
 
 
 def by_length(right: np.ndarray, lengths: np.ndarray) -> list[LengthBucket]:
-    """Accuracy by (chosen − rejected) / longer of the two, whose size is ½ where one answer is twice the other."""
+    """Accuracy by relative length (chosen − rejected) / longer; ±½ if one answer is twice as long as the other."""
     relative = (lengths[:, 0] - lengths[:, 1]) / lengths.max(-1)  # (N,) in (−1, 1)
     size = np.select([np.abs(relative) >= 0.5, np.abs(relative) > 0.1], [2, 1], 0)
     bucket = 2 + (np.sign(relative) * size).astype(int)
@@ -91,9 +91,9 @@ def by_length(right: np.ndarray, lengths: np.ndarray) -> list[LengthBucket]:
 
 
 def calibration(margins: np.ndarray) -> tuple[float, list[CalibrationBin]]:
-    """Expected calibration error and its bins, those without pairs left out.
+    """Expected calibration error and its bins; empty bins are left out.
 
-    A pair's confidence is the probability that the model gives to the answer it prefers: sigmoid of the margin's size.
+    A pair's confidence is the model's probability for the answer it prefers: sigmoid of the absolute margin.
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))  # (N,) in [½, 1]
     right = preferred(margins, np.zeros_like(margins))
@@ -114,15 +114,15 @@ def calibration(margins: np.ndarray) -> tuple[float, list[CalibrationBin]]:
 
 
 def histogram(chosen: np.ndarray, rejected: np.ndarray) -> Histogram:
-    """Both over the same bins of equal width."""
+    """Counts of both over the same bins of equal width."""
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), HISTOGRAM_BINS)
     counts = [np.histogram(scores, edges)[0].tolist() for scores in (chosen, rejected)]
     return Histogram(edges=edges.tolist(), chosen=counts[0], rejected=counts[1])
 
 
 def spoilt_answers(pairs: Sequence[Row], stop_id: int) -> dict[str, list[list[int] | None]]:
-    """For each probe an answer a pair, made from the chosen one: empty, said three times, broken off half-way, and
-    another prompt's (None where none of another text is found)."""
+    """For each probe, one spoilt answer per pair: the chosen answer emptied, repeated three times or cut off half-way,
+    or another prompt's chosen answer (None if no different one is found)."""
     order = shuffled(len(pairs), 0, "off-topic").tolist()
     other: list[list[int] | None] = [None] * len(pairs)
     for place, row in enumerate(order):
@@ -141,7 +141,10 @@ def spoilt_answers(pairs: Sequence[Row], stop_id: int) -> dict[str, list[list[in
 
 
 def probed(name: str, chosen: np.ndarray, spoilt: np.ndarray, asked: float | None) -> Probe:
-    """From scores of chosen and of spoilt answers, NaN where there is no spoilt one. `asked`: the gate's share."""
+    """A probe's result from scores (N,) of chosen and of spoilt answers, NaN where there is no spoilt one.
+
+    asked: the gate's `min_probes`.
+    """
     there = ~np.isnan(spoilt)
     if not there.any():
         return Probe(name=name, share=None, passed=True)
@@ -150,7 +153,7 @@ def probed(name: str, chosen: np.ndarray, spoilt: np.ndarray, asked: float | Non
 
 
 def agreement(members: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Ensemble:
-    """From each member's normalised scores of chosen and rejected answers, (N,) and (N,)."""
+    """Agreement computed from {member: its normalised scores of chosen and rejected answers, each (N,)}."""
     scores = np.stack([np.stack(pair) for pair in members.values()])  # (members, 2, N)
     choice = preferred(scores[:, 0], scores[:, 1])  # (members, N)
     mean = scores.mean(0)
@@ -171,13 +174,13 @@ def make_card(
     gate: Gate,
     ensemble: Ensemble | None = None,
 ) -> Card:
-    """The card.
+    """Computes the card.
 
     Args:
         chosen, rejected: raw scores (N,).
         lengths: tokens of the chosen and of the rejected answers (N, 2).
         probes: scores (N,) of spoilt answers, NaN where there is none.
-        gate: what the recipe demands.
+        gate: the recipe's conditions.
         ensemble: agreement with other models, if any.
     """
     metrics = pair_metrics(chosen, rejected, lengths)
@@ -209,7 +212,7 @@ def make_card(
 
 
 def findings(card: Card) -> list[str]:
-    """What makes a reward model unfit to be maximised, in words that follow its name."""
+    """Reasons not to train a policy against the model, each a phrase that follows the model's name."""
     found = []
     if card.accuracy.low <= card.length_alone:
         found.append(
@@ -241,7 +244,7 @@ def findings(card: Card) -> list[str]:
 
 
 def failures(card: Card, gate: Gate) -> list[str]:
-    """What the gate demands and the card does not show, each in words that name the key."""
+    """The gate's conditions that the card does not meet, each as a text that names the key."""
     low, correlated = card.accuracy.low, abs(card.score_length_correlation)
     found = []
     if gate.min_accuracy is not None and card.accuracy.value < gate.min_accuracy:

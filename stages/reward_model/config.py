@@ -19,38 +19,38 @@ DECLARATION = Declaration(
 
 
 class Gate(Strict):
-    """What a reward model must reach on held-out pairs to be published. A key that is not given demands nothing."""
+    """Conditions on held-out pairs under which the reward model is published. A key that is absent is not checked."""
 
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
-    """Share of pairs whose better answer scores higher."""
+    """Minimum accuracy: share of pairs whose better answer scores higher."""
     min_accuracy_low: float | None = Field(default=None, ge=0, le=1)
-    """The lower end of that share's 95 % interval."""
+    """Minimum lower end of the accuracy's 95 % interval."""
     min_over_length: float | None = Field(default=None, ge=-1, le=1)
-    """Accuracy less the share that length alone would get right, whichever way round."""
+    """Minimum difference between the accuracy and that of always choosing the longer, or always the shorter, answer."""
     max_length_correlation: float | None = Field(default=None, ge=0, le=1)
-    """Correlation of an answer's score with its length, of either sign."""
+    """Maximum absolute correlation between an answer's score and its length."""
     min_probes: float | None = Field(default=None, ge=0, le=1)
-    """For each probe, share of pairs whose better answer scores above the same answer spoilt."""
+    """Minimum share, for each probe, of pairs whose better answer scores higher than a spoilt copy of it."""
     max_ece: float | None = Field(default=None, ge=0, le=1)
-    """Expected calibration error."""
+    """Maximum expected calibration error."""
 
 
 class Config(TrainedStageConfig):
     """A score for prompt and answer, learned from pairs (Bradley and Terry). Dropout is off."""
 
     seed: int | None = Field(default=None, ge=0, lt=2**32)
-    """Of the new head and the order of the data; by default the recipe's. Members of an ensemble differ in it."""
+    """Seed of the new head and of the data order; by default the recipe's. Give each member of an ensemble another."""
     center_rewards_coefficient: float = Field(default=0.01, ge=0)
-    """Weight of the squared sum of a pair's scores, which keeps their mean near zero; 0: not used."""
+    """Weight of a loss on the squared sum of a pair's scores, which keeps the mean score near zero; 0: no such loss."""
     group_by_length: bool = True
-    """Pairs of like length share a step, so that little is padding."""
+    """Batch pairs of similar length together, to reduce padding."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training; its batch sizes count pairs."""
     gate: Gate = Field(default_factory=Gate)
-    """Below it the report card is written, the model is not published, and the pipeline stops with exit code 3."""
+    """Conditions for publication. If one fails, the report card is written, the model is not published, and the
+    pipeline stops with exit code 3."""
     ensemble_with: list[str] = Field(default_factory=list)
-    """Reward models whose agreement with this one the report card measures; each a section of this recipe or a
-    directory."""
+    """Reward models (sections of this recipe or directories) whose agreement with this one the report card gives."""
 
     @model_validator(mode="after")
     def _held_out(self) -> Self:
@@ -63,11 +63,11 @@ class Config(TrainedStageConfig):
 
 
 def parents(config: Config) -> dict[str, str]:
-    """Role -> reference. That of a model to compare with is `ensemble:` and its reference."""
+    """Role -> reference. The role of a model of `ensemble_with` is `ensemble:` and its reference."""
     return {"parent": config.parent, **{f"ensemble:{ref}": ref for ref in config.ensemble_with}}
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory; those to compare with are loaded one at a time, after the training."""
+    """Models that the section holds in memory; those of `ensemble_with` are loaded one at a time, after training."""
     others = [HeldModel("reward", ref, note="compared after the training") for ref in config.ensemble_with]
     return [HeldModel("reward", config.parent, trained=True), *others]

@@ -1,4 +1,4 @@
-"""What card.json holds, for those who write it and those who read it. Shares are in [0, 1], intervals of 95 %."""
+"""The schema of card.json. Shares are in [0, 1]; intervals are 95 % intervals."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ class _Record(BaseModel):
 
 
 class Share(_Record):
-    """How often something holds among `n` pairs, with its interval."""
+    """A share of `n` pairs, with its interval."""
 
     value: float
     low: float
@@ -19,29 +19,29 @@ class Share(_Record):
 
 
 class LengthBucket(_Record):
-    """Pairs by how long the better answer is beside the other one."""
+    """Pairs grouped by the length of the better answer relative to the worse one."""
 
     name: str
     """"much shorter" to "much longer"."""
     about: str
-    """The same in numbers."""
+    """The range of lengths, in words."""
     accuracy: Share | None
-    """None: no such pairs."""
+    """None: there are no such pairs."""
 
 
 class CalibrationBin(_Record):
-    """Pairs by how sure the model is of its choice: sigmoid of the difference of the two scores, from 0.5 to 1."""
+    """Pairs grouped by the model's confidence: sigmoid of the absolute difference of the two scores, from 0.5 to 1."""
 
     low: float
     high: float
     predicted: float
     """Mean confidence of the bin's pairs."""
     observed: Share
-    """How often the choice was right."""
+    """Share of the bin's pairs in which the better answer scores higher."""
 
 
 class Histogram(_Record):
-    """Answers by their normalised score; a count for each pair of neighbouring edges."""
+    """Number of answers by normalised score; one count for each interval between two edges."""
 
     edges: list[float]
     chosen: list[int]
@@ -49,50 +49,50 @@ class Histogram(_Record):
 
 
 class Probe(_Record):
-    """How often the better answer scores above the same answer spoilt."""
+    """Share of pairs whose better answer scores higher than a spoilt copy of it."""
 
     name: str
     """"empty", "repeated", "truncated" or "off-topic"."""
     share: Share | None
-    """None: nothing to compare (all held-out answers are the same)."""
+    """None: no spoilt answers could be made (for "off-topic", when all held-out answers are the same)."""
     passed: bool
 
 
 class Ensemble(_Record):
-    """How far reward models agree on the same held-out pairs."""
+    """Agreement of several reward models on the same held-out pairs."""
 
     members: list[str]
     accuracy: list[Share]
-    """Of each member."""
+    """Accuracy of each member."""
     combined: Share
     """Accuracy of the mean of their normalised scores."""
     agreement: list[list[float]]
     """Share of pairs on which two members prefer the same answer, (members, members)."""
     mean_std: float
-    """Standard deviation over the members of an answer's normalised score, mean over all answers."""
+    """Standard deviation of an answer's normalised score over the members, averaged over all answers."""
 
 
 class Card(_Record):
-    """What is known of a reward model, all of it from held-out pairs."""
+    """Measurements of a reward model on held-out pairs."""
 
     format_version: Literal[1] = 1
     accuracy: Share
-    """How often the better answer scores higher; a tie is half."""
+    """Share of pairs whose better answer scores higher; a tie counts as half."""
     margin: float
     """Mean difference of the two raw scores."""
     loss: float
-    """Mean of −log sigmoid of it."""
+    """Mean of −log sigmoid(difference of the two raw scores)."""
     longer_wins: Share
-    """How often the longer answer is the better one: what a model that only counts tokens gets right."""
+    """Share of pairs whose longer answer is the better one: the accuracy of a model that only counts tokens."""
     length_alone: float
-    """The larger of `longer_wins` and its complement: length may mislead either way round."""
+    """The accuracy of always choosing the longer or always the shorter answer, whichever is higher."""
     over_length: float
-    """Accuracy less `length_alone`."""
+    """Accuracy minus `length_alone`."""
     by_length: list[LengthBucket]
     score_length_correlation: float
-    """Pearson's, over all answers."""
+    """Pearson correlation of score and length, over all answers."""
     margin_length_correlation: float
-    """Pearson's, of the differences of scores with those of lengths within the pairs."""
+    """Pearson correlation of the differences of scores and of lengths, over all pairs."""
     ece: float
     """Expected calibration error."""
     calibration: list[CalibrationBin]
@@ -100,6 +100,6 @@ class Card(_Record):
     probes: list[Probe]
     ensemble: Ensemble | None
     findings: list[str]
-    """What a reader should know before such a model is maximised, in words that follow its name."""
+    """Reasons not to train a policy against this model, each a phrase that follows the model's name."""
     gate: list[str]
-    """What keeps it from being published, in words; empty: nothing does."""
+    """Conditions of the gate that the model does not meet; empty: it may be published."""

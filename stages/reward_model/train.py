@@ -1,12 +1,12 @@
-"""Reward modelling with TRL's RewardTrainer, and a report card of what it has learned.
+"""Reward modelling with TRL's RewardTrainer, and a report card of the trained model.
 
     python -m stages.reward_model recipes/tiny.yaml
     accelerate launch --config_file recipes/launch/ddp.yaml -m stages.reward_model recipes/tiny.yaml
 
-The score is read at the last token of prompt and answer, which is the stop token. What the model has learned is
-measured on held-out pairs and written to card.json beside the manifest (`card.py` says what it holds). A recipe's
-`gate:` keeps a model that is below it from being published. Mean and deviation of the scores go into the manifest, for
-RL to normalise by.
+The score is read at the last token of prompt and answer, which is the stop token. The trained model is measured on
+held-out pairs, and the result is written to card.json beside the manifest (card.py describes it). A model that does not
+reach the recipe's `gate:` is not published. The manifest holds the mean and standard deviation of the scores, by which
+RL normalises them.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,13 +32,13 @@ from training.trainer import StageTrainer, StepOrder, arguments, fit
 
 CARD = "card.json"
 _COMPARED = 32
-# The two ways make batches of other shapes; float32 products differ in their last bits.
+# The two forward passes use batches of different shapes, so float32 results differ in their last bits.
 _TOLERANCE = 1e-4
 Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
 
 class Trainer(StageTrainer, RewardTrainer):
-    """TRL's trainer in our frame."""
+    """TRL's trainer with the behaviour that all stages share."""
 
 
 def train(run: Run) -> None:
@@ -94,7 +94,7 @@ def train(run: Run) -> None:
 
     fit(run, trainer, order, hold_out)
 
-    # What it has learned. Without held-out pairs the statistics come from the training's own, and there is no card.
+    # Measure the model. Without held-out pairs the statistics come from the training pairs, and there is no card.
     metrics = trainer.evaluate()
     answers = BothAnswers(heldout or rows)
     values = scores(answers)
@@ -113,7 +113,7 @@ def train(run: Run) -> None:
         metrics |= {"eval_ece": card.ece, "eval_over_length": card.over_length}
         metrics |= {f"eval_beats_{p.name}": p.share.value for p in card.probes if p.share is not None}
         if run.is_main:
-            if card.gate:  # what an earlier gate let pass must not stay in its place
+            if card.gate:  # remove the manifest of a model that an earlier gate let pass
                 run.dir.manifest_path.unlink(missing_ok=True)
             write_json(run.dir.path / CARD, card.model_dump(mode="json"))
         for finding in card.findings:
@@ -128,7 +128,7 @@ def train(run: Run) -> None:
 
 
 class Collator:
-    """Answers padded on the right."""
+    """Pads answers on the right."""
 
     def __init__(self, pad_id: int) -> None:
         self._pad_id = pad_id
@@ -144,12 +144,12 @@ class Collator:
 
 
 def row_scores(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{"score": (B,)} through the whole model's forward pass, which every engine can wrap."""
+    """{"score": (B,)}, from the model's own `forward`, so that it works under every engine's wrapper."""
     return {"score": model(**batch, use_cache=False).logits.squeeze(-1)}
 
 
 def whole(pair: Row) -> Row:
-    """Prompt and answer together, as TRL's trainer takes them."""
+    """Prompt and answer concatenated, as TRL's trainer expects them."""
     return {key: pair["prompt_ids"] + pair[key] for key in ("chosen_ids", "rejected_ids")}
 
 
@@ -183,7 +183,7 @@ def answer_lengths(pairs: Sequence[Row]) -> np.ndarray:
 
 
 def probe_scores(pairs: Sequence[Row], stop_id: int, scores: Scorer) -> dict[str, np.ndarray]:
-    """Scores (N,) of the spoilt answers of each probe, NaN where a pair has none."""
+    """For each probe, the scores (N,) of the spoilt answers; NaN where a pair has none."""
     found = {}
     for name, answers in spoilt_answers(pairs, stop_id).items():
         there = [i for i, answer in enumerate(answers) if answer is not None]
@@ -194,7 +194,7 @@ def probe_scores(pairs: Sequence[Row], stop_id: int, scores: Scorer) -> dict[str
 
 
 def open_member(run: Run, ref: str, parent: Parent) -> Parent:
-    """A reward model to compare with, before anything is trained. Raises HandoffError when it cannot be."""
+    """Opens a reward model to compare with, before training starts. Raises HandoffError if it is not comparable."""
     member = run.parent(f"ensemble:{ref}", frozenset({"reward_model"}))
     check_same_encoding(parent, member, "they are compared on the same tokens; leave it out of `ensemble_with`")
     statistics(member)
@@ -204,7 +204,7 @@ def open_member(run: Run, ref: str, parent: Parent) -> Parent:
 def measure_ensemble(
     run: Run, config: Config, normalised: np.ndarray, answers: Sequence[Sequence[int]], others: dict[str, Parent]
 ) -> Ensemble | None:
-    """Agreement of this model with others, whose scores each process computes for its share of the answers.
+    """Agreement of this model with others. Each process scores its share of the answers with every other model.
 
     Args:
         normalised: this model's scores of `answers`, chosen ones first, (2 N,).
@@ -226,7 +226,7 @@ def measure_ensemble(
 
 
 def refusal(run: Run, card: Card) -> str:
-    """What the user of a recipe is told when the gate holds a model back."""
+    """The error message for a model that does not reach the gate."""
     lines = "".join(f"\n  - {reason}" for reason in card.gate)
     return (
         f"{run.section.name}: the reward model is below its gate and is not published; a policy would learn its "
@@ -237,7 +237,7 @@ def refusal(run: Run, card: Card) -> str:
 
 
 def check_scores(model: Model, answers: Sequence[Sequence[int]], before: np.ndarray, trainer: Trainer) -> None:
-    """The scorer that RL uses gives the scores that were measured with the training's own forward pass."""
+    """Asserts that the scorer which RL uses gives the same scores as the forward pass of training."""
     with model.whole(trainer.model_wrapped) as module, trainer.compute_loss_context_manager():
         after = score(module, answers, model.encoder.pad_id).double().numpy()
     scale = max(1.0, float(np.abs(before).max()))

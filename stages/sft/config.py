@@ -19,18 +19,18 @@ DECLARATION = Declaration(
 
 
 class Config(TrainedStageConfig):
-    """Instruction tuning on conversations; the loss is on answers and their stop tokens alone."""
+    """Instruction tuning on conversations; only answers and their stop tokens enter the loss."""
 
     packing: bool = False
-    """Several conversations in one row of `max_length` tokens, none of which sees another. Pays on GPUs, where rows are
-    long; on a CPU rows of like length in a batch are faster."""
+    """Pack several conversations into one row of `max_length` tokens, without attention between them. Faster on GPUs
+    with long rows; on a CPU, `group_by_length` is faster."""
     group_by_length: bool = True
-    """Rows of like length share a step, so that little is padding. Not read with `packing`."""
+    """Batch rows of similar length together, to reduce padding. Not read with `packing`."""
     eval_answers: int = Field(default=32, ge=0)
-    """Held-out conversations whose last turn is answered greedily before and after, for the rate of answers that stop;
-    some of the answers go to samples.jsonl."""
+    """Number of held-out conversations whose last turn is answered greedily in each evaluation, to measure the stop
+    rate; some of the answers go to samples.jsonl."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """Tokens of such an answer, at most."""
+    """Maximum tokens of such an answer."""
     train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
     """The training."""
 
@@ -47,5 +47,5 @@ def parents(config: Config) -> dict[str, str]:
 
 
 def models(config: Config) -> list[HeldModel]:
-    """What the section holds in memory."""
+    """Models that the section holds in memory."""
     return [HeldModel("policy", config.parent, trained=True)]

@@ -1,4 +1,4 @@
-"""Instruction tuning with TRL's SFTTrainer, on rows that our own encoder has masked.
+"""Instruction tuning with TRL's SFTTrainer, on rows that this project's encoder has tokenized and masked.
 
     python -m stages.sft recipes/tiny.yaml
     accelerate launch --config_file recipes/launch/ddp.yaml -m stages.sft recipes/tiny.yaml
@@ -6,7 +6,7 @@
 Legend: B rows, T tokens.
 
 The loss of a step is the sum over all its supervised tokens, on all processes and in all micro-batches, divided by
-their number: how the step is cut changes nothing.
+their number. So it does not depend on the number of processes or micro-batches.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from training.trainer import StageTrainer, StepOrder, arguments, fit
 
 
 class Trainer(StageTrainer, SFTTrainer):
-    """TRL's trainer in our frame."""
+    """TRL's trainer with the behaviour that all stages share."""
 
 
 def train(run: Run) -> None:
@@ -75,7 +75,7 @@ def train(run: Run) -> None:
 
 
 class Collator:
-    """Rows padded on the right. Packed rows bring `position_ids`, which alone say where a conversation begins."""
+    """Pads rows on the right. Packed rows have `position_ids`, which restart at 0 where a conversation begins."""
 
     def __init__(self, pad_id: int) -> None:
         self._pad_id = pad_id
@@ -87,8 +87,8 @@ class Collator:
             "labels": _padded([row["labels"] for row in rows], -100),
         }
         if "position_ids" in rows[0]:
-            # With an attention mask beside them, transformers would no longer look at the positions. Each padded
-            # position is a conversation of its own.
+            # With an attention mask, transformers would not use the positions to separate conversations. Each padding
+            # token has position 0, so it counts as a conversation of its own.
             batch["position_ids"] = _padded([row["position_ids"] for row in rows], 0)
         else:
             batch["attention_mask"] = _padded([[1] * len(row["input_ids"]) for row in rows], 0)

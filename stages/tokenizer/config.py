@@ -20,21 +20,21 @@ DECLARATION = Declaration(
 
 
 class Config(StageConfig):
-    """A byte-level BPE of its own; a pipeline that starts from a checkpoint has no such section."""
+    """A new byte-level BPE; a pipeline that starts from a checkpoint needs no such section."""
 
     data: list[SourceConfig] = Field(min_length=1)
-    """What it is trained on. Conversations and pairs give the texts of their messages; a file source is read as
-    documents when its `format` is `text` (or `auto` and it is named .txt), as conversations otherwise."""
+    """Training texts. Of conversations and pairs, the messages are used. A file source is read as documents if its
+    `format` is `text` (or `auto`, and its path contains .txt), else as conversations."""
     eval_data: list[SourceConfig] = Field(default_factory=list)
     """Held-out texts, for bytes per token."""
     vocab_size: int = Field(default=4096, ge=288)
-    """Entries, with the 256 bytes and the special tokens; fewer when the texts do not give that many."""
+    """Number of entries, including the 256 bytes and special tokens; fewer if the texts give too few pairs to merge."""
     split_digits: bool = True
-    """Each digit is a token of its own, so that numbers are written in one way."""
+    """Make each digit a separate token, so that a number is always split in the same way."""
     min_frequency: int = Field(default=2, ge=1)
-    """Times that a pair has to occur before it is merged."""
+    """Minimum number of occurrences of a pair that is merged."""
 
 
 def parents(config: Config) -> dict[str, str]:
-    """None: a tokenizer is a beginning."""
+    """A tokenizer has no parent."""
     return {}

@@ -1,9 +1,9 @@
-"""Trains a byte-level BPE: any text can be encoded and comes back byte for byte.
+"""Trains a byte-level BPE, which can encode any text and decodes it to the same bytes.
 
     python -m stages.tokenizer recipes/tiny.yaml
 
-The same texts give the same file. The special tokens have the first ids (data/template.py); some are reserved, so that
-later training can use new markers without resizing a model.
+The same texts give the same file. The special tokens have the first ids (data/template.py). Some of them are reserved,
+so that later training can use new markers without resizing the model.
 """
 
 import time
@@ -25,7 +25,7 @@ _BATCH = 1000
 
 
 def train(run: Run) -> None:
-    """Runs the stage. It is not distributed: the main process trains, the others wait for it."""
+    """Runs the stage. Only the main process trains; the others wait for it."""
     config: Config = run.config
     rows = read_texts(run, config.data, "data")
     heldout = read_texts(run, config.eval_data, "held-out data")
@@ -69,7 +69,7 @@ def train(run: Run) -> None:
 
 
 def wanted(source: SourceConfig) -> type[Text] | type[Chat] | type[Prompt]:
-    """As what the rows of a source are read."""
+    """The record type as which the rows of a source are read."""
     if isinstance(source, WorldSource):
         return {"documents": Text, "chats": Chat, "preferences": Chat, "prompts": Prompt}[source.kind]
     if source.format == "auto":
@@ -93,7 +93,7 @@ def batches(rows: Sequence[Rows[list[str]]]) -> Iterator[list[str]]:
 
 
 def train_bpe(run: Run, rows: Sequence[Rows[list[str]]], config: Config) -> Tokenizer:
-    """The trained BPE; every process gets the main one's."""
+    """The BPE that the main process trains, on every process."""
     tokenizer = Tokenizer(models.BPE())
     parts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] * config.split_digits
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -119,7 +119,7 @@ def train_bpe(run: Run, rows: Sequence[Rows[list[str]]], config: Config) -> Toke
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, parts: Iterable[list[str]]) -> float:
-    """UTF-8 bytes that a token stands for, on average over all texts of all parts."""
+    """Mean number of UTF-8 bytes per token, over all texts of all parts."""
     size = tokens = 0
     for texts in parts:
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
