@@ -11,10 +11,12 @@ from datetime import UTC, datetime
 from enum import Enum
 
 from handoff.errors import UserError
+from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest
 from handoff.stage import StageDir
 from training.inputs import stage_inputs
 from training.recipe import Recipe
+from training.registry import Registry
 
 
 class State(Enum):
@@ -60,8 +62,18 @@ def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> S
     changes = now.differences(started)
     if changes:
         return Standing(name, State.STALE, ("was not finished", *changes))
+    return Standing(name, State.UNFINISHED, (_continuation(stage, recipe.sections[name].stage),))
+
+
+def _continuation(stage: StageDir, package: str) -> str:
+    """How an interrupted stage goes on."""
     step = saved_step(stage)
-    return Standing(name, State.UNFINISHED, ("starts again" if step is None else f"resumes from step {step}",))
+    if step is not None:
+        return f"resumes from step {step}"
+    journal = Registry().declaration(package).journal
+    if journal and (lines := Journal(stage.path / journal).lines()):
+        return f"continues after the {len(lines)} line{'s' * (len(lines) > 1)} of {journal}"
+    return "starts again"
 
 
 def saved_step(stage: StageDir) -> int | None:

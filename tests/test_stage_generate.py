@@ -11,7 +11,7 @@ import pytest
 
 import stages.generate.train as generate_train
 from baton.runner import check_data
-from baton.status import State, overview
+from baton.status import State, overview, standing
 from data.errors import DataError
 from data.records import Message
 from handoff.errors import HandoffError
@@ -253,6 +253,7 @@ def test_a_killed_stage_goes_on_and_publishes_the_same_rows(made, tmp_path, root
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert StageDir(recipe.run_dir / "generate").manifest() is None
+    assert str(standing(recipe, "generate")) == "unfinished: continues after the 1 line of answers.jsonl"
     run_section(recipe, "generate")
     assert rows_of(recipe) == rows_of(made)
     assert manifest_of(recipe, "generate").fingerprint == manifest_of(made, "generate").fingerprint

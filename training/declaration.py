@@ -111,6 +111,9 @@ class Declaration:
     compared: tuple[str, ...] = ()
     """Metrics of a step that `baton replay` compares; a line with the first of them is the line of a training step.
     Empty: the stage has no steps."""
+    journal: str = ""
+    """File in the stage's directory with finished results: an interrupted stage continues after its last line. Empty:
+    only a saved state lets it continue."""
     answers: Literal["no", "tuned", "aligned"] = "no"
     """Whether users can chat with its model: it was `tuned` to answer, or also `aligned` with preferences."""
     headline: tuple[tuple[str, str], ...] = ()

@@ -13,6 +13,7 @@ DECLARATION = Declaration(
     "sampled answers",
     targets=("generate",),
     publishes="dataset",
+    journal="answers.jsonl",
     headline=(("rows", "rows"), ("kept/score", "score of the rows"), ("stop_rate", "of answers stop")),
 )
 

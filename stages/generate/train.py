@@ -25,7 +25,7 @@ from handoff.parent import Parent
 from reward.compose import Answers
 from rollout.engine import generate
 from rollout.sampling import Completion, SamplingSpec
-from stages.generate.config import Config
+from stages.generate.config import DECLARATION, Config
 from training.model import Model, load_encoder
 from training.rewards import Scorer, load_rewards
 from training.run import Run
@@ -69,7 +69,7 @@ def train(run: Run) -> None:
         )
         rewards = Scorer(composition, run.engine, frozen)
 
-    journal = Journal(run.dir.path / "answers.jsonl")
+    journal = Journal(run.dir.path / DECLARATION.journal)
     completions = _answers(run, parent, encoder, prompts, journal)
     answers = _flat(config, encoder, prompts, completions)
     total, parts = rewards.together(answers) if rewards is not None else (None, {})
