@@ -10,10 +10,11 @@ class SourceBase(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     weight: float = Field(default=1.0, gt=0)
-    """How densely this source is used, relative to the other entries of the list (> 0): of the source with the largest
-    weight all rows, of the others `weight / largest weight` of their rows, chosen by a hash of the row."""
+    """Share of this source's rows that is used, relative to the other entries of the list (> 0). All rows of the source
+    with the largest weight are used; another source contributes `weight / largest weight` of its rows, chosen by a hash
+    of the row."""
     limit: int | None = Field(default=None, ge=1)
-    """At most this many usable records of the source, the first ones in its own order; all when absent."""
+    """Use at most this many usable records, the first in the source's order; all when absent."""
 
 
 class WorldSource(SourceBase):
@@ -23,27 +24,28 @@ class WorldSource(SourceBase):
     kind: Literal["documents", "chats", "preferences", "prompts"]
     """What to generate."""
     size: int = Field(default=1000, ge=1)
-    """Number of records (documents: number of documents)."""
+    """Number of records to generate."""
     split: Literal["train", "validation", "test"] = "train"
-    """Disjoint by a hash of the content. Tune on `validation`, report on `test`."""
+    """Which split to generate. Splits are disjoint by a hash of the content. Tune on `validation`, report on `test`."""
     families: list[str] | None = None
-    """Only these instruction families; all when absent."""
+    """Generate only these instruction families; all when absent."""
     seed: int = Field(default=0, ge=0)
-    """Which world. Another seed, another set of people, places and facts."""
+    """Each seed makes another world: other people, places and facts."""
 
 
 class RowsSource(SourceBase):
-    """What files, hub data sets and published rows share: how rows are read, and which are held out."""
+    """Settings that files, hub data sets and published rows share: how to read rows, and which to hold out."""
 
     format: Literal[
         "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
     ] = "auto"
-    """How a row is read; `auto` decides by the columns of each file's first row and says what it chose."""
+    """How to read a row. `auto` chooses by the columns of each file's first row and reports its choice."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of rows set aside by a hash of the first user turn (of the text), half for validation, half for test. Equal
-    prompts fall on the same side in every file. Give the same share wherever the rows are used."""
+    """Share of rows to hold out, half for validation and half for test. A hash of the first user turn (or of the
+    document) decides, so equal prompts are in the same split in every file. Give the same share wherever the rows are
+    used."""
     split: Literal["all", "train", "validation", "test"] = "all"
-    """Which part of the rows to use. Anything but `all` needs `holdout`, and `holdout` needs anything but `all`."""
+    """Which split of the rows to use. `holdout` needs a split other than `all`, and such a split needs `holdout`."""
 
     @model_validator(mode="after")
     def _holdout_and_split_agree(self) -> Self:
@@ -59,9 +61,9 @@ class FileSource(RowsSource):
 
     source: Literal["file"]
     path: str
-    """A file, a folder or a glob, relative to the recipe's `data_root` (to the working directory without one)."""
+    """A file, a folder or a glob, relative to the recipe's `data_root`, or without one to the working directory."""
     exclude: list[str] = Field(default_factory=list)
-    """File names (globs) of a folder or glob that are left out, e.g. a held-out book."""
+    """File names (globs) to leave out of a folder or glob, e.g. a held-out book."""
 
 
 class HubSource(RowsSource):
@@ -73,10 +75,10 @@ class HubSource(RowsSource):
     subset: str | None = None
     """Configuration name of the data set."""
     hub_split: str = "train"
-    """Split of the data set as published, e.g. `train` or `train[:1000]`."""
+    """Split of the published data set, e.g. `train` or `train[:1000]`."""
     revision: str | None = None
-    """Commit or tag of the data set, so that a run can be repeated. When absent, what is the newest when its rows are
-    encoded; a later change on the hub is not seen while the encoded rows are there (`<output_root>/.rows`)."""
+    """Commit or tag of the data set, so that a run can be repeated. When absent, the newest revision when the rows are
+    encoded; later changes on the hub go unnoticed as long as the encoded rows exist (`<output_root>/.rows`)."""
 
 
 class StageSource(RowsSource):
@@ -84,12 +86,12 @@ class StageSource(RowsSource):
 
     source: Literal["stage"]
     name: str
-    """A section of this recipe whose stage publishes rows, or the directory of such a stage of another run."""
+    """A section of this recipe whose stage publishes rows, or the directory of such a stage in another run."""
 
     _folder: Path | None = PrivateAttr(default=None)
 
     def at(self, folder: Path) -> "StageSource":
-        """The same source with the folder of its rows. Only the run knows where its sections publish."""
+        """A copy of this source with the folder of its rows, which depends on the run's directory."""
         located = self.model_copy()
         located._folder = folder
         return located
