@@ -10,11 +10,10 @@ class SourceBase(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     weight: float = Field(default=1.0, gt=0)
-    """Share of this source's rows that is used, relative to the other entries of the list (> 0). All rows of the source
-    with the largest weight are used; another source contributes `weight / largest weight` of its rows, chosen by a hash
-    of the row."""
+    """Share of the source's rows to use, relative to the other entries of the list (> 0): `weight / largest weight` of
+    its rows, chosen by a hash of the row. The source with the largest weight is used whole."""
     limit: int | None = Field(default=None, ge=1)
-    """Use at most this many usable records, the first in the source's order; all when absent."""
+    """Use at most this many usable records, the first ones in the source's order; all when absent."""
 
 
 class WorldSource(SourceBase):
@@ -24,28 +23,27 @@ class WorldSource(SourceBase):
     kind: Literal["documents", "chats", "preferences", "prompts"]
     """What to generate."""
     size: int = Field(default=1000, ge=1)
-    """Number of records to generate."""
+    """Number of records; for `documents`, number of documents."""
     split: Literal["train", "validation", "test"] = "train"
-    """Which split to generate. Splits are disjoint by a hash of the content. Tune on `validation`, report on `test`."""
+    """The splits are disjoint, by a hash of the content. Tune on `validation`, report on `test`."""
     families: list[str] | None = None
-    """Generate only these instruction families; all when absent."""
+    """Use only these instruction families; all when absent."""
     seed: int = Field(default=0, ge=0)
-    """Each seed makes another world: other people, places and facts."""
+    """Seed of the world; each seed gives different people, places and facts."""
 
 
 class RowsSource(SourceBase):
-    """Settings that files, hub data sets and published rows share: how to read rows, and which to hold out."""
+    """Keys shared by files, hub data sets and published rows: how rows are read, and which are held out."""
 
     format: Literal[
         "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
     ] = "auto"
-    """How to read a row. `auto` chooses by the columns of each file's first row and reports its choice."""
+    """Format of the rows; `auto` chooses by the columns of each file's first row and reports its choice."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of rows to hold out, half for validation and half for test. A hash of the first user turn (or of the
-    document) decides, so equal prompts are in the same split in every file. Give the same share wherever the rows are
-    used."""
+    """Share of rows set aside by a hash of the first user turn (of a document, its text), half for validation, half for
+    test. Equal prompts are in the same part in every file. Give the same share wherever the rows are used."""
     split: Literal["all", "train", "validation", "test"] = "all"
-    """Which split of the rows to use. `holdout` needs a split other than `all`, and such a split needs `holdout`."""
+    """Which part of the rows to use. Every value but `all` requires `holdout`; `all` forbids it."""
 
     @model_validator(mode="after")
     def _holdout_and_split_agree(self) -> Self:
@@ -61,7 +59,7 @@ class FileSource(RowsSource):
 
     source: Literal["file"]
     path: str
-    """A file, a folder or a glob, relative to the recipe's `data_root`, or without one to the working directory."""
+    """A file, a folder or a glob, relative to the recipe's `data_root` or, without one, to the working directory."""
     exclude: list[str] = Field(default_factory=list)
     """File names (globs) to leave out of a folder or glob, e.g. a held-out book."""
 
@@ -75,10 +73,10 @@ class HubSource(RowsSource):
     subset: str | None = None
     """Configuration name of the data set."""
     hub_split: str = "train"
-    """Split of the published data set, e.g. `train` or `train[:1000]`."""
+    """Split of the data set as published, e.g. `train` or `train[:1000]`."""
     revision: str | None = None
-    """Commit or tag of the data set, so that a run can be repeated. When absent, the newest revision when the rows are
-    encoded; later changes on the hub go unnoticed as long as the encoded rows exist (`<output_root>/.rows`)."""
+    """Commit or tag of the data set, so that a run can be repeated. When absent, the newest commit when the rows are
+    encoded; later changes on the hub have no effect as long as the encoded rows exist (`<output_root>/.rows`)."""
 
 
 class StageSource(RowsSource):
@@ -86,7 +84,7 @@ class StageSource(RowsSource):
 
     source: Literal["stage"]
     name: str
-    """A section of this recipe whose stage publishes rows, or the directory of such a stage in another run."""
+    """A section of this recipe whose stage publishes rows, or the directory of such a section in another run."""
 
     _folder: Path | None = PrivateAttr(default=None)
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RewardConfig(BaseModel):
-    """A reward model, an ensemble of reward models, or a function, and its weight in the sum."""
+    """A reward model, an ensemble of reward models, or a function; and its weight in the sum."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -76,7 +76,7 @@ class RewardConfig(BaseModel):
 
 
 def check_rewards(*lists: Sequence[RewardConfig]) -> None:
-    """Raises ValueError if two entries of a list share a name, or if entries disagree on a model's `reencode`."""
+    """Raises ValueError if two entries of a list share a name or two entries for one model differ in `reencode`."""
     encodings: dict[str, bool] = {}
     for entries in lists:
         names = [entry.name for entry in entries]
