@@ -93,7 +93,7 @@ class PackedRows(Sequence[Row]):
         return packed
 
     def dataset(self) -> "Dataset":
-        """A data set for upstream trainers. It stores the packed rows' numbers; a row is put together when it is read."""
+        """A data set for upstream trainers. It stores numbers of packed rows, which are put together when read."""
         import numpy as np
         from datasets import Dataset
 
