@@ -89,7 +89,7 @@ class StageSource(RowsSource):
     _folder: Path | None = PrivateAttr(default=None)
 
     def at(self, folder: Path) -> "StageSource":
-        """The same source with the folder of its rows. Only the run knows where its sections publish."""
+        """A copy of this source with the folder of its rows, which depends on the run's directory."""
         located = self.model_copy()
         located._folder = folder
         return located

@@ -1,15 +1,15 @@
-"""The one encoder: from records to token ids and loss masks. No stage turns text into ids in any other way.
+"""The encoder: turns records into token ids and loss masks. Every stage encodes text with it.
 
-Three things make what a model is trained on equal to what it sees when it generates, whatever the template:
+Three rules make the tokens of training equal to those of generation, with any chat template:
 
-1. A conversation is cut into contexts and answers (data/turns.py) and each part is encoded by itself. So the ids of a
-   prompt are always a prefix of the ids of the answered conversation: no token merges across the border, and the mask
-   is a matter of structure (exactly the answers and their stop tokens), never of searching.
-2. Answers and documents are encoded with special tokens switched off: `<|end|>` in a text is seven characters there,
-   not a stop. In messages it is refused, because the rendered conversation could not be told from a forged one.
-3. Ids of special tokens come from the template alone: a beginning-of-sequence token appears once or not at all.
+1. A conversation is split into contexts and answers (data/turns.py), and each part is encoded separately. So the ids of
+   a prompt are always a prefix of the ids of the answered conversation: no token spans the border, and the mask
+   (exactly the answers and their stop tokens) follows from the parts without a search for tokens.
+2. Answers and documents are encoded with special tokens switched off: there `<|end|>` is seven characters of text, not
+   a stop token. A message with such text is refused, because in a rendered conversation it could forge a turn.
+3. Only the template adds special tokens, so a beginning-of-sequence token appears once or not at all.
 
-How records become the rows that a stage trains on is in data/rows.py.
+data/rows.py makes the rows that a stage trains on from records.
 """
 
 import json
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Encoder:
-    """A tokenizer with its chat template, as ids. All lists of ids are plain `list[int]`."""
+    """Encodes and decodes with a tokenizer and its chat template. All lists of ids are plain `list[int]`."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         """The tokenizer is not changed: the encoder works on a copy of its tables.
@@ -61,7 +61,7 @@ class Encoder:
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
         self.vocab_size = len(tokenizer)
-        """Entries of the tokenizer, added tokens included; a model has at least as many embedding rows."""
+        """Number of tokens, including added ones; a model has at least as many embedding rows."""
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or "(?!)")
         starts = self._backend.encode("").ids
@@ -79,7 +79,7 @@ class Encoder:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, pad_id: int | None = None) -> "Encoder":
-        """Load the tokenizer that lies in `folder`; `pad_id` is the id to pad with, where that is not the tokenizer's.
+        """Loads the tokenizer in `folder`; `pad_id`, if given, replaces the tokenizer's own pad token.
 
         Raises DataError as the constructor does.
         """
@@ -96,7 +96,7 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides which ids a text becomes: tokenizer, chat template, special tokens, stop ids."""
+        """Hash of everything that determines a text's ids: tokenizer, chat template, special tokens, stop ids."""
         from importlib.metadata import version
 
         tokenizer = self.tokenizer
@@ -111,26 +111,26 @@ class Encoder:
         )
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation with the header of the answer to come. Raises DataError where it cannot be expressed."""
+        """Ids of the conversation and of the next answer's header. Raises DataError if it cannot be expressed."""
         return _or_raise(self.prompts([messages])[0])
 
     def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """The conversation, and for each token whether it is an answer's or the stop token of one.
+        """Ids of the conversation, and a mask that is true at the tokens of answers and at their stop tokens.
 
-        Ends with the last answer's stop token. Raises DataError where the conversation cannot be expressed.
+        The ids end with the last answer's stop token. Raises DataError if the template cannot express the conversation.
         """
         return _or_raise(self.chats([messages])[0])
 
     def answer(self, text: str) -> list[int]:
-        """A completion and its stop token: `prompt(m) + answer(t)` is `chat` of `m` answered with `t`."""
+        """Ids of a completion and its stop token; `prompt(m) + answer(t)` equals `chat` of `m` answered with `t`."""
         return self.answers([text])[0]
 
     def document(self, text: str) -> list[int]:
-        """A text and the end token, after a beginning token where the tokenizer itself begins texts with one."""
+        """Ids of a text and the end token, after a beginning token if the tokenizer starts texts with one."""
         return self.documents([text])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a completion: no special tokens, and nothing that the template puts around an answer."""
+        """The text of a completion, without special tokens and without what the template puts around an answer."""
         rest = list(ids)
         header = self._header[: len(rest)]
         if rest[: len(header)] == header:
@@ -139,20 +139,20 @@ class Encoder:
         return self._turns.shape.content(text) if self._turns else text
 
     def prompts(self, batch: Sequence[Sequence[Message]]) -> list[list[int] | RowRefused]:
-        """`prompt` of many conversations at once; a conversation that cannot be expressed gives its refusal."""
+        """`prompt` for many conversations at once; the result for one that cannot be expressed is its RowRefused."""
         return [r if isinstance(r, RowRefused) else r[0] for r in self._conversations(batch, generation=True)]
 
     def chats(self, batch: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]] | RowRefused]:
-        """`chat` of many conversations at once; a conversation that cannot be expressed gives its refusal."""
+        """`chat` for many conversations at once; the result for one that cannot be expressed is its RowRefused."""
         return self._conversations(batch, generation=False)
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """`answer` of many texts at once."""
+        """`answer` for many texts at once."""
         shape = self._require_template().shape
         return [self._closed(ids) for ids in self._encode([shape.said(text) for text in texts], special=False)]
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """`document` of many texts at once."""
+        """`document` for many texts at once."""
         return [[*self._document_start, *ids, self.eos_id] for ids in self._encode(texts, special=False)]
 
     def refusal(self, text: str) -> RowRefused | None:
@@ -205,7 +205,7 @@ class Encoder:
         return [*self._header, *answer, self.stop_ids[0]]
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """`special`: whether a special token's text becomes that token, or is text like any other."""
+        """`special`: whether a special token's text is encoded as that token or as ordinary text."""
         self._backend.encode_special_tokens = not special
         distinct = list(dict.fromkeys(texts))
         encoded = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
@@ -225,7 +225,7 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as the policy is given it, ending with the header of the answer to come."""
+    """A prompt as the policy reads it; its ids end with the header of the next answer."""
 
     ids: list[int]
     record: Prompt

@@ -1,4 +1,4 @@
-"""What a stage was fed, as hashes: a stage is stale when one of them changes."""
+"""Hashes of a stage's data sources: a stage is stale when one of them changes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +9,10 @@ from handoff.files import canonical_hash, sha256_file
 
 
 def label(source: SourceConfig) -> str:
-    """How messages and manifests name a source: `world:chats[train]`, `file:sft/*.jsonl`,
+    """A source's name in messages and manifests: `world:chats[train]`, `file:sft/*.jsonl`,
     `hub:some/name[train]`, `stage:generate`.
 
-    Two entries of a recipe that have the same name have the same bytes to read, if not the same settings.
+    Two entries of a recipe with the same name read the same bytes, but their settings may differ.
     """
     if isinstance(source, WorldSource):
         return f"world:{source.kind}[{source.split}]"
@@ -28,12 +28,12 @@ def fingerprint(
 ) -> tuple[str, str]:
     """(label, sha256 hex) of one source.
 
-    Files and a stage's rows: names and bytes. The world: its own settings and the generator's source files. The hub:
-    name, subset, split and revision; without a revision a change on the hub is not seen. `sha256`: the hash of a file;
-    with `HashCache.sha256` an unchanged file is not read again.
+    The hash covers, for files and a stage's rows, names and bytes; for the world, its settings and the generator's
+    source files; for the hub, name, subset, split and revision (without one, changes on the hub go unnoticed).
+    `sha256` hashes a file; `HashCache.sha256` does not read an unchanged file again.
 
     Raises:
-        DataError: the files that the source names are not there.
+        DataError: the files that the source names do not exist.
     """
     if isinstance(source, WorldSource):
         return label(source), canonical_hash([source.model_dump(mode="json"), _world_code()])
@@ -45,7 +45,7 @@ def fingerprint(
 def fingerprints(
     sources: Sequence[SourceConfig], root: Path | None, sha256: Callable[[Path], str] = sha256_file
 ) -> dict[str, str]:
-    """The same for a list; a label that is met again (two parts of one file) gets `#2`, `#3`, ... behind it."""
+    """`fingerprint` of each source; a repeated label (two parts of one file) gets the suffix `#2`, `#3`, ..."""
     result: dict[str, str] = {}
     for source in sources:
         name, digest = fingerprint(source, root, sha256)

@@ -1,17 +1,16 @@
-"""From the `data:` list of a recipe to a stream of records of one kind, with an account of every row.
+"""Reads the `data:` list of a recipe as a stream of records of one kind, and accounts for every row.
 
-What is an error at once, because the data is not what the recipe says it is: a missing or empty file, a damaged one
-(truncated gzip, not UTF-8, broken JSON), a missing column, `null` or a wrong type in a column that is read, an unknown
-role, a format that has no such records (documents where conversations are wanted), a source none of whose rows can be
-used.
+An error at once, because the data is not what the recipe says: a missing, empty or damaged file (truncated gzip, not
+UTF-8, broken JSON); a missing column; `null` or a wrong type in a column that is read; an unknown role; a format
+without records of the wanted kind (documents where conversations are wanted); a source without a usable row.
 
-What is dropped and counted, because real data has such rows: empty text, empty prompt, empty answer, roles out of
-order, chosen equal to rejected, chosen and rejected that answer different prompts, no answer where one is wanted, a
-conversation labelled as bad, no final answer in a GSM8K row; and by the encoder: rows that are too long, and messages
-that contain a special token's text. The caller bounds it with `Accounting.check(max_drop_fraction)`.
+Dropped and counted, because real data has such rows: empty text, empty prompt, empty answer, roles out of order, chosen
+equal to rejected, chosen and rejected that answer different prompts, a missing answer where one is wanted, a
+conversation labelled as bad, a GSM8K row without a final answer. The encoder also drops rows that are too long, and
+messages that contain a special token's text. The caller limits the share with `Accounting.check(max_drop_fraction)`.
 
-What is mended: a byte order mark, Windows line ends, Project Gutenberg's wrapping, an empty system message; and with a
-note that counts it: the Alpaca instruction header inside a prompt, turns after the last answer of a conversation.
+Repaired: a byte order mark, Windows line ends, Project Gutenberg's wrapping, an empty system message. Repaired and
+counted in a note: the Alpaca instruction header inside a prompt, turns after the last answer of a conversation.
 """
 
 import hashlib
@@ -41,20 +40,21 @@ CUT_TURN = "conversations whose turns after the last answer were cut"
 def read(
     sources: Sequence[SourceConfig], want: type[R], root: Path | None, seed: int, accounting: Accounting
 ) -> Iterator[R]:
-    """The usable records of the sources as `want` (Text, Chat, Preference or Prompt), while the files are being read.
+    """Yields the usable records of the sources as `want` (Text, Chat, Preference or Prompt) while it reads the files.
 
-    They come source by source, each in its own order; `mixture_order` says in which order they are used. When the
-    iterator has ended, `accounting` counts every row.
+    Records come source by source, in each source's own order; `mixture_order` gives the order in which they are used.
+    When the iterator has ended, `accounting` counts every row.
 
-    A chat becomes a prompt by leaving out its last answer, which goes to `columns["reference"]`; a pair becomes a
-    prompt the same way (the chosen answer is the reference) and a chat with the chosen answer. Nothing becomes a
-    document. A prompt keeps in `columns` whatever other columns its row has.
+    Conversions: a chat becomes a prompt without its last answer, which goes to `columns["reference"]`. A pair becomes
+    a prompt with the chosen answer as reference, or a chat with the chosen answer. Nothing becomes a document. A prompt
+    keeps the other columns of its row in `columns`.
 
-    Mixture: of the source with the largest weight all rows are used, of the others `weight / largest weight` of their
-    rows: those whose hash with the seed is lowest. The others are read twice: first to find these rows.
+    Mixture: all rows of the source with the largest weight are used. Every other source contributes the share
+    `weight / largest weight` of its rows, those with the lowest hashes (of the row and the seed). Such a source is read
+    twice: first to find these rows.
 
     Raises:
-        DataError: see the head of this module; the message names file, row and field.
+        DataError: see this module's docstring; the message names file, row and field.
     """
     largest = max((source.weight for source in sources), default=1.0)
     for source in sources:
@@ -73,15 +73,15 @@ def read(
 
 
 def mixture_order(sources: Sequence[SourceConfig], records: int, seed: int) -> "NDArray[np.int64] | None":
-    """Indices of the records that `read` gave, (records,), in the order of use: of several sources shuffled together.
+    """The order of use: indices (records,) into the records that `read` yielded, shuffled if there are several sources.
 
-    None: in the order in which they were read.
+    None with one source: the records are used in the order in which they were read.
     """
     return shuffled(records, seed, "mixture") if len(sources) > 1 else None
 
 
 def _records(source: SourceConfig, want: type[R], root: Path | None, accounting: Accounting) -> Iterator[R]:
-    """The usable records of one source, of its split and up to its limit."""
+    """The usable records of one source that are in its split, up to its limit."""
     found = 0
     split = "all" if isinstance(source, WorldSource) else source.split
     holdout = 0.0 if isinstance(source, WorldSource) else source.holdout
@@ -92,7 +92,7 @@ def _records(source: SourceConfig, want: type[R], root: Path | None, accounting:
                 raise parsed
             record = _shape(parsed, want, origin, accounting)
         except RowRefused as refusal:
-            # Its prompt may be what is wrong with it, so the row itself decides to which part it belongs.
+            # The prompt may be missing or broken, so a hash of the whole row decides which split the row is in.
             if _in_split(json.dumps(row, sort_keys=True, default=str), holdout, split):
                 accounting.drop(refusal.reason, origin)
             else:
@@ -145,7 +145,7 @@ def _world(source: WorldSource) -> Iterator[Record]:
 
 
 def _parsed(record: Record) -> Parsed:
-    """A generated record in the terms of one that was read, so that both go the same way from here."""
+    """Converts a generated record to the type that a parsed row has, so that the same code handles both."""
     if isinstance(record, Text):
         return Document(record.text)
     if isinstance(record, Preference):
@@ -154,7 +154,7 @@ def _parsed(record: Record) -> Parsed:
 
 
 def _shape(parsed: Parsed, want: type[R], origin: Origin, accounting: Accounting) -> R:
-    """The record that is wanted. Raises RowRefused for an unfit row, DataError where the kind cannot be made of it."""
+    """Converts to a record of kind `want`. Raises RowRefused for an unusable row, DataError for an impossible kind."""
     if isinstance(parsed, Document) or want is Text:
         if not isinstance(parsed, Document) or want is not Text:
             held = {Document: "documents", Conversation: "conversations", Pair: "pairs of answers"}[type(parsed)]
@@ -213,7 +213,7 @@ _MAY_FOLLOW = {
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
-    """Raises RowRefused for turns without text and for turns that do not alternate; a tool may answer an assistant."""
+    """Raises RowRefused if turns have no text or do not alternate; a tool's turn may follow an assistant's."""
     if not messages:
         raise RowRefused("empty prompt")
     before = None
@@ -226,7 +226,7 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
 
 
 def _holdout_key(record: Record) -> str:
-    """What is alike in records that must not be on two sides: the first user turn, or the text."""
+    """The text that decides the split: the first user turn, or the document. Records with equal keys share a split."""
     if isinstance(record, Text):
         return record.text
     messages = record.prompt if isinstance(record, Preference) else record.messages
@@ -237,7 +237,7 @@ def _in_split(key: str, holdout: float, split: str) -> bool:
     if split == "all":
         return True
     place = _place("holdout", " ".join(key.split()).casefold())
-    # The test part lies lowest: it keeps clear of the training part of any share that is at least half as large.
+    # Test rows have the lowest hashes. So they stay out of training under any other holdout at least half as large.
     actual = "train" if place >= holdout else "test" if place < holdout / 2 else "validation"
     return actual == split
 
@@ -247,7 +247,7 @@ def _hash(record: Record, seed: int) -> float:
 
 
 def _lowest(hashes: Iterable[float], share: float) -> "NDArray[np.bool_]":
-    """Which of them belong to the lowest `share`, at least one; (N,)."""
+    """Mask (N,) of the lowest `share` of the hashes, at least one."""
     import numpy as np
 
     places = np.fromiter(hashes, dtype=np.float64)
@@ -257,6 +257,6 @@ def _lowest(hashes: Iterable[float], share: float) -> "NDArray[np.bool_]":
 
 
 def _place(purpose: str, text: str) -> float:
-    """A number in [0, 1) that follows from the text."""
+    """Hashes `purpose` and `text` to a number in [0, 1)."""
     digest = hashlib.sha256(f"{purpose}\n{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

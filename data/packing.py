@@ -93,7 +93,7 @@ class PackedRows(Sequence[Row]):
         return packed
 
     def dataset(self) -> "Dataset":
-        """For trainers of the ecosystem: a data set of numbers of packed rows, which are put together when read."""
+        """A data set for upstream trainers. It stores numbers of packed rows, which are put together when read."""
         import numpy as np
         from datasets import Dataset
 

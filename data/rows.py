@@ -1,7 +1,7 @@
-"""What a stage trains on: the kinds of rows, and the rows of one kind as they lie in memory-mapped files.
+"""The kinds of rows that stages train on, and `Rows`, which reads rows of one kind from memory-mapped files.
 
-A kind says which records it reads, how a batch of them is encoded, and which columns are stored. The files are written
-and opened by data/shards.py.
+A kind defines which records it reads, how a batch of them is encoded, and which columns are stored. data/shards.py
+writes and opens the files.
 """
 
 import json
@@ -38,24 +38,24 @@ class TooLong(RowRefused):
 
 
 class Kind(Generic[T]):
-    """A kind of rows; `T` is what a stage is given for each. A subclass is a dataclass of its settings."""
+    """A kind of rows; `T` is the type that a stage receives for a row. A subclass is a dataclass of its settings."""
 
     want: type[Record]
-    """The records that are read."""
+    """The type of the records to read."""
     columns: ClassVar[dict[str, Column]]
     stream: ClassVar[bool] = False
     """Whether the rows are stored as one stream of their column `ids`, in the order of use."""
     max_length: int
-    """Most tokens of a row; only of kinds that drop longer ones."""
+    """Maximum tokens of a row; only for kinds that drop longer rows."""
 
     def encode(
         self, records: Sequence[Any], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
     ) -> Iterator[Row | RowRefused]:
-        """For each record its row, or why it is dropped.
+        """Yields each record's row, or the reason why it is dropped.
 
         Args:
-            notes: counts for the user, as `Accounting.notes`.
-            facts: counts over the rows, for the stage (`Rows.facts`).
+            notes: counts for the user (see `Accounting.notes`); added to.
+            facts: counts over the rows for the stage (see `Rows.facts`); added to.
 
         Raises:
             DataError: a row is too long and `truncation` is `error`.
@@ -67,13 +67,13 @@ class Kind(Generic[T]):
         raise NotImplementedError
 
     def read(self, row: Row) -> T:
-        """A stored row as the stage is given it."""
+        """Converts a stored row to the form that the stage receives."""
         return row  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Documents(Kind[Row]):
-    """Documents one after another as one stream of tokens (`Rows.tokens`). `facts["bytes"]`: of their texts, UTF-8."""
+    """Documents, concatenated into one stream of tokens (`Rows.tokens`). `facts["bytes"]`: UTF-8 bytes of all texts."""
 
     want = Text
     columns: ClassVar[dict[str, Column]] = {"ids": "ids"}
@@ -82,7 +82,7 @@ class Documents(Kind[Row]):
     def encode(
         self, records: Sequence[Text], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
     ) -> Iterator[Row]:
-        """Documents end with the end token; the encoder drops none."""
+        """Yields each document's ids, which end with the end token; drops none."""
         assert encoder is not None
         texts = [record.text for record in records]
         facts["bytes"] += sum(len(text.encode()) for text in texts)
@@ -96,10 +96,10 @@ class Documents(Kind[Row]):
 
 @dataclass(frozen=True)
 class Chats(Kind[Row]):
-    """Conversations, read as `{"input_ids", "labels"}` of equal length: -100 wherever nothing is to be learnt.
+    """Conversations, read as `{"input_ids", "labels"}` of equal length; labels are -100 at tokens without a loss.
 
-    `truncation` says what becomes of rows with more than `max_length` tokens: dropped and counted; an error; or their
-    beginning is cut (a beginning token is kept), so that the last answer and its stop token stay at the end.
+    `truncation` decides about rows with more than `max_length` tokens. `drop`: drop and count them. `error`: raise.
+    `keep_end`: cut off the beginning (but keep a beginning token), so that the last answer and its stop token remain.
     """
 
     max_length: int
@@ -110,7 +110,7 @@ class Chats(Kind[Row]):
     def encode(
         self, records: Sequence[Chat], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
     ) -> Iterator[Row | RowRefused]:
-        """Ids, and for each whether it is supervised."""
+        """Yields ids, and a mask of the supervised ones."""
         assert encoder is not None
         for record, result in zip(records, encoder.chats([r.messages for r in records]), strict=True):
             if isinstance(result, RowRefused):
@@ -142,8 +142,8 @@ class Chats(Kind[Row]):
 class Pairs(Kind[Row]):
     """Preferences as `{"prompt_ids", "chosen_ids", "rejected_ids"}`; both answers end with the stop token.
 
-    A row is as long as its prompt and the longer answer. `truncation` is as in `Chats`; under `keep_end` the prompt
-    alone is cut, and a row whose answer leaves no room for it is dropped.
+    A row's length is that of its prompt and the longer answer. `truncation` is as in `Chats`, but `keep_end` cuts only
+    the prompt, and drops a row whose answer leaves no room for a prompt.
     """
 
     max_length: int
@@ -154,7 +154,7 @@ class Pairs(Kind[Row]):
     def encode(
         self, records: Sequence[Preference], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
     ) -> Iterator[Row | RowRefused]:
-        """Prompts and answers, each encoded by itself."""
+        """Yields the ids of prompts and answers, each encoded separately."""
         assert encoder is not None
         prompts = encoder.prompts([r.prompt for r in records])
         chosens = encoder.answers([r.chosen for r in records])
@@ -188,9 +188,9 @@ class Pairs(Kind[Row]):
 
 @dataclass(frozen=True)
 class Prompts(Kind[EncodedPrompt]):
-    """Prompts of at most `max_length` tokens; longer ones are dropped, for a cut prompt asks something else.
+    """Prompts of at most `max_length` tokens; longer ones are dropped, because a cut prompt asks something else.
 
-    Messages and columns are stored as JSON, so values keep their types. `facts` counts the rows that have a column.
+    Messages and columns are stored as JSON, so values keep their types. `facts` counts, for each column, its rows.
     """
 
     max_length: int
@@ -200,7 +200,7 @@ class Prompts(Kind[EncodedPrompt]):
     def encode(
         self, records: Sequence[Prompt], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
     ) -> Iterator[Row | RowRefused]:
-        """Ids beside the record."""
+        """Yields each prompt's ids with its record."""
         assert encoder is not None
         for record, ids in zip(records, encoder.prompts([r.messages for r in records]), strict=True):
             if isinstance(ids, RowRefused):
@@ -226,9 +226,9 @@ class Prompts(Kind[EncodedPrompt]):
 
 @dataclass(frozen=True)
 class Questions(Kind[tuple[list[int], str]]):
-    """What chats or preferences ask before their last answer: ids of the prompt, and the last message to show.
+    """The prompts of chats or preferences, without the last answer: the prompt's ids, and its last message as text.
 
-    Every record has a row; where the prompt cannot be expressed the ids are empty.
+    Every record has a row; if the template cannot express the prompt, the ids are empty.
     """
 
     want: type[Chat] | type[Preference]
@@ -237,7 +237,7 @@ class Questions(Kind[tuple[list[int], str]]):
     def encode(
         self, records: Sequence[Chat | Preference], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
     ) -> Iterator[Row]:
-        """Prompts of any length."""
+        """Yields prompts of any length."""
         assert encoder is not None
         asked = [record.messages[:-1] if isinstance(record, Chat) else record.prompt for record in records]
         for messages, ids in zip(asked, encoder.prompts(asked), strict=True):
@@ -254,7 +254,7 @@ class Questions(Kind[tuple[list[int], str]]):
 
 @dataclass(frozen=True)
 class Texts(Kind[list[str]]):
-    """Texts as they are, without an encoder: of a document its text, of a conversation its messages'."""
+    """Plain texts, not encoded: a document's text, or the texts of a conversation's messages."""
 
     want: type[Text] | type[Chat] | type[Prompt]
     columns: ClassVar[dict[str, Column]] = {"texts": "texts"}
@@ -262,7 +262,7 @@ class Texts(Kind[list[str]]):
     def encode(
         self, records: Sequence[Text | Chat | Prompt], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
     ) -> Iterator[Row]:
-        """The texts of each record."""
+        """Yields the texts of each record."""
         for record in records:
             yield {"texts": [record.text] if isinstance(record, Text) else [m.content for m in record.messages]}
 
@@ -277,7 +277,7 @@ class Texts(Kind[list[str]]):
 
 
 class Rows(Sequence[T]):
-    """Rows of one kind in the order of use, read from memory-mapped files when they are asked for."""
+    """Rows of one kind in the order of use, read from memory-mapped files on access."""
 
     def __init__(
         self,
@@ -292,15 +292,15 @@ class Rows(Sequence[T]):
         self._kind = kind
         self._columns = stored
         self.tokens = tokens
-        """Of a stream: all rows one after another, (tokens,) memory-mapped; else empty."""
+        """For a stream, all rows concatenated, (tokens,), memory-mapped; otherwise empty."""
         self.lengths = lengths
-        """Length of each row by its kind, (N,) int32."""
+        """Length of each row as its kind defines it, (N,) int32."""
         self.accounting = accounting
-        """What became of every row of the sources."""
+        """Counts of used and dropped rows of the sources."""
         self.facts = facts
-        """Counts over the rows; the kind says which."""
+        """Counts over the rows, as the kind defines them."""
         self.fingerprints = fingerprints
-        """sha256 by label, one for each source."""
+        """{label: sha256} of each source."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -320,8 +320,8 @@ class Rows(Sequence[T]):
             yield from self[start : start + _READ_TOGETHER]
 
     def dataset(self, view: Callable[[T], Row] | None = None) -> "Dataset":
-        """For trainers of the ecosystem. Its column names are those stored; a row is what the kind, and then `view`,
-        makes of them when it is read."""
+        """The rows as a `datasets.Dataset`, for upstream trainers. Its column names are the stored ones; when a row is
+        read, the kind's `read` and then `view` convert it."""
 
         def shown(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows = [self._kind.read(row) for row in _unzipped(columns)]
@@ -330,14 +330,13 @@ class Rows(Sequence[T]):
         return self._stored.with_transform(shown)
 
     def stored(self, indices: "NDArray[np.int64]") -> "Dataset":
-        """The stored columns of some rows, in the order of `indices`, without a view."""
+        """The stored columns of the rows at `indices`, in that order, not converted."""
         return self._stored.select(indices, keep_in_memory=True)
 
     def blocks(self, block: int) -> "NDArray[np.int32]":
-        """The documents cut into blocks: (N, block), memory-mapped.
+        """The stream of documents cut into blocks: (N, block), memory-mapped.
 
-        Documents may run on from one block into the next; the tail that fills no block (fewer than `block` tokens of
-        all) is left out.
+        A document may continue in the next block. The last tokens, fewer than `block`, are left out.
 
         Raises:
             DataError: the documents together are shorter than one block.
@@ -357,7 +356,7 @@ class Rows(Sequence[T]):
 
 
 def zipped(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Rows, at least one, as columns."""
+    """Converts rows (at least one) to columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -375,7 +374,7 @@ def _too_long(record: Chat | Preference, length: int, max_length: int, truncatio
 
 
 def _json_columns(record: Prompt, notes: Counter[str]) -> dict[str, Any]:
-    """The columns whose values JSON can hold; the others (bytes, dates of parquet files) are named in the notes."""
+    """The columns with JSON values; others (bytes or dates of parquet files) are left out and counted in `notes`."""
     kept = {}
     for name, value in record.columns.items():
         try:

@@ -1,14 +1,14 @@
-"""Rows on disk: encoded once while their sources stream, then opened by every start that wants the same rows.
+"""Rows on disk: encoded once while the sources are read, then opened by every later start that needs the same rows.
 
     <output_root>/.rows/<key>/    rows.arrow or tokens.bin, lengths.npy, order.npy (several sources), index.json
 
 The key is a hash of everything that the rows depend on: the bytes of the sources and how they are read, the kind of
-rows and its settings, the encoder, the seed where sources are mixed, and the code of this package. The folder is
-written under another name and renamed when it is whole, so runs that write the same rows at once do not disturb each
-other. index.json has the SHA-256 of each file; a folder that does not agree with it is made again.
+rows and its settings, the encoder, the seed if sources are mixed, and the code of this package. The folder is written
+under another name and renamed when it is complete, so runs that write the same rows at once do not disturb each
+other. index.json has the SHA-256 of each file; a folder whose files differ from it is made again.
 
-Under several processes the main one writes. The others look for the folder from time to time and are in no collective,
-so encoding may take longer than the timeout of a process group. All nodes see the same output_root.
+With several processes, the main one writes. The others poll for the folder and wait in no collective, so encoding may
+take longer than a process group's timeout. All nodes must see the same output_root.
 """
 
 import json
@@ -47,25 +47,25 @@ T = TypeVar("T")
 INDEX = "index.json"
 _ROWS, _TOKENS, _LENGTHS, _ORDER = "rows.arrow", "tokens.bin", "lengths.npy", "order.npy"
 _WRITING = ".writing-"
-# A batch of records goes through the tokenizer in one call. Both limits keep what is in memory small.
+# Limits (records, characters) of a batch that is tokenized in one call; they keep memory small.
 _BATCH, _CHARACTERS = 4096, 1 << 21
 _BEAT = 10.0
-"""Seconds between two signs of life of a process that writes."""
+"""Seconds between updates of the folder's modification time by the process that writes."""
 _PATIENCE = 1800.0
-"""Seconds without a sign of life after which nobody waits any more."""
+"""Seconds without such an update after which the writer counts as dead."""
 _LOOK = 0.2
-"""Seconds between two looks of a process that waits."""
+"""Seconds between two checks of a process that waits."""
 
 
 class RowStore:
-    """The rows of one output_root, as one run sees them."""
+    """Opens the rows of one output_root for one run, and writes those that are missing."""
 
     def __init__(self, folder: Path, sha256: Callable[[Path], str], writes: bool) -> None:
         """
         Args:
-            folder: where rows are kept; made when the first ones are written.
-            sha256: of a file, remembered while the file does not change (`HashCache.sha256`).
-            writes: whether this process writes rows that are missing; else it waits for them.
+            folder: where rows are stored; created when the first rows are written.
+            sha256: hashes a file; may remember the hashes of unchanged files (`HashCache.sha256`).
+            writes: whether this process writes missing rows; otherwise it waits for them.
         """
         self._folder, self._sha256, self._writes = folder.absolute(), sha256, writes
         self._made: list[Path] = []
@@ -78,18 +78,18 @@ class RowStore:
         root: Path | None,
         seed: int,
     ) -> Rows[T]:
-        """The rows, encoded now if they are not there. Every process calls it.
+        """Opens the rows, after encoding them if they do not exist. Every process calls it.
 
         Raises:
-            DataError: as `data.load.read` and `Kind.encode`; or every row is too long. Nothing is left of the rows.
-            HandoffError: the process that was to write them has given no sign of life for half an hour.
+            DataError: as `data.load.read` and `Kind.encode`; or every row is too long. No files remain.
+            HandoffError: the process that writes the rows has shown no activity for half an hour.
         """
         digests = fingerprints(sources, root, self._sha256)
         folder = self._folder / row_key(digests, sources, kind, encoder, seed)
         waiting_since = time.time()
         while True:
             if self._is_whole(folder):
-                with suppress(FileNotFoundError):  # its writer was refused and has removed it
+                with suppress(FileNotFoundError):  # the process that wrote the rows has just discarded them
                     return open_rows(folder, kind, digests)
             elif self._writes:
                 self._make(folder, sources, kind, encoder, root, seed)
@@ -97,11 +97,11 @@ class RowStore:
                 self._wait(folder, waiting_since)
 
     def discard(self) -> None:
-        """Removes what this process has written: the start was refused, and leaves the disk as it was."""
+        """Removes the rows that this process wrote, so that a refused start leaves the disk unchanged."""
         for folder in self._made:
             remove_tree(folder)
         self._made = []
-        with suppress(OSError):  # rows of others are there
+        with suppress(OSError):  # the folder holds other rows
             self._folder.rmdir()
 
     def _is_whole(self, folder: Path) -> bool:
@@ -132,9 +132,9 @@ class RowStore:
                 records = read(sources, kind.want, root, seed, accounting)
                 write_rows(writing, kind, records, encoder, accounting, lambda n: mixture_order(sources, n, seed))
             fsync_tree(writing)
-            if not self._is_whole(folder):  # another run may have been faster
+            if not self._is_whole(folder):  # another run may have finished first
                 remove_tree(folder)
-                with suppress(OSError):  # it has been this very moment
+                with suppress(OSError):  # another run has just renamed its own folder to this name
                     writing.rename(folder)
                     self._made.append(folder)
                 fsync_path(self._folder)
@@ -145,7 +145,7 @@ class RowStore:
                     self._folder.rmdir()
 
     def _sweep(self) -> None:
-        """Removes what killed processes have left."""
+        """Removes the unfinished folders of processes that were killed."""
         for path in self._folder.glob(f"{_WRITING}*"):
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _PATIENCE:
@@ -167,7 +167,7 @@ class RowStore:
 def row_key(
     digests: dict[str, str], sources: Sequence[SourceConfig], kind: Kind[Any], encoder: Encoder | None, seed: int
 ) -> str:
-    """Name of the folder: equal for equal rows.
+    """Name of the folder of the rows, a hash of everything that they depend on.
 
     Args:
         digests: `fingerprints` of the sources.
@@ -189,7 +189,7 @@ def row_key(
 
 @cache
 def _code() -> dict[str, str]:
-    """Hashes of this package's files. Those of the world are part of its fingerprint."""
+    """Hashes of this package's files, except the world's, which are part of a world source's fingerprint."""
     folder = Path(__file__).parent
     return {path.name: sha256_file(path) for path in sorted(folder.glob("*.py"))}
 
@@ -202,11 +202,11 @@ def write_rows(
     accounting: Accounting,
     order_of: Callable[[int], "NDArray[np.int64] | None"],
 ) -> None:
-    """Encodes records and writes their rows into the empty directory `folder`, a batch at a time.
+    """Encodes records and writes their rows into the empty directory `folder`, one batch at a time.
 
     Args:
-        accounting: of the records; complete when they have ended, then given what the encoder drops.
-        order_of: from the number of records to their order of use, None where that is the order they come in.
+        accounting: counts the records as they are read; the rows that the encoder drops are added at the end.
+        order_of: given the number of records, returns their order of use; None for the order in which they come.
 
     Raises:
         DataError: as `kind.encode`, or no row is left and some were too long.
@@ -255,10 +255,10 @@ def write_rows(
 
 
 def open_rows(folder: Path, kind: Kind[T], digests: dict[str, str]) -> Rows[T]:
-    """What `write_rows` wrote. The files are mapped now, and may be removed from the folder afterwards.
+    """Opens the rows that `write_rows` wrote. The files are memory-mapped and may be deleted afterwards.
 
     Raises:
-        FileNotFoundError: somebody has removed one.
+        FileNotFoundError: a file has been removed.
     """
     import numpy as np
     from datasets import Dataset
@@ -277,10 +277,10 @@ def open_rows(folder: Path, kind: Kind[T], digests: dict[str, str]) -> Rows[T]:
 
 
 class _ArrowWriter:
-    """Rows in a file of Arrow's stream format, which `datasets` memory-maps."""
+    """Writes rows to a file in Arrow's stream format, which `datasets` memory-maps."""
 
     keeps_order = True
-    """A row is found by its number in the file, whatever the order of use."""
+    """The order of use is stored in a separate file; the rows keep the order in which they were added."""
 
     def __init__(self, folder: Path, columns: dict[str, Column]) -> None:
         import pyarrow
@@ -303,18 +303,18 @@ class _ArrowWriter:
             self._stream.close()
 
     def add(self, rows: list[Row]) -> None:
-        """One batch of the file."""
+        """Writes the rows as one batch."""
         import pyarrow
 
         if rows:
             self._stream.write_batch(pyarrow.record_batch(zipped(rows), schema=self._schema))
 
     def arrange(self, order: "NDArray[np.int64]", lengths: "NDArray[np.int32]") -> None:
-        """Nothing: the order is kept beside the rows."""
+        """Does nothing: the order of use is stored in a separate file."""
 
 
 class _TokenWriter:
-    """Token ids of all rows one after another, int32, in the order of use."""
+    """Writes the token ids of all rows, int32, concatenated in the order of use."""
 
     keeps_order = False
 
@@ -329,14 +329,14 @@ class _TokenWriter:
         self._file.close()
 
     def add(self, rows: list[Row]) -> None:
-        """Appends them."""
+        """Appends the rows' ids."""
         import numpy as np
 
         for row in rows:
             self._file.write(np.array(row["ids"], dtype=np.int32).tobytes())
 
     def arrange(self, order: "NDArray[np.int64]", lengths: "NDArray[np.int32]") -> None:
-        """Puts the rows into the order of use. `lengths`: of the rows as they were added."""
+        """Sorts the rows into the order of use. `lengths`: of the rows in the order in which they were added."""
         import numpy as np
 
         ends = np.cumsum(lengths, dtype=np.int64)
@@ -351,16 +351,16 @@ class _TokenWriter:
 
 
 class _Dropped:
-    """Rows that the encoder dropped, in a few bytes each, until their order of use is known."""
+    """The rows that the encoder dropped, in a few bytes each, collected until their order of use is known."""
 
     def __init__(self) -> None:
         self.shortest = 0
-        """Tokens of the shortest row that was too long; 0 where there was none."""
+        """Tokens of the shortest row that was too long; 0 if there was none."""
         self._records, self._rows, self._reason, self._file = array("q"), array("q"), array("i"), array("i")
         self._names: dict[str, int] = {}
 
     def add(self, record: int, refusal: RowRefused, origin: Origin) -> None:
-        """Notes the record of that number."""
+        """Adds the record with the number `record`."""
         if isinstance(refusal, TooLong):
             self.shortest = min(self.shortest or refusal.tokens, refusal.tokens)
         self._records.append(record)
@@ -369,7 +369,7 @@ class _Dropped:
         self._file.append(self._names.setdefault(origin.file, len(self._names)))
 
     def count_in(self, accounting: Accounting, turn: "NDArray[np.int64] | None") -> None:
-        """Counts them, and names the first of them in the order of use. `turn`: place of each record in it."""
+        """Reports the rows to `accounting` in the order of use. `turn`: each record's place in it, or None."""
         names = list(self._names)
         order: Iterable[int] = range(len(self._records))
         if turn is not None:
@@ -404,7 +404,7 @@ def _characters(record: Record) -> int:
 
 @contextmanager
 def _signs_of_life(folder: Path) -> Iterator[None]:
-    """Meanwhile the folder's time of change moves on, so that others see that its writer lives."""
+    """Inside, updates the folder's modification time regularly, so that others see that the writer is alive."""
     done = threading.Event()
 
     def beat() -> None:

@@ -1,10 +1,10 @@
-"""Rows as they lie in files and on the hub, before anyone asks what they mean.
+"""Reads raw rows from files and from the hub, without interpreting their columns.
 
-A row is a dictionary of columns, or a string (a document). What makes a file unreadable is an error at once, with file
-and line: half a download or a broken line is never skipped in silence.
+A row is a dictionary of columns, or a string (a document). An unreadable file is an error at once, with file and line:
+an incomplete download or a broken line is never skipped silently.
 
-JSON lines, parquet and data sets of the hub are read a piece at a time. Of text files, CSV and JSON arrays one file at
-a time is held in memory: what a document is follows from the whole file, and a damaged file is seen at once.
+JSON lines, parquet and data sets of the hub are read piece by piece. A text file, CSV file or JSON array is read into
+memory whole, one file at a time: splitting into documents needs the whole text, and damage is found at once.
 """
 
 import csv
@@ -25,20 +25,20 @@ from data.records import Origin
 Row: TypeAlias = str | dict[str, Any]
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-"""Kinds of file that can be read, each also with `.gz` behind it."""
+"""Suffixes of readable files; each may be followed by `.gz`."""
 
 
 def read_rows(source: FileSource | HubSource | StageSource, root: Path | None) -> Iterator[tuple[Row, Origin]]:
-    """All rows of a source in their own order, with the place of each.
+    """Yields all rows of a source in the source's order, each with its origin.
 
     Raises:
-        DataError: nothing there, or a file that is empty, broken or not UTF-8; names file and line.
+        DataError: no file, or a file that is empty, broken or not UTF-8; the message names file and line.
     """
     if isinstance(source, HubSource):
         yield from _hub_rows(source)
         return
     for path in source_files(source, root):
-        # Wherever the run lies, its rows have the same origin.
+        # A stage's rows get an origin that does not depend on where the run's directory is.
         name = f"stage:{source.name}/{path.name}" if isinstance(source, StageSource) else _display(path, root)
         empty = True
         for place, row in _file_rows(path, name):
@@ -49,11 +49,11 @@ def read_rows(source: FileSource | HubSource | StageSource, root: Path | None) -
 
 
 def source_files(source: FileSource | StageSource, root: Path | None) -> list[Path]:
-    """The files that a source names, sorted by path, without those excluded; of a stage's rows all files.
+    """The files that a source names, sorted by path, without excluded ones; for a stage's rows, all their files.
 
     Raises:
-        DataError: no such file, folder or match; a pattern in `exclude` that matches nothing (a misspelt name would
-            let a held-out file into training).
+        DataError: no such file, folder or match; or a pattern in `exclude` matches nothing (a misspelt name would let
+            a held-out file into training).
     """
     if isinstance(source, StageSource):
         return sorted(path for path in source.folder.iterdir() if path.is_file())
@@ -91,12 +91,12 @@ def _suffix(path: Path) -> str:
 
 
 def _display(path: Path, root: Path | None) -> str:
-    """As a user would name it: relative to data_root where it lies below."""
+    """The path for messages: relative to data_root if it is inside."""
     return str(path.relative_to(root)) if root is not None and path.is_relative_to(root) else str(path)
 
 
 def _file_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    """(line or row number from 1, row)."""
+    """Yields (line or row number from 1, row)."""
     kind = _suffix(path)
     if kind == ".txt":
         return enumerate(split_documents(_text(_bytes(path, name), name)), start=1)
@@ -164,7 +164,7 @@ def _json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, Row]]:
 
 
 def _json(content: bytes, name: str) -> Iterator[tuple[int, Row]]:
-    """An array of rows; or, as much of the hub has it under this suffix, one row a line."""
+    """Reads an array of rows, or one row a line: many hub files named .json hold JSON lines."""
     text = _text(content, name)
     if not text.lstrip().startswith("["):
         yield from _json_lines(content.splitlines(), name)
@@ -188,7 +188,7 @@ def _checked(row: Any, name: str, number: int) -> Row:
 
 
 def _csv(text: str, name: str) -> Iterator[tuple[int, Row]]:
-    # The limit is the csv module's guard against unbalanced quotes; a long document is no such thing.
+    # The csv module limits a field's size to detect unbalanced quotes; long documents exceed that limit.
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
     try:

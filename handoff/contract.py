@@ -63,7 +63,7 @@ def check_rows(data_dir: Path) -> None:
     """Checks the rows that a stage is about to publish.
 
     Raises:
-        HandoffError: no file, a file of another kind, an empty one, or a line that is no JSON object.
+        HandoffError: there is no file, or a file has another kind, is empty, or has a line that is not a JSON object.
     """
     names = list_files(data_dir)
     if not names:
@@ -94,7 +94,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def write_pad_token(model_dir: Path, tokenizer: TokenizerRecord) -> None:
-    """Writes the record's pad token into the tokenizer's files, where the parent's files named none or named eos."""
+    """Writes the record's pad token into the tokenizer's files, if the parent's files name no pad token or name eos."""
     if declared_pad_id(model_dir) == tokenizer.pad_id:
         return
     text = token_text(model_dir, tokenizer.pad_id)
@@ -105,7 +105,7 @@ def write_pad_token(model_dir: Path, tokenizer: TokenizerRecord) -> None:
 
 
 def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
-    """Kind and tokenizer of a checkpoint made elsewhere.
+    """Checks a foreign checkpoint, and returns its kind and tokenizer record.
 
     Raises:
         HandoffError: it is not a checkpoint, is a LoRA adapter, has only pickles, needs remote code, or breaks the
@@ -139,23 +139,23 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
 
 
 class Encoded(Protocol):
-    """What `check_same_encoding` has to know about a model; `handoff.parent.Parent` is one."""
+    """The attributes of a model that `check_same_encoding` reads; `handoff.parent.Parent` has them."""
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """The model's name for messages."""
 
     @property
     def path(self) -> Path:
-        """Its directory."""
+        """The model's directory."""
 
     @property
     def tokenizer(self) -> TokenizerRecord:
-        """How it reads text."""
+        """The record of the model's tokenizer."""
 
 
 def check_same_encoding(a: Encoded, b: Encoded, why: str) -> None:
-    """HandoffError when `a` and `b` would read the same ids differently; `why` says what needs it, or the way out."""
+    """Raises HandoffError if `a` and `b` read the same ids differently. `why`: reason or fix, for the message."""
     first, second = a.tokenizer, b.tokenizer
     if first.fingerprint != second.fingerprint:
         raise HandoffError(

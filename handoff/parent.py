@@ -1,7 +1,7 @@
-"""Opens and checks a stage's parent: a section of the same run, a checkpoint directory, or a model of the hub. Also the
+"""Opens and checks a stage's parent (a section of the same run, a checkpoint directory, or a model of the hub), or the
 rows that a section of this or another run has published.
 
-Only safetensors, JSON, jinja and text files of a parent are read, whoever made it.
+Only a parent's safetensors, JSON, jinja and text files are read, whoever made it.
 """
 
 import re
@@ -34,7 +34,7 @@ class Parent:
     """An opened parent."""
 
     path: Path
-    """Stage directory, or the foreign checkpoint's own."""
+    """The stage's directory, or the foreign checkpoint's directory."""
     model_dir: Path
     """The directory of weights, tokenizer and configuration; equal to `path` for a foreign checkpoint."""
     name: str
@@ -45,10 +45,10 @@ class Parent:
     kind: Kind
     tokenizer: TokenizerRecord
     files: dict[str, str]
-    """{path relative to `path`: SHA-256} of its files."""
+    """{path relative to `path`: SHA-256} of the parent's files."""
 
     def record(self) -> ParentRecord:
-        """For the manifest of a stage that starts from it."""
+        """The parent's entry in the manifest of a stage that starts from it."""
         return ParentRecord(path=str(self.path), fingerprint=self.fingerprint, name=self.name, files=self.files)
 
 
@@ -62,23 +62,23 @@ class Dataset:
 
     @property
     def data_dir(self) -> Path:
-        """Where the files of rows are."""
+        """The directory of the files with rows."""
         return self.path / "data"
 
     def record(self) -> ParentRecord:
-        """For the manifest of a stage that reads the rows."""
+        """The data set's entry in the manifest of a stage that reads the rows."""
         made = self.manifest
         return ParentRecord(path=str(self.path), fingerprint=made.fingerprint, name=made.name, files=made.files)
 
 
 def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True) -> Parent:
-    """Opens `ref` and checks that a stage may start from it, before a weight is loaded.
+    """Opens `ref` and checks that a stage may start from it, before any weights are loaded.
 
     Args:
-        ref: a section of the run, a directory, or a hub id (`organisation/name`), looked for in this order.
+        ref: a section of the run, a directory, or a hub id (`organisation/name`), tried in this order.
         run_dir: the run's directory.
         kinds: kinds that the stage can start from.
-        verify: hash every published file again and compare with the manifest. One of several processes is enough.
+        verify: hash every published file again and compare with the manifest; one process of a run is enough.
 
     Raises:
         HandoffError: the parent is missing (the message gives the command that makes it), unfinished, of the wrong
@@ -109,7 +109,7 @@ def open_dataset(ref: str, run_dir: Path, reader: str, *, verify: bool = True) -
         verify: as for `open_parent`.
 
     Raises:
-        HandoffError: missing, unfinished, altered after publishing, or something else than a data set.
+        HandoffError: the data set is missing, unfinished or altered after publishing, or `ref` is not a data set.
     """
     directory, _ = _locate(ref, run_dir)
     manifest = _manifest(directory)
@@ -125,7 +125,7 @@ def open_dataset(ref: str, run_dir: Path, reader: str, *, verify: bool = True) -
 
 
 def _manifest(directory: Path) -> Manifest | None:
-    """The manifest in a directory, None for one that no stage has begun. HandoffError: begun and not published."""
+    """A directory's manifest; None if no stage began there. Raises HandoffError if one began but did not publish."""
     manifest = read_manifest(directory / "stage.json")
     if manifest is None and (directory / "started.json").exists():
         raise HandoffError(f"{directory} is unfinished: it was started but not published; {_how_to_make(directory)}")
@@ -145,8 +145,7 @@ def _check_unaltered(directory: Path, manifest: Manifest) -> None:
 def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[str, str]]:
     """(file, what happened) for every published file in `directory` that no longer matches the manifest."""
     changes = changed_files(directory, manifest.files)
-    # An additional file is a change too: transformers would load an adapter placed beside the weights, and rows would
-    # be read.
+    # An added file is a change too: transformers would load an adapter beside the weights; added rows would be read.
     present = {f"{folder}/{name}" for folder in ("model", "data") for name in list_files(directory / folder)}
     return changes + [(name, "was added") for name in sorted(present - manifest.files.keys())]
 
@@ -169,10 +168,9 @@ def known_hashes(run_dir: Path) -> HashCache:
 
 
 def keep_hashes(run_dir: Path) -> None:
-    """Writes the hashes that this process has computed for the run into it, for later commands.
+    """Saves the hashes that this process has computed in the run's directory, for later commands.
 
-    It is called only when a stage of the run writes something. Reading writes nothing, so that a refused start leaves
-    the disk unchanged.
+    Call it only when a stage of the run writes something, so that reading and a refused start leave the disk unchanged.
     """
     known_hashes(run_dir).save()
 
@@ -222,7 +220,7 @@ def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:
         return run_dir / ref, ref
     directory = Path(ref).expanduser()
     if directory.is_dir():
-        # `ref` names a stage's model/ or data/ directly; the manifest is one level up.
+        # If `ref` is a stage's model/ or data/ directory, the manifest is one level up.
         if directory.name in ("model", "data") and (directory.parent / "started.json").exists():
             directory = directory.parent
         return directory, directory.resolve().name

@@ -1,12 +1,12 @@
-"""A stage's directory: `begin` records the inputs and sets stale content aside; `publish` commits the result.
+"""A stage's directory: `begin` records the inputs and moves stale content away; `publish` commits the result.
 
     <run>/<stage>/started.json   what the stage depends on (`Inputs`), written by `begin`
     <run>/<stage>/model/         the published model, moved into place by `publish`
-    <run>/<stage>/data/          in its place for a stage that publishes rows (`kind: dataset`)
-    <run>/<stage>/stage.json     the manifest, written last: without it the directory is unfinished
+    <run>/<stage>/data/          the published rows, instead of model/, if the stage makes rows (`kind: dataset`)
+    <run>/<stage>/stage.json     the manifest, written last: without it the stage is unfinished
 
-A kill between any two lines of `begin` and `publish` leaves the previous published state, or a directory without
-stage.json, which the next `begin` resumes or sets aside. Under several processes only the main one calls these methods.
+A kill at any line of `begin` or `publish` leaves the previous published state, or a directory without stage.json, which
+the next `begin` resumes or moves away. With several processes, only the main one calls these methods.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -67,8 +67,8 @@ class StageDir:
         self.tracker_dir = path / "wandb"
         self._lock = RunLock(path, f"stage {path.name}")
         self._inputs: Inputs | None = None
-        self._fresh = False  # begin wrote started.json
-        self._set_aside = False  # ... and moved earlier content away for it
+        self._fresh = False  # whether `begin` wrote started.json
+        self._set_aside = False  # whether `begin` also moved earlier content away
 
     def manifest(self) -> Manifest | None:
         """The published manifest, or None. Raises HandoffError when it cannot be read."""
@@ -83,20 +83,20 @@ class StageDir:
         need_bytes: int = MINIMUM_FREE,
         origin: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Takes the directory for a run with `inputs`. Returns True if it keeps the content of an earlier start with
-        equal inputs.
+        """Locks the directory for a start with `inputs`. Returns True if it resumes an earlier start with equal inputs,
+        and keeps its content.
 
-        Otherwise the present content moves to `<run>/.previous/<stage>` (one generation is kept) and the directory
+        Otherwise the existing content moves to `<run>/.previous/<stage>` (one generation is kept), and the directory
         starts empty. If a check fails, the disk is unchanged.
 
         Args:
             inputs: everything that the result depends on.
-            resume: if False, start anew even when the inputs are equal.
-            need_bytes: minimum free space that the stage needs.
+            resume: if False, start again even if the inputs are equal.
+            need_bytes: free space that the stage needs, in bytes.
             origin: where the recipe came from; the method `origin` returns it.
 
         Raises:
-            HandoffError: not writable, too little space, or in use by another process.
+            HandoffError: the directory is not writable or in use by another process, or the disk has too little space.
         """
         check_writable(self.path)
         check_free_space(self.path, need_bytes, f"stage {self.path.name}")
@@ -131,11 +131,11 @@ class StageDir:
         return None
 
     def origin(self) -> dict[str, Any]:
-        """The `origin` that `begin` recorded for this course; empty if it had none."""
+        """The `origin` that `begin` recorded; empty if there was none."""
         return dict(read_json(self.started_path).get("origin", {}))
 
     def run_id(self) -> str:
-        """The run id for trackers, drawn when this course began and kept when it resumes."""
+        """The run id for trackers: random, drawn by `begin` and kept when the stage resumes."""
         return str(read_json(self.started_path)["run_id"])
 
     def _started_with(self, inputs: Inputs) -> bool:
@@ -158,7 +158,7 @@ class StageDir:
         return self.path.parent / PREVIOUS / f".{self.path.name}.moving"
 
     def _content(self) -> list[Path]:
-        """Everything but the lock. stage.json comes first, so that half-moved content never counts as published."""
+        """All paths except the lock. stage.json comes first, so that half-moved content never counts as published."""
         paths = [path for path in self.path.iterdir() if path.name != LOCK_NAME]
         return sorted(paths, key=lambda path: (path != self.manifest_path, path.name))
 
@@ -181,7 +181,7 @@ class StageDir:
         return True
 
     def _finish_setting_aside(self) -> None:
-        """Completes the move, also one that a killed `begin` started, as the target's name shows."""
+        """Completes the move to `.previous`. The target's temporary name shows a move that a killed `begin` started."""
         if not self._moving.is_dir():
             return
         for path in self._content():
@@ -215,9 +215,9 @@ class StageDir:
         """Publishes the stage's result atomically.
 
         Args:
-            write: writes the model, or the rows of a `dataset`, into the empty directory that it receives, and returns
-                {file: SHA-256} of those files that it hashed while it wrote them, if any; None if the stage makes
-                neither.
+            write: writes the model, or the rows of a `dataset`, into the empty directory that it receives. It returns
+                {file: SHA-256} of files that it hashed while writing, or None. `write` is None if the stage makes
+                neither model nor rows.
             files: names of other files in the stage's directory that are published too, e.g. results.json.
             tokenizer: the record that the written model must have, usually its parent's.
 
@@ -317,12 +317,12 @@ class StageDir:
 
     @property
     def untouched(self) -> bool:
-        """Whether the stage wrote nothing since `begin` gave it an empty directory."""
+        """Whether `begin` started with an empty directory and the stage has written nothing since."""
         return self._fresh and self._holds_only(self.started_path)
 
     def close(self) -> None:
-        """Releases the directory. If the stage wrote nothing since `begin`, undoes `begin`: after an error in the data
-        or a parent, the content that was set aside is back, and no empty directory remains."""
+        """Releases the lock. If the stage has written nothing since `begin`, undoes `begin`: after an error in the data
+        or a parent, the content that was moved away is restored, and no empty directory remains."""
         if self._inputs is None:
             return
         if self.untouched:

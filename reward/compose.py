@@ -1,8 +1,8 @@
 """Combines the recipe's list of rewards: computes each reward, reports it separately, and sums them by weight.
 
-A reward function receives prompts and completions, and by keyword whatever else its signature names: the recipe's
-`args`, the answers' `completion_ids` and `stopped`, and the prompts' own columns. Mistakes are found before the first
-answer is sampled: the constructor refuses unknown `args`, and `check_columns` refuses missing columns.
+A reward function receives prompts and completions, and as keywords whatever else its signature names: the recipe's
+`args`, the answers' `completion_ids` and `stopped`, and columns of the prompts' data. Mistakes are found before the
+first answer is sampled: the constructor refuses unknown `args`, and `check_columns` refuses missing columns.
 """
 
 import difflib
@@ -21,12 +21,12 @@ from reward.functions import RewardError, find
 from reward.learned import LearnedReward
 
 _OF_ANSWERS = ("completion_ids", "stopped")
-_SHOWN = 80  # characters of an answer in a message
+_SHOWN = 80  # maximum characters of an answer in an error message
 
 
 @dataclass(frozen=True)
 class Answers:
-    """N answers to score. `columns` holds each prompt's own columns."""
+    """N answers to score. `columns`: for each answer, the columns of its prompt's row."""
 
     prompts: Sequence[tuple[Message, ...]]
     prompt_ids: Sequence[Sequence[int]]
@@ -55,7 +55,7 @@ class Scores:
 
 
 class Composition:
-    """Calls every reward of a recipe."""
+    """Computes and sums the rewards of a recipe."""
 
     def __init__(self, entries: Sequence[RewardConfig], models: dict[str, LearnedReward]) -> None:
         """`models`: the loaded model for each model that the entries name.
@@ -82,7 +82,7 @@ class Composition:
             function.check_columns(columns)
 
     def __call__(self, answers: Answers) -> Scores:
-        """Scores (N,).
+        """Scores N answers with every reward.
 
         Raises:
             RewardError: a function raised, or returned the wrong number of values or a value that is not a finite
@@ -178,7 +178,7 @@ class _Function:
                 )
 
     def __call__(self, answers: Answers) -> list[float | None]:
-        """Checked values (N,)."""
+        """Calls the function and checks the values (N,) that it returns."""
         try:
             found = self._call(answers, range(len(answers.texts)))
         except Exception as error:
@@ -217,7 +217,7 @@ class _Function:
 
     def _raised(self, answers: Answers, error: Exception) -> RewardError:
         """An error that names the function, its exception, the line that raised, and the answer that caused it."""
-        if isinstance(error, RewardError):  # already says what is wrong
+        if isinstance(error, RewardError):  # its message already says what is wrong
             return RewardError(f"reward `{self._name}`: {error}")
         place = traceback.extract_tb(error.__traceback__)[-1]
         row = self._culprit(answers)

@@ -12,7 +12,7 @@ class RewardConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: str | None = None
-    """A reward-model stage of this recipe, or a directory with one."""
+    """A reward-model stage of this recipe, or the directory of a reward model."""
     models: list[str] | None = Field(default=None, min_length=2)
     """An ensemble of reward models. Each is normalised by its own mean and standard deviation before combining."""
     function: str | None = None
@@ -24,9 +24,9 @@ class RewardConfig(BaseModel):
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
-    """An ensemble's score: the members' mean, the lowest, or their mean less `std_coef` standard deviations."""
+    """An ensemble's score: the members' mean, their minimum, or their mean minus `std_coef` standard deviations."""
     std_coef: float = Field(default=1.0, ge=0)
-    """`mean_minus_std` only: number of standard deviations over the members to subtract from their mean."""
+    """Only for `mean_minus_std`: number of standard deviations over the members to subtract from their mean."""
     read: Literal["last", "every"] = "last"
     """Where a model's score is read. `last`: at the answer's last token. `every`: at each token of the answer; the
     answer's score is the mean over its tokens, and each token is rewarded with its own share."""

@@ -1,4 +1,4 @@
-"""Scores of a reward model, read at the last real token of prompt and answer or at every token of the answer.
+"""Scores answers with a reward model, at the last token of the answer or at every token of the answer.
 
 Legend: B rows, T tokens, H hidden size.
 
@@ -40,7 +40,7 @@ def last_token_scores(
 
 @torch.no_grad()
 def score(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> torch.Tensor:
-    """Raw scores of rows of prompt and answer tokens, in evaluation mode: (N,) fp32 on the CPU.
+    """Raw scores (N,), fp32 on the CPU, of rows of prompt and answer tokens. The model runs in evaluation mode.
 
     Raises:
         RewardError: a score is not finite.
@@ -61,9 +61,9 @@ def token_scores(
     pad_id: int,
     batch_size: int = 32,
 ) -> list[torch.Tensor]:
-    """Raw scores after each of the last `counts[i]` tokens of row i: (counts[i],) fp32 on the CPU, in evaluation mode.
+    """Raw scores (counts[i],), fp32 on the CPU, at each of the last `counts[i]` tokens of row i, in evaluation mode.
 
-    The last of them is the row's `score`. Raises RewardError as `score` does.
+    The last score of a row equals its `score`. Raises RewardError as `score` does.
     """
     scores = [torch.empty(0)] * len(rows)
     with _evaluation(model):
@@ -90,7 +90,7 @@ class LearnedReward:
     """A published reward model, with the mean and standard deviation that its stage measured on held-out answers."""
 
     def __init__(self, parent: Parent, model: PreTrainedModel, policy: Parent, *, reencode: bool) -> None:
-        """Raises HandoffError when the encodings differ and `reencode` is off, or when the statistics are missing."""
+        """Raises HandoffError if the encodings differ without `reencode`, or if the statistics are missing."""
         if not reencode:
             check_same_encoding(policy, parent, "the reward model reads the policy's tokens; set `reencode: true`")
         self.mean, self.std = statistics(parent)
@@ -120,7 +120,7 @@ class LearnedReward:
         return [float(value) for value in (raw - self.mean) / self.std]
 
     def tokens(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Normalised scores after each token of each answer, one per token. Raises RewardError as a call does."""
+        """Normalised scores at each token of each answer. Raises RewardError as `__call__` does."""
         assert not self._reencode, "the recipe refuses `read: every` with `reencode`"
         rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
         raw = token_scores(self.model, rows, [len(ids) for ids in completion_ids], self._encoder.pad_id)

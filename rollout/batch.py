@@ -1,14 +1,14 @@
-"""Rows of prompt and completion as tensors: padded, and one behind the other without padding.
+"""Rows of prompt and completion as tensors, both padded and concatenated without padding.
 
-Legend: B rows, P longest prompt of the batch, R longest completion of the batch, T tokens of the batch, A of them
-actions, L longest row.
+Legend: B rows, P longest prompt of the batch, R longest completion of the batch, T tokens of the batch, A actions of
+the batch, L longest row.
 
-A completion is everything behind a row's prompt. Its tokens are actions where the policy chose them; in a conversation
-of several turns, tokens of the environment stand between them, which the model reads and nothing is computed for.
+A completion is everything after a row's prompt. The tokens that the policy chose are actions. In a conversation of
+several turns, the environment's tokens come between them: the model reads these, but nothing is computed for them.
 
-Prompts are padded on the left and completions on the right, so that every row's completion starts at the same column
-and every per-token quantity is a (B, R) tensor beside one mask. The vocabulary projection is then needed for the last
-R + 1 columns only. A model that can (`rollout.ragged`) reads the same rows without their padding.
+Prompts are padded on the left and completions on the right. So every row's completion starts at the same column, every
+per-token quantity is a (B, R) tensor with the same mask, and the vocabulary projection is needed for the last R + 1
+columns only. A model that supports it (`rollout.ragged`) reads the rows without padding.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Unpadded:
-    """The rows of a batch one behind the other.
+    """The rows of a batch, concatenated without padding.
 
-    ids, positions: (1, T). lengths: of each row. place (T,): where each token stands among (B · L) tokens padded on the
-    right. before (A,): which of the T tokens stands before each action. where (A,): where that action stands among
-    (B · R).
+    ids, positions: (1, T). lengths: tokens of each row. place (T,): each token's index in the flattened (B, L) rows
+    padded on the right. before (A,): the index among the T tokens of the token before each action. where (A,): each
+    action's index in the flattened (B, R) completions.
     """
 
     ids: Tensor
@@ -55,9 +55,9 @@ def pad_batch(
     device: torch.device,
     actions: Sequence[Tensor] | None = None,
 ) -> PaddedBatch:
-    """Pads rows; every prompt and completion has at least one token.
+    """Pads rows, and also concatenates them. Every prompt and completion has at least one token.
 
-    actions: for each completion, which of its tokens are actions, (its length,) bool; None: all are.
+    actions: for each completion a (its length,) bool mask of its actions; None: all its tokens are actions.
     """
     rows, left, right = len(prompts), max(map(len, prompts)), max(map(len, completions))
     ids = torch.full((rows, left + right), pad_id, dtype=torch.long)
@@ -77,11 +77,11 @@ def pad_batch(
 
 
 def _unpadded(ids: Tensor, mask: Tensor, positions: Tensor, actions: Tensor, device: torch.device) -> Unpadded:
-    """Of padded rows (B, P + R) and which of their completions' tokens are actions (B, R), on the CPU."""
+    """Removes the padding of rows (B, P + R); `actions` (B, R) masks the completions' actions. Inputs on the CPU."""
     here, left = mask.bool(), mask.shape[1] - actions.shape[1]
     lengths = mask.sum(-1).tolist()
     row = torch.arange(len(ids))[:, None]
-    number = mask.flatten().cumsum(0).view(mask.shape) - 1  # of each token among the T
+    number = mask.flatten().cumsum(0).view(mask.shape) - 1  # each token's index among the T tokens
     parts = (
         ids[here][None],
         positions[here][None],

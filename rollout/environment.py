@@ -1,10 +1,10 @@
-"""The other side of a conversation, and the loop in which policy and environment take turns.
+"""Environments, and the loop in which policy and environment take turns in a conversation.
 
-Without an environment every prompt is answered once: a trajectory of one turn.
+Without an environment every prompt is answered once, in a trajectory of one turn.
 
-What the policy has read and said is never encoded again. After an answer that stopped, the environment's messages are
-encoded, and their tokens are put behind those that are there. So the model reads on exactly where it stopped, whichever
-of the possible spellings of a text in tokens it had chosen.
+Tokens of earlier turns are never encoded again. After an answer that ended with a stop token, only the environment's
+messages are encoded, and their tokens are appended. So the policy continues from the exact tokens that it sampled, even
+where the tokenizer would encode the same text differently.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,27 +22,27 @@ from rollout.sampling import Completion
 from rollout.trajectory import Actor, End, Trajectory, Turn
 
 Complete = Callable[[Sequence[list[int]], Sequence[tuple[int | str, ...]]], list[Completion]]
-"""(token ids of conversations, a key each) -> one completion each. The keys determine the random numbers."""
+"""(token ids of each conversation, key of each) -> completion of each. The keys determine the random numbers."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What follows an answer."""
+    """The environment's response to an answer."""
 
     messages: tuple[Message, ...] = ()
-    """What the policy reads before its next turn, none of them an assistant's; empty: the conversation is over."""
+    """Messages for the policy to read before its next turn, none with role assistant; empty ends the conversation."""
     reward: float = 0.0
-    """For the answer just given. The rewards of the recipe score the conversation at its end."""
+    """Reward for this answer. The recipe's rewards score the whole conversation at its end."""
 
 
 class Environment(Protocol):
-    """One conversation's other side. Each conversation has an environment of its own."""
+    """Responds to the policy's answers. Each conversation has its own environment."""
 
     def reset(self, prompt: Prompt) -> None:
-        """Begins a conversation, which the prompt's messages open."""
+        """Begins a conversation that opens with the prompt's messages."""
 
     def step(self, answer: str) -> Step:
-        """Follows an answer that ended with a stop token."""
+        """Responds to an answer that ended with a stop token."""
 
 
 def play(
@@ -53,18 +53,18 @@ def play(
     encoder: Encoder,
     environment: Callable[[], Environment] | None = None,
 ) -> list[Trajectory]:
-    """One conversation a prompt, in their order.
+    """Plays one conversation for each prompt, and returns them in the prompts' order.
 
     Args:
-        prompts: what opens each conversation.
-        rows: the number that each trajectory gets.
-        keys: of each conversation's random numbers. The policy's turn k > 0 has (*key, k).
+        prompts: the prompt that opens each conversation.
+        rows: the row number of each trajectory.
+        keys: the key of each conversation's random numbers; the policy's turn k > 0 uses (*key, k).
         complete: the engine.
-        encoder: of the policy.
-        environment: makes an environment for one conversation.
+        encoder: the policy's.
+        environment: makes the environment of one conversation.
 
     Raises:
-        RolloutError: the chat template changes earlier turns when later ones come, so that the model cannot read on.
+        RolloutError: the chat template changes earlier turns when later ones are added, so the policy cannot continue.
     """
     playing = [_Conversation(p, row, encoder, environment) for p, row in zip(prompts, rows, strict=True)]
     going = list(range(len(playing)))
@@ -78,7 +78,7 @@ def play(
 
 
 class _Conversation:
-    """One that is being played."""
+    """A conversation in progress."""
 
     def __init__(
         self, prompt: EncodedPrompt, row: int, encoder: Encoder, environment: Callable[[], Environment] | None
@@ -95,7 +95,7 @@ class _Conversation:
         self._end: End = "stop"
 
     def goes_on(self, answer: Completion) -> bool:
-        """Takes the policy's turn and the environment's. Whether the policy has another turn."""
+        """Adds the policy's answer and the environment's response. Returns whether the policy has another turn."""
         text = self._encoder.decode(answer.ids)
         self._messages = (*self._messages, Message("assistant", text))
         self._end = answer.end
@@ -121,7 +121,7 @@ class _Conversation:
         self._turns.append(Turn(actor, start, len(self.ids), reward))
 
     def _read(self, messages: tuple[Message, ...]) -> list[int]:
-        """Tokens of the environment's messages, with the header of the next answer."""
+        """Encodes the environment's messages and the header of the next answer."""
         assert all(message.role != "assistant" for message in messages)
         before = [*self._encoded, *self._encoder.answer(self._messages[-1].content)]
         whole = self._encoder.prompt((*self._messages, *messages))
@@ -134,7 +134,7 @@ class _Conversation:
         return whole[len(before) :]
 
     def trajectory(self) -> Trajectory:
-        """As tensors."""
+        """The conversation so far as a trajectory."""
         return Trajectory(
             row=self._row,
             prompt_ids=torch.tensor(self.prompt.ids, dtype=torch.int32),

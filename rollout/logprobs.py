@@ -1,4 +1,4 @@
-"""Log-probabilities of actions under a model: one forward pass over prompt and completion.
+"""Log-probabilities of actions under a model, from one forward pass over prompt and completion.
 
 Legend: B rows, R longest completion, A actions of all rows (`rollout.batch`), V vocabulary.
 """
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from rollout.batch import PaddedBatch
 from rollout.ragged import enabled, inputs, spread
 
-_AT_ONCE = 2**22  # logits whose log-probabilities are computed at once where no gradient is wanted
+_AT_ONCE = 2**22  # most logits to process at once when no gradient is needed
 
 
 def token_logprobs(
@@ -18,11 +18,11 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies, under softmax(logits / temperature).
 
-    logits (..., V), tokens (...) -> ((...), (...)), fp32, nats. The temperature is the one that was sampled with,
+    logits (..., V), tokens (...) -> ((...), (...)), fp32, nats. The temperature is the one used for sampling,
     so that the scored distribution is the sampled one.
     """
     if not torch.is_grad_enabled() and logits.numel() > _AT_ONCE:
-        # Piece by piece: the temporary values would otherwise take several times the memory of the logits.
+        # In pieces, because the temporary values would otherwise take several times the memory of the logits.
         rows = max(_AT_ONCE // logits.shape[-1], 1)
         pieces = zip(logits.flatten(0, -2).split(rows), tokens.flatten().split(rows), strict=True)
         found = [token_logprobs(piece, wanted, temperature) for piece, wanted in pieces]
@@ -30,7 +30,7 @@ def token_logprobs(
         return logp, entropy
     logp = torch.log_softmax(logits.float() / temperature, dim=-1)
     chosen = logp.gather(-1, tokens[..., None]).squeeze(-1)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):  # mostly it is only reported
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):  # usually it is only reported
         entropy = -(logp.exp() * logp).sum(-1)
     return chosen, entropy
 
@@ -38,10 +38,9 @@ def token_logprobs(
 def completion_logprobs(
     policy: PreTrainedModel, batch: PaddedBatch, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (B, R), nats, of the actions under the tempered distribution.
+    """Log-probabilities and entropies (B, R), nats, of the actions under softmax(logits / temperature).
 
-    The vocabulary projection is computed for the completions only; values outside of `batch.completion_mask` mean
-    nothing.
+    The vocabulary projection is computed for the completions only. Ignore values outside `batch.completion_mask`.
     """
     if enabled(policy):
         logits = policy(**inputs(policy, batch), logits_to_keep=batch.unpadded.before).logits[0]  # (A, V)

@@ -4,7 +4,7 @@ Legend: B answers, R longest answer; log-probabilities in nats; ρ = exp(trainer
 
 Two implementations of one model never agree to the last bit, and some differences are mistakes: top-p, another
 temperature, stale weights. The loss treats the engine's samples as the policy's own, so any difference makes the update
-off-policy. The metrics have the names of TRL's GRPO.
+off-policy. The metrics are named as in TRL's GRPO.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ KL = "sampling/kl"
 def mismatch_metrics(engine_logp: Tensor, trainer_logp: Tensor, mask: Tensor) -> dict[str, float]:
     """|Δ log p|, ρ before any cap, and the KL divergence of the trainer's policy from the engine's, over all tokens.
 
-    engine_logp, trainer_logp: (B, R) nats; mask: (B, R) bool, at least one token. Under samples of the engine k3,
+    engine_logp, trainer_logp: (B, R) nats; mask: (B, R) bool, at least one token. With the engine's samples, k3,
     ρ − 1 − log ρ, is an unbiased estimate of KL(engine ‖ trainer) (Schulman 2020, "Approximating KL divergence"), and
     ρ has mean 1 as long as the engine reports the distribution that it samples from, without truncating it.
     """
@@ -44,7 +44,7 @@ def mismatch_metrics(engine_logp: Tensor, trainer_logp: Tensor, mask: Tensor) ->
 
 
 def check_mismatch(metrics: Mapping[str, float], limit: float) -> None:
-    """Raises GateError with the likely causes when the mean |Δ log p| is above `limit` nats or not a number."""
+    """Raises GateError with the likely causes if the mean |Δ log p| is above `limit` nats or not a number."""
     mean = metrics[DIFFERENCE_MEAN]
     if mean <= limit:
         return

@@ -1,12 +1,12 @@
-"""Rows of different lengths through a model without padding, for training and scoring.
+"""Runs rows of different lengths through a model without padding, for training and scoring.
 
-Legend: B rows, R longest completion, T tokens of all rows, A of them actions (`rollout.batch`), H hidden size, V
+Legend: B rows, R longest completion, T tokens of all rows, A actions of all rows (`rollout.batch`), H hidden size, V
 vocabulary.
 
-Answers differ in length, and so do prompts; padded to the longest of both, a third of a batch may be padding. Without
-it, everything but attention is computed for the T tokens that there are, and the vocabulary projection for the A
-actions. `enable` gives a model the attention for that (`rollout.attention.Ragged`) once it has compared both
-ways; a model that computes otherwise, or with FlashAttention, keeps its own and reads padded rows.
+Prompts and answers differ in length; padded to the longest of each, a third of a batch may be padding. Without padding,
+everything but attention is computed for the T real tokens only, and the vocabulary projection for the A actions only.
+`enable` first compares the results with and without padding. If they agree, it gives the model the attention for this
+(`rollout.attention.Ragged`); otherwise, or with FlashAttention, the model keeps its own attention and padded rows.
 """
 
 import logging
@@ -25,9 +25,9 @@ _PROBE = ((3, 4), (2, 9))  # lengths of prompt and completion
 
 
 def enable(model: PreTrainedModel) -> None:
-    """From now on `model` (whole, not wrapped) reads rows without padding, if it can; a warning says why it cannot.
+    """Makes `model` (whole, not wrapped) read rows without padding, or logs a warning that says why it cannot.
 
-    Its own attention is gone then: whatever runs the model has to hand it a pass of `rollout.attention`.
+    This replaces the model's own attention: from then on, every caller must give it a pass of `rollout.attention`.
     """
     found = [c._attn_implementation for c in configs(model.config)]
     if any(name not in ("sdpa", "eager") for name in found):
@@ -46,7 +46,7 @@ def enabled(model: PreTrainedModel) -> bool:
 
 
 def inputs(model: PreTrainedModel, batch: PaddedBatch) -> dict[str, Any]:
-    """What an enabled model is called with to read `batch`: outputs are (1, T, ...)."""
+    """Keyword arguments with which an enabled model reads `batch`; its outputs are (1, T, ...)."""
     rows = batch.unpadded
     return {
         "input_ids": rows.ids,
@@ -57,7 +57,7 @@ def inputs(model: PreTrainedModel, batch: PaddedBatch) -> dict[str, Any]:
 
 
 def spread(values: Tensor, batch: PaddedBatch) -> Tensor:
-    """Values (A,) of actions -> (B, R), 0 everywhere else."""
+    """Spreads the actions' values (A,) to (B, R), with 0 everywhere else."""
     shape = batch.completion_mask.shape
     return values.new_zeros(shape.numel()).index_copy(0, batch.unpadded.where, values).view(shape)
 
@@ -69,7 +69,7 @@ def _reason_against(model: PreTrainedModel) -> str | None:
     size = body.config.get_text_config(decoder=True).vocab_size
     rows = [[[i * 5 % size for i in range(n)] for n in lengths] for lengths in _PROBE]
     if body is not model:
-        # Once it is enabled, generation finds no attention of the model's own to compare with: it does so now.
+        # Generation compares with the model's own attention, which is replaced below, so it must compare first.
         reason = reason_against(model, rows[1][1])
         if reason is not None:
             return reason
@@ -88,7 +88,7 @@ def _reason_against(model: PreTrainedModel) -> str | None:
                 got = body(**inputs(body, batch)).last_hidden_state[0]  # (T, H)
     except UnsupportedError as error:
         return str(error)
-    except Exception as error:  # whatever a foreign model's code raises at arguments that it does not know
+    except Exception as error:  # a foreign model's code may raise anything for unknown arguments
         return f"a trial of its forward pass failed: {type(error).__name__}: {error}"
     finally:
         body.train(was_training)

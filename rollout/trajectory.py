@@ -1,14 +1,14 @@
-"""What a policy did in a conversation, and everything that training needs to know about it, as tensors.
+"""Trajectories: conversations of a policy, with all the data that training needs, as tensors.
 
-Legend: N trajectories, P tokens of a prompt, C tokens of a trajectory behind its prompt, S turns of a trajectory, R the
+Legend: N trajectories, P tokens of a prompt, C tokens of a trajectory after its prompt, S turns of a trajectory, R the
 largest C of a batch, G answers to one prompt. ΣP, ΣC and ΣS are sums over a batch.
 
-A trajectory begins with a prompt. Behind it, turns of the policy and of an environment (a tool's output, the next
-message of a user) follow one another without gaps. The model reads all tokens; only those of the policy's turns are
-actions: they alone are trained on, counted, and have a KL. A single answer is a trajectory of one turn.
+A trajectory begins with a prompt. Turns of the policy and of an environment (a tool's output, a user's next message)
+follow it without gaps. The model reads all tokens. Only the tokens of the policy's turns are actions: training, token
+counts and the KL use these alone. A single answer is a trajectory of one turn.
 
-`Trajectory` is one conversation. `TrajectoryBatch` holds many in packed columns, one behind the other without padding;
-this is what processes exchange. `pad` makes (N, R) tensors of a column, in which column 0 is the first token behind the
+`Trajectory` is one conversation. `TrajectoryBatch` holds many in columns, concatenated without padding; this is the
+form that processes exchange. `pad` converts a column to an (N, R) tensor whose column 0 is the first token after the
 prompt.
 """
 
@@ -26,49 +26,49 @@ from rollout.batch import PaddedBatch, pad_batch
 
 Actor = Literal["policy", "environment"]
 End = Literal["stop", "length", "refused"]
-"""Why a trajectory ended: the last answer stopped by itself (and no environment went on); an answer reached its longest
-length; what was said cannot be put into a conversation by the chat template."""
+"""Why a trajectory ended. `stop`: the last answer ended with a stop token, and no environment message followed.
+`length`: an answer reached the maximum length. `refused`: the encoder cannot express the conversation."""
 ENDS: tuple[End, ...] = get_args(End)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Tokens `start` to `end` (exclusive) behind the prompt, and who produced them."""
+    """Tokens `start` to `end` (exclusive), counted from the end of the prompt, and who produced them."""
 
     actor: Actor
     start: int
     end: int
     reward: float = 0.0
-    """What the environment paid for a turn of the policy."""
+    """The environment's reward for a turn of the policy."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One conversation. Numbers of tokens are (C,) float32, and 0 at tokens of the environment; None: not computed."""
+    """One conversation. Per-token numbers are (C,) float32, 0 at the environment's tokens; None: not computed."""
 
     row: int
-    """Which of the answers asked for this is: with G answers to a prompt, that of prompt row // G."""
+    """Number of this answer in the batch; with G answers to each prompt, it answers prompt row // G."""
     prompt_ids: Tensor
     """(P,) int32."""
     ids: Tensor
-    """(C,) int32, everything behind the prompt; an answer that stopped ends with its stop token."""
+    """(C,) int32, everything after the prompt; an answer that stopped ends with its stop token."""
     turns: tuple[Turn, ...]
-    """Of the C tokens, without gaps. The last one is the policy's."""
+    """The turns, which cover the C tokens without gaps. The last turn is the policy's."""
     end: End
     engine_logp: Tensor
-    """Log-probabilities, nats, under the engine that sampled."""
+    """Log-probabilities, nats, under the sampling engine."""
     messages: tuple[Message, ...] = ()
-    """The conversation as text, up to the policy's last answer. Stays with the process that sampled it."""
+    """The conversation as text, up to the policy's last answer. Only the process that sampled it has this."""
     old_logp: Tensor | None = None
     """Log-probabilities under the trainer before any step on this trajectory."""
     ref_logp: Tensor | None = None
     """Log-probabilities under the reference."""
     values: Tensor | None = None
-    """The critic's value of what stands before a token."""
+    """The critic's value of the tokens before each token."""
     dense: Tensor | None = None
-    """That part of `score` which a reward model gave to single tokens."""
+    """The part of `score` that a reward model gave to single tokens."""
     score: float | None = None
-    """The reward at the end, `dense` included, the environment's rewards of turns not included."""
+    """The reward at the end. It includes `dense`, but not the environment's rewards for turns."""
 
     @property
     def action_mask(self) -> Tensor:
@@ -81,7 +81,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """N trajectories in packed columns on the CPU; None: not computed. The columns mean what Trajectory's fields do."""
+    """N trajectories in concatenated columns on the CPU; None: not computed. Columns mean the same as in Trajectory."""
 
     row: Tensor  # (N,) int64
     end: Tensor  # (N,) int8, index into ENDS
@@ -99,15 +99,15 @@ class TrajectoryBatch:
     values: Tensor | None = None  # (ΣC,) float32
     dense: Tensor | None = None  # (ΣC,) float32
     score: Tensor | None = None  # (N,) float64
-    parts: Tensor | None = None  # (N, rewards) float64; NaN: the reward had no opinion
-    disagreement: Tensor | None = None  # (N,) float64, deviation over an ensemble's members
+    parts: Tensor | None = None  # (N, rewards) float64; NaN: the reward does not apply
+    disagreement: Tensor | None = None  # (N,) float64, standard deviation over an ensemble's members
     monitor: Tensor | None = None  # (N,) float64, the monitor's score
     part_names: tuple[str, ...] = ()
     """Names of the rewards in `parts`."""
 
     @classmethod
     def pack(cls, trajectories: Sequence[Trajectory]) -> "TrajectoryBatch":
-        """Of at least one token each. A number that one trajectory has, all have."""
+        """Packs trajectories of at least one token each. All must have the same optional fields."""
         turns = [turn for t in trajectories for turn in t.turns]
         assert all(t.turns and t.turns[-1].end == len(t.ids) for t in trajectories)
         some: dict[str, Any] = {
@@ -136,7 +136,7 @@ class TrajectoryBatch:
         return len(self.row)
 
     def __getitem__(self, i: int) -> Trajectory:
-        """One trajectory, in views of the columns."""
+        """Trajectory i; its tensors are views of the columns."""
         own = {name: c.split(self.lengths(name).tolist())[i] for name, c in self.columns().items()}
         ends = own["turn_length"].cumsum(0).tolist()
         turns = zip(own["turn_action"].tolist(), [0, *ends], ends, own["turn_reward"].tolist(), strict=False)
@@ -149,7 +149,7 @@ class TrajectoryBatch:
             **{name: own[name] for name in numbers if name in own},
         )
 
-    # ---- what follows from the columns
+    # ---- quantities derived from the columns
 
     @property
     def stopped(self) -> Tensor:
@@ -174,9 +174,9 @@ class TrajectoryBatch:
 
     @property
     def token_reward(self) -> Tensor | None:
-        """(ΣC,) float32: what of `reward` belongs to single tokens; None where nothing does.
+        """(ΣC,) float32: the part of `reward` that belongs to single tokens; None if there is none.
 
-        That is `dense`, and each turn's reward at the last token of the turn.
+        It is `dense` plus each turn's reward at the last token of that turn.
         """
         if not self.turn_reward.any():
             return self.dense
@@ -188,7 +188,7 @@ class TrajectoryBatch:
     def total(self, column: Tensor) -> Tensor:
         """(ΣC,) -> (N,) float64: sums over each trajectory's actions, from the first to the last.
 
-        In this order on every machine, whatever its number of threads, so that a logged figure can be compared.
+        The fixed order gives the same sum with any number of threads, so that logged figures can be compared.
         """
         return self.pad(torch.where(self.actions, column.double(), 0.0)).cumsum(-1)[:, -1]
 
@@ -201,11 +201,11 @@ class TrajectoryBatch:
     # ---- other forms
 
     def pad(self, column: Tensor) -> Tensor:
-        """(ΣC,) -> (N, R), zeros behind a trajectory's end."""
+        """(ΣC,) -> (N, R), with zeros after a trajectory's end."""
         return pad_sequence(list(self._tokens(column)), batch_first=True)
 
     def padded(self, rows: Sequence[int], pad_id: int, device: torch.device) -> PaddedBatch:
-        """Some rows as a model reads them."""
+        """The given rows as the input of a model."""
         prompts, ids, actions = self._model_rows
         return pad_batch([prompts[i] for i in rows], [ids[i] for i in rows], pad_id, device, [actions[i] for i in rows])
 
@@ -219,7 +219,7 @@ class TrajectoryBatch:
         return contexts, [own[cut:].tolist() for own, cut in zip(ids, cuts, strict=True)]
 
     def at_last_answers(self, numbers: Sequence[Sequence[float]]) -> Tensor:
-        """A column (ΣC,) float32 of one number for each token of the last turns, 0 before them."""
+        """A column (ΣC,) float32 with `numbers` at the tokens of each trajectory's last turn, 0 before."""
         cuts = (self.length - self._last_length).tolist()
         pieces = [
             part for cut, row in zip(cuts, numbers, strict=True) for part in (torch.zeros(cut), torch.tensor(row))
@@ -227,21 +227,21 @@ class TrajectoryBatch:
         return torch.cat([torch.empty(0), *pieces])
 
     def columns(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
+        """The columns that are not None, by name."""
         found = {column.name: getattr(self, column.name) for column in fields(self)}
         return {name: column for name, column in found.items() if isinstance(column, Tensor)}
 
     def with_columns(self, **columns: Any) -> "TrajectoryBatch":
-        """With these in place of its own."""
+        """A copy with these columns replaced."""
         return replace(self, **columns)
 
     def select(self, rows: Tensor) -> "TrajectoryBatch":
-        """These trajectories (indices), in this order."""
+        """The trajectories at the indices `rows`, in that order."""
         return self.with_columns(**{name: reordered(c, self.lengths(name), rows) for name, c in self.columns().items()})
 
     @staticmethod
     def join(batches: Sequence["TrajectoryBatch"]) -> "TrajectoryBatch":
-        """One behind the other; all have the same columns."""
+        """Concatenates batches, which all have the same columns."""
         columns = [batch.columns() for batch in batches]
         return batches[0].with_columns(**{name: torch.cat([c[name] for c in columns]) for name in columns[0]})
 
@@ -256,7 +256,7 @@ class TrajectoryBatch:
         return self.turn_length[self.turn_count.cumsum(0) - 1]
 
     def lengths(self, name: str) -> Tensor:
-        """(N,): entries of each trajectory in the column of that name."""
+        """(N,): number of entries of each trajectory in the column `name`."""
         by_unit = {"turn": self.turn_count, "prompt": self.prompt_length, "token": self.length}
         return by_unit[_UNITS[name]] if name in _UNITS else torch.ones_like(self.length)
 
@@ -271,21 +271,21 @@ class TrajectoryBatch:
         return column.new_zeros(len(self)).index_add(0, which, column)
 
 
-# What a column has one entry for, where that is not a trajectory.
+# The unit for which a column has one entry, if that is not a trajectory.
 _UNITS = dict.fromkeys(("turn_action", "turn_length", "turn_reward"), "turn")
 _UNITS |= dict.fromkeys(("ids", "engine_logp", "old_logp", "ref_logp", "values", "dense"), "token")
 _UNITS |= {"prompt_ids": "prompt"}
 
 
 def reordered(column: Tensor, lengths: Tensor, order: Tensor) -> Tensor:
-    """Pieces `order` of a column that is cut into pieces of these lengths, one behind the other."""
+    """Cuts a column into pieces of these lengths and concatenates the pieces at the indices `order`."""
     if len(column) == len(lengths) and bool((lengths == 1).all()):
         return column[order]
     pieces = column.split(lengths.tolist())
-    # The empty piece gives a selection of nothing its type and shape.
+    # The empty first piece sets type and shape if `order` is empty.
     return torch.cat([column[:0], *(pieces[i] for i in order.tolist())])
 
 
 def _actions(by_policy: Tensor, lengths: Tensor) -> Tensor:
-    """(turns,), (turns,) -> (tokens,) bool: whether each token is of a turn of the policy."""
+    """(turns,), (turns,) -> (tokens,) bool: whether each token belongs to a turn of the policy."""
     return by_policy.repeat_interleave(lengths)

@@ -1,4 +1,4 @@
-"""A scripted environment, and PPO with it: python -m tests.asking RECIPE [key=value ...]"""
+"""A scripted environment, and a program that runs PPO with it: python -m tests.asking RECIPE [key=value ...]"""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from stages.ppo.sampler import Sampler
 
 
 class Asking:
-    """Asks on after the first answer, and after the second one if that is short; pays for short answers."""
+    """Asks again after the first answer, and after the second one if it is short. Rewards short answers."""
 
     def reset(self, prompt: Prompt) -> None:
         self._question, self._answers = prompt.messages[-1].content, 0
@@ -24,7 +24,7 @@ class Asking:
 
 
 def asking(patch: pytest.MonkeyPatch) -> None:
-    """From now on the stage trains in conversations with that environment."""
+    """Makes the PPO stage train with the `Asking` environment."""
     patch.setattr("stages.ppo.train.Sampler", partial(Sampler, environment=Asking))
 
 

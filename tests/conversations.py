@@ -10,13 +10,13 @@ NUMBERS = ("engine_logp", "old_logp", "ref_logp", "values", "dense")
 
 
 class Conversations:
-    """Groups of `size` conversations. At tokens of the environment stand numbers, too, that must not matter.
+    """Groups of `size` conversations. The environment's tokens have random numbers, too, which must not matter.
 
-    `extra`: numbers of tokens that belong to no column of a batch, e.g. what the model says after a step.
+    `extra`: per-token numbers that are no column of a batch, e.g. log-probabilities after a step.
     """
 
     def __init__(self, groups: int, size: int, seed: int, most: int = 3) -> None:
-        """`most`: turns of the policy."""
+        """`most`: maximum turns of the policy."""
         rng = np.random.default_rng(seed)
         self.size, self.rng = size, rng
         self.trajectories, self.extra = [], {"new_logp": [], "new_values": []}
@@ -65,7 +65,7 @@ class Conversations:
         return self.batch.pad(self.column(name))
 
     def turns(self, name: str) -> list[list[tuple[bool, list[float]]]]:
-        """Each conversation, each turn: who spoke, and a number for each token."""
+        """For each turn of each conversation: whether it is the policy's, and the number of each token."""
         numbers = iter(self.column(name).tolist())
         return [
             [(turn.actor == "policy", [next(numbers) for _ in range(turn.start, turn.end)]) for turn in t.turns]
@@ -73,7 +73,7 @@ class Conversations:
         ]
 
     def scattered(self, actions: list[list[float]]) -> np.ndarray:
-        """Numbers of actions -> (N, R), zeros everywhere else."""
+        """Spreads the actions' numbers to (N, R), with zeros everywhere else."""
         mask = self.batch.pad(self.batch.actions).numpy()
         out = np.zeros(mask.shape)
         for row, own, numbers in zip(out, mask, actions, strict=True):

@@ -1,4 +1,4 @@
-"""Two processes gather columns of different lengths: python -m tests.exchanging, under a launch file of two."""
+"""Two processes exchange columns of different lengths: python -m tests.exchanging, with a two-process launch file."""
 
 import torch
 
@@ -7,7 +7,7 @@ from training.engines.exchange import join_rows
 
 
 def columns(rank: int) -> dict[str, torch.Tensor]:
-    """Of every type that trajectories have; process 1 has more of some, less of others, and nothing of one."""
+    """Columns of every type that trajectories have. Process 1 has longer, shorter and empty ones than process 0."""
     rows = (3, 5)[rank]
     return {
         "ids": torch.arange(7 * rows, dtype=torch.int32) + 100 * rank,
@@ -21,7 +21,7 @@ def columns(rank: int) -> dict[str, torch.Tensor]:
 
 
 def check(engine: engines.Engine) -> None:
-    """Raises AssertionError where a column is not what both processes gave, in the order of ranks."""
+    """Raises AssertionError if a joined column is not the concatenation of both processes' columns by rank."""
     found = join_rows(engine, columns(engine.data_rank))
     for name, expected in ((n, torch.cat([columns(rank)[n] for rank in range(2)])) for n in columns(0)):
         assert found[name].dtype == expected.dtype, name

@@ -1,8 +1,8 @@
-"""PPO on the completions that another run sampled: python -m tests.recorded_ppo RECORD RECIPE [key=value ...]
+"""Runs PPO on the completions that another run sampled: python -m tests.recorded_ppo RECORD RECIPE [key=value ...]
 
-Engines round differently in the last digit. Where a random number falls within the difference, one samples another
-token, and from there on two runs cannot be compared. With this program an engine trains on recorded completions. It
-still samples its own, and counts how many of them are the recorded ones: RECORD.<rank>.json.
+Engines round differently in the last digit. A random number within that difference makes one engine sample another
+token, and from then on two runs cannot be compared. With this program an engine trains on recorded completions. It
+still samples its own and writes to RECORD.<rank>.json how many of them equal the recorded ones.
 """
 
 import json
@@ -21,7 +21,7 @@ Key = tuple[int | str, ...]
 
 
 def recorded(path: Path, patch: pytest.MonkeyPatch) -> None:
-    """From now on, what a generator completes is added to the record `path`."""
+    """Makes every generator append its completions to the record `path`."""
     complete = Generator.complete
 
     def recording(self: Generator, actor: Any, contexts: Sequence[list[int]], keys: Sequence[Key]) -> Any:
@@ -35,8 +35,8 @@ def recorded(path: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def replayed(path: Path, patch: pytest.MonkeyPatch) -> dict[str, int]:
-    """From now on, a generator gives the completions of the record. Returns counts, which grow while it does."""
-    record = defaultdict(deque)  # held-out prompts are answered again and again with the same key
+    """Makes every generator return the recorded completions. Returns counts that are updated as it does so."""
+    record = defaultdict(deque)  # held-out prompts are answered repeatedly with the same key
     for line in path.read_text(encoding="utf-8").splitlines():
         key, context, *answer = json.loads(line)
         record[tuple(key)].append((context, Completion(*answer)))

@@ -1,4 +1,4 @@
-"""Records and rows for tests: everything that the sources give, in the order of use."""
+"""Loads all records and rows of sources for tests, in the order of use."""
 
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Loaded:
 
 
 def load(sources: Sequence[SourceConfig], want: type[Record], root: Path | None, seed: int) -> Loaded:
-    """All records that `read` gives, in the order of use, and where every row went."""
+    """All records that `read` yields, in the order of use, and the accounting of all rows."""
     accounting = Accounting()
     records = list(read(sources, want, root, seed, accounting))
     order = mixture_order(sources, len(records), seed)
@@ -30,7 +30,7 @@ def load(sources: Sequence[SourceConfig], want: type[Record], root: Path | None,
 
 
 def encode(kind: Kind[Any], records: Sequence[Record], encoder: Encoder | None, accounting: Accounting) -> Rows[Any]:
-    """The rows of the records, written and opened; the counts are those of the index."""
+    """Writes the records' rows to disk and opens them; the counts come from the written index."""
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), kind, records, encoder, accounting, lambda n: None)
         return open_rows(Path(folder), kind, {})

@@ -73,7 +73,7 @@ PARENTS = {"pretrain": "tokenizer", "sft": "pretrain", "reward": "sft", "dpo": "
 
 @dataclass
 class Result:
-    """The results of a stage; lines of metrics.jsonl without values that depend on the clock."""
+    """A stage's results. `lines` are those of metrics.jsonl, without values that depend on the clock."""
 
     folder: Path
     weights: dict[str, torch.Tensor]
@@ -81,7 +81,7 @@ class Result:
     manifest: Manifest
 
     def of(self, key: str) -> list[float]:
-        """A metric's values over the steps that have it."""
+        """A metric's values at the steps that logged it."""
         return [line[key] for line in self.lines if key in line]
 
 
@@ -121,7 +121,7 @@ def runs() -> Path:
 
 @cache
 def chain() -> Path:
-    """The recipe file; its stages up to SFT are published."""
+    """The recipe file, after publishing its stages up to SFT."""
     root = Path(_root().name)
     write_data(root)
     path = root / "recipe.yaml"
@@ -133,7 +133,7 @@ def chain() -> Path:
 
 
 def foreign_checkpoint(folder: Path) -> Path:
-    """A foreign checkpoint: no stage.json, its own template and settings, bfloat16, spare rows."""
+    """Makes a foreign checkpoint: no stage.json, its own template and settings, bfloat16, unused embedding rows."""
     chain()
     tokenizer = AutoTokenizer.from_pretrained(runs() / "tiny" / "tokenizer" / "model")
     tokenizer.chat_template = (

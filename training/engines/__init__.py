@@ -1,20 +1,20 @@
-"""How the processes of a run train one model: one file an engine, behind one protocol (`protocol.Engine`).
+"""Engines: how the processes of a run train one model. Each engine has one file, and all share `protocol.Engine`.
 
     launch.py      which engine the launch file asks for
-    protocol.py    what an engine does
+    protocol.py    the interface of an engine
     processes.py   collectives between the processes
-    exchange.py    tensors and trajectories from every process to every process
-    detect.py      which engine has really come up
+    exchange.py    gathers tensors and trajectories of all processes on every process
+    detect.py      which engine has actually started
     finite.py      losses that are not finite
-    single.py      one process; the others build on it
-    splitting.py   what the engines that cut parameters up have in common
+    single.py      one process; the other engines extend it
+    splitting.py   the common base of the engines that shard parameters
     ddp.py         data parallel: every process has the whole model
     deepspeed.py   DeepSpeed ZeRO, stages 1 to 3
     fsdp2.py       PyTorch's own sharding
-    files.py       tensors, optimizer states and random numbers on the disk
+    files.py       tensors, optimizer states and random numbers on disk
     upstream.py    every private name of another library that Baton uses
 
-Only this package knows accelerate, DeepSpeed, FSDP, ranks and devices. A test searches the rest of the tree.
+Only this package uses accelerate, DeepSpeed, FSDP, ranks and devices; a test checks the rest of the tree.
 """
 
 import os
@@ -24,19 +24,19 @@ from training.engines.protocol import Engine
 
 
 def start() -> Engine:
-    """Makes this process ready for the engine that the launch file asks for. The first call of a program that trains.
+    """Prepares this process for the engine that the launch file asks for. A program that trains calls this first.
 
-    It comes before torch is imported: it sets variables that torch, accelerate and DeepSpeed read when they load.
+    Call it before torch is imported: it sets variables that torch, accelerate and DeepSpeed read when they load.
 
     Raises:
-        LaunchError: this machine lacks the GPUs, the compiler or a package; or the launch file sets what the recipe
-            sets (precision, accumulation, clipping, compilation).
+        LaunchError: this machine lacks the GPUs, the compiler or a package; or the launch file has a setting that
+            belongs in the recipe (precision, accumulation, clipping, compilation).
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") == REHEARSAL:
         # Processes that share cores must not spin while they wait for one another.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     elif world_size() == 1 and "LOCAL_RANK" not in os.environ:
-        # One process uses one GPU; transformers would split its batches over all that it sees.
+        # One process uses one GPU; otherwise transformers would split its batches over all visible ones.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     leave_to_recipe()
     engine = current()
@@ -45,7 +45,7 @@ def start() -> Engine:
 
 
 def current() -> Engine:
-    """The engine of this process, for code that only reads: nothing is checked and nothing in the environment is set.
+    """The engine of this process, for code that only reads. Checks nothing and sets no environment variable.
 
     Raises:
         LaunchError: the launch file asks for an engine that Baton does not have.

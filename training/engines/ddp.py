@@ -14,7 +14,7 @@ class Ddp(Single):
     def prepare(self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer") -> tuple[Any, Any]:
         """As `Single.prepare`."""
         wrapped, optimizer = super().prepare(model, optimizer)
-        # Gradients stay with their process until `backward` is told that it is the last one.
+        # Gradients are not summed over processes until the last `backward` of a step.
         wrapped.require_backward_grad_sync = False
         return wrapped, optimizer
 

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO: optimizer (stage 1), gradients (2) and weights (3) are cut up among the processes.
+"""DeepSpeed ZeRO: shards optimizer states (stage 1), gradients (2) and weights (3) among the processes.
 
-DeepSpeed holds each trained parameter twice: as the forward pass reads it, and in float32 as the optimizer steps it.
-What is saved and published is the second.
+DeepSpeed holds each trained parameter twice: a copy for the forward pass, and a float32 copy that the optimizer steps.
+The float32 copy is saved and published.
 """
 
 import os
@@ -46,7 +46,7 @@ class DeepSpeed(Splitting):
             )
 
     def held_rate_back(self, trainer: Any) -> bool:
-        """As `Single.held_rate_back`: DeepSpeed skips steps that are not finite itself, and the Trainer follows it."""
+        """As `Single.held_rate_back`: DeepSpeed itself skips non-finite steps, and the Trainer then keeps the rate."""
         return bool(trainer.accelerator.optimizer_step_was_skipped)
 
     # ---- loops written by hand
@@ -56,7 +56,7 @@ class DeepSpeed(Splitting):
         super().set_up(train, width)
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        # With it set, `from_pretrained` would hand out empty parameters under ZeRO-3; `prepare` cuts them up.
+        # With this config, `from_pretrained` would return empty parameters under ZeRO-3; here `prepare` shards them.
         unset_hf_deepspeed_config()
 
     def _accelerator_arguments(self, train: "OptimizerConfig") -> dict[str, Any]:
@@ -75,7 +75,7 @@ class DeepSpeed(Splitting):
         model.backward(loss, scale_wrt_gas=False)
 
     def step(self, model: Any, optimizer: Any, max_grad_norm: float) -> float:
-        """As `Single.step`. DeepSpeed itself leaves weights alone when the norm is not finite, and calls it inf."""
+        """As `Single.step`. DeepSpeed itself skips a step whose norm is not finite, and reports that norm as inf."""
         assert model.gradient_clipping() == max_grad_norm, "DeepSpeed was set up with another max_grad_norm"
         model.step()
         return float(model.get_global_grad_norm())
@@ -99,7 +99,7 @@ class DeepSpeed(Splitting):
         import torch
 
         with torch.no_grad(), deepspeed.zero.GatheredParameters(list(plain.parameters())):
-            if plain is model:  # frozen: DeepSpeed's engine has put no hooks on it
+            if plain is model:  # frozen: it has no hooks of DeepSpeed's engine
                 yield plain
             else:
                 with upstream.without_zero_hooks(model):
@@ -114,7 +114,7 @@ class DeepSpeed(Splitting):
             import deepspeed
 
             self.group()
-            # Cuts the parameters of an existing module in place.
+            # Shards the parameters of an existing module in place.
             config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
             deepspeed.zero.Init(module=frozen, config_dict_or_path=config, dtype=next(frozen.parameters()).dtype)
         return frozen
@@ -182,7 +182,7 @@ class DeepSpeed(Splitting):
         if not keys:
             return
         zero = model.optimizer
-        # DeepSpeed counts the steps of a whole group; other engines count fewer for a parameter without gradient.
+        # DeepSpeed counts steps per group; other engines count fewer for a parameter that got no gradient.
         step = max(float(read(name)) for name in names if name.startswith("step/"))
         with upstream.writing_zero(zero, self._zero3):
             for flat, group in upstream.zero_flat_groups(zero, self._zero3):
@@ -190,7 +190,7 @@ class DeepSpeed(Splitting):
                 if isinstance(zero.optimizer, torch.optim.AdamW):
                     on_device = group["fused"] or group["capturable"]
                     state["step"] = torch.tensor(step, device=flat.device if on_device else "cpu")
-                else:  # DeepSpeed's own, for moments that are kept on the CPU
+                else:  # DeepSpeed's own optimizer, for moments on the CPU
                     state["step"] = int(step)
                 for key in keys:
                     state.setdefault(key, torch.zeros_like(flat.data))
@@ -208,15 +208,15 @@ class DeepSpeed(Splitting):
     def loading(self) -> Iterator[None]:
         """As `Single.loading`.
 
-        Once a ZeRO-3 trainer has been set up, transformers would cut weights up while it loads them, and wait for other
-        processes that may not be loading anything. `prepare` and `freeze` cut them up instead.
+        After a ZeRO-3 trainer has been set up, transformers would shard weights while it loads them, and wait for other
+        processes that may not be loading. `prepare` and `freeze` shard them instead.
         """
         with upstream.without_zero_loading():
             yield
 
 
 def _whole(parameter: Any) -> Any:
-    """One whole parameter: of a trained one, the float32 weights that the optimizer has."""
+    """One whole parameter; for a trained one, the optimizer's float32 weights."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -227,7 +227,7 @@ def _whole(parameter: Any) -> Any:
 
 
 def _zero3_share(whole: "torch.Tensor", parameter: Any) -> "torch.Tensor":
-    """The piece that this process keeps; pieces have one size, and the last ones are filled up with zeros."""
+    """The piece that this process keeps. All pieces have the same size; the last ones are padded with zeros."""
     import torch
 
     size = parameter.ds_tensor.numel()
@@ -239,7 +239,7 @@ def _zero3_share(whole: "torch.Tensor", parameter: Any) -> "torch.Tensor":
 
 
 def _check_build() -> None:
-    # The programs of a virtual environment that was not activated, ninja among them.
+    # Finds programs such as ninja in a virtual environment that is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     compiler = os.environ.get("CXX", "c++")
     for program, remedy in ((compiler, "apt-get install g++"), ("ninja", "pip install ninja")):
@@ -257,13 +257,13 @@ def _check_build() -> None:
 def release_build_locks(root: Path, say: Callable[[str], None]) -> None:
     """Removes the locks that killed builds of DeepSpeed left in torch's extensions folder.
 
-    torch waits for such a lock for ever and says nothing. A builder keeps its lock open, so a lock that no process of
-    this machine has open has no owner. Where the system does not tell what is open, ten minutes of age decide.
+    torch waits for such a lock for ever, without a message. A build keeps its lock file open, so a lock that no process
+    of this machine has open is stale. If the system does not list open files, a lock is stale after ten minutes.
     """
     for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
         if _held(lock):
             continue
-        time.sleep(0.5)  # a builder that is done closes its lock and then deletes it
+        time.sleep(0.5)  # a build that has finished closes its lock, then deletes it
         if lock.exists() and not _held(lock):
             lock.unlink(missing_ok=True)
             say(f"removed {lock}, left by a build that was killed")
@@ -275,7 +275,7 @@ def _held(lock: Path) -> bool:
             try:
                 if descriptor.readlink() == lock.resolve():
                     return True
-            except OSError:  # the process ended, or is not ours
+            except OSError:  # the process has ended, or belongs to another user
                 continue
         return False
     try:

@@ -1,4 +1,4 @@
-"""Which engine has really wrapped a model, whatever the launch file asked for."""
+"""Detects which engine has actually wrapped a model; it may differ from the one that the launch file asks for."""
 
 from typing import Any, cast
 
@@ -9,9 +9,9 @@ def running(model: Any, processes: int, device: Any, *, deepspeed: bool) -> Requ
     """The engine that wrapped `model`.
 
     Args:
-        model: as the engine returned it.
-        processes, device: as accelerate counts and names them.
-        deepspeed: whether it may be DeepSpeed's. Its import takes seconds, which other engines need not spend.
+        model: the model that the engine returned.
+        processes, device: the number of processes and the device type, from accelerate.
+        deepspeed: whether to check for DeepSpeed, whose import takes seconds.
     """
     import torch
     from torch.distributed.fsdp import FSDPModule

@@ -1,7 +1,7 @@
-"""Tensors and trajectories from every process to every process, when each has another number of rows.
+"""Gathers tensors and trajectories of all processes on every process; each may have a different number of rows.
 
-Numbers travel as they lie in memory, without pickles: first the sizes of all columns, then each process broadcasts its
-part of each column. On CPUs the processes use gloo; on GPUs NCCL, through the memory of the device.
+Processes send raw memory, without pickles: first the sizes of all columns, then every process broadcasts its part of
+each column. They use gloo on CPUs, and NCCL through device memory on GPUs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +23,13 @@ def join_rows(
     columns: Mapping[str, Tensor],
     arrange: Callable[[str, Tensor], Tensor] = lambda name, rows: rows.clone(),
 ) -> dict[str, Tensor]:
-    """Each column of all processes, one behind the other in the order of ranks, on the CPU. Every process calls it.
+    """Concatenates each column of all processes in the order of ranks, on the CPU. Every process calls it.
 
     Args:
         columns: (rows, ...) tensors on the CPU. Every process gives the same names in the same order, with the same
             types and trailing sizes; the number of rows may differ between columns and between processes, and may be 0.
-        arrange: (name, the rows of all processes) -> what is kept of them, for instance in another order. A copy: the
-            rows lie in memory that the next column is received in.
+        arrange: (name, the rows of all processes) -> the rows to keep, for instance in another order. It must return a
+            copy, because the next column is received in the same memory.
     """
     if not engine.group():
         return {name: arrange(name, column) for name, column in columns.items()}
@@ -56,7 +56,7 @@ def join_rows(
 def join_trajectories(
     engine: Engine, share: TrajectoryBatch, prompts: Sequence[EncodedPrompt], size: int
 ) -> TrajectoryBatch:
-    """The trajectories of all processes, by row. `size`: answers to each of `prompts`. Every process calls it."""
+    """The trajectories of all processes, sorted by row. `size`: answers to each prompt. Every process calls it."""
     own = {name: column for name, column in share.columns().items() if name not in _OF_PROMPTS}
     counts = join_rows(engine, {name: own.pop(name) for name in ("row", "length", "turn_count")})
     order, whole = counts["row"].argsort(), share.with_columns(**counts)
@@ -69,7 +69,7 @@ def join_trajectories(
 
 
 def join_columns(engine: Engine, columns: Mapping[str, Tensor], batch: TrajectoryBatch) -> dict[str, Tensor]:
-    """Columns of all of `batch`, of which process r of w computed rows r, r + w, r + 2w, ... Every process calls it."""
+    """Joins columns of `batch`; process r of w has computed rows r, r + w, r + 2w, ... Every process calls it."""
     world = engine.data_world
     rows = torch.cat([torch.arange(rank, len(batch), world) for rank in range(world)])
     return join_rows(engine, columns, lambda _, column: reordered(column, batch.length[rows], rows.argsort()))

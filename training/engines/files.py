@@ -1,18 +1,18 @@
-"""Model, optimizer and random numbers on disk: whole, under parameter names, the same whichever engine wrote them.
+"""Saves and loads model, optimizer and random numbers: whole tensors under parameter names, equal for all engines.
 
-A state that any engine saved, on any number of processes, is loaded by any other; by the same engine on the same number
-of processes to the last bit.
+Any engine with any number of processes can load a state that another one saved. The same engine with the same number of
+processes restores it to the last bit.
 
-    model.safetensors       {parameter: weights} of those that are trained, and buffers; frozen weights are the parent's
-    optimizer.safetensors   {key/parameter: tensor}, of AdamW: exp_avg, exp_avg_sq and the count `step`; of Muon:
+    model.safetensors       {parameter: weights} of trained parameters, and buffers; frozen weights are the parent's
+    optimizer.safetensors   {key/parameter: tensor}; AdamW: exp_avg, exp_avg_sq and the count `step`; Muon:
                             momentum_buffer
-    rng.json                the generators of every process
+    rng.json                the random generators of every process
 
-On disk a parameter takes 12 bytes under AdamW (weights and two moments, float32). One parameter at a time is gathered
-and written, so memory is that of the largest one, on every process. Only the main process writes. Every process reads,
-from a folder that all of them see, and keeps its share.
+With AdamW a parameter takes 12 bytes on disk (weights and two moments, float32). Parameters are gathered and written
+one at a time, so every process needs extra memory for the largest one only. Only the main process writes. Every process
+reads, from a folder that all of them can see, and keeps its share.
 
-Imports of torch are inside the functions: `rng` and the names are read by programs without it.
+torch is imported inside functions, because programs without torch use the constants here.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from training.engines.single import Entry
 
 MODEL, OPTIMIZER, RNG = "model.safetensors", "optimizer.safetensors", "rng.json"
-"""Names of the parts."""
+"""Names of a state's files."""
 
 _DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
            "uint8": "U8", "bool": "BOOL"}  # fmt: skip
@@ -44,20 +44,20 @@ _DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F
 
 
 def state_bytes(engine: Engine, model: Any) -> int:
-    """What a saved state takes on the disk with AdamW, about; with Muon it is less. `model`: prepared, or not yet."""
+    """Approximate bytes of a saved state with AdamW; Muon needs less. `model` need not be prepared yet."""
     return 3 * weight_bytes(engine, model)
 
 
 def weight_bytes(engine: Engine, model: Any) -> int:
-    """What the weights that are trained take on the disk, in float32."""
+    """Bytes of the trained weights on disk, in float32."""
     return 4 * sum(prod(entry.shape) for entry in engine.trained(model))
 
 
 def save_state(engine: Engine, model: Any, optimizer: Any, path: Path) -> None:
-    """Writes model and optimizer into the folder `path`, which exists. Every process calls it.
+    """Writes model and optimizer into the existing folder `path`. Every process calls it.
 
     Raises:
-        OSError: on the main process alone, when every process has done its part: the files cannot be written.
+        OSError: a file cannot be written; only on the main process, after all processes have done their part.
     """
     parts = ((MODEL, engine.trained(model)), (OPTIMIZER, engine.moments(model, optimizer)))
     failed = [_write(engine, path / name, entries)[1] for name, entries in parts]
@@ -67,13 +67,13 @@ def save_state(engine: Engine, model: Any, optimizer: Any, path: Path) -> None:
 
 
 def write_tensors(engine: Engine, path: Path, entries: "Sequence[Entry]") -> str | None:
-    """Writes a safetensors file, a tensor at a time. Every process calls it.
+    """Writes a safetensors file, one tensor at a time. Every process calls it.
 
     Returns:
-        The SHA-256 of the file on the main process, computed while it is written; None on the others.
+        On the main process, the file's SHA-256, computed while writing; None on the others.
 
     Raises:
-        OSError: on the main process alone, when every process has done its part.
+        OSError: only on the main process, after all processes have done their part.
     """
     digest, error = _write(engine, path, entries)
     if error is not None:
@@ -82,8 +82,7 @@ def write_tensors(engine: Engine, path: Path, entries: "Sequence[Entry]") -> str
 
 
 def _write(engine: Engine, path: Path, entries: "Sequence[Entry]") -> tuple[str | None, OSError | None]:
-    """(hash, error). The error is returned and not raised, since the other processes wait for this one to gather the
-    rest."""
+    """Returns (hash, error). It does not raise, because the other processes still need this one to gather the rest."""
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -94,7 +93,7 @@ def _write(engine: Engine, path: Path, entries: "Sequence[Entry]") -> tuple[str 
         header[entry.name] = {"dtype": _DTYPES[dtype], "shape": list(entry.shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors are aligned to eight bytes
+    text += b" " * (-len(text) % 8)  # aligns the tensors to eight bytes
     digest = hashlib.sha256()
     error: OSError | None = None
     file = None
@@ -135,9 +134,9 @@ def _write(engine: Engine, path: Path, entries: "Sequence[Entry]") -> tuple[str 
 
 
 def load_state(engine: Engine, model: Any, optimizer: Any, path: Path, moments: bool = True) -> None:
-    """Puts what `save_state` wrote into a prepared model and optimizer. Every process calls it.
+    """Loads what `save_state` wrote into a prepared model and optimizer. Every process calls it.
 
-    `moments`: False leaves the optimizer as it is.
+    `moments`: if False, the optimizer is not changed.
     """
     import torch
 
@@ -156,7 +155,7 @@ def load_state(engine: Engine, model: Any, optimizer: Any, path: Path, moments: 
 
 
 def load_frozen(engine: Engine, model: Any, path: Path) -> None:
-    """Puts a file of `engine.weights(model)` back into a model that is only read. Every process calls it."""
+    """Loads a file of `engine.weights(model)` into a frozen model. Every process calls it."""
     import torch
 
     with torch.no_grad(), _reading(path) as (names, read):
@@ -167,11 +166,11 @@ def load_frozen(engine: Engine, model: Any, path: Path) -> None:
 
 @contextmanager
 def _reading(path: Path) -> "Iterator[tuple[set[str], Callable[[str], torch.Tensor]]]":
-    """The names in a safetensors file, and a function that reads one of its tensors."""
+    """Yields the names in a safetensors file, and a function that reads one of its tensors."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        # A copy: what is read lies in the file's mapping.
+        # A copy, because `get_tensor` returns memory that is mapped to the file.
         yield set(file.keys()), lambda name: file.get_tensor(name).clone()
 
 
@@ -179,18 +178,18 @@ def _reading(path: Path) -> "Iterator[tuple[set[str], Callable[[str], torch.Tens
 
 
 def rng_states(engine: Engine) -> list[dict[str, Any]]:
-    """The generators of all processes, JSON. Every process calls it."""
+    """States of the random generators of all processes, as JSON values. Every process calls it."""
     return engine.of_all(_generators(engine))
 
 
 def write_rng(engine: Engine, path: Path, states: list[dict[str, Any]]) -> None:
-    """Writes them as a part of the state in the folder `path`, on the main process."""
+    """Writes `rng_states` into the state's folder `path`, on the main process."""
     if engine.is_main:
         (path / RNG).write_text(json.dumps({"processes": states}), encoding="utf-8")
 
 
 def load_rng(engine: Engine, path: Path, seed: int, step: int) -> None:
-    """Sets the generators of this process: as saved on as many processes, else anew from (`seed`, `step`, rank)."""
+    """Restores this process's generators; if the number of processes has changed, seeds them (`seed_rng`) instead."""
     states = json.loads((path / RNG).read_text(encoding="utf-8"))["processes"]
     if len(states) == engine.data_world:
         _set_generators(engine, states[engine.data_rank])
@@ -199,7 +198,7 @@ def load_rng(engine: Engine, path: Path, seed: int, step: int) -> None:
 
 
 def seed_rng(engine: Engine, seed: int, step: int) -> None:
-    """Sets the generators of this process from (`seed`, `step`, rank)."""
+    """Seeds this process's generators from (`seed`, `step`, rank)."""
     import numpy as np
     import torch
 

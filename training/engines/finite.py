@@ -1,4 +1,4 @@
-"""A loss that is not finite shows in its gradient, so that all processes skip the same step."""
+"""Makes the gradient of a non-finite loss non-finite, so that all processes skip the same step."""
 
 from typing import TYPE_CHECKING
 
@@ -7,10 +7,10 @@ if TYPE_CHECKING:
 
 
 def carry_nonfinite(loss: "torch.Tensor") -> "torch.Tensor":
-    """The same loss (scalar, part of a graph); where it is not finite, its gradient is not finite either.
+    """Returns the same loss (scalar, part of a graph). If it is not finite, its gradient will not be finite either.
 
-    The gradient of an infinite loss may be finite: that of a clamp or of log(0) behind a mask is. The norm of the
-    gradients is that of all processes, so all of them see that the step must be skipped, under every engine.
+    An infinite loss may have a finite gradient, for example after a clamp or a masked log(0). Under every engine the
+    gradient norm covers all processes, so a non-finite norm tells all of them to skip the step.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""PyTorch's own sharding (`fully_shard`, FSDP2): weights, gradients and optimizer are cut up layer by layer."""
+"""PyTorch's own sharding (`fully_shard`, FSDP2): shards weights, gradients and optimizer states layer by layer."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Fsdp2(Splitting):
     def check_machine(self) -> None:
         """As `Single.check_machine`."""
         super().check_machine()
-        # accelerate's default loads the weights on one process, and unties those that a model ties.
+        # accelerate's default loads the weights on one process only, and breaks the ties between tied weights.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         if self.request.device == "cpu":
             os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -79,7 +79,7 @@ class Fsdp2(Splitting):
         return frozen
 
     def _mix(self, mine: Any, theirs: Any, alpha: float) -> None:
-        # Both are cut along their first dimension over the same processes: the pieces correspond.
+        # Both are sharded along the first dimension over the same processes, so their pieces correspond.
         assert mine.placements == theirs.placements
         super()._mix(mine.to_local(), theirs.to_local(), alpha)
 
@@ -99,5 +99,5 @@ class Fsdp2(Splitting):
         if not isinstance(parameter, DTensor):
             return whole
         mesh = parameter.device_mesh
-        # A copy, since a piece would keep the whole alive.
+        # A copy, because a view would keep the whole tensor in memory.
         return distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None).clone()

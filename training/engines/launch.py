@@ -1,12 +1,12 @@
-"""What a launch file asks for. No torch at module level: what is read here decides how torch is loaded.
+"""Reads which engine a launch file asks for. No torch at module level: the result decides how torch is loaded.
 
-accelerate falls back silently where it cannot give what a launch file asks for: one process in place of two, plain data
-parallelism in place of ZeRO-3. So `requested` reads what was asked, an engine's `check_machine` refuses what this
-machine cannot do, and its `check_model` compares what came up with what was asked before the first step.
+accelerate falls back silently when it cannot do what a launch file asks for: one process instead of two, plain data
+parallelism instead of ZeRO-3. So `requested` reads the request, an engine's `check_machine` refuses what this machine
+cannot do, and before the first step its `check_model` compares the engine that started with the request.
 
-A rehearsal runs a GPU engine's processes on the CPU. Its launch file has `gpu_ids: "-1,-1"`: accelerate turns that into
-CUDA_VISIBLE_DEVICES, which hides every GPU, and it is the one line of a launch file that reaches the processes of every
-engine. Several processes run on the CPU only with this line; a GPU launch file on a machine without a GPU is an error.
+A rehearsal runs a GPU engine's processes on the CPU. Its launch file has `gpu_ids: "-1,-1"`. accelerate turns that into
+CUDA_VISIBLE_DEVICES, which hides every GPU; no other line of a launch file reaches the processes of every engine.
+Several processes run on the CPU only with this line; a GPU launch file on a machine without a GPU is an error.
 """
 
 import json
@@ -21,7 +21,7 @@ REHEARSAL = "-1,-1"
 
 
 class LaunchError(UserError):
-    """The launch file asks for what this machine, or accelerate on it, does not give."""
+    """The launch file asks for something that this machine, or accelerate on it, cannot provide."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Request:
 
     name: Literal["single", "ddp", "deepspeed", "fsdp2"]
     zero_stage: int | None
-    """1 to 3 for deepspeed, None otherwise."""
+    """1 to 3 for deepspeed; otherwise None."""
     processes: int
     device: Literal["cpu", "cuda"]
 
@@ -62,7 +62,7 @@ def requested() -> Request:
     """The engine that the launch file asked for, read from the variables that `accelerate launch` sets.
 
     Raises:
-        LaunchError: an engine that Baton does not have, or several processes of which accelerate would start one.
+        LaunchError: Baton does not have this engine; or several processes were asked for, and accelerate started one.
     """
     processes = world_size()
     cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == REHEARSAL or _flag("ACCELERATE_USE_CPU")
@@ -85,7 +85,7 @@ def requested() -> Request:
         return Request("fsdp2", None, processes, device)
     if processes > 1:
         return Request("ddp", None, processes, device)
-    # The simple launcher of accelerate sets the address of a group only when the file asks for several processes.
+    # accelerate's simple launcher sets a group's address only if the launch file asks for several processes.
     mpi = any(int(os.environ.get(name, 1)) > 1 for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
     if "WORLD_SIZE" not in os.environ and (mpi or {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()):
         raise LaunchError(
@@ -110,11 +110,11 @@ def _zero_stage() -> int:
 
 
 def leave_to_recipe() -> None:
-    """Removes accelerate's settings for what the recipe sets; refuses those that are not defaults: they were meant."""
+    """Removes accelerate's defaults for what the recipe sets. Raises LaunchError if the launch file changed one."""
     settings = (
         ("ACCELERATE_MIXED_PRECISION", "mixed_precision", ("no",), "train.bf16"),
         ("ACCELERATE_DYNAMO_BACKEND", "dynamo_config", ("NO", "no"), "train.torch_compile"),
-        # accelerate says 1.0 where the launch file says nothing.
+        # accelerate sets 1.0 if the launch file has no value.
         ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", ("1.0", "auto"), "train.max_grad_norm"),
         (
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",

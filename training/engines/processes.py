@@ -1,6 +1,6 @@
-"""The processes of a run, and what they tell one another.
+"""The processes of a run: how they divide work and communicate.
 
-Imports of torch are inside the functions: an engine is chosen before torch is loaded.
+torch is imported inside functions, because an engine is chosen before torch is loaded.
 """
 
 import os
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# A collective that waits longer than this is dead. Nothing slow (tokenising, compiling) happens inside one.
+# A collective that takes longer fails. Slow work (tokenizing, compiling) never happens while others wait in one.
 TIMEOUT = timedelta(minutes=30)
-# The other processes wait as long for what the main one does alone before training (hashing parents and data).
+# How long other processes wait while the main one works alone before training (hashing parents and data).
 PATIENCE = timedelta(days=1)
 
 
 class Processes:
-    """What every engine can say and do about the processes of its run.
+    """The part of an engine that deals with the processes of its run.
 
-    Data ranks are numbered over the processes that read different rows. Here every process does; under sequence
-    parallelism several would share their rows.
+    Data ranks number the processes that read different rows. Here every process does; with sequence parallelism,
+    several processes would read the same rows.
     """
 
     def __init__(self, request: Request) -> None:
@@ -51,7 +51,7 @@ class Processes:
 
     @property
     def device(self) -> "torch.device":
-        """Where this process computes."""
+        """The device on which this process computes."""
         import torch
 
         if self.request.device == "cpu":
@@ -59,20 +59,20 @@ class Processes:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
     def record(self) -> EngineRecord:
-        """What the manifest keeps about how the stage ran."""
+        """The engine's description for the manifest."""
         request = self.request
         return EngineRecord(
             name=request.name, zero_stage=request.zero_stage, processes=request.processes, device=request.device
         )
 
-    # ---- which work is this process's
+    # ---- which work this process does
 
     def share(self, count: int) -> range:
-        """Indices among `range(count)` that this process works on; together the processes cover all."""
+        """The indices of `range(count)` that this process works on; together the processes cover all."""
         return range(self.data_rank, count, self.data_world)
 
     def owns(self, index: int, together: int = 1) -> bool:
-        """Whether this process works on piece `index`, where `together` neighbouring processes do the same work."""
+        """Whether this process works on piece `index`, if groups of `together` neighbours do the same work."""
         return index % (self.data_world // together) == self.data_rank // together
 
     def leads(self, together: int) -> bool:
@@ -80,22 +80,22 @@ class Processes:
         return self.data_rank % together == 0
 
     def own(self, parts: Sequence[T]) -> T:
-        """This process's one of `parts`, which has one for each process that reads different rows."""
+        """This process's element of `parts`, which has one element for each data rank."""
         assert len(parts) == self.data_world
         return parts[self.data_rank]
 
     def passes(self, count: int) -> list[tuple[int, bool]]:
-        """The share of `count` pieces of work that contain collectives: every process gets equally many.
+        """This process's share of `count` pieces of work that contain collectives; all shares have the same size.
 
-        -> (index, whether it counts). Where the pieces do not divide, a process repeats the last one, and its result is
-        thrown away.
+        Returns (index, whether it counts) pairs. If `count` is not divisible, some processes repeat the last piece, and
+        that result does not count.
         """
         rounds = -(-count // self.data_world)
         places = (turn * self.data_world + self.data_rank for turn in range(rounds))
         return [(min(place, count - 1), place < count) for place in places]
 
     def group(self) -> bool:
-        """Whether there are other processes. Starts their group at the first call: no slow start-up runs inside it."""
+        """Whether there are other processes. The first call starts the process group, so call it after slow set-up."""
         if world_size() == 1:
             return False
         import torch
@@ -111,7 +111,7 @@ class Processes:
     # ---- collectives: every process calls them, in the same order
 
     def barrier(self) -> None:
-        """Waits until every process is here."""
+        """Waits until every process has called it."""
         if not self.group():
             return
         import torch.distributed as dist
@@ -130,9 +130,9 @@ class Processes:
         return box[0]  # type: ignore[no-any-return]
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """What `call` returns on the main process, for all. A user's mistake that it finds is raised on all of them.
+        """Runs `call` on the main process and returns its result on all. A UserError in it is raised on all.
 
-        `call` may take long (hashing a large parent): the others wait in a group of their own that allows for it.
+        `call` may be slow (hashing a large parent): the others wait in a separate group with a long timeout.
         """
         found: T | None = None
         error: UserError | None = None
@@ -154,7 +154,7 @@ class Processes:
         return found  # type: ignore[return-value]
 
     def of_all(self, value: T) -> list[T]:
-        """`value` of every process, by rank. Small picklable objects."""
+        """The `value` of every process, ordered by rank; small picklable objects."""
         if not self.group():
             return [value]
         import torch.distributed as dist
@@ -164,18 +164,18 @@ class Processes:
         return found
 
     def join(self, mine: Iterable[tuple[int, T]]) -> list[T]:
-        """Results of all processes, in order of their index, from this one's (index, result) pairs. Small objects."""
+        """Gathers the (index, result) pairs of all processes; returns the results by index. Small objects only."""
         pairs = [pair for part in self.of_all(list(mine)) for pair in part]
         return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
     def sums(self, mine: Mapping[str, float]) -> dict[str, float]:
-        """Each key's values summed over all processes; a process may lack a key."""
+        """Sums each key's values over all processes; a process may lack a key."""
         shares = self.of_all(dict(mine))
         keys = dict.fromkeys(key for share in shares for key in share)
         return {key: sum(share.get(key, 0.0) for share in shares) for key in keys}
 
     def largest(self, *values: float) -> list[float]:
-        """The largest of each value on any process, by one small collective."""
+        """The maximum of each value over all processes, in one small collective."""
         if not self.group():
             return list(values)
         import torch
@@ -187,11 +187,11 @@ class Processes:
         return found
 
     def shutdown(self) -> None:
-        """Ends the process group. The last call of a run, after a failure too; it waits for no other process.
+        """Ends the process group, without waiting for other processes. Call it last in a run, also after a failure.
 
-        Left to the interpreter's exit, about one run in fifteen on gloo hung or was aborted after it had succeeded:
-        gloo's threads still release tensors of the last collective, for which they need the interpreter lock, while
-        the group's destructor holds the lock and waits for those threads. The pause lets them finish first.
+        Without this call, about one successful run in fifteen on gloo hung or was aborted at exit: gloo's threads need
+        the interpreter lock to release tensors of the last collective, while the group's destructor holds the lock and
+        waits for those threads. The pause lets them finish first.
         """
         if world_size() == 1:
             return

@@ -1,6 +1,6 @@
-"""What stages may ask of an engine.
+"""The interface of an engine to the stages.
 
-What each method does is in `processes.Processes` and `single.Single`, which the other engines extend.
+`processes.Processes` and `single.Single`, which the other engines extend, document each method.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,7 +75,7 @@ class Engine(Protocol):
     def load_frozen(self, model: "torch.nn.Module", read: "Callable[[str], torch.Tensor]") -> None: ...
     def mix(self, frozen: "torch.nn.Module", trained: Any, part: str, alpha: float) -> None: ...
 
-    # ---- weights and optimizer, tensor by tensor
+    # ---- weights and optimizer, one tensor at a time
     def weights(self, model: Any) -> "Sequence[Entry]": ...
     def trained(self, model: Any) -> "Sequence[Entry]": ...
     def moments(self, model: Any, optimizer: Any) -> "Sequence[Entry]": ...

@@ -1,6 +1,6 @@
-"""The engine of one process, and what the other engines have in common with it.
+"""The engine for one process, which the other engines extend.
 
-Imports of torch are inside the functions: an engine is chosen before torch is loaded.
+torch is imported inside functions, because an engine is chosen before torch is loaded.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from training.config import OptimizerConfig, TrainConfig
 
-# On a CPU with bfloat16, smaller matrix products gain less from it than the conversions cost.
+# On a CPU with bfloat16, models with a smaller hidden size gain less from it than the conversions cost.
 _LEAST_WIDTH = 256
 
 
@@ -36,7 +36,7 @@ class Entry:
     dtype: "torch.dtype"
     shape: tuple[int, ...]
     whole: "Callable[[], torch.Tensor]"
-    """Gathers it. Every process calls it, in the same order."""
+    """Gathers the whole tensor. Every process calls this, in the same order."""
 
 
 class Single(Processes):
@@ -45,7 +45,7 @@ class Single(Processes):
     splits = False
     """Whether a process holds only a part of each parameter between forward passes."""
     sharding = ""
-    """Suffix of the rehearsal's launch file in recipes/launch/."""
+    """Suffix of the launch file in recipes/launch/ that rehearses this engine on the CPU."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -54,7 +54,7 @@ class Single(Processes):
     # ---- choices that follow from the recipe, the launch file and the machine
 
     def check_machine(self) -> None:
-        """Refuses what this machine cannot do, and sets what must be set before torch is loaded.
+        """Checks that this machine can run the engine, and sets variables that must be set before torch is loaded.
 
         Raises:
             LaunchError: no GPU, too few, or a missing package or compiler.
@@ -62,7 +62,7 @@ class Single(Processes):
         if self.request.device == "cuda":
             self._check_gpus()
         else:
-            os.environ["DS_ACCELERATOR"] = "cpu"  # where DeepSpeed is installed, transformers imports it
+            os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed if it is installed
 
     def _check_gpus(self) -> None:
         import torch
@@ -87,11 +87,11 @@ class Single(Processes):
 
         Args:
             asked: `train.bf16` of the recipe.
-            supported: whether the GPU, or the CPU, multiplies matrices of bfloat16.
-            width: hidden size of the model, where its training is known to gain from bfloat16 on a CPU.
+            supported: whether the device multiplies bfloat16 matrices.
+            width: the model's hidden size, if its training may use bfloat16 on a CPU under `auto`; otherwise None.
 
         Raises:
-            LaunchError: it was asked for and cannot be had.
+            LaunchError: the recipe asks for bfloat16, and the device or the engine cannot provide it.
         """
         cuda = self.request.device == "cuda"
         if asked == "auto":
@@ -115,22 +115,22 @@ class Single(Processes):
         return self.choose_bf16(asked, supported, width)
 
     def choose_compile(self, asked: bool | Literal["auto"]) -> bool:
-        """Whether to compile the model; `auto`: on GPUs, where the parameters stay whole."""
+        """Whether to compile the model. `auto`: only on GPUs, and only if the engine keeps parameters whole."""
         return self.request.device == "cuda" and not self.splits if asked == "auto" else asked
 
     def check_trained_dtype(self, dtype: "torch.dtype") -> None:
-        """Raises LaunchError for a precision that the engine's own float32 weights would make useless."""
+        """Raises LaunchError if `dtype` has no effect because the engine always trains float32 weights."""
 
     def check_optimizer(self, key: str, name: str) -> None:
-        """Raises LaunchError for an optimizer that needs whole matrices where they are cut. `key`: of the recipe."""
+        """Raises LaunchError if the optimizer needs whole matrices and the engine shards them. `key`: recipe key."""
 
     # ---- stages with an upstream trainer
 
     def training_arguments(self, train: "TrainConfig") -> dict[str, Any]:
-        """The arguments of `transformers.TrainingArguments` that depend on the engine, and those that must reach it.
+        """The arguments of `transformers.TrainingArguments` that depend on the engine or that it needs.
 
         Raises:
-            LaunchError: the batch sizes do not divide, or the precision cannot be had.
+            LaunchError: the global batch size is not divisible, or the precision is not available.
         """
         cpu = self.request.device == "cpu"
         return {
@@ -144,7 +144,7 @@ class Single(Processes):
             "torch_compile": self.choose_compile(train.torch_compile),
             "activation_checkpointing": train.gradient_checkpointing,
             "activation_checkpointing_kwargs": {"use_reentrant": False},
-            # Under an engine that splits, `use_cpu` would have accelerate wrap in plain DDP.
+            # With `use_cpu`, accelerate would wrap the model in plain DDP even if the engine shards.
             "use_cpu": cpu and not self.splits,
             "ddp_backend": self._backend,
             "ddp_timeout": int(TIMEOUT.total_seconds()),
@@ -154,31 +154,31 @@ class Single(Processes):
 
     @property
     def _backend(self) -> str | None:
-        """What accelerate must be told to use between processes: only where it would not see that there is no GPU."""
+        """The communication backend to set in accelerate; None if accelerate's own choice is right."""
         return "gloo" if self.request.device == "cpu" and self.request.processes > 1 else None
 
     def adopt(self, trainer: Any) -> None:
-        """Takes over a transformers Trainer whose `train()` has wrapped its model: in `on_train_begin`.
+        """Uses a transformers Trainer's accelerator. Call it in `on_train_begin`, when its model is wrapped.
 
         Raises:
-            LaunchError: another engine than the one asked for came up.
+            LaunchError: the engine that started is not the one that the launch file asks for.
         """
         self._accelerator = trainer.accelerator
         self.check_model(trainer.model_wrapped)
 
     def held_rate_back(self, trainer: Any) -> bool:
-        """Whether the Trainer has not moved the learning rate after the step that it has just taken."""
+        """Whether the Trainer kept the learning rate unchanged after its last step."""
         return False
 
     # ---- loops written by hand
 
     def set_up(self, train: "OptimizerConfig", width: int) -> None:
-        """To be called once before `prepare`. `width`: hidden size of the model (see `choose_bf16`)."""
+        """Creates the Accelerator. Call it once before `prepare`. `width`: the model's hidden size (`choose_bf16`)."""
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.utils import InitProcessGroupKwargs
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier stage of this process may have had another
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier stage may have set another
         self._accelerator = Accelerator(
             cpu=self.request.device == "cpu" and not self.splits,
             mixed_precision="bf16" if self._bf16(train.bf16, width) else "no",
@@ -191,18 +191,18 @@ class Single(Processes):
 
     @property
     def bf16(self) -> bool:
-        """Whether forward passes of the loop run under bfloat16 autocast."""
+        """Whether forward passes run under bfloat16 autocast."""
         return bool(self._accelerator.mixed_precision == "bf16")
 
     def autocast(self) -> Any:
-        """The context of a forward pass outside of the prepared model: the same precision as training's."""
+        """Context for forward passes outside the prepared model, with the same precision as in training."""
         return self._accelerator.autocast()
 
     def prepare(self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer") -> tuple[Any, Any]:
-        """The model and the optimizer as the engine wraps them, checked. `model` may hold several transformers models.
+        """Wraps model and optimizer, and checks the engine. `model` may contain several transformers models.
 
         Raises:
-            LaunchError: another engine than the one asked for came up.
+            LaunchError: the engine that started is not the one that the launch file asks for.
         """
         accelerator: Accelerator = self._accelerator
         parameters = len(list(model.parameters()))
@@ -212,10 +212,10 @@ class Single(Processes):
         return model, optimizer
 
     def check_model(self, model: Any) -> None:
-        """Compares what came up with what the launch file asked for.
+        """Compares the engine that wrapped `model` with the launch file.
 
         Raises:
-            LaunchError: another engine, ZeRO stage, number of processes or device.
+            LaunchError: the engine, ZeRO stage, number of processes or device differs.
         """
         accelerator = self._accelerator
         deepspeed = self.request.name == "deepspeed"
@@ -226,21 +226,21 @@ class Single(Processes):
             )
 
     def backward(self, model: Any, loss: "torch.Tensor", last: bool) -> None:
-        """Adds the gradients of `loss` (scalar). Those of all micro-batches and processes are summed, never averaged.
+        """Adds the gradients of `loss` (scalar). Gradients of micro-batches and processes are summed, never averaged.
 
-        So a loss is divided once, by the caller, by its global count. Every process calls this equally often; `last`
-        says that the next call is `step`.
+        So the caller divides a loss once, by its global count. Every process calls this equally often; `last` says that
+        `step` comes next.
         """
-        # Every engine divides by the number of processes.
+        # Every engine divides gradients by the number of processes.
         self._backward(model, finite.carry_nonfinite(loss) * self.request.processes, last)
 
     def _backward(self, model: Any, loss: "torch.Tensor", last: bool) -> None:
         loss.backward()
 
     def step(self, model: Any, optimizer: Any, max_grad_norm: float) -> float:
-        """Clips (0: does not), steps, clears the gradients. Returns the norm of all gradients before clipping.
+        """Clips gradients (0: no clipping), steps, clears them. Returns the norm of all gradients before clipping.
 
-        When the norm is not finite, weights and moments stay as they are.
+        If the norm is not finite, weights and moments do not change.
         """
         import torch
 
@@ -254,17 +254,17 @@ class Single(Processes):
         return float(norm)
 
     def unwrapped(self, model: Any) -> Any:
-        """The module inside what `prepare` or a Trainer wrapped around it."""
+        """The plain module inside a model that `prepare` or a Trainer has wrapped."""
         import torch
 
         return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
 
     @contextmanager
     def whole(self, model: Any) -> Iterator[Any]:
-        """The plain module with whole parameters and without gradients, for generation and scoring.
+        """Context that yields the plain module with whole parameters and no gradients, for generation and scoring.
 
-        Inside, no forward pass of it, or of a part of it, waits for another process: each may take as many as it needs.
-        Every process enters and leaves together. `model`: prepared or frozen by this engine.
+        Inside, forward passes of the module or its parts do not wait for other processes, so processes may run
+        different numbers of them. All processes must enter and leave together. `model`: prepared or frozen here.
         """
         import torch
 
@@ -274,16 +274,16 @@ class Single(Processes):
     # ---- models that are not trained
 
     def freeze(self, model: "torch.nn.Module") -> "torch.nn.Module":
-        """A model that is only read: no gradients, evaluation mode, cut up as the engine cuts the others.
+        """Prepares a model that is not trained: no gradients, evaluation mode, sharded if the engine shards.
 
-        It computes inside `whole`. Every process calls it.
+        Use it inside `whole` only. Every process calls this.
         """
         return model.eval().requires_grad_(False).to(self.device)
 
     def mix(self, frozen: "torch.nn.Module", trained: Any, part: str, alpha: float) -> None:
         """frozen ← alpha·trained + (1 − alpha)·frozen, weight by weight. Every process calls it.
 
-        `trained`: a prepared model; `part`: name of the sub-module in it that corresponds to `frozen`.
+        `trained`: a prepared model; `part`: name of its submodule that corresponds to `frozen`.
         """
         import torch
 
@@ -293,7 +293,7 @@ class Single(Processes):
                 self._mix(mine, theirs, alpha)
 
     def load_frozen(self, model: "torch.nn.Module", read: "Callable[[str], torch.Tensor]") -> None:
-        """Puts whole tensors, `read` by name, into a frozen model. Every process calls it."""
+        """Loads whole tensors into a frozen model; `read` returns one by name. Every process calls it."""
         for name, parameter in model.named_parameters():
             self._put(parameter, read(name))
         kept = model.state_dict().keys()
@@ -307,10 +307,10 @@ class Single(Processes):
     def _mix(self, mine: Any, theirs: Any, alpha: float) -> None:
         mine.lerp_(theirs.to(mine.dtype), alpha)
 
-    # ---- weights and optimizer, tensor by tensor
+    # ---- weights and optimizer, one tensor at a time
 
     def weights(self, model: Any) -> list[Entry]:
-        """Everything in the model's state, under the names of the plain module; a tied weight comes once."""
+        """All tensors of the model's state, under the plain module's names; a tied weight appears once."""
         module = self.unwrapped(model)
         parameters = dict(module.named_parameters())
         aliases = {name for name, _ in module.named_parameters(remove_duplicate=False)} - parameters.keys()
@@ -322,7 +322,7 @@ class Single(Processes):
         ]
 
     def trained(self, model: Any) -> list[Entry]:
-        """Those of `weights` that training changes: parameters with gradients, and buffers."""
+        """The entries of `weights` that training changes: parameters with gradients, and buffers."""
         module = self.unwrapped(model)
         frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         return [entry for entry in self.weights(model) if entry.name not in frozen]
@@ -331,7 +331,7 @@ class Single(Processes):
         return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
     def moments(self, model: Any, optimizer: Any) -> list[Entry]:
-        """What the optimizer keeps, as `key/parameter`; nothing before its first step."""
+        """The optimizer's state, with entries named `key/parameter`; empty before the first step."""
         state = torch_optimizer(optimizer).state
         return [
             Entry(f"{key}/{name}", value.dtype, tuple(value.shape), partial(self._full, value))
@@ -343,7 +343,7 @@ class Single(Processes):
         return tensor
 
     def _share_of(self, whole: "torch.Tensor", parameter: Any) -> Any:
-        """`whole` cut up as the parameter is; each process has all of it, so nothing is sent."""
+        """This process's piece of `whole`. Every process has all of `whole`, so nothing is sent."""
         return whole
 
     def _trained_parameters(self, model: Any) -> "dict[str, torch.Tensor]":
@@ -351,12 +351,12 @@ class Single(Processes):
         return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
     def load_weights(self, model: Any, read: "Callable[[str], torch.Tensor]") -> None:
-        """Puts whole tensors, `read` by name, into the parameters that are trained."""
+        """Loads whole tensors into the trained parameters; `read` returns one by name."""
         for name, parameter in self._trained_parameters(model).items():
             parameter.copy_(self._share_of(read(name), parameter))
 
     def load_moments(self, model: Any, optimizer: Any, names: set[str], read: "Callable[[str], torch.Tensor]") -> None:
-        """Puts whole tensors, `read` under the names that `moments` gave, into the optimizer."""
+        """Loads whole tensors into the optimizer; `read` returns one by its name in `moments`."""
         trained = self._trained_parameters(model)
         inner = torch_optimizer(optimizer)
         number = {id(p): i for i, p in enumerate(p for group in inner.param_groups for p in group["params"])}
@@ -371,16 +371,16 @@ class Single(Processes):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Inside, transformers loads or builds a model whole, on this process alone."""
+        """Inside, transformers loads or builds a whole model in this process, without other processes."""
         yield
 
     # ---- memory
 
     def release_memory(self) -> None:
-        """Gives pages on which only freed tensors lie back to the system.
+        """Returns memory pages that hold only freed tensors to the system.
 
-        glibc keeps them. When one phase has filled memory with tensors of its own sizes, the next phase puts its
-        tensors behind them, and the peak is the sum of both. On a GPU torch's own allocator handles this.
+        glibc keeps such pages. If the next phase allocates tensors of other sizes, they may not fit there, and the peak
+        becomes the sum of both phases. On a GPU torch's own allocator handles this.
         """
         if self.request.device == "cpu" and sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function
@@ -389,10 +389,10 @@ class Single(Processes):
 
 
 def accumulation_steps(global_batch_size: int, per_device: int, processes: int) -> int:
-    """Forward passes of one process in one optimizer step.
+    """Number of forward passes of one process in one optimizer step.
 
     Raises:
-        LaunchError: the global batch is not a multiple of what all processes take in one pass.
+        LaunchError: the global batch size is not a multiple of `per_device * processes`.
     """
     at_once = per_device * processes
     if global_batch_size % at_once:

@@ -1,4 +1,4 @@
-"""What the engines have in common that cut parameters up among the processes (DeepSpeed, FSDP2)."""
+"""The common base of the engines that shard parameters among the processes (DeepSpeed, FSDP2)."""
 
 import os
 from typing import TYPE_CHECKING
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 class Splitting(Single):
-    """An engine under which a process holds only pieces of parameters between forward passes."""
+    """An engine whose processes hold only pieces of parameters between forward passes."""
 
     splits = True
 
     def check_machine(self) -> None:
         """As `Single.check_machine`."""
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, accelerate would take plain DDP
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # if set, accelerate would use plain DDP
         super().check_machine()
 
     def check_trained_dtype(self, dtype: "torch.dtype") -> None:
-        """Raises LaunchError for bfloat16 weights: the engine trains float32 weights of its own all the same."""
+        """Raises LaunchError for bfloat16 weights, because the engine would still train its own float32 weights."""
         import torch
 
         if dtype != torch.float32:
@@ -31,7 +31,7 @@ class Splitting(Single):
             )
 
     def check_optimizer(self, key: str, name: str) -> None:
-        """Raises LaunchError for Muon, which steps whole matrices."""
+        """Raises LaunchError for Muon, which needs whole matrices."""
         if name == "muon":
             raise LaunchError(
                 f"{key}: muon steps whole matrices, and {self.request.name} cuts them into pieces; "

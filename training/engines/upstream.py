@@ -1,7 +1,7 @@
-"""Every private name of another library that Baton uses, in one list, and the code that uses them for the engines.
+"""A list of every private name of another library that Baton uses, and the engines' code that uses them.
 
-`PRIVATE` says where each name lives. tests/test_upstream.py asks each library for it and fails by name when it has gone
-or takes other arguments, so that an upgrade shows what must be looked at.
+`PRIVATE` says where each name is defined. tests/test_upstream.py looks each one up and fails if it has disappeared or
+takes other arguments, so that an upgrade of a library shows what to check.
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ _ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A name without a promise."""
+    """A private name, which its library may change at any time."""
 
     owner: str
     """`package.module:Class`, or `package.module`."""
     name: str
     parameters: tuple[str, ...] | None
-    """Of a function or method, without self; None for an attribute, which the owner's source must mention."""
+    """Parameters of a function or method, without self. None for an attribute, whose name the owner's source has."""
     why: str
-    """What it is used for, and why no public name does."""
+    """What Baton uses it for; if not obvious, why no public name will do."""
 
 
 PRIVATE: tuple[PrivateName, ...] = (
@@ -101,12 +101,12 @@ PRIVATE: tuple[PrivateName, ...] = (
 
 
 def zero_shape(parameter: Any) -> tuple[int, ...]:
-    """The shape of a whole parameter, whether ZeRO-3 has cut it up or not."""
+    """The shape of a whole parameter, whether ZeRO-3 has sharded it or not."""
     return tuple(parameter.ds_shape) if "ds_shape" in vars(parameter) else tuple(parameter.shape)
 
 
 def zero_flat_groups(zero: Any, stage3: bool) -> list[tuple[Any, dict[str, Any]]]:
-    """DeepSpeed's flat float32 tensors of this process, each with its optimizer group. `zero`: the ZeRO optimizer."""
+    """This process's flat float32 tensors of DeepSpeed, each with its optimizer group. `zero`: the ZeRO optimizer."""
     groups = zero.optimizer.param_groups
     if stage3:
         numbers = zero.sub_group_to_group_id
@@ -115,7 +115,7 @@ def zero_flat_groups(zero: Any, stage3: bool) -> list[tuple[Any, dict[str, Any]]
 
 
 def zero_keys(zero: Any, stage3: bool) -> tuple[list[str], float]:
-    """Names of the moments, and the steps taken; ([], 0) before the first step."""
+    """Names of the moments, and the number of steps taken; ([], 0) before the first step."""
     state = zero.optimizer.state
     flats = [flat for flat, _ in zero_flat_groups(zero, stage3)]
     if not flats or flats[0] not in state:
@@ -126,8 +126,8 @@ def zero_keys(zero: Any, stage3: bool) -> tuple[list[str], float]:
 
 
 def link_moments(zero: Any, stage3: bool) -> None:
-    """Lets each parameter find its moments. DeepSpeed links them after the first of several groups has stepped, which
-    leaves out the others."""
+    """Links each parameter to its moments. DeepSpeed does this after the first group's step, which leaves out the
+    other groups."""
     if not stage3:
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -135,7 +135,7 @@ def link_moments(zero: Any, stage3: bool) -> None:
 
 @contextmanager
 def writing_zero(zero: Any, stage3: bool) -> Iterator[None]:
-    """Inside, float32 weights and moments may be written; afterwards the forward pass reads the new weights."""
+    """Inside, float32 weights and moments may be written; on exit the forward pass's weights are updated from them."""
     if not stage3:
         yield
         zero.update_lp_params()
@@ -149,7 +149,7 @@ def writing_zero(zero: Any, stage3: bool) -> Iterator[None]:
 
 @contextmanager
 def without_zero_loading() -> Iterator[None]:
-    """Inside, transformers does not know that ZeRO-3 is set up, and loads weights whole."""
+    """Hides the ZeRO-3 configuration from transformers, so that it loads weights whole."""
     from transformers.integrations import deepspeed
 
     set_up = deepspeed._hf_deepspeed_config_weak_ref
@@ -164,8 +164,8 @@ def without_zero_loading() -> Iterator[None]:
 def without_zero_hooks(model: Any) -> Iterator[None]:
     """Inside, forward passes of a gathered ZeRO-3 module neither fetch nor release parameters.
 
-    TRL's public `unwrap_model_for_generation` asks the wrapped module for what only a transformers model has; ours may
-    hold two models.
+    TRL's public `unwrap_model_for_generation` needs attributes of a transformers model; our module may contain two
+    models.
     """
     from trl.models.utils import add_hooks, remove_hooks
 
@@ -180,7 +180,7 @@ def without_zero_hooks(model: Any) -> Iterator[None]:
 
 
 def allow_fsdp_on_cpu() -> None:
-    """accelerate wraps in FSDP only where it counts GPUs; it offers no way to ask for gloo and FSDP together."""
+    """Makes accelerate use gloo with FSDP. It wraps models in FSDP only on GPUs, and has no option for this."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -191,7 +191,7 @@ def allow_fsdp_on_cpu() -> None:
 
 
 def layers(model: "torch.nn.Module") -> list[Any]:
-    """The repeated layers of every transformers model inside `model`: what is cut up as one piece."""
+    """The repeated layers of every transformers model inside `model`, the units of sharding."""
     from transformers import PreTrainedModel
 
     inner = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -200,6 +200,5 @@ def layers(model: "torch.nn.Module") -> list[Any]:
 
 
 def initialise_fsdp_root(model: Any) -> None:
-    """Parts of a sharded module may be called only once the root knows that it is the root; its first forward pass
-    would tell it."""
+    """Initialises the root of a sharded module, so that its parts may be called before its first forward pass."""
     model._get_fsdp_state()._lazy_init()
