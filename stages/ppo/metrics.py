@@ -78,11 +78,11 @@ def part_means(batch: TrajectoryBatch, prefix: str) -> dict[str, float]:
     assert batch.parts is not None
     means = {}
     for name, values in zip(batch.part_names, batch.parts.T, strict=True):
-        opinions = values[~values.isnan()]
-        if len(opinions):
-            means[f"{prefix}/{name}"] = mean(opinions)
-        if len(opinions) < len(batch):
-            means[f"{prefix}_none/{name}"] = len(batch) - len(opinions)
+        scored = values[~values.isnan()]
+        if len(scored):
+            means[f"{prefix}/{name}"] = mean(scored)
+        if len(scored) < len(batch):
+            means[f"{prefix}_none/{name}"] = len(batch) - len(scored)
     return means
 
 
