@@ -70,14 +70,6 @@ class Trajectory:
     score: float | None = None
     """The reward at the end. It includes `dense`, but not the environment's rewards for turns."""
 
-    @property
-    def action_mask(self) -> Tensor:
-        """(C,) bool, true at the tokens that the policy chose."""
-        return _actions(
-            torch.tensor([turn.actor == "policy" for turn in self.turns]),
-            torch.tensor([turn.end - turn.start for turn in self.turns]),
-        )
-
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
@@ -159,7 +151,7 @@ class TrajectoryBatch:
     @cached_property
     def actions(self) -> Tensor:
         """(ΣC,) bool, true at the tokens that the policy chose."""
-        return _actions(self.turn_action, self.turn_length)
+        return self.turn_action.repeat_interleave(self.turn_length)
 
     @cached_property
     def action_count(self) -> Tensor:
@@ -284,8 +276,3 @@ def reordered(column: Tensor, lengths: Tensor, order: Tensor) -> Tensor:
     pieces = column.split(lengths.tolist())
     # The empty first piece sets type and shape if `order` is empty.
     return torch.cat([column[:0], *(pieces[i] for i in order.tolist())])
-
-
-def _actions(by_policy: Tensor, lengths: Tensor) -> Tensor:
-    """(turns,), (turns,) -> (tokens,) bool: whether each token belongs to a turn of the policy."""
-    return by_policy.repeat_interleave(lengths)

@@ -17,6 +17,7 @@ from data.records import Message, Origin, Prompt
 from rollout.environment import Step, play
 from rollout.errors import RolloutError
 from rollout.sampling import Completion
+from rollout.trajectory import TrajectoryBatch
 from stages.ppo.sampler import Sampler
 from tests.asking import asking
 from tests.test_ppo_train import result
@@ -84,7 +85,7 @@ def test_without_an_environment_there_is_one_turn(encoder):
     (found,) = play([prompt], [7], [("k", 7)], Engine((answer, "stop")), encoder)
     assert found.row == 7 and found.end == "stop" and len(found.turns) == 1
     assert found.prompt_ids.tolist() == prompt.ids and found.ids.tolist() == answer
-    assert found.engine_logp.tolist() == [-0.5 * (i + 1) for i in range(len(answer))] and found.action_mask.all()
+    assert found.engine_logp.tolist() == [-0.5 * (i + 1) for i in range(len(answer))]
     assert found.messages == (*prompt.record.messages, Message("assistant", "good day"))
 
 
@@ -98,7 +99,8 @@ def test_the_policy_reads_on_behind_the_very_tokens_that_it_said(encoder):
     assert engine.contexts == [prompt.ids, [*prompt.ids, *odd, *between]]
     assert engine.keys == [("k", 0), ("k", 0, 1)]
     assert found.ids.tolist() == [*odd, *between, *last] and found.end == "length"
-    assert found.action_mask.tolist() == [True] * len(odd) + [False] * len(between) + [True] * len(last)
+    actions = TrajectoryBatch.pack([found]).actions
+    assert actions.tolist() == [True] * len(odd) + [False] * len(between) + [True] * len(last)
     assert [(t.actor, t.end - t.start, t.reward) for t in found.turns] == [
         ("policy", len(odd), 0.75), ("environment", len(between), 0.0), ("policy", len(last), 0.0),
     ]  # fmt: skip
