@@ -38,42 +38,68 @@ PRIVATE: tuple[PrivateName, ...] = (
         "accelerate.state:PartialState", "_prepare_backend", ("cpu", "sagemaker_dp", "backend"), "FSDP2 on CPU"
     ),
     # torch
-    PrivateName("torch._dynamo:OptimizedModule", "_orig_mod", None, "the module that was compiled"),
-    PrivateName("torch.distributed.fsdp:FSDPModule", "_get_fsdp_state", (), "to call parts before the root"),
+    PrivateName("torch._dynamo:OptimizedModule", "_orig_mod", None, "the module inside a compiled one"),
+    PrivateName(
+        "torch.distributed.fsdp:FSDPModule",
+        "_get_fsdp_state",
+        (),
+        "sets up a sharded model before its parts are called",
+    ),
     PrivateName("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "_lazy_init", (), "the same"),
-    PrivateName("torch.nn:Module", "_forward_hooks", None, "a layer with hooks is not computed by fused kernels"),
+    PrivateName("torch.nn:Module", "_forward_hooks", None, "finds layers with hooks, which fused kernels would skip"),
     PrivateName("torch.nn:Module", "_forward_pre_hooks", None, "the same"),
     # transformers
-    PrivateName("transformers:PreTrainedModel", "_no_split_modules", None, "the layers that are cut up as one piece"),
     PrivateName(
-        "transformers:PretrainedConfig", "_attn_implementation", None, "which attention a model has; no getter"
+        "transformers:PreTrainedModel", "_no_split_modules", None, "the classes of layers to shard as one unit"
     ),
-    PrivateName(_HF_DEEPSPEED, "_hf_deepspeed_config_weak_ref", None, "to load weights whole under ZeRO-3"),
-    PrivateName("transformers:Trainer", "_get_train_sampler", ("train_dataset",), "rows keyed by seed and epoch"),
-    PrivateName("transformers:Trainer", "_save_checkpoint", ("model", "trial"), "states that any engine can load"),
     PrivateName(
-        "transformers:Trainer", "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "the same, for loading"
+        "transformers:PretrainedConfig",
+        "_attn_implementation",
+        None,
+        "the attention that a model uses; no public getter",
+    ),
+    PrivateName(
+        _HF_DEEPSPEED, "_hf_deepspeed_config_weak_ref", None, "switched off to load whole weights under ZeRO-3"
+    ),
+    PrivateName(
+        "transformers:Trainer", "_get_train_sampler", ("train_dataset",), "the order of the rows, from seed and epoch"
+    ),
+    PrivateName(
+        "transformers:Trainer", "_save_checkpoint", ("model", "trial"), "saves states that any engine can load"
+    ),
+    PrivateName(
+        "transformers:Trainer", "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "loads such states"
     ),
     PrivateName(
         "transformers:Trainer",
         "_prepare_for_training",
         ("max_steps", "train_dataloader", "resume_from_checkpoint"),
-        "a state is loaded once model and optimizer are wrapped",
+        "loads the state after model and optimizer are wrapped",
     ),
-    PrivateName("transformers:Trainer", "_load_rng_state", ("checkpoint",), "random numbers, right before the batch"),
-    PrivateName("transformers:Trainer", "_get_grad_norm", ("model", "grad_norm"), "steps that are not finite"),
-    PrivateName("transformers:Trainer", "_prepare_inputs", ("inputs",), "held-out batches on the training's device"),
-    PrivateName("transformers:Trainer", "_tr_loss", None, "the average of a line goes on after a resume"),
+    PrivateName(
+        "transformers:Trainer",
+        "_load_rng_state",
+        ("checkpoint",),
+        "restores random numbers immediately before the first batch",
+    ),
+    PrivateName("transformers:Trainer", "_get_grad_norm", ("model", "grad_norm"), "detects steps that are not finite"),
+    PrivateName("transformers:Trainer", "_prepare_inputs", ("inputs",), "moves held-out batches to the device"),
+    PrivateName("transformers:Trainer", "_tr_loss", None, "a resumed run continues the average of a logged line"),
     PrivateName("transformers:Trainer", "_globalstep_last_logged", None, "the same"),
     # trl
-    PrivateName("trl.trainer.base_trainer:_BaseTrainer", "_send_telemetry", (), "no network after the start"),
-    PrivateName("trl:SFTTrainer", "_metrics", None, "the averages of a line go on after a resume"),
-    PrivateName("trl:SFTTrainer", "_total_train_tokens", None, "the count of tokens goes on after a resume"),
+    PrivateName(
+        "trl.trainer.base_trainer:_BaseTrainer",
+        "_send_telemetry",
+        (),
+        "replaced, so that nothing is sent over the network",
+    ),
+    PrivateName("trl:SFTTrainer", "_metrics", None, "a resumed run continues the averages of a logged line"),
+    PrivateName("trl:SFTTrainer", "_total_train_tokens", None, "a resumed run continues the count of tokens"),
     PrivateName(
         "trl:DPOTrainer",
         "_prepare_dataset",
         ("dataset", "processing_class", "args", "dataset_name"),
-        "our pairs are encoded",
+        "replaced, since Baton's pairs are already encoded",
     ),
     PrivateName("trl.models.utils", "add_hooks", ("model",), "generation under ZeRO-3, see `without_zero_hooks`"),
     PrivateName("trl.models.utils", "remove_hooks", ("model",), "the same"),
@@ -84,9 +110,9 @@ PRIVATE: tuple[PrivateName, ...] = (
         "log-probabilities without logits of the whole vocabulary",
     ),
     # DeepSpeed
-    PrivateName(_ZERO12, "_hp_optimizer_states_linked", None, "moments of every group of parameters"),
+    PrivateName(_ZERO12, "_hp_optimizer_states_linked", None, "links the moments of every group of parameters"),
     PrivateName(_ZERO12, "_lazy_init_hp_params_optimizer_state", (), "the same"),
-    PrivateName(_ZERO12, "update_lp_params", (), "the forward pass reads weights that were loaded"),
+    PrivateName(_ZERO12, "update_lp_params", (), "copies loaded weights to where the forward pass reads"),
     PrivateName(_ZERO3, "_reassign_or_swap_out_partitioned_parameters", ("args", "kwargs"), "the same"),
     PrivateName(_ZERO3, "checkpoint_event_prologue", (), "the same"),
     PrivateName(_ZERO3, "checkpoint_event_epilogue", (), "the same"),
