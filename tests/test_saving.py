@@ -151,7 +151,8 @@ def test_too_small_a_disk_is_an_error_before_training(disk):
 
 def test_space_of_existing_states_counts_as_free(tmp_path, monkeypatch):
     """A run whose own states fill the disk can continue."""
-    run = SimpleNamespace(dir=SimpleNamespace(state_dir=tmp_path), section=SimpleNamespace(name="sft"), is_main=True)
+    section, engine = SimpleNamespace(name="sft"), SimpleNamespace(on_main=lambda work: work())
+    run = SimpleNamespace(dir=SimpleNamespace(state_dir=tmp_path), section=section, engine=engine)
     states = SavedStates(cast(Run, run), OptimizerConfig(save_total_limit=2))
     monkeypatch.setattr("handoff.files.free_bytes", lambda path: 150)
     for there in (0, 149):
