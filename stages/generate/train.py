@@ -89,7 +89,7 @@ def train(run: Run) -> None:
             return
         with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
             for row in _rows(config, answers, total, parts, kept):
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     _show(run, answers, total, kept)
     run.publish("dataset", write, _metrics(answers, total, parts, kept, dropped))
