@@ -1,15 +1,14 @@
 """`accelerate launch -m stages.sft` under every engine: the requested engine ran, with the losses of one process."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from handoff.stage import StageDir
+from tests.launching import launched
 
 pytestmark = pytest.mark.slow
 
@@ -43,12 +42,7 @@ def launch(
     folder.mkdir(exist_ok=True)
     recipe = folder / "launched.yaml"
     recipe.write_text(RECIPE.format(root=folder, parent=micro_recipe.parent / "runs" / "micro" / "pretrain"))
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-    command += [root / "recipes" / "launch" / f"{config}.yaml", *options, "-m", "stages.sft", recipe]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return launched(root, config, "stages.sft", recipe, options=options, timeout=300)
 
 
 def trained(config: str, root: Path, micro_recipe: Path, folder: Path) -> tuple[list[dict], dict]:

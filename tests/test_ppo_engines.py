@@ -1,16 +1,14 @@
 """PPO under every engine, on two CPU processes: what was asked for came up, and the losses are those of one process."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from handoff.stage import StageDir
+from tests.launching import launched
 from tests.recorded_ppo import recorded
 from training.recipe import load_recipe
 from training.run import run_section
@@ -53,12 +51,7 @@ def test_two_processes_equal_one(launch, seed, micro_recipe, alone, root):
     folder = load_recipe(micro_recipe).run_dir / "ppo"
     shutil.rmtree(folder, ignore_errors=True)
     record, expected = alone[seed]
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-    command += [root / "recipes" / "launch" / f"{launch}.yaml", "-m", "tests.recorded_ppo", record]
-    command += [micro_recipe, f"seed={seed}"]
-    done = subprocess.run(
-        list(map(str, command)), cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    done = launched(root, launch, "tests.recorded_ppo", record, micro_recipe, f"seed={seed}")
     assert done.returncode == 0, done.stderr[-3000:]
 
     manifest = StageDir(folder).manifest()
@@ -93,10 +86,7 @@ def test_groups_on_two_processes_equal_groups_on_one(micro_recipe, root):
     run_section(recipe, "ppo")
     one, samples = lines(folder), (folder / "samples.jsonl").read_text()
     shutil.rmtree(folder)
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-    command += [root / "recipes" / "launch" / "cpu2.yaml", "-m", "stages.ppo", micro_recipe, *section]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
+    done = launched(root, "cpu2", "stages.ppo", micro_recipe, *section)
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(lines(folder), one, strict=True):
         for key in (*COMPARED, "frac_reward_zero_std", "reward_std"):
@@ -108,9 +98,7 @@ def test_groups_on_two_processes_equal_groups_on_one(micro_recipe, root):
 
 
 def test_minibatches_that_the_processes_cannot_share_are_refused(micro_recipe, root):
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-    command += [root / "recipes" / "launch" / "cpu2.yaml", "-m", "stages.ppo", micro_recipe]
-    command += ["train.rollout_batch_size=18", "train.num_mini_batches=18"]
-    done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True)
+    keys = ["train.rollout_batch_size=18", "train.num_mini_batches=18"]
+    done = launched(root, "cpu2", "stages.ppo", micro_recipe, *keys)
     assert "which 18 minibatches on 2 processes do not divide; take a multiple of 36" in done.stderr
     assert "exitcode  : 2" in done.stderr

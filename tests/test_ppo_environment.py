@@ -1,10 +1,7 @@
 """Policy and environment take turns: no token is spelled anew, and the loop trains and resumes on conversations."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from rollout.sampling import Completion
 from rollout.trajectory import TrajectoryBatch
 from stages.ppo.sampler import Sampler
 from tests.asking import asking
+from tests.launching import launched
 from tests.test_ppo_train import result
 from training.recipe import load_recipe
 from training.run import run_section
@@ -192,10 +190,7 @@ def test_conversations_on_two_processes_equal_those_on_one(micro_recipe, monkeyp
     with monkeypatch.context() as patch:
         _, one, samples = ppo(micro_recipe, patch, folder)
     shutil.rmtree(folder)
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-    command += [root / "recipes" / "launch" / "cpu2.yaml", "-m", "tests.asking", micro_recipe, *SHORT]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
+    done = launched(root, "cpu2", "tests.asking", micro_recipe, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     _, two = result(folder)
     assert [line["step"] for line in two] == [line["step"] for line in one]
@@ -211,12 +206,7 @@ def test_a_sharded_model_does_not_wait_for_a_process_that_has_nothing_to_say(mic
     """One held-out prompt: its conversation is on one process, and on the other there is none."""
     folder = load_recipe(micro_recipe).run_dir / "ppo"
     shutil.rmtree(folder, ignore_errors=True)
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-    command += [root / "recipes" / "launch" / "cpu2_fsdp2.yaml", "-m", "tests.asking", micro_recipe, *SHORT]
-    command += ["ppo.eval_data=[{source: world, kind: prompts, size: 1, split: validation}]"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True, timeout=300
-    )
+    one_prompt = "ppo.eval_data=[{source: world, kind: prompts, size: 1, split: validation}]"
+    done = launched(root, "cpu2_fsdp2", "tests.asking", micro_recipe, *SHORT, one_prompt, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line["step"] for line in result(folder)[1]] == [0, 0, 1, 1, 2, 2, 2]

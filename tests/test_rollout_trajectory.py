@@ -1,10 +1,6 @@
 """Batches of trajectories: packing, views, selections, and what follows from turns; the exchange between processes."""
 
-import os
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +8,7 @@ from torch import Tensor
 
 from rollout.trajectory import Trajectory, TrajectoryBatch, Turn
 from tests.conversations import Conversations
+from tests.launching import launched
 
 
 @pytest.fixture
@@ -126,8 +123,5 @@ def test_turns_have_to_cover_the_tokens():
 
 @pytest.mark.slow
 def test_processes_gather_columns_of_different_lengths(root):
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-    command += [root / "recipes" / "launch" / "cpu2.yaml", "-m", "tests.exchanging"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
+    done = launched(root, "cpu2", "tests.exchanging")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,15 +1,13 @@
 """A run continues with another number of processes or engine: the same rows, batch and losses."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from handoff.stage import StageDir
+from tests.launching import launched
 from training.recipe import load_recipe
 from training.run import run_section
 
@@ -57,13 +55,8 @@ class Moved:
 
     def launched(self, root: Path, config: str, processes: int, *overrides: str) -> str:
         """Runs under a launch file with another number of processes. Returns the output."""
-        command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
-        command += [root / "recipes" / "launch" / f"{config}.yaml", "--num_processes", processes]
-        command += ["-m", f"stages.{self.section}", self.recipe, *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True, timeout=300
-        )
+        options, module = ("--num_processes", processes), f"stages.{self.section}"
+        done = launched(root, config, module, self.recipe, *overrides, options=options, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
