@@ -1,10 +1,16 @@
-"""Memory that only freed tensors stood on (`Engine.release_memory`)."""
+"""What an engine's processes hold in memory: pages of freed tensors, and a model while it is loaded."""
 
+import json
 import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.launching import launched
+from tests.stage_chain import foreign_checkpoint
 
 # 400 tensors of 1 MiB; every second one is freed, so that a live tensor follows each gap.
 LEAVE_GAPS = """
@@ -46,3 +52,40 @@ def test_freed_pages_are_returned_to_the_system() -> None:
 def test_another_c_library_is_left_alone() -> None:
     *_, total = _measure("another C library")
     assert total == 200 * 2**18
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, float]]:
+    """A small model, one of 16 layers and 270 MB, and the sums of the large one's tensors."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = foreign_checkpoint(tmp_path_factory.mktemp("small"))
+    large = tmp_path_factory.mktemp("large")
+    shutil.copytree(small, large, dirs_exist_ok=True)
+    config = LlamaConfig.from_pretrained(small)
+    config.update({"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8})
+    config.num_key_value_heads, config.head_dim = 8, 64
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(large)
+    return small, large, {name: p.double().sum().item() for name, p in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not measure peak memory")
+@pytest.mark.parametrize("config", ["cpu2_zero3", "cpu2_fsdp2"])
+def test_no_process_holds_the_whole_model_while_it_is_loaded(
+    config: str, models: tuple[Path, Path, dict[str, float]], root: Path, tmp_path: Path
+) -> None:
+    small, large, sums = models
+    done = launched(root, config, "tests.loading_shares", small, large, tmp_path / "seen.json")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    # DeepSpeed keeps a trained weight twice: where the forward pass reads it, and where the optimizer steps it.
+    shares = {"frozen": 0.5, "trained": 1.0 if config == "cpu2_zero3" else 0.5}
+    for part, found in seen.items():
+        for peak in found["peaks"]:
+            assert peak < shares[part] + 0.25, f"{part}: {found['peaks']}"
+        for whole in found["sums"]:
+            assert whole == pytest.approx(sums, rel=1e-9)

@@ -138,8 +138,7 @@ def program(out: Path, other: Path | None) -> None:
         torch.manual_seed(3)
         other = LlamaForCausalLM(small())
         values = dict(other.named_parameters())
-        with torch.no_grad():
-            engine.load_frozen(frozen, lambda name: values[name].detach())
+        engine.load_weights(frozen, values, lambda name: values[name].detach())
         with engine.whole(frozen) as whole:
             logits = [whole(input_ids=ids).logits for _ in range(1 + engine.data_rank)][-1]  # nobody waits
             shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}

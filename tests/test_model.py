@@ -1,12 +1,13 @@
 """training/model.py and architecture.py: what is loaded for a role, built from a recipe, written."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from data.encode import Encoder
 from handoff.contract import read_tokenizer
@@ -17,6 +18,7 @@ from tests.stage_chain import chain, foreign_checkpoint, runs
 from training import architecture, engines
 from training import model as model_module
 from training.config import ModelArguments
+from training.engines.single import Single
 from training.model import Model, check_vocabulary, copy_tokenizer, load_encoder
 from training.recipe import RecipeError
 
@@ -234,6 +236,83 @@ def test_dropout_can_be_switched_off_wherever_an_architecture_keeps_it(encoder):
         assert not torch.equal(model(ids).logits, model(ids).logits)
         architecture.without_dropout(model)
         assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+class Sharding(Single):
+    """As an engine that shards: `load` leaves the values to `fill`."""
+
+    splits = True
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDE = SMALL | {"intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "llama": WIDE | {"tie_word_embeddings": True},
+    "qwen3": WIDE,
+    "gemma2": WIDE,
+    "gpt2": SMALL,
+    "gpt_neox": SMALL | {"intermediate_size": 32},
+    "qwen3_moe": WIDE | {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def loaded_later(parent, role, **keys):
+    model = Model.load(Sharding(ENGINE.request), parent, role, load_encoder(parent), ARGUMENTS, **keys)
+    with torch.no_grad():
+        for name, parameter in model.module.named_parameters():
+            if not name.startswith("score."):
+                parameter.fill_(torch.nan)  # nothing may depend on the values before `fill`
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("role", ["policy", "reward"])
+def test_a_model_that_is_filled_after_sharding_equals_one_loaded_whole(name, role, encoder, tmp_path):
+    first = build(encoder, architecture=name, **FAMILIES[name])
+    (tmp_path / "a").mkdir()
+    first.write(tmp_path / "a", first.module)
+    parent = open_parent(str(tmp_path / "a"), tmp_path, {"causal_lm"})
+    if name in ("gemma2", "gpt2") and role == "reward":  # also from a parent that has a head already
+        whole = load(parent, "reward")
+        (tmp_path / "b").mkdir()
+        whole.write(tmp_path / "b", whole.module)
+        shutil.copy(tmp_path / "a" / "tokenizer.json", tmp_path / "b")
+        parent = open_parent(str(tmp_path / "b"), tmp_path, {"reward_model"})
+    whole, later = load(parent, role), loaded_later(parent, role)
+    later.fill(later.module)
+    wanted = dict(whole.module.named_buffers()) | whole.module.state_dict()
+    found = dict(later.module.named_buffers()) | later.module.state_dict()
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(found[key], value) and found[key].dtype == value.dtype, key
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(later.module.eval()(ids).logits, whole.module.eval()(ids).logits)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "again").mkdir()
+    assert later.write(tmp_path / "out", later.module).hashes == whole.write(tmp_path / "again", whole.module).hashes
+
+
+def test_weights_that_are_stored_in_bfloat16_without_the_head_are_filled_too(foreign, tmp_path):
+    """A checkpoint of the transformer's body alone has no `model.` before its names."""
+    body = AutoModel.from_pretrained(foreign, dtype=torch.bfloat16)
+    body.config.tie_word_embeddings = True
+    body.save_pretrained(foreign)
+    assert "embed_tokens.weight" in load_file(foreign / "model.safetensors")
+    parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
+    whole, later = load(parent), loaded_later(parent, "policy").freeze()
+    for key, value in whole.module.state_dict().items():
+        assert torch.equal(later.module.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("engine", [ENGINE, Sharding(ENGINE.request)], ids=["whole", "sharded"])
+def test_a_checkpoint_that_lacks_weights_is_refused(engine, foreign, tmp_path):
+    weights = load_file(foreign / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, foreign / "model.safetensors", {"format": "pt"})
+    parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
+    with pytest.raises(HandoffError, match=r"lack model.layers.0.mlp.up_proj.weight"):
+        Model.load(engine, parent, "policy", load_encoder(parent), ARGUMENTS)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])

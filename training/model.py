@@ -43,6 +43,7 @@ from training.config import ModelArguments, TrainedModelArguments
 from training.engines.files import write_tensors
 from training.engines.protocol import Engine
 from training.engines.single import Entry
+from training.parent_weights import ParentWeights, layer_of, without_values
 
 Role = Literal["policy", "reference", "critic", "reward"]
 
@@ -71,7 +72,10 @@ class Written:
 
 
 class Model:
-    """One network in one role. `module` is the plain transformers model, which is whole until the engine shards it."""
+    """One network in one role. `module` is the plain transformers model.
+
+    Under an engine that shards, a loaded model has no values until it is prepared or frozen (`fill`).
+    """
 
     def __init__(
         self,
@@ -81,9 +85,12 @@ class Model:
         encoder: Encoder,
         arguments: ModelArguments,
         parent: Parent | None,
+        later: ParentWeights | None = None,
     ) -> None:
+        """`later`: the weights that `fill` will read, if the module has none yet."""
         self.engine, self.module, self.role = engine, module, role
         self.encoder, self.arguments, self.parent = encoder, arguments, parent
+        self._later = later
         self.dtype = module.dtype
         """Precision of the weights in memory."""
         self._class_name = type(module).__name__  # an engine may change the class
@@ -135,14 +142,25 @@ class Model:
         if scored:
             _check_classification(parent)
             loader, keys = AutoModelForSequenceClassification, keys | {"num_labels": 1}
+        if engine.splits:
+            keys["device_map"] = "meta"
         with engine.loading():
-            module = loader.from_pretrained(parent.model_dir, **keys)
+            module, found = loader.from_pretrained(parent.model_dir, output_loading_info=True, **keys)
+        new_head = scored and parent.kind != "reward_model"
+        _check_complete(parent, set(found["missing_keys"]), "score." if new_head else None)
         check_vocabulary(module, parent)
+        later: ParentWeights | None = None
+        if engine.splits:
+            later = ParentWeights(parent, module)
+            module = without_values(module, loader)
+            if scored and not new_head:
+                later.read_into(module, "score")
         if scored:
             module.config.pad_token_id = parent.tokenizer.pad_id
-            if parent.kind != "reward_model":
-                _draw_head(module.get_submodule("score"), seed)
-        return cls(engine, module if dropout else without_dropout(module), role, encoder, arguments, parent)
+        if new_head:
+            _draw_head(module.get_submodule("score"), seed)
+        module = module if dropout else without_dropout(module)
+        return cls(engine, module, role, encoder, arguments, parent, later)
 
     @classmethod
     def build(
@@ -173,7 +191,31 @@ class Model:
     def freeze(self) -> Self:
         """Freezes the model; from then on it computes only inside `whole`. Every process calls it."""
         self.engine.freeze(self.module)
+        self.fill(self.module)
         return self
+
+    def fill(self, prepared: Any, part: str = "", of: str = "") -> None:
+        """Reads the parent's weights into a model that `load` left without them. Every process calls it.
+
+        Under an engine that shards, `load` returns a model without values, so that no process has to hold the whole
+        model. Each process reads one layer at a time here, and keeps its share. Call it as soon as the model is
+        prepared.
+
+        Args:
+            prepared: what the engine or a trainer wrapped around the module.
+            part: name of the module inside `prepared`, if that has more than one.
+            of: name of the submodule of this model that stands there; empty for the whole model.
+
+        Raises:
+            HandoffError: the parent's files lack a tensor.
+        """
+        if self._later is None:
+            return
+        read, prefix, inner = self._later, f"{part}." if part else "", f"{of}." if of else ""
+        names = {entry.name for entry in self.engine.weights(prepared) if entry.name.startswith(prefix)}
+        names -= {name for name in names if name.removeprefix(prefix).startswith("score.")}
+        self.engine.load_weights(prepared, names, lambda name: read(inner + name.removeprefix(prefix)))
+        self._later = None
 
     def whole(self, prepared: Any = None) -> AbstractContextManager[PreTrainedModel]:
         """The module with whole parameters, without gradients, for generation and scoring (`Engine.whole`).
@@ -251,7 +293,7 @@ class Model:
         groups: dict[str, dict[str, Entry]] = {}
         for name, entry in named.items():
             dtype = torch.float32 if entry.dtype.is_floating_point else entry.dtype
-            groups.setdefault(_layer(name), {})[name] = replace(entry, name=name, dtype=dtype)
+            groups.setdefault(layer_of(name), {})[name] = replace(entry, name=name, dtype=dtype)
         return [self._converted(group) for group in groups.values()]
 
     def _converted(self, group: dict[str, Entry]) -> list[Entry]:
@@ -300,6 +342,17 @@ def _check_classification(parent: Parent) -> None:
         raise HandoffError(f"{parent.path}: transformers has no sequence classification for `{architecture}`")
 
 
+def _check_complete(parent: Parent, missing: set[str], drawn: str | None) -> None:
+    """Raises HandoffError for weights that the files lack; transformers would draw them. `drawn`: their prefix here."""
+    lacking = sorted(name for name in missing if drawn is None or not name.startswith(drawn))
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise HandoffError(
+            f"{parent.path}: the weight files lack {shown}, which {parent.model_dir / 'config.json'} asks for; "
+            "copy the model again, with all of its files"
+        )
+
+
 @torch.no_grad()
 def _draw_head(head: torch.nn.Module, seed: int) -> None:
     weight = head.get_parameter("weight")  # (1, H)
@@ -326,17 +379,6 @@ def generation_config(model_dir: Path, encoder: Encoder) -> GenerationConfig:
     config.pad_token_id = encoder.pad_id
     config.bos_token_id = encoder.bos_id
     return config
-
-
-def _layer(name: str) -> str:
-    """The part of a parameter's name up to its layer's number; the whole name if it belongs to no layer.
-
-    >>> _layer("model.layers.3.mlp.up_proj.weight"), _layer("lm_head.weight")
-    ('model.layers.3', 'lm_head.weight')
-    """
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return name if number is None else ".".join(parts[: number + 1])
 
 
 def _files(entries: Sequence[Entry]) -> dict[str, list[Entry]]:

@@ -34,6 +34,7 @@ from training.optimizer import muon_adamw
 from training.saving import SavedStates
 
 if TYPE_CHECKING:
+    from training.model import Model
     from training.run import Run
 
 # Rows are sorted by length within windows of this many optimizer steps.
@@ -97,6 +98,7 @@ class StageTrainer(Trainer):
     """A mixin: `class SftTrainer(StageTrainer, trl.SFTTrainer)`. `fit` sets these attributes before training."""
 
     run: "Run"
+    trained: "Model"
     order: StepOrder
     train_config: TrainConfig
     saves: SavedStates
@@ -160,6 +162,7 @@ class StageTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Upstream's preparation; then the saved state is loaded into the prepared model, optimizer and schedule."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]  # as above
+        self.trained.fill(self.model_wrapped)
         state = self.resumed
         if state is not None:
             moments = files.OPTIMIZER not in state.lost
@@ -267,12 +270,15 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[[], dict[str, float]]) -> None:
+def fit(
+    run: "Run", trainer: StageTrainer, model: "Model", order: StepOrder, hold_out: Callable[[], dict[str, float]]
+) -> None:
     """Trains, starting from the newest whole state if there is one.
 
     Args:
         run: the stage's run.
-        trainer: made with `arguments`.
+        trainer: made with `arguments`, for the model's module.
+        model: the model that is trained.
         order: the rows of each step.
         hold_out: measures the current model on held-out data; called before the first step and every `eval_steps`.
 
@@ -282,7 +288,8 @@ def fit(run: "Run", trainer: StageTrainer, order: StepOrder, hold_out: Callable[
         Stopped: a signal asked the stage to end, and it tried to save its state.
     """
     config: TrainConfig = run.config.train
-    trainer.run, trainer.order, trainer.train_config, trainer.hold_out = run, order, config, hold_out
+    trainer.run, trainer.trained, trainer.order = run, model, order
+    trainer.train_config, trainer.hold_out = config, hold_out
     trainer.saves = SavedStates(run, config, more=[files.RNG])
     state = trainer.resumed = trainer.saves.newest()
     weights = files.weight_bytes(run.engine, trainer.model)

@@ -101,7 +101,7 @@ def train(run: Run) -> None:
         measured.append(metrics)
         return metrics
 
-    fit(run, trainer, order, hold_out)
+    fit(run, trainer, model, order, hold_out)
 
     metrics = trainer.evaluate()
     for warning in alarms(measured[0], measured[-1]) if len(measured) > 1 else []:

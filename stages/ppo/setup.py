@@ -97,14 +97,16 @@ def load_reference(policy: Model, bf16: bool) -> Model:
     return reference.freeze()
 
 
-def make_critic(run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool) -> Critic | None:
-    """The critic: from the reward model, its head scaled to the normalised reward; without one, from the policy's body.
+def make_critic(
+    run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool
+) -> tuple[Model, Critic] | tuple[None, None]:
+    """The critic and the model whose body it has: from the reward model, its head scaled to the normalised reward; without one, from the policy's body.
 
     None unless `advantage` is `gae`.
     """
     config: Config = run.config
     if config.advantage != "gae":
-        return None
+        return None, None
     ref = config.critic_parent
     parent = policy
     if ref is not None:
@@ -118,7 +120,7 @@ def make_critic(run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, 
         head = model.module.get_submodule("score")
         assert isinstance(head, torch.nn.Linear)
         critic.start_from_reward_head(head, *statistics(parent), weight)
-    return critic
+    return model, critic
 
 
 def make_optimizer(model: ActorCritic, t: PPOTrainConfig) -> torch.optim.Optimizer:

@@ -97,13 +97,16 @@ def train(run: Run) -> None:
     # Models.
     dtype = trained_dtype(engine, config.model_args)
     policy = load_policy(run, parent, encoder, dtype, bf16)
-    critic = make_critic(run, parent, encoder, dtype, bf16)
+    critic_model, critic = make_critic(run, parent, encoder, dtype, bf16)
     reference = load_reference(policy, bf16)
     if t.gradient_checkpointing:
         policy.module.gradient_checkpointing_enable()
     padded_rows = not ragged.enabled(policy.module)
     actor_critic = ActorCritic(policy.module, critic)
     model, optimizer = engine.prepare(actor_critic, make_optimizer(actor_critic, t))
+    policy.fill(model, "policy")
+    if critic_model is not None:
+        critic_model.fill(model, "critic.body", of=critic_model.module.base_model_prefix)
     vllm = None
     if config.vllm is not None:
         vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main, engine.data_world)

@@ -85,7 +85,7 @@ def train(run: Run) -> None:
             "mean_token_accuracy": found["correct"].sum() / tokens,
         }
 
-    fit(run, trainer, order, hold_out)
+    fit(run, trainer, model, order, hold_out)
 
     metrics = trainer.evaluate() | {
         "parameters": parameters,

@@ -92,7 +92,7 @@ def train(run: Run) -> None:
         chosen, rejected = np.split(scores(BothAnswers(heldout)), 2)
         return pair_metrics(chosen, rejected, answer_lengths(heldout))
 
-    fit(run, trainer, order, hold_out)
+    fit(run, trainer, model, order, hold_out)
 
     # Measure the model. Without held-out pairs the statistics come from the training pairs, and there is no card.
     metrics = trainer.evaluate()

@@ -67,7 +67,7 @@ def train(run: Run) -> None:
         metrics = {"loss": found["nats"].sum() / tokens, "mean_token_accuracy": found["correct"].sum() / tokens}
         return metrics | greedy_answers(run, trainer, encoder, prompts, config.max_new_tokens)
 
-    fit(run, trainer, order, hold_out)
+    fit(run, trainer, model, order, hold_out)
 
     metrics = trainer.evaluate()
     write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,11 +119,11 @@ class DeepSpeed(Splitting):
             deepspeed.zero.Init(module=frozen, config_dict_or_path=config, dtype=next(frozen.parameters()).dtype)
         return frozen
 
-    def _put(self, parameter: Any, whole: "torch.Tensor") -> None:
+    def _put(self, tensor: Any, whole: "torch.Tensor") -> None:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.copy_(whole)
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            super()._put(tensor, whole)
 
     def _mix(self, mine: Any, theirs: Any, alpha: float) -> None:
         import deepspeed
@@ -161,12 +161,16 @@ class DeepSpeed(Splitting):
             entries.append(Entry(f"step/{name}", torch.float32, (), lambda: torch.tensor(step)))
         return entries
 
-    def load_weights(self, model: Any, read: "Callable[[str], torch.Tensor]") -> None:
-        """As `Single.load_weights`."""
+    def load_weights(self, model: Any, names: "Collection[str]", read: "Callable[[str], torch.Tensor]") -> None:
+        """As `Single.load_weights`. Of a trained parameter, the float32 copy is loaded, which the other one follows."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
+        trained = {name: parameter for name, parameter in self._trained_parameters(model).items() if name in names}
+        super().load_weights(model, set(names) - trained.keys(), read)
+        if not trained:
+            return
         with upstream.writing_zero(model.optimizer, self._zero3):
-            for name, parameter in self._trained_parameters(model).items():
+            for name, parameter in trained.items():
                 value = read(name)
                 if self._zero3:
                     safe_set_local_fp32_param(parameter, _zero3_share(value, parameter))

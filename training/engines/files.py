@@ -141,13 +141,9 @@ def load_state(engine: Engine, model: Any, optimizer: Any, path: Path, moments: 
     import torch
 
     with torch.no_grad(), _reading(path / MODEL) as (names, read):
-        module = engine.unwrapped(model)
         expected = {entry.name for entry in engine.trained(model)}
         assert names == expected, f"{path / MODEL} is of another model"
-        for name, buffer in module.named_buffers():
-            if name in names:
-                buffer.copy_(read(name))
-        engine.load_weights(model, read)
+        engine.load_weights(model, names, read)
         if moments:
             with _reading(path / OPTIMIZER) as (kept, read_moments):
                 engine.load_moments(model, optimizer, kept, read_moments)
@@ -156,11 +152,9 @@ def load_state(engine: Engine, model: Any, optimizer: Any, path: Path, moments: 
 
 def load_frozen(engine: Engine, model: Any, path: Path) -> None:
     """Loads a file of `engine.weights(model)` into a frozen model. Every process calls it."""
-    import torch
-
-    with torch.no_grad(), _reading(path) as (names, read):
+    with _reading(path) as (names, read):
         assert names == {entry.name for entry in engine.weights(model)}, f"{path} is of another model"
-        engine.load_frozen(model, read)
+        engine.load_weights(model, names, read)
     engine.barrier()
 
 

@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -292,18 +292,6 @@ class Single(Processes):
             for mine, theirs in zip(frozen.parameters(), source.parameters(), strict=True):
                 self._mix(mine, theirs, alpha)
 
-    def load_frozen(self, model: "torch.nn.Module", read: "Callable[[str], torch.Tensor]") -> None:
-        """Loads whole tensors into a frozen model; `read` returns one by name. Every process calls it."""
-        for name, parameter in model.named_parameters():
-            self._put(parameter, read(name))
-        kept = model.state_dict().keys()
-        for name, buffer in model.named_buffers():
-            if name in kept:
-                buffer.copy_(read(name))
-
-    def _put(self, parameter: Any, whole: "torch.Tensor") -> None:
-        parameter.copy_(self._share_of(whole, parameter))
-
     def _mix(self, mine: Any, theirs: Any, alpha: float) -> None:
         mine.lerp_(theirs.to(mine.dtype), alpha)
 
@@ -350,10 +338,21 @@ class Single(Processes):
         module = self.unwrapped(model)
         return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
-    def load_weights(self, model: Any, read: "Callable[[str], torch.Tensor]") -> None:
-        """Loads whole tensors into the trained parameters; `read` returns one by name."""
-        for name, parameter in self._trained_parameters(model).items():
-            parameter.copy_(self._share_of(read(name), parameter))
+    def load_weights(self, model: Any, names: "Collection[str]", read: "Callable[[str], torch.Tensor]") -> None:
+        """Loads whole tensors into the parameters and buffers `names`; `read` returns one by name.
+
+        `model`: prepared or frozen here. Every process calls it. The tensors are read in the model's order.
+        """
+        import torch
+
+        module = self.unwrapped(model)
+        with torch.no_grad():
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                if name in names:
+                    self._put(tensor, read(name))
+
+    def _put(self, tensor: Any, whole: "torch.Tensor") -> None:
+        tensor.copy_(self._share_of(whole, tensor))
 
     def load_moments(self, model: Any, optimizer: Any, names: set[str], read: "Callable[[str], torch.Tensor]") -> None:
         """Loads whole tensors into the optimizer; `read` returns one by its name in `moments`."""

@@ -4,7 +4,7 @@
 takes other arguments, so that an upgrade of a library shows what to check.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 _HF_DEEPSPEED = "transformers.integrations.deepspeed"
+_HF_LOADING = "transformers.core_model_loading"
 _ZERO12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 _ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 
@@ -60,6 +61,24 @@ PRIVATE: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         _HF_DEEPSPEED, "_hf_deepspeed_config_weak_ref", None, "switched off to load whole weights under ZeRO-3"
+    ),
+    PrivateName(
+        _HF_LOADING,
+        "rename_source_key",
+        ("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict", "reverse"),
+        "reads a parent layer by layer; `from_pretrained` reads it whole",
+    ),
+    PrivateName(
+        _HF_LOADING,
+        "convert_and_load_state_dict_in_model",
+        ("model", "state_dict", "load_config", "disk_offload_index"),
+        "the same",
+    ),
+    PrivateName(
+        "transformers.conversion_mapping",
+        "get_model_conversion_mapping",
+        ("model", "key_mapping", "hf_quantizer", "add_legacy"),
+        "the same",
     ),
     PrivateName(
         "transformers:Trainer", "_get_train_sampler", ("train_dataset",), "the order of the rows, from seed and epoch"
@@ -121,6 +140,49 @@ PRIVATE: tuple[PrivateName, ...] = (
     PrivateName("deepspeed.runtime.zero.partition_parameters:Init", "ds_shape", None, "shape of a whole parameter"),
     PrivateName("deepspeed.runtime.zero.partition_parameters:Init", "ds_tensor", None, "this process's piece of it"),
 )
+
+
+# ---- transformers
+
+
+def weight_conversions(model: Any) -> list[Any]:
+    """How transformers renames, splits and combines stored tensors for this architecture."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
+
+
+def names_in_memory(model: Any, conversions: Sequence[Any], stored: Iterable[str]) -> dict[str, str]:
+    """{name of a stored tensor: name of a tensor of `model` that it goes into}; the same name if it goes into none."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    known = model.state_dict()
+    names = {}
+    for name in stored:
+        new, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if new not in known and name in known:
+            new, _ = rename_source_key(name, [], [], model.base_model_prefix, known)
+        names[name] = new
+    return names
+
+
+def converted(model: Any, conversions: Sequence[Any], stored: Mapping[str, Any]) -> "dict[str, torch.Tensor]":
+    """Stored tensors, or safetensors slices of them, under the names and in the form that `model` has in memory.
+
+    `model` is on the meta device, and stays there; a tensor that it does not have is left out.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    empty = model.state_dict(keep_vars=True)
+    convert_and_load_state_dict_in_model(model, dict(stored), LoadStateDictConfig(weight_mapping=list(conversions)))
+    found = {name: value for name, value in model.state_dict(keep_vars=True).items() if not value.is_meta}
+    for name in found:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, empty[name])
+    return {name: value.detach() for name, value in found.items()}
 
 
 # ---- DeepSpeed

@@ -1,0 +1,107 @@
+"""Reads a parent's weights one layer at a time, under the names and in the form that the model has in memory."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from handoff.errors import HandoffError
+from handoff.parent import Parent
+from handoff.weights import weight_files
+from training.engines import upstream
+
+
+class ParentWeights:
+    """The weights of a parent whose files are opened only while a layer is read.
+
+    One layer at a time is in memory: the one that was read last. So read the parameters in the model's order.
+    """
+
+    def __init__(self, parent: Parent, skeleton: PreTrainedModel) -> None:
+        """`skeleton`: the parent's model on torch's meta device; it stays there."""
+        self._parent, self._skeleton = parent, skeleton
+        self._conversions = upstream.weight_conversions(skeleton)
+        self._places: dict[str, Path] = {}  # of each tensor in the files
+        self._groups: dict[str, list[str]] = {}  # {layer: its tensors in the files}
+        for path in weight_files(parent.model_dir):
+            with safe_open(path, "pt") as file:
+                self._places |= dict.fromkeys(file.keys(), path)
+        for stored, name in upstream.names_in_memory(skeleton, self._conversions, self._places).items():
+            self._groups.setdefault(layer_of(name), []).append(stored)
+        self._layer: str | None = None
+        self._held: Mapping[str, torch.Tensor] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """One whole tensor, in the skeleton's precision.
+
+        Raises:
+            HandoffError: the parent has no such tensor.
+        """
+        tied = self._skeleton.all_tied_weights_keys
+        aliases = {name, tied.get(name), *(left_out for left_out, kept in tied.items() if kept == name)} - {None}
+        for alias in sorted(aliases, key=lambda alias: alias != name):
+            assert alias is not None
+            found = self._read(layer_of(alias))
+            if alias in found:
+                return found[alias]
+        raise HandoffError(f"{self._parent.path}: the weight files have no weights for {name}")
+
+    def read_into(self, module: PreTrainedModel, part: str) -> None:
+        """Reads the parameters of the submodule `part` of a model that is whole."""
+        for name, parameter in module.get_submodule(part).named_parameters(part):
+            with torch.no_grad():
+                parameter.copy_(self(name))
+
+    def _read(self, layer: str) -> Mapping[str, torch.Tensor]:
+        if layer != self._layer:
+            self._held = {}  # frees the layer before
+            stored = self._groups.get(layer, [])
+            with ExitStack() as files:
+                opened = {
+                    path: files.enter_context(safe_open(path, "pt")) for path in {self._places[n] for n in stored}
+                }
+                pieces = {name: opened[self._places[name]].get_slice(name) for name in stored}
+                self._held = upstream.converted(self._skeleton, self._conversions, pieces)
+            self._layer = layer
+        return self._held
+
+
+def layer_of(name: str) -> str:
+    """The part of a parameter's name up to its layer's number; the whole name if it belongs to no layer.
+
+    >>> layer_of("model.layers.3.mlp.up_proj.weight"), layer_of("lm_head.weight")
+    ('model.layers.3', 'lm_head.weight')
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return name if number is None else ".".join(parts[: number + 1])
+
+
+def without_values(skeleton: PreTrainedModel, loader: Any) -> PreTrainedModel:
+    """A copy of a model on the meta device whose parameters have memory, but no values yet.
+
+    The system gives memory its pages when it is first written, so a process takes only what it keeps of the model.
+    """
+    module = deepcopy(skeleton)
+    new: dict[torch.Tensor, torch.nn.Parameter] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter not in new:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            new[parameter] = torch.nn.Parameter(empty, parameter.requires_grad)
+        _replace(module, name, new[parameter])
+    with init_empty_weights(include_buffers=False):
+        twin = loader.from_config(skeleton.config, dtype=skeleton.dtype)
+    for name, buffer in twin.named_buffers():
+        _replace(module, name, buffer)
+    return module
+
+
+def _replace(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, tensor)
