@@ -14,6 +14,7 @@ def program(small: Path, large: Path, out: Path) -> None:
 
     engine = engines.start()
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from benchmarks.turns import forget_peak, resident
     from handoff.parent import open_parent
@@ -24,31 +25,33 @@ def program(small: Path, large: Path, out: Path) -> None:
         parent = open_parent(str(folder), folder, {"causal_lm"})
         return Model.load(engine, parent, "policy", load_encoder(parent), ModelArguments())
 
-    def frozen(folder: Path) -> tuple[Model, object]:
-        model = load(folder).freeze()
-        return model, model.module
-
-    def trained(folder: Path) -> tuple[Model, object]:
-        model = load(folder)
+    def trained(model: Model) -> object:
         engine.set_up(OptimizerConfig(), width=16)
         optimizer = torch.optim.SGD(model.module.parameters(), lr=0.1)
         prepared, _ = engine.prepare(model.module, optimizer)
         model.fill(prepared)
-        return model, prepared
+        return prepared
 
+    def grown() -> list[float]:
+        return [grown / size for grown in engine.of_all(resident("VmHWM") - before)]
+
+    disable_progress_bar()
+    size = 1
     seen = {}
-    for make in (frozen, trained):
-        make(small)
+    for part, ready in (("frozen", lambda model: model.freeze().module), ("trained", trained)):
+        before = 0
+        ready(load(small))
         engine.release_memory()
         before = forget_peak()
-        model, prepared = make(large)
-        peak = resident("VmHWM") - before
-        entries = engine.weights(prepared)
-        # A weight that differs from place to place; each process sees the whole ones.
-        whole = {entry.name: entry.whole().double().sum().item() for entry in entries}
-        size = 4 * sum(entry.whole().numel() for entry in entries)
-        seen[make.__name__] = {"peaks": [p / size for p in engine.of_all(peak)], "sums": engine.of_all(whole)}
-        del model, prepared, entries
+        model = load(large)
+        size = 4 * model.parameters()
+        loaded = grown()
+        prepared = ready(model)
+        peaks = grown()
+        # Each process gets the whole tensors.
+        sums = {entry.name: entry.whole().double().sum().item() for entry in engine.weights(prepared)}
+        seen[part] = {"loaded": loaded, "ready": peaks, "sums": engine.of_all(sums)}
+        del model, prepared
     if engine.is_main:
         out.write_text(json.dumps(seen))
     engine.shutdown()

@@ -56,7 +56,7 @@ def test_another_c_library_is_left_alone() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, float]]:
-    """A small model, one of 16 layers and 270 MB, and the sums of the large one's tensors."""
+    """A small model, one of 16 layers that takes 270 MB in float32, and the sums of the large one's tensors."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,7 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     config.update({"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8})
     config.num_key_value_heads, config.head_dim = 8, 64
     torch.manual_seed(1)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(large)
     return small, large, {name: p.double().sum().item() for name, p in model.named_parameters()}
 
@@ -82,10 +82,9 @@ def test_no_process_holds_the_whole_model_while_it_is_loaded(
     done = launched(root, config, "tests.loading_shares", small, large, tmp_path / "seen.json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     seen = json.loads((tmp_path / "seen.json").read_text())
-    # DeepSpeed keeps a trained weight twice: where the forward pass reads it, and where the optimizer steps it.
-    shares = {"frozen": 0.5, "trained": 1.0 if config == "cpu2_zero3" else 0.5}
     for part, found in seen.items():
-        for peak in found["peaks"]:
-            assert peak < shares[part] + 0.25, f"{part}: {found['peaks']}"
         for whole in found["sums"]:
             assert whole == pytest.approx(sums, rel=1e-9)
+        assert max(found["loaded"]) < 0.2, part
+        # Under ZeRO-3 the buffers with which DeepSpeed trains take twice the whole model.
+        assert (part == "trained" and config == "cpu2_zero3") or max(found["ready"]) < 0.9, part

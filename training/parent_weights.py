@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +87,25 @@ def layer_of(name: str) -> str:
 def without_values(skeleton: PreTrainedModel, loader: Any) -> PreTrainedModel:
     """A copy of a model on the meta device whose parameters have memory, but no values yet.
 
-    The system gives memory its pages when it is first written, so a process takes only what it keeps of the model.
+    The system gives memory its pages when they are first written, so a process takes only what it keeps of the model.
     """
     module = deepcopy(skeleton)
     new: dict[torch.Tensor, torch.nn.Parameter] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter not in new:
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-            new[parameter] = torch.nn.Parameter(empty, parameter.requires_grad)
+            new[parameter] = torch.nn.Parameter(_untouched(parameter), parameter.requires_grad)
         _replace(module, name, new[parameter])
     with init_empty_weights(include_buffers=False):
         twin = loader.from_config(skeleton.config, dtype=skeleton.dtype)
     for name, buffer in twin.named_buffers():
         _replace(module, name, buffer)
     return module
+
+
+def _untouched(like: torch.Tensor) -> torch.Tensor:
+    """Zeros in memory of their own, which goes back to the system with the tensor. The allocator would keep it."""
+    size = like.numel() * like.element_size()
+    return torch.frombuffer(mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS), dtype=like.dtype).view(like.shape)
 
 
 def _replace(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

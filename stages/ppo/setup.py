@@ -100,9 +100,9 @@ def load_reference(policy: Model, bf16: bool) -> Model:
 def make_critic(
     run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool
 ) -> tuple[Model, Critic] | tuple[None, None]:
-    """The critic and the model whose body it has: from the reward model, its head scaled to the normalised reward; without one, from the policy's body.
+    """The critic, and the model whose body it has: the reward model, with the head scaled to the normalised reward.
 
-    None unless `advantage` is `gae`.
+    Without a reward model it is the policy's. None unless `advantage` is `gae`.
     """
     config: Config = run.config
     if config.advantage != "gae":

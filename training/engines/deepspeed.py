@@ -122,6 +122,10 @@ class DeepSpeed(Splitting):
     def _put(self, tensor: Any, whole: "torch.Tensor") -> None:
         import deepspeed
 
+        if "ds_tensor" in vars(tensor) and not tensor.numel():
+            tensor.ds_tensor.copy_(_zero3_share(whole, tensor))
+            return
+        # ZeRO-3 keeps small parameters whole.
         with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
             super()._put(tensor, whole)
 
