@@ -152,7 +152,8 @@ class Model:
         later: ParentWeights | None = None
         if engine.splits:
             later = ParentWeights(parent, module)
-            module = without_values(module, loader)
+            with engine.loading():
+                module = without_values(module, loader)
             if scored and not new_head:
                 later.read_into(module, "score")
         if scored:
