@@ -27,13 +27,15 @@ class Accounting:
     """Other facts for the user, with counts, e.g. the detected format, columns not read, turns cut."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first rows dropped for each reason."""
+    mends: dict[str, str] = field(default_factory=dict)
+    """What the user can do about a reason, where that is not plain."""
 
     def read(self, rows: int = 1) -> None:
         """Counts rows as read and used, until they are dropped."""
         self.rows_in += rows
         self.rows_used += rows
 
-    def drop(self, reason: str, origin: Origin) -> None:
+    def drop(self, reason: str, origin: Origin, mend: str = "") -> None:
         """Counts a row that was read but cannot be used."""
         assert self.rows_used > 0, "dropped more rows than were read"
         self.rows_used -= 1
@@ -41,6 +43,8 @@ class Accounting:
         places = self.examples.setdefault(reason, [])
         if len(places) < EXAMPLES_KEPT:
             places.append(str(origin))
+        if mend:
+            self.mends[reason] = mend
 
     def put_aside(self, reason: str, rows: int = 1) -> None:
         """Removes rows that were read but turn out not to be requested from the count."""
@@ -56,6 +60,7 @@ class Accounting:
         self.dropped.update(other.dropped)
         self.set_aside.update(other.set_aside)
         self.notes.update(other.notes)
+        self.mends.update(other.mends)
         for reason, places in other.examples.items():
             mine = self.examples.setdefault(reason, [])
             mine.extend(places[: EXAMPLES_KEPT - len(mine)])
@@ -82,7 +87,7 @@ class Accounting:
     @classmethod
     def from_json(cls, counts: dict[str, Any]) -> "Accounting":
         """What `to_json` gave, after it went through a JSON file."""
-        made = cls(counts["rows_in"], counts["rows_used"], examples=counts["examples"])
+        made = cls(counts["rows_in"], counts["rows_used"], examples=counts["examples"], mends=counts["mends"])
         for name in ("dropped", "set_aside", "notes"):
             getattr(made, name).update(counts[name])
         return made
@@ -105,6 +110,7 @@ class Accounting:
     def _reasons(self) -> str:
         return "\n".join(
             f"  dropped, {reason}: {n} (first at {', '.join(self.examples[reason])})"
+            + (f"; {self.mends[reason]}" if reason in self.mends else "")
             for reason, n in self.dropped.most_common()
         )
 

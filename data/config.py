@@ -45,6 +45,10 @@ class RowsSource(SourceBase):
     split: Literal["all", "train", "validation", "test"] = "all"
     """Which part of the rows to use. Every value but `all` requires `holdout`; `all` forbids it."""
 
+    ignore: list[str] = Field(default_factory=list)
+    """Columns, and keys of turns, to leave out on purpose, e.g. `[tools, tool_calls]`. Otherwise a row that means
+    something else without such a key is dropped."""
+
     @model_validator(mode="after")
     def _holdout_and_split_agree(self) -> Self:
         if self.split != "all" and self.holdout == 0:
@@ -55,7 +59,7 @@ class RowsSource(SourceBase):
 
 
 class FileSource(RowsSource):
-    """Local files: txt, jsonl, json, csv or parquet, each also with .gz."""
+    """Local files: txt, jsonl, json, csv, tsv, parquet or arrow, each also with .gz, .bz2, .xz or .zst."""
 
     source: Literal["file"]
     path: str

@@ -176,17 +176,21 @@ class Encoder:
         contexts = iter(self._encode([text for s in usable for text in s.contexts], special=True))
         answers = iter(self._encode([text for s in usable for text in s.answers], special=False))
         results: list[tuple[list[int], list[bool]] | RowRefused] = []
-        for split in splits:
+        for messages, split in zip(batch, splits, strict=True):
             if isinstance(split, RowRefused):
                 results.append(split)
                 continue
             ids: list[int] = []
             mask: list[bool] = []
+            trained = [message.trained for message in messages if message.role == "assistant"]
             for turn in range(len(split.contexts)):
                 context = next(contexts)
-                answer = self._closed(next(answers)) if turn < len(split.answers) else []
-                ids += context + answer
-                mask += [False] * len(context) + [True] * len(answer)
+                ids += context
+                mask += [False] * len(context)
+                if turn < len(split.answers):
+                    answer = self._closed(next(answers))
+                    ids += answer
+                    mask += [trained[turn]] * len(answer)
             results.append((ids, mask))
         return results
 

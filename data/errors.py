@@ -10,6 +10,7 @@ class DataError(UserError):
 class RowRefused(DataError):
     """One row that cannot be used, for `reason`. Code that reads many rows counts it as dropped and goes on."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    def __init__(self, reason: str, mend: str = "") -> None:
+        """`reason` is part of a metric's name; `mend` says what the user can do, where that is not plain."""
+        super().__init__(f"{reason}; {mend}" if mend else reason)
+        self.reason, self.mend = reason, mend

@@ -1,19 +1,20 @@
 """Converts a row's columns to a conversation, a pair or a document, for every common published format.
 
-Each reader takes the columns that it knows. Other columns are passed on to prompts, where reward functions read them;
-for other records the accounting names them once, so that nothing is ignored silently. A missing column or an empty cell
-(`null`) is an error at once, because it means that the format was misunderstood. A row that is merely unsuitable (two
-answers to different prompts) is refused with a reason and counted.
+Each reader takes the columns that it knows; data/columns.py says what becomes of the others. They are passed on to
+prompts, where reward functions read them. A missing column or an empty cell (`null`) is an error at once, because it
+means that the format was misunderstood. A row that is merely unsuitable (two answers to different prompts) is refused
+with a reason and counted.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
+from data.columns import SYSTEM, Columns
 from data.errors import DataError, RowRefused
+from data.files import Row
 from data.records import Message, Origin, Role
-from data.sources import Row
 
 Format: TypeAlias = Literal[
     "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
@@ -32,21 +33,6 @@ EXPECTED: Final[dict[Format, str]] = {
 }
 """The columns of each format, for error messages."""
 
-_ROLES: Final[dict[str, Role]] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-
 # The instruction header inside the prompts of Alpaca and Dolly data. The chat template replaces it.
 _HEADER = re.compile(
     r"\ABelow is an instruction that describes a task.*?\n\n### Instruction:\n(?P<instruction>.*?)"
@@ -54,13 +40,30 @@ _HEADER = re.compile(
     re.DOTALL,
 )
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TRANSCRIPT_START = re.compile(r"\s*Human:")
+# One number whose digits are in groups of three, with a sign, a currency or a unit around it.
+_GROUPED = re.compile(r"[^\d,()\[\]{}]*\d{1,3}(,\d{3})+(\.\d+)?[^\d,()\[\]{}]*")
 
 HEADER_REMOVED = "prompts whose instruction header was taken off"
+TRANSCRIPT_SPLIT = "prompts that were transcripts (`Human:`, `Assistant:`) and were split into turns"
+EQUAL_SCORES = "pairs whose two scores are equal"
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is known of a row besides its text."""
+
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Columns that the reader did not use."""
+    unread: tuple[str, ...] = ()
+    """What of the row was not read, for the accounting: ``column `id` ``, ``key `name` of turns``."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
     text: str
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,9 @@ class Conversation:
     """Turns in order; the last may be of any role."""
 
     messages: tuple[Message, ...]
-    columns: dict[str, Any]
-    """Columns that the reader did not use."""
     found: dict[str, Any] = field(default_factory=dict)
-    """Values that it derived for checkers, e.g. the final answer."""
-    notes: tuple[str, ...] = ()
+    """Values that the reader derived for checkers, e.g. the final answer."""
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,53 +83,10 @@ class Pair:
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
-    columns: dict[str, Any]
+    told: Told = Told()
 
 
 Parsed: TypeAlias = Document | Conversation | Pair
-
-
-@dataclass
-class Columns:
-    """A row's columns, with a record of which were read."""
-
-    values: Mapping[str, Any]
-    origin: Origin
-    format: Format
-    needs_answer: bool
-    used: set[str] = field(default_factory=set)
-
-    def has(self, name: str) -> bool:
-        """Whether the column exists and is not empty; an empty optional column counts as absent."""
-        return self.values.get(name) is not None
-
-    def get(self, *names: str) -> Any:
-        """The first of these columns that the row has.
-
-        Raises:
-            DataError: the row has none of them, or the value is null.
-        """
-        for name in names:
-            if name in self.values:
-                self.used.add(name)
-                if self.values[name] is None:
-                    raise DataError(f"{self.origin}: `{name}` is null; give it a value, or remove the row")
-                return self.values[name]
-        raise DataError(
-            f"{self.origin}: no column {' or '.join(f'`{n}`' for n in names)}; the row has "
-            f"{', '.join(self.values) or 'none'}. Format {self.format} expects {EXPECTED[self.format]}"
-        )
-
-    def text(self, *names: str) -> str:
-        """As `get`, for a column that must hold text."""
-        value = self.get(*names)
-        if not isinstance(value, str):
-            name = next(n for n in names if n in self.values)
-            raise DataError(f"{self.origin}: `{name}` is {type(value).__name__}; expected text")
-        return value
-
-    def rest(self) -> dict[str, Any]:
-        return {name: value for name, value in self.values.items() if name not in self.used}
 
 
 def detect(row: Row, wants_text: bool, origin: Origin) -> Format:
@@ -163,8 +121,12 @@ def detect(row: Row, wants_text: bool, origin: Origin) -> Format:
     )
 
 
-def parse(row: Row, format: Format, origin: Origin, needs_answer: bool) -> Parsed:
-    """Parses one row. `needs_answer`: a prompt without a column for its answer is an error.
+def parse(row: Row, format: Format, origin: Origin, needs_answer: bool, ignore: frozenset[str] = frozenset()) -> Parsed:
+    """Parses one row.
+
+    Args:
+        needs_answer: a prompt without a column for its answer is an error, and other columns go nowhere.
+        ignore: columns and keys of turns to leave out.
 
     Raises:
         DataError: a column is missing, null or of the wrong type.
@@ -174,7 +136,14 @@ def parse(row: Row, format: Format, origin: Origin, needs_answer: bool) -> Parse
         if format != "text":
             raise DataError(f"{origin}: a string; format {format} expects an object with {EXPECTED[format]}")
         return Document(row)
-    return _READERS[format](Columns(row, origin, format, needs_answer))
+    columns = Columns(row, origin, format, EXPECTED[format], needs_answer, ignore)
+    parsed = _READERS[format](columns)
+    if not isinstance(parsed, Document):
+        columns.check_rest(judged=isinstance(parsed, Pair) or any(m.role == "assistant" for m in parsed.messages))
+    unread = [f"key `{key}` of turns" for key in sorted(columns.turn_keys)]
+    if needs_answer:
+        unread += [f"column `{name}`" for name in columns.unread()]
+    return replace(parsed, told=Told(columns.rest(), tuple(unread), tuple(dict.fromkeys(columns.notes))))
 
 
 def _text(row: Columns) -> Document:
@@ -182,81 +151,125 @@ def _text(row: Columns) -> Document:
 
 
 def _prompt_completion(row: Columns) -> Conversation:
-    prompt, header = _prompt(row, "prompt")
-    notes = (HEADER_REMOVED,) if header else ()
-    if not row.needs_answer and "completion" not in row.values and "response" not in row.values:
-        return Conversation(prompt, row.rest(), notes=notes)
+    prompt = _prompt(row, "prompt")
+    if not row.needs_answer and not any(name in row.values for name in ("completion", "response")):
+        return Conversation(prompt)
     answer = row.get("completion", "response")
-    answers = (Message("assistant", answer),) if isinstance(answer, str) else _turns(answer, row, "completion")
-    return Conversation(prompt + answers, row.rest(), notes=notes)
+    if not isinstance(answer, str):
+        return Conversation(prompt + row.turns(answer, "completion"))
+    _refuse_repeated(row, answer)
+    return Conversation((*prompt, Message("assistant", answer.strip() if _is_transcript(row, "prompt") else answer)))
 
 
 def _alpaca(row: Columns) -> Conversation:
-    question = Message("user", _instruction(row))
-    answer = Message("assistant", row.text("output", "response"))
-    return Conversation((*_system(row), question, answer), row.rest())
+    question = (*_before(row), Message("user", _instruction(row)))
+    return Conversation((*question, Message("assistant", row.text("output", "response"))))
 
 
 def _messages(row: Columns) -> Conversation:
-    messages = _turns(row.get("messages"), row, "messages")
-    if row.values.get("label") is False:
-        raise RowRefused("labelled as a bad answer (label: false)")
-    if row.values.get("label") is True:
-        row.used.add("label")
-    return Conversation(messages, row.rest())
+    return Conversation(_with_system(row, row.turns(row.get("messages"), "messages")))
 
 
 def _sharegpt(row: Columns) -> Conversation:
-    messages = _turns(row.get("conversations"), row, "conversations")
-    return Conversation(_system(row) + messages, row.rest())
+    return Conversation(_with_system(row, row.turns(row.get("conversations"), "conversations")))
 
 
 def _preference(row: Columns) -> Pair:
     chosen, rejected = row.get("chosen"), row.get("rejected")
+    _check_scores(row)
     if isinstance(chosen, list) and isinstance(rejected, list):
-        good, bad = _turns(chosen, row, "chosen"), _turns(rejected, row, "rejected")
+        good, bad = row.turns(chosen, "chosen"), row.turns(rejected, "rejected")
         if good and good[0].role != "assistant":
-            # Both are whole conversations: the prompt is their common beginning, so a prompt column adds nothing.
-            row.used.update({"prompt", "messages"})
-            return _fork(good, bad, row)
+            # Both are whole conversations. A column with their common beginning adds nothing.
+            pair = _fork(_with_system(row, good), _with_system(row, bad))
+            _use_repeated_prompt(row, pair)
+            return pair
         prompt = _pair_prompt(row)
-        return _fork(prompt + good, prompt + bad, row)
+        return _fork(prompt + good, prompt + bad)
+    if all(isinstance(value, str) and _TRANSCRIPT_START.match(value) for value in (chosen, rejected)):
+        pair = _hh_rlhf(row)
+        _use_repeated_prompt(row, pair)
+        return pair
     prompt = _pair_prompt(row)
-    return Pair(prompt, _answer(chosen, row, "chosen"), _answer(rejected, row, "rejected"), row.rest())
+    good_text, bad_text = _answer(chosen, row, "chosen"), _answer(rejected, row, "rejected")
+    _refuse_repeated(row, good_text, bad_text)
+    if _is_transcript(row, "prompt"):
+        good_text, bad_text = good_text.strip(), bad_text.strip()
+    return Pair(prompt, good_text, bad_text)
 
 
 def _pair_prompt(row: Columns) -> tuple[Message, ...]:
     if row.has("conversations"):
-        return _system(row) + _turns(row.get("conversations"), row, "conversations")
+        return _with_system(row, row.turns(row.get("conversations"), "conversations"))
     if row.has("instruction"):
-        # The single answer that Alpaca data had before pairs were added.
-        row.used.add("output")
-        return (*_system(row), Message("user", _instruction(row)))
+        return (*_before(row), Message("user", _instruction(row)))
     if row.has("question"):
-        return (*_system(row), Message("user", row.text("question")))
-    return _system(row) + _prompt(row, "prompt")[0]
+        return (*_before(row), Message("user", row.text("question")))
+    return _prompt(row, "prompt")
+
+
+def _check_scores(row: Columns) -> None:
+    """Raises RowRefused where the row's own scores say that the rejected answer is the better one."""
+    margin = [("margin is negative", row.values["margin"], 0)] if row.has("margin") else []
+    for good, bad in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
+        if row.has(good) and row.has(bad):
+            margin.append((f"{bad} is above {good}", row.values[good], row.values[bad]))
+    for reason, better, worse in margin:
+        if not all(isinstance(value, (int, float)) for value in (better, worse)):
+            continue
+        if better < worse:
+            raise RowRefused(reason, "exchange chosen and rejected, or set `ignore` to these columns in the source")
+        if better == worse:
+            row.notes.append(EQUAL_SCORES)
+
+
+def _use_repeated_prompt(row: Columns, pair: Pair) -> None:
+    """Counts a column as used if it repeats the prompt of whole conversations, or a user's turn of it."""
+    asked = [m.content.strip() for m in pair.prompt if m.role == "user"]
+    for name in ("prompt", "question", "instruction", "messages", "conversations"):
+        value = row.values.get(name)
+        if isinstance(value, list):
+            repeated = _spoken(row.turns(value, name))[: len(pair.prompt)] == _spoken(pair.prompt)
+        elif isinstance(value, str) and _is_transcript(row, name):
+            repeated = _spoken(_transcript(value, row.origin, name)[:-1]) == _spoken(pair.prompt)
+        else:
+            repeated = isinstance(value, str) and value.strip() in asked
+        if repeated:
+            row.used.add(name)
+
+
+def _spoken(turns: Iterable[Message]) -> list[tuple[Role, str]]:
+    return [(turn.role, turn.content.strip()) for turn in turns]
 
 
 def _answer(value: Any, row: Columns, name: str) -> str:
     """An answer given as text or as one turn."""
     if isinstance(value, str):
         return value
-    turn = _turn(value, row.origin, name)
+    turn = row.turn(value, name)
     if turn.role != "assistant":
         raise RowRefused("chosen or rejected is not a turn of the assistant")
-    return turn.content
+    return _trained(turn)
 
 
-def _fork(good: tuple[Message, ...], bad: tuple[Message, ...], row: Columns) -> Pair:
+def _fork(good: tuple[Message, ...], bad: tuple[Message, ...]) -> Pair:
     """A pair from two whole conversations that differ only in their last answer."""
-    if not good or not bad or good[-1].role != "assistant" or bad[-1].role != "assistant" or good[:-1] != bad[:-1]:
+    answered = good and bad and good[-1].role == bad[-1].role == "assistant"
+    if not answered or [(m.role, m.content) for m in good[:-1]] != [(m.role, m.content) for m in bad[:-1]]:
         raise RowRefused("chosen and rejected do not answer the same prompt")
-    return Pair(good[:-1], good[-1].content, bad[-1].content, row.rest())
+    return Pair(good[:-1], _trained(good[-1]), _trained(bad[-1]))
+
+
+def _trained(turn: Message) -> str:
+    """The text of a pair's answer."""
+    if not turn.trained:
+        raise RowRefused("a turn that is not to be trained on is an answer of a pair")
+    return turn.content
 
 
 def _hh_rlhf(row: Columns) -> Pair:
     good, bad = (_transcript(row.text(name), row.origin, name) for name in ("chosen", "rejected"))
-    return _fork(good, bad, row)
+    return _fork(_with_system(row, good), _with_system(row, bad))
 
 
 def _transcript(text: str, origin: Origin, name: str) -> tuple[Message, ...]:
@@ -270,14 +283,21 @@ def _transcript(text: str, origin: Origin, name: str) -> tuple[Message, ...]:
     return tuple(Message(roles[parts[i]], parts[i + 1].strip()) for i in range(0, len(parts), 2))
 
 
+def _is_transcript(row: Columns, name: str) -> bool:
+    """Whether a prompt is a transcript that ends where the assistant speaks next."""
+    value = row.values.get(name)
+    return isinstance(value, str) and bool(_TRANSCRIPT_START.match(value)) and value.rstrip().endswith("\n\nAssistant:")
+
+
 def _gsm8k(row: Columns) -> Conversation:
     question, answer = row.text("question"), row.text("answer")
     solution, mark, final = answer.rpartition("####")
-    if not mark or not solution.strip() or not final.strip():
-        raise RowRefused("no final answer after ####")
-    # Commas only group digits here, and checkers compare numbers.
-    found = {"answer": final.strip().replace(",", "")}
-    return Conversation((Message("user", question), Message("assistant", answer)), row.rest(), found)
+    final = final.strip()
+    if not mark or not solution.strip() or not final or "\n" in final:
+        raise RowRefused("no final answer after ####", "give plain answers in the columns `prompt` and `completion`")
+    # Checkers compare numbers. Commas that group digits go; those of a pair or a list stay.
+    found = {"answer": final.replace(",", "") if _GROUPED.fullmatch(final) else final}
+    return Conversation((*_before(row), Message("user", question), Message("assistant", answer)), found)
 
 
 _READERS: Final[dict[Format, Callable[[Columns], Parsed]]] = {
@@ -294,7 +314,39 @@ _READERS: Final[dict[Format, Callable[[Columns], Parsed]]] = {
 
 def _system(row: Columns) -> tuple[Message, ...]:
     """The system message, if it has its own column."""
-    return (Message("system", row.text("system")),) if row.has("system") else ()
+    for name in SYSTEM:
+        if row.says(name):
+            return (Message("system", row.text(name)),)
+        row.used.add(name)
+    return ()
+
+
+def _with_system(row: Columns, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns after the system message of its own column, which may be repeated in them."""
+    system = _system(row)
+    if system and turns and turns[0].role == "system" and turns[0].content.strip():
+        if turns[0].content.strip() != system[0].content.strip():
+            raise RowRefused("two system messages", "the turns have another one than the column; remove one of them")
+        return turns
+    return system + (turns[1:] if system and turns and turns[0].role == "system" else turns)
+
+
+def _before(row: Columns) -> tuple[Message, ...]:
+    """The system message and the earlier turns of a row whose columns hold one question."""
+    if not row.says("history"):
+        row.used.add("history")
+        return _system(row)
+    history = row.get("history")
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return _with_system(row, row.turns(history, "history"))
+    turns: list[Message] = []
+    for i, pair in enumerate(history if isinstance(history, list) else [history]):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise DataError(
+                f"{row.origin}: `history[{i}]` is not [question, answer]; `history` is a list of such pairs of texts"
+            )
+        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return _system(row) + tuple(turns)
 
 
 def _instruction(row: Columns) -> str:
@@ -304,51 +356,24 @@ def _instruction(row: Columns) -> str:
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
-def _prompt(row: Columns, name: str) -> tuple[tuple[Message, ...], bool]:
-    """A prompt given as text or as turns, and whether an instruction header was removed from it."""
+def _prompt(row: Columns, name: str) -> tuple[Message, ...]:
+    """A prompt given as text or as turns, after the system message and the earlier turns of other columns."""
     value = row.get(name)
     if not isinstance(value, str):
-        return _turns(value, row, name), False
+        return _with_system(row, row.turns(value, name))
+    if _is_transcript(row, name):
+        row.notes.append(TRANSCRIPT_SPLIT)
+        return _with_system(row, _transcript(value, row.origin, name)[:-1])
     header = _HEADER.match(value)
     if header is None:
-        return (Message("user", value),), False
+        return (*_before(row), Message("user", value))
+    row.notes.append(HEADER_REMOVED)
     parts = [part for part in (header["instruction"], header["input"]) if part]
-    return (Message("user", "\n\n".join(parts)),), True
+    return (*_before(row), Message("user", "\n\n".join(parts)))
 
 
-def _turns(value: Any, row: Columns, column: str) -> tuple[Message, ...]:
-    """A list of turns, each {role, content} or {from, value}."""
-    if not isinstance(value, list):
-        raise DataError(f"{row.origin}: `{column}` is {type(value).__name__}; expected a list of turns")
-    return tuple(_turn(turn, row.origin, f"{column}[{i}]") for i, turn in enumerate(value))
-
-
-def _turn(turn: Any, origin: Origin, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise DataError(f"{origin}: `{place}` is {type(turn).__name__}; expected {{role, content}} or {{from, value}}")
-    who, what = ("from", "value") if "from" in turn else ("role", "content")
-    if turn.get(who) is None or turn.get(what) is None:
-        missing = who if turn.get(who) is None else what
-        state = "is null" if missing in turn else "is missing"
-        raise DataError(
-            f"{origin}: `{place}.{missing}` {state}; the turn has {', '.join(turn)}; remove the row or give it"
-        )
-    role = _ROLES.get(turn[who])
-    if role is None:
-        raise DataError(f"{origin}: `{place}.{who}` is {turn[who]!r}; known roles are {', '.join(_ROLES)}")
-    return Message(role, _content(turn[what], origin, f"{place}.{what}"))
-
-
-def _content(value: Any, origin: Origin, place: str) -> str:
-    """Text, or a list of text parts {type: text, text: ...} (some data has `value` instead of `text`)."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise DataError(f"{origin}: `{place}` is {type(value).__name__}; expected text or a list of text parts")
-    texts = []
-    for i, part in enumerate(value):
-        text = part.get("text", part.get("value")) if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise DataError(f"{origin}: `{place}[{i}]` is not a text part; only text can be trained on")
-        texts.append(text)
-    return "".join(texts)
+def _refuse_repeated(row: Columns, *answers: str) -> None:
+    """Raises RowRefused if every answer begins with the whole prompt: a model would be trained to repeat it."""
+    prompt = row.values.get("prompt")
+    if isinstance(prompt, str) and len(prompt.split()) > 2 and all(answer.startswith(prompt) for answer in answers):
+        raise RowRefused("answers begin with the prompt", "take the prompt off the answers")

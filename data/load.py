@@ -17,13 +17,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from data.accounting import Accounting
 from data.config import SourceConfig, WorldSource
 from data.errors import DataError, RowRefused
 from data.fingerprint import label
-from data.formats import Conversation, Document, Format, Pair, Parsed, detect, parse
+from data.formats import Conversation, Document, Format, Pair, Parsed, Told, detect, parse
 from data.records import Chat, Message, Origin, Preference, Prompt, Record, Text
 from data.sampling import shuffled
 from data.sources import read_rows
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Record)
 
+OWN_REFERENCE = "rows that keep their own column `reference` in place of their answer"
 CUT_TURN = "conversations whose turns after the last answer were cut"
 
 
@@ -94,7 +95,7 @@ def _records(source: SourceConfig, want: type[R], root: Path | None, accounting:
         except RowRefused as refusal:
             # The prompt may be missing or broken, so a hash of the whole row decides which split the row is in.
             if _in_split(json.dumps(row, sort_keys=True, default=str), holdout, split):
-                accounting.drop(refusal.reason, origin)
+                accounting.drop(refusal.reason, origin, refusal.mend)
             else:
                 accounting.put_aside("other split")
             continue
@@ -119,16 +120,18 @@ def _parsed_rows(
             yield _parsed(record), None, record.origin
         return
     formats: dict[str, Format] = {}
-    for row, origin in read_rows(source, root):
+    ignore = frozenset(source.ignore)
+    for row, origin in read_rows(source, root, accounting.notes):
         if origin.file not in formats:
             formats[origin.file] = detect(row, want is Text, origin) if source.format == "auto" else source.format
             accounting.notes[f"files read as {formats[origin.file]}"] += 1
         try:
-            parsed: Parsed | RowRefused = parse(row, formats[origin.file], origin, needs_answer=want is not Prompt)
+            parsed = parse(row, formats[origin.file], origin, want is not Prompt, ignore)
         except RowRefused as refusal:
-            parsed = refusal
-        if want is not Prompt and not isinstance(parsed, (RowRefused, Document)):
-            accounting.notes.update(f"{label(source)}: column `{name}` not read" for name in parsed.columns)
+            yield refusal, row, origin
+            continue
+        accounting.notes.update(parsed.told.notes)
+        accounting.notes.update(f"{label(source)}: {what} not read" for what in parsed.told.unread)
         yield parsed, row, origin
 
 
@@ -149,8 +152,8 @@ def _parsed(record: Record) -> Parsed:
     if isinstance(record, Text):
         return Document(record.text)
     if isinstance(record, Preference):
-        return Pair(record.prompt, record.chosen, record.rejected, {})
-    return Conversation(record.messages, record.columns if isinstance(record, Prompt) else {})
+        return Pair(record.prompt, record.chosen, record.rejected)
+    return Conversation(record.messages, told=Told(record.columns) if isinstance(record, Prompt) else Told())
 
 
 def _shape(parsed: Parsed, want: type[R], origin: Origin, accounting: Accounting) -> R:
@@ -163,41 +166,53 @@ def _shape(parsed: Parsed, want: type[R], origin: Origin, accounting: Accounting
             raise RowRefused("empty text")
         return cast(R, Text(parsed.text, origin))
     if isinstance(parsed, Conversation):
-        accounting.notes.update(parsed.notes)
         return cast(R, _from_conversation(parsed, want, origin, accounting))
-    return cast(R, _from_pair(parsed, want, origin))
+    return cast(R, _from_pair(parsed, want, origin, accounting))
 
 
 def _from_conversation(parsed: Conversation, want: type[R], origin: Origin, accounting: Accounting) -> Record:
     messages = _without_empty_system(parsed.messages)
     if want is Chat:
-        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
         if not answers:
-            raise RowRefused("no answer")
+            said = any(message.role == "assistant" for message in messages)
+            raise RowRefused("no answer is to be trained on" if said else "no answer")
         _check_turns(messages[: answers[-1] + 1])
         if answers[-1] + 1 < len(messages):
             accounting.notes[CUT_TURN] += 1
         return Chat(messages[: answers[-1] + 1], origin)
     if want is Prompt:
         _check_turns(messages)
+        columns = parsed.told.columns | parsed.found
         if messages[-1].role != "assistant":
-            return Prompt(messages, origin, parsed.columns | parsed.found)
-        return Prompt(messages[:-1], origin, parsed.columns | parsed.found | {"reference": messages[-1].content})
+            return Prompt(messages, origin, columns)
+        return Prompt(messages[:-1], origin, _with_reference(columns, messages[-1], accounting))
     raise DataError(f"{origin}: holds conversations with one answer; a preference needs `chosen` and `rejected`")
 
 
-def _from_pair(parsed: Pair, want: type[R], origin: Origin) -> Record:
+def _from_pair(parsed: Pair, want: type[R], origin: Origin, accounting: Accounting) -> Record:
     prompt = _without_empty_system(parsed.prompt)
-    _check_turns((*prompt, Message("assistant", parsed.chosen)))
+    chosen = Message("assistant", parsed.chosen)
+    _check_turns((*prompt, chosen))
     if want is Chat:
-        return Chat((*prompt, Message("assistant", parsed.chosen)), origin)
+        return Chat((*prompt, chosen), origin)
     if want is Prompt:
-        return Prompt(prompt, origin, parsed.columns | {"reference": parsed.chosen})
+        return Prompt(prompt, origin, _with_reference(parsed.told.columns, chosen, accounting))
     if not parsed.rejected.strip():
         raise RowRefused("empty answer")
     if parsed.chosen.strip() == parsed.rejected.strip():
         raise RowRefused("chosen and rejected are the same")
     return Preference(prompt, parsed.chosen, parsed.rejected, origin)
+
+
+def _with_reference(columns: dict[str, Any], answer: Message, accounting: Accounting) -> dict[str, Any]:
+    """The columns with the row's answer as `reference`. A column of that name is the user's own, and stays."""
+    if not answer.trained:
+        return columns
+    if "reference" in columns:
+        accounting.notes[OWN_REFERENCE] += 1
+        return columns
+    return columns | {"reference": answer.content}
 
 
 def _without_empty_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -223,6 +238,8 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         if not message.content.strip() and message.role != "tool":
             raise RowRefused("empty answer" if message.role == "assistant" else "empty prompt")
         before = message.role
+    if not any(message.role == "user" for message in messages):
+        raise RowRefused("no turn of the user")
 
 
 def _holdout_key(record: Record) -> str:

@@ -21,6 +21,8 @@ class Origin:
 class Message:
     role: Role
     content: str
+    trained: bool = field(default=True, repr=False)
+    """Whether the loss counts the turn, if it is an answer. Not in `repr`, by whose hash mixtures choose rows."""
 
 
 @dataclass(frozen=True, slots=True)

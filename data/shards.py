@@ -132,17 +132,29 @@ class RowStore:
                 records = read(sources, kind.want, root, seed, accounting)
                 write_rows(writing, kind, records, encoder, accounting, lambda n: mixture_order(sources, n, seed))
             fsync_tree(writing)
-            if not self._is_whole(folder):  # another run may have finished first
-                remove_tree(folder)
-                with suppress(OSError):  # another run has just renamed its own folder to this name
-                    writing.rename(folder)
-                    self._made.append(folder)
+            if self._rename(writing, folder):
+                self._made.append(folder)
                 fsync_path(self._folder)
         finally:
             remove_tree(writing)
             if not existed and not self._made:
                 with suppress(OSError):
                     self._folder.rmdir()
+
+    def _rename(self, written: Path, folder: Path) -> bool:
+        """Gives the written rows their name. False if another run has written the same rows in the meantime."""
+        for _ in range(2):
+            with suppress(OSError):  # the name is taken
+                written.rename(folder)
+                return True
+            if self._is_whole(folder):
+                return False
+            # Damaged rows are moved away first, so that two runs never remove files of the same folder.
+            damaged = written.with_name(f"{written.name}.damaged")
+            with suppress(OSError):
+                folder.rename(damaged)
+                remove_tree(damaged)
+        return False
 
     def _sweep(self) -> None:
         """Removes the unfinished folders of processes that were killed."""
@@ -358,11 +370,13 @@ class _Dropped:
         """Tokens of the shortest row that was too long; 0 if there was none."""
         self._records, self._rows, self._reason, self._file = array("q"), array("q"), array("i"), array("i")
         self._names: dict[str, int] = {}
+        self._mends: dict[str, str] = {}
 
     def add(self, record: int, refusal: RowRefused, origin: Origin) -> None:
         """Adds the record with the number `record`."""
         if isinstance(refusal, TooLong):
             self.shortest = min(self.shortest or refusal.tokens, refusal.tokens)
+        self._mends[refusal.reason] = refusal.mend
         self._records.append(record)
         self._rows.append(origin.row)
         self._reason.append(self._names.setdefault(refusal.reason, len(self._names)))
@@ -375,7 +389,8 @@ class _Dropped:
         if turn is not None:
             order = sorted(order, key=lambda i: turn[self._records[i]])
         for i in order:
-            accounting.drop(names[self._reason[i]], Origin(names[self._file[i]], self._rows[i]))
+            reason, origin = names[self._reason[i]], Origin(names[self._file[i]], self._rows[i])
+            accounting.drop(reason, origin, self._mends[reason])
 
 
 def _batches(records: Iterable[R]) -> Iterator[list[R]]:

@@ -21,7 +21,6 @@ CHATS = {
     "sft/messages-parts-format.jsonl.gz": 500,
     "sft/dolly-hhrlhf-1000.jsonl.gz": 1000,
     "preference/kto-300.json.gz": 150,
-    "tools/glaive-toolcall-300.json.gz": 300,
     "tools/toolrl-sft.json.gz": 400,
 }
 PREFERENCES = {
@@ -44,7 +43,7 @@ UNREADABLE = {
     "tools/bfcl-v4-multiple.jsonl.gz": "of no known format",
     "tools/bfcl-v4-simple_python.answers.jsonl.gz": "of no known format",
     "eval/arc-easy.jsonl.gz": "of no known format",
-    "eval/mmlu.tar.gz": "not one of .txt, .jsonl, .json, .csv, .parquet",
+    "eval/mmlu.tar.gz": "not one of .txt, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow",
 }
 
 
@@ -63,6 +62,14 @@ def test_texts(shared_data, path):
 @pytest.mark.parametrize("path", CHATS)
 def test_chats(shared_data, path):
     assert len(read(shared_data, path, Chat).records) == CHATS[path]
+
+
+def test_conversations_with_tools_are_read_where_the_tools_are_left_out_on_purpose(shared_data):
+    path = "tools/glaive-toolcall-300.json.gz"
+    assert len(read(shared_data, path, Chat, ignore=["tools"]).records) == 300
+    dropped = read(shared_data, path, Chat).accounting
+    with pytest.raises(DataError, match=r"`tools` would be lost: 191 [\s\S]*set `ignore: .tools.` in the source"):
+        dropped.check(0.5)
 
 
 @pytest.mark.parametrize("path", PREFERENCES)

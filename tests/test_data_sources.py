@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+from collections import Counter
 
 import datasets
 import pytest
@@ -50,14 +51,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix, bom):
     plain.write_bytes(bom + contents(suffix))
     packed.write_bytes(gzip.compress(bom + contents(suffix)))
     for path in (plain, packed):
-        rows = list(read_rows(FileSource(source="file", path=path.name), tmp_path))
+        rows = list(read_rows(FileSource(source="file", path=path.name), tmp_path, Counter()))
         assert [row for row, _ in rows] == ROWS
         assert [origin for _, origin in rows] == [Origin(path.name, 1), Origin(path.name, 2)]
 
 
 def test_json_with_one_row_a_line_and_lines_counted_with_the_blank_ones(tmp_path):
     (tmp_path / "x.json").write_text('{"text": "one"}\n\n{"text": "two"}\n')
-    rows = list(read_rows(FileSource(source="file", path="x.json"), tmp_path))
+    rows = list(read_rows(FileSource(source="file", path="x.json"), tmp_path, Counter()))
     assert rows == [({"text": "one"}, Origin("x.json", 1)), ({"text": "two"}, Origin("x.json", 3))]
 
 
@@ -104,7 +105,7 @@ def test_rows_of_a_stage_are_read_from_the_folder_that_the_run_names(tmp_path):
         gzip.compress("".join(json.dumps(row) + "\n" for row in rows[20:]).encode())
     )
     source = StageSource(source="stage", name="generate").at(tmp_path)
-    read = list(read_rows(source, tmp_path / "elsewhere"))
+    read = list(read_rows(source, tmp_path / "elsewhere", Counter()))
     assert [row for row, _ in read] == rows[20:] + rows[:20]
     assert read[0][1] == Origin("stage:generate/more.jsonl.gz", 1)
     label, digest = fingerprint(source, None)
