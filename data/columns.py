@@ -43,18 +43,16 @@ SHARES: Final = ("weight", "loss_weight", "sample_weight", "train", "trainable")
 _TURN_SHARES: Final = ("weight", "loss_weight", "train", "trainable", "loss")
 SYSTEM: Final = ("system", "system_prompt")
 
-UNTRAINABLE = "weights of turns that are not answers (they are never trained on)"
-
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, no text, false, an empty list, or only such values inside."""
+    """Whether a value says nothing: null, no text, an empty list, or only such values inside."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, Mapping):
         return all(is_empty(part) for part in value.values())
     if isinstance(value, (list, tuple)):
         return all(is_empty(part) for part in value)
-    return value is None or value is False
+    return value is None
 
 
 def truth(value: Any) -> bool | None:
@@ -101,6 +99,9 @@ class Columns:
                 if self.values[name] is None:
                     raise DataError(f"{self.origin}: `{name}` is null; give it a value, or remove the row")
                 return self.values[name]
+        left_out = [name for name in names if name in self.ignore]
+        if left_out:
+            raise DataError(f"{self.origin}: `ignore` leaves out `{left_out[0]}`, without which the row cannot be read")
         raise DataError(
             f"{self.origin}: no column {' or '.join(f'`{n}`' for n in names)}; the row has "
             f"{', '.join(self.values) or 'none'}. Format {self.format} expects {self.expected}"
@@ -110,7 +111,7 @@ class Columns:
         """As `get`, for a column that must hold text."""
         value = self.get(*names)
         if not isinstance(value, str):
-            name = next(n for n in names if n in self.values)
+            name = next(n for n in names if n in self.used)
             raise DataError(f"{self.origin}: `{name}` is {type(value).__name__}; expected text")
         return value
 
@@ -145,7 +146,7 @@ class Columns:
             if trained:
                 self.used.add(name)
         for name in (*_OF_PROMPTS, *(_OF_ANSWERS if self.needs_answer else ())):
-            if name not in self.used and self.says(name):
+            if name not in self.used and self.says(name) and self.values[name] is not False:
                 raise lost(name)
 
     def turns(self, value: Any, column: str) -> tuple[Message, ...]:
@@ -168,7 +169,7 @@ class Columns:
             )
         who, what = ("from", "value") if "from" in turn else ("role", "content")
         for key in _OF_TURNS:
-            if key in turn and key not in self.ignore and not is_empty(turn[key]):
+            if key in turn and key not in self.ignore and turn[key] is not False and not is_empty(turn[key]):
                 raise lost(key)
         said = turn.get(what)
         if said is None and any(turn.get(key) for key in _CALLS):  # left out on purpose, or the row would be refused
@@ -193,7 +194,7 @@ class Columns:
                 share = truth(turn[key])
                 if role != "assistant":
                     if share is not False:
-                        self.notes.append(UNTRAINABLE)
+                        self.notes.append(f"`{key}` of turns that are not answers: they are never trained on")
                 elif share is None:
                     raise RowRefused(f"`{key}` of a turn is neither 0 nor 1", _without(key, "to train on every answer"))
                 else:

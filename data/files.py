@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -194,8 +195,9 @@ def _loads(text: str, name: str, first_line: int, mend: str) -> Any:
         ) from error
     except RecursionError as error:
         raise _too_deep(name, first_line) from error
-    except ValueError as error:  # Python limits the digits of a number
-        raise DataError(f"{name}:{first_line}: a number cannot be read ({error}); write it as text") from error
+    except ValueError as error:
+        limit = sys.get_int_max_str_digits()
+        raise DataError(f"{name}:{first_line}: a number has more than {limit} digits; write it as text") from error
 
 
 def _too_deep(name: str, line: int) -> DataError:
@@ -306,6 +308,8 @@ def _table(text: str, name: str, delimiter: str, notes: Counter[str]) -> Iterato
         header = next(rows, [])
         _check_header(header, name, delimiter)
         unnamed = [i for i, column in enumerate(header) if not column.strip()]
+        for i in unnamed:
+            notes[f"{name}: column {i + 1} left out: it has no name (an index?)"] += 1
         for number, row in enumerate(rows, start=1):
             if len(row) != len(header):
                 verb = "more" if len(row) > len(header) else "fewer"
@@ -314,8 +318,6 @@ def _table(text: str, name: str, delimiter: str, notes: Counter[str]) -> Iterato
                     f"({', '.join(header)}); quote fields that hold commas or line breaks"
                 )
             yield number, {column: field for i, (column, field) in enumerate(zip(header, row)) if i not in unnamed}
-        for i in unnamed:
-            notes[f"{name}: column {i + 1} left out: it has no name (an index?)"] += 1
     except csv.Error as error:
         raise DataError(f"{name}: broken CSV near line {reader.line_num} ({error}); check its quotes") from error
 

@@ -171,5 +171,9 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[Row, Origin]]:
             f"{name}: cannot be loaded: {error}. Check name, subset, hub_split and revision; without a network it must "
             "be in the cache of an earlier run; for one that asks for consent, log in with `hf auth login`"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield row, Origin(name, number)
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield row, Origin(name, number)
+    except (ImportError, RuntimeError, OSError, ValueError) as error:  # pictures and sound are decoded here
+        raise DataError(f"{name}: the row after {number} cannot be decoded: {error}") from error
