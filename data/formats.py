@@ -23,9 +23,9 @@ Format: TypeAlias = Literal[
 EXPECTED: Final[dict[Format, str]] = {
     "text": "`text`",
     "prompt_completion": "`prompt` and `completion` (or `response`); `prompt` alone where only prompts are wanted",
-    "alpaca": "`instruction` and `output` (or `response`), optionally `input` and `system`",
+    "alpaca": "`instruction` and `output` (or `response`), optionally `input` and `history`",
     "messages": "`messages`: a list of {role, content}",
-    "sharegpt": "`conversations`: a list of {from, value}, optionally `system`",
+    "sharegpt": "`conversations`: a list of {from, value}",
     "preference": "`chosen` and `rejected`; where they are bare answers, also `prompt`, `question`, `instruction` or "
     "`conversations`",
     "hh_rlhf": "`chosen` and `rejected`: transcripts that begin with `Human:`",

@@ -4,13 +4,16 @@ An error at once, because the data is not what the recipe says: a missing, empty
 UTF-8, broken JSON); a missing column; `null` or a wrong type in a column that is read; an unknown role; a format
 without records of the wanted kind (documents where conversations are wanted); a source without a usable row.
 
-Dropped and counted, because real data has such rows: empty text, empty prompt, empty answer, roles out of order, chosen
-equal to rejected, chosen and rejected that answer different prompts, a missing answer where one is wanted, a
-conversation labelled as bad, a GSM8K row without a final answer. The encoder also drops rows that are too long, and
-messages that contain a special token's text. The caller limits the share with `Accounting.check(max_drop_fraction)`.
+Dropped and counted, because real data has such rows: empty text, empty prompt, empty answer, roles out of order, no
+turn of the user, chosen equal to rejected or scored below it, chosen and rejected that answer different prompts, an
+answer that repeats its prompt, a missing answer where one is wanted, a conversation labelled as bad or weighted with 0,
+a GSM8K row without a final answer, a row with a key without which it means something else (data/columns.py). The
+encoder also drops rows that are too long, and messages that contain a special token's text. The caller limits the share
+with `Accounting.check(max_drop_fraction)`.
 
 Repaired: a byte order mark, Windows line ends, Project Gutenberg's wrapping, an empty system message. Repaired and
-counted in a note: the Alpaca instruction header inside a prompt, turns after the last answer of a conversation.
+counted in a note: the Alpaca instruction header inside a prompt, a prompt that is a transcript, turns after the last
+answer of a conversation.
 """
 
 import hashlib
@@ -48,7 +51,7 @@ def read(
 
     Conversions: a chat becomes a prompt without its last answer, which goes to `columns["reference"]`. A pair becomes
     a prompt with the chosen answer as reference, or a chat with the chosen answer. Nothing becomes a document. A prompt
-    keeps the other columns of its row in `columns`.
+    keeps the other columns of its row in `columns`, also one of its own called `reference`.
 
     Mixture: all rows of the source with the largest weight are used. Every other source contributes the share
     `weight / largest weight` of its rows, those with the lowest hashes (of the row and the seed). Such a source is read

@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from pydantic import ValidationError
 
@@ -148,6 +151,103 @@ def test_wrong_types_and_roles(tmp_path):
     assert complaint(tmp_path, "x.jsonl", '"a string"\n', format="alpaca").startswith(
         "x.jsonl:1: a string; format alpaca"
     )
+
+
+def test_a_role_of_another_type_is_an_unknown_role(tmp_path):
+    for role in (["user"], {"name": "user"}, 3, True):
+        text = complaint(tmp_path, "x.jsonl", json.dumps({"messages": [{"role": role, "content": "q"}]}))
+        assert text.startswith(f"x.jsonl:1: `messages[0].role` is {role!r}; known roles are system, developer")
+
+
+def test_half_a_character_is_named_with_its_place(tmp_path):
+    line = json.dumps({"messages": [{"role": "user", "content": "ok"}, {"role": "assistant", "content": "é \udc00"}]})
+    text = complaint(tmp_path, "x.jsonl", GOOD + line)
+    assert text.startswith("x.jsonl:2: `messages[1].content` holds half a character (\\udc00 at position 2)")
+    assert complaint(tmp_path, "x.json", f"[{GOOD}, {line}]").startswith("x.json:2: `messages[1].content` holds half")
+    text = complaint(tmp_path, "x.jsonl", json.dumps({"prompt": "q", "completion": "a", "\ud83d": 1}))
+    assert text.startswith("x.jsonl:1: `\\ud83d (the key)` holds half a character")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "\U0001f600", "completion": "a"}))
+    assert read(tmp_path).records[0].messages[0].content == "\U0001f600"
+
+
+def test_numbers_nesting_and_keys_that_json_allows_and_readers_do_not(tmp_path):
+    more = GOOD.strip()[:-1]
+    huge = more + ', "n": ' + "9" * 5000 + "}"
+    assert complaint(tmp_path, "x.jsonl", GOOD + huge) == (
+        "x.jsonl:2: a number has more than 4300 digits; write it as text"
+    )
+    for depth in (150, 100_000):
+        deep = more + ', "n": ' + "[" * depth + "]" * depth + "}"
+        text = complaint(tmp_path, "x.jsonl", GOOD + deep)
+        assert text == "x.jsonl:2: lists or objects are nested more than 100 deep; flatten the row"
+    twice = '{"prompt": "q", "completion": "a", "completion": "b"}'
+    assert complaint(tmp_path, "x.jsonl", GOOD + twice) == (
+        "x.jsonl:2: the key `completion` comes twice in one object; rename or remove one"
+    )
+    inner = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    assert "x.json:1: the key `content` comes twice" in complaint(tmp_path, "x.json", f"[{inner}]")
+
+
+def test_files_that_are_something_else_are_named_as_that(tmp_path):
+    good = GOOD.encode()
+    for name, content, words in (
+        (
+            "x.jsonl",
+            GOOD.encode("utf-16"),
+            "x.jsonl: is UTF-16, not UTF-8; convert it: `iconv -f utf-16 -t utf-8 FILE`",
+        ),
+        ("x.txt", GOOD.encode("utf-16"), "x.txt: is UTF-16, not UTF-8"),
+        ("x.csv", GOOD.encode("utf-16-le"), "x.csv: has zero bytes at its start; it is damaged, or it is UTF-16"),
+        ("x.jsonl", gzip.compress(good), "x.jsonl: holds gzip data; add `.gz` to its name"),
+        (
+            "x.json.gz",
+            gzip.compress(gzip.compress(good)),
+            "x.json.gz: holds gzip data, compressed twice; unpack it once",
+        ),
+        ("x.jsonl", b"PAR1....", "x.jsonl: is no text; give it the name of what it is, `.parquet`"),
+        ("x.jsonl.bz2", b"BZh9", "x.jsonl.bz2: the bzip2 file ends in the middle"),
+        ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x00", "x.jsonl.zst: the zstd file ends in the middle"),
+        ("x.jsonl.xz", good, "x.jsonl.xz: not a xz file, or damaged"),
+        ("x.arrow", b"ARROW1", "x.arrow: not a whole Arrow file, or not readable"),
+    ):
+        assert complaint(tmp_path, name, content).startswith(words)
+
+
+def test_columns_of_one_name_and_other_separators(tmp_path):
+    text = complaint(tmp_path, "x.csv", "prompt,completion,completion\nq,a,b\n")
+    assert text == "x.csv: columns 2 and 3 are both called `completion`; rename or remove one"
+    table = pyarrow.Table.from_arrays([pyarrow.array(["q"]), pyarrow.array(["a"])], ["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x.parquet: columns 1 and 2 are both called `prompt`"):
+        read(tmp_path, "x.parquet")
+    assert complaint(tmp_path, "x.csv", "prompt\tcompletion\nq\ta\n") == (
+        "x.csv: its columns are separated by tabs; call it .tsv"
+    )
+    assert "separated by semicolons; write it with commas" in complaint(tmp_path, "x.csv", "prompt;completion\nq;a\n")
+    assert "separated by commas" in complaint(tmp_path, "x.tsv", "prompt,completion\nq,a\n")
+
+
+def test_a_json_object_without_one_list_of_rows(tmp_path):
+    text = complaint(tmp_path, "x.json", '{\n"train": [1],\n"test": []}')
+    assert text.startswith("x.json: is one object with the keys train, test; expected a list of rows, or an object")
+    assert "(2 of its values are lists)" in text
+    assert "expected an object of columns" in complaint(tmp_path, "x.json", '{"data": [1]}')
+
+
+def test_paths_that_cannot_be_looked_up(tmp_path):
+    for path in ("x\0y", "**.jsonl", "x" * 300):
+        with pytest.raises(DataError, match="`path: "):
+            read(tmp_path, path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / os.fsdecode(b"caf\xe9.jsonl")).write_text(GOOD)
+    with pytest.raises(DataError, match=r"caf.udce9.jsonl': the file's name is not UTF-8; rename it"):
+        read(tmp_path, "folder")
+
+
+def test_history_has_pairs_of_texts(tmp_path):
+    for history in ("before", [["a"]], [["a", None]], [3]):
+        text = complaint(tmp_path, "x.jsonl", json.dumps({"instruction": "q", "output": "a", "history": history}))
+        assert text.startswith("x.jsonl:1: `history[0]` is not [question, answer]; `history` is a list of such pairs")
 
 
 def test_an_exclude_that_matches_nothing_is_refused(tmp_path):

@@ -31,6 +31,7 @@ from tests.test_data_encode import own
 from tests.test_data_known_keys import BASES, OF_ROWS, OF_TURNS
 
 COUNT = os.environ.get("BATON_FUZZ")
+HUGE = "a number of 5000 digits"
 KINDS = {Text: Documents(), Chat: Chats(64, "drop"), Preference: Pairs(64, "keep_end"), Prompt: Prompts(64)}
 PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
@@ -59,7 +60,20 @@ def encode(name: str, content: bytes, want, **config) -> None:
 
 wants = st.sampled_from(list(KINDS))
 texts = st.text(alphabet=st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
-    ["hi", "<|end|>", "#### 4", "\n\nHuman: q\n\nAssistant: a", "Human: x", "[]", "NaN", "true", "0", " ", "\ud83d"]
+    [
+        HUGE,
+        "hi",
+        "<|end|>",
+        "#### 4",
+        "\n\nHuman: q\n\nAssistant: a",
+        "Human: x",
+        "[]",
+        "NaN",
+        "true",
+        "0",
+        " ",
+        "\ud83d",
+    ]
 )
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
 keys = st.sampled_from([*OF_ROWS, *OF_TURNS, "role", "content", "from", "value", "type", "chosen", "rejected"]) | texts
@@ -72,27 +86,36 @@ turns = st.builds(
         **({"role": role, "content": text} if who else {"from": role, "value": text}),
     },
     st.booleans(),
-    st.sampled_from(list(ROLES)) | values,
+    st.sampled_from(["user", "assistant", *ROLES]) | st.sampled_from([["user"], {"name": "user"}, None, 3]),
     texts | st.lists(st.builds(lambda text: {"type": "text", "text": text}, texts), max_size=2) | values,
     st.dictionaries(keys, values, max_size=2),
 )
 columns = scalars | st.lists(turns, max_size=4) | values
+talks = st.lists(turns, min_size=1, max_size=4)
 rows = st.one_of(
     st.sampled_from([base for base, _ in BASES.values()]).flatmap(
-        lambda base: st.dictionaries(keys | st.sampled_from(list(base)), columns, max_size=3).map(
-            lambda more: base | more
-        )
+        lambda base: st.dictionaries(keys, columns, max_size=3).map(lambda more: more | base)
     ),
+    st.sampled_from([base for base, _ in BASES.values()]).flatmap(
+        lambda base: st.dictionaries(st.sampled_from(list(base)), columns, max_size=2).map(lambda more: base | more)
+    ),
+    st.builds(lambda name, talk, more: {**more, name: talk}, st.sampled_from(["messages", "conversations", "prompt"]),
+              talks, st.dictionaries(keys, columns, max_size=2)),
+    st.builds(lambda good, bad: {"chosen": good, "rejected": bad}, talks | columns, talks | columns),
     st.dictionaries(keys, columns, max_size=4),
     values,
-)
+)  # fmt: skip
+
+
+def as_json(value) -> str:
+    """JSON, also of a number that Python does not write."""
+    return json.dumps(value).replace(json.dumps(HUGE), "7" * 5000)
 
 
 @fuzzed(250)
 @given(wants, st.lists(rows, min_size=1, max_size=4), st.sampled_from(["jsonl", "json"]), st.lists(keys, max_size=2))
 def test_rows_of_any_values(want, made, suffix, ignore):
-    lines = [json.dumps(row) for row in made]
-    content = "\n".join(lines) if suffix == "jsonl" else json.dumps(made)
+    content = "\n".join(map(as_json, made)) if suffix == "jsonl" else as_json(made)
     encode(f"x.{suffix}", content.encode(), want, ignore=ignore)
 
 

@@ -1,16 +1,21 @@
 """Every kind of file gives the same rows; folders, globs and the hub; text files become documents; fingerprints."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 from collections import Counter
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data.config import FileSource, HubSource, StageSource, WorldSource
 from data.documents import TARGET, split_documents
+from data.errors import DataError
 from data.fingerprint import fingerprint, fingerprints
 from data.records import Chat, Origin, Prompt, Text
 from data.sources import read_rows
@@ -31,9 +36,6 @@ def contents(suffix: str) -> bytes:
         writer.writeheader()
         writer.writerows(ROWS)
         return out.getvalue().encode()
-    import pyarrow
-    import pyarrow.parquet
-
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), buffer)
     return buffer.getvalue()
@@ -77,6 +79,75 @@ def test_folders_globs_and_exclude(tmp_path, monkeypatch):
     assert texts("books", exclude=["a.txt", "c*"]) == ["books/b.txt"]
     monkeypatch.chdir(tmp_path)
     assert texts("books/a.txt", root=None) == ["books/a.txt"]
+
+
+def test_files_of_a_folder_are_read_or_named(tmp_path):
+    table = pyarrow.Table.from_pylist([{"text": "arrow"}])
+    packers = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+    names = {f"{kind}.jsonl.{kind}": pack(json.dumps({"text": kind}).encode()) for kind, pack in packers.items()}
+    names |= {"tab.tsv": b"text\tn\ntab\t1\n", "new.ndjson": b'{"text": "new"}', "UP.JSONL": b'{"text": "up"}'}
+    names |= {"README.md": b"about", "rows.bin": b"\0", ".hidden.jsonl": b"{}", ".cache/rows.jsonl": b"{}"}
+    (tmp_path / "set" / ".cache").mkdir(parents=True)
+    for name, content in names.items():
+        (tmp_path / "set" / name).write_bytes(content)
+    with pyarrow.ipc.new_file(tmp_path / "set" / "arrow.arrow", table.schema) as file:
+        file.write_table(table)
+    loaded = load([FileSource(source="file", path="set")], Text, tmp_path, 0)
+    assert {record.text for record in loaded.records} == {"arrow", "gz", "bz2", "xz", "zst", "tab", "new", "up"}
+    left_out = "files left out, of another kind or hidden: .cache/rows.jsonl, .hidden.jsonl, README.md, rows.bin"
+    assert loaded.accounting.notes[left_out] == 4
+    quiet = load([FileSource(source="file", path="set", exclude=["README.md", "rows.*", ".*"])], Text, tmp_path, 0)
+    assert not any("left out" in note for note in quiet.accounting.notes)
+
+
+def zstd(content: bytes) -> bytes:
+    """Two frames one after the other, as some writers make them."""
+    half = len(content) // 2
+    return b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (content[:half], content[half:]))
+
+
+def test_files_whose_names_say_that_they_are_held_out_are_named(tmp_path):
+    for name in ("train.jsonl", "test-00000.jsonl", "latest.jsonl", "contest.jsonl", "my_eval.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    notes = load([FileSource(source="file", path=".")], Text, tmp_path, 0).accounting.notes
+    assert "files read whose names say that they are held out (see `exclude`): my_eval.jsonl, test-00000.jsonl" in notes
+    for path in ("test-00000.jsonl", "t*.jsonl"):
+        said = any(
+            "held out" in n for n in load([FileSource(source="file", path=path)], Text, tmp_path, 0).accounting.notes
+        )
+        assert said == (path == "t*.jsonl")
+
+
+def test_folders_that_datasets_saved(tmp_path):
+    made = datasets.Dataset.from_list(ROWS)
+    made.save_to_disk(tmp_path / "one", num_shards=2)
+    loaded = load([FileSource(source="file", path="one")], Chat, tmp_path, 0)
+    assert [r.messages[0].content for r in loaded.records] == [row["prompt"] for row in ROWS]
+    assert loaded.accounting.notes == {"files read as prompt_completion": 2}
+    datasets.DatasetDict(train=made, test=made).save_to_disk(tmp_path / "two")
+    with pytest.raises(
+        DataError, match=r"`path: two` .*holds the splits test, train of a saved data set; add one of them"
+    ):
+        load([FileSource(source="file", path="two")], Chat, tmp_path, 0)
+    assert len(load([FileSource(source="file", path="two/train")], Chat, tmp_path, 0).records) == 2
+
+
+def test_json_under_a_key_and_one_row_alone(tmp_path):
+    content = json.dumps({"version": "1.1", "data": ROWS}, indent=1)
+    for text in (content, json.dumps({"version": "1.1", "data": ROWS})):
+        (tmp_path / "x.json").write_text(text)
+        loaded = load([FileSource(source="file", path="x.json")], Chat, tmp_path, 0)
+        assert len(loaded.records) == 2
+        assert loaded.accounting.notes["x.json: rows read under the key `data`; left out beside it: `version`"] == 1
+    (tmp_path / "x.json").write_text(json.dumps(ROWS[0], indent=1))
+    assert len(load([FileSource(source="file", path="x.json")], Chat, tmp_path, 0).records) == 1
+
+
+def test_columns_of_a_table_without_a_name_are_left_out_and_named(tmp_path):
+    (tmp_path / "x.csv").write_text(",prompt,completion\n0,q,a\n\n1,r,b\n")
+    loaded = load([FileSource(source="file", path="x.csv")], Prompt, tmp_path, 0)
+    assert [record.columns for record in loaded.records] == [{"reference": "a"}, {"reference": "b"}]
+    assert loaded.accounting.notes["x.csv: column 1 left out: it has no name (an index?)"] == 1
 
 
 def test_a_data_set_is_read_by_name(tmp_path, monkeypatch):
@@ -170,6 +241,19 @@ def test_fingerprints_of_one_list_have_distinct_names():
     hub = [HubSource(source="hub", name="o/n", subset="s", revision=r) for r in (None, "v1")]
     assert fingerprint(hub[0], None)[0] == "hub:o/n/s[train]"
     assert fingerprint(hub[0], None)[1] != fingerprint(hub[1], None)[1]
+
+
+def test_a_local_folder_named_as_a_data_set_of_the_hub_is_hashed_by_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds" / "train.jsonl").write_text(json.dumps(ROWS[0]))
+    source = HubSource(source="hub", name="./ds")
+    label, before = fingerprint(source, None)
+    assert label == "hub:./ds[train]" and fingerprint(source, None)[1] == before
+    (tmp_path / "ds" / "train.jsonl").write_text(json.dumps(ROWS[0] | {"completion": "e"}))
+    changed = fingerprint(source, None)[1]
+    (tmp_path / "ds" / "train.jsonl").rename(tmp_path / "ds" / "other.jsonl")
+    assert len({before, changed, fingerprint(source, None)[1]}) == 3
 
 
 def test_a_file_that_has_not_changed_is_hashed_once(tmp_path, monkeypatch):
