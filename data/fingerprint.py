@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
-from data.sources import local_files, source_files
+from data.sources import source_files
 from handoff.files import canonical_hash, sha256_file
 
 
@@ -29,8 +29,7 @@ def fingerprint(
     """(label, sha256 hex) of one source.
 
     The hash covers, for files and a stage's rows, names and bytes; for the world, its settings and the generator's
-    source files; for the hub, name, subset, split and revision (without one, changes on the hub go unnoticed), and if
-    the name is a local folder, names and bytes of its files.
+    source files; for the hub, name, subset, split and revision (without one, changes on the hub go unnoticed).
     `sha256` hashes a file; `HashCache.sha256` does not read an unchanged file again.
 
     Raises:
@@ -39,11 +38,7 @@ def fingerprint(
     if isinstance(source, WorldSource):
         return label(source), canonical_hash([source.model_dump(mode="json"), _world_code()])
     if isinstance(source, HubSource):
-        named = [source.name, source.subset, source.hub_split, source.revision]
-        local = local_files(source)
-        return label(source), canonical_hash(
-            [*named, [[name, sha256(path)] for name, path in local]] if local else named
-        )
+        return label(source), canonical_hash([source.name, source.subset, source.hub_split, source.revision])
     return label(source), _files_hash(source, root, sha256)
 
 

@@ -151,15 +151,6 @@ def _display(path: Path, root: Path | None) -> str:
     return str(path.relative_to(root)) if root is not None and path.is_relative_to(root) else str(path)
 
 
-def local_files(source: HubSource) -> list[tuple[str, Path]]:
-    """(name, path) of each file of the local folder that `datasets` reads in place of a data set of the hub; none if
-    the name is not that of a folder."""
-    folder = Path(source.name)
-    if not folder.is_dir():
-        return []
-    return [(str(p.relative_to(folder)), p) for p in sorted(folder.rglob("*")) if p.is_file()]
-
-
 def _hub_rows(source: HubSource) -> Iterator[tuple[Row, Origin]]:
     import datasets
 

@@ -97,6 +97,37 @@ DATA = {
         jsonl(CHAT, turns("user", "user", "assistant"), turns("assistant", "user", "assistant")),
         f"{DROPPED}roles out of order: 2 {PLACES}",
     ),
+    "half a character": (
+        "sft",
+        "x.jsonl",
+        jsonl(CHAT, {"prompt": "Hi \ud83d there", "completion": "a"}),
+        "DataError: x.jsonl:2: `prompt` holds half a character",
+    ),
+    "a role that is a list": (
+        "sft",
+        "x.jsonl",
+        jsonl({"messages": [{"role": ["user"], "content": "hi"}]}),
+        "DataError: x.jsonl:1: `messages[0].role` is ['user']; known roles are system, developer",
+    ),
+    "a number of 5,000 digits": (
+        "sft",
+        "x.jsonl",
+        jsonl(CHAT) + b'{"prompt": "hi", "completion": "a", "n": ' + b"7" * 5000 + b"}\n",
+        "DataError: x.jsonl:2: a number has more than 4300 digits; write it as text",
+    ),
+    "no turn of the user": (
+        "ppo",
+        "x.jsonl",
+        jsonl(turns("system")),
+        "DataError: file:x.jsonl: no row can be used (split all, holdout 0):\n1 rows in, 0 used, 1 dropped",
+    ),
+    "tool calls": (
+        "sft",
+        "x.jsonl",
+        jsonl(CHAT, *[{"messages": [*CHAT["messages"][:1], {**CHAT["messages"][1], "tool_calls": [{"id": 1}]}]}] * 2),
+        f"{DROPPED}`tool_calls` would be lost: 2 (first at x.jsonl:2, x.jsonl:3); write it into the text, or set "
+        "`ignore: [tool_calls]` in the source to train without it\nCorrect the data",
+    ),
     "every row too long": ("sft", "x.jsonl", jsonl(LONG, LONG), "DataError: no row is left of 2"),
     "every pair too long": (
         "reward_model",

@@ -243,19 +243,6 @@ def test_fingerprints_of_one_list_have_distinct_names():
     assert fingerprint(hub[0], None)[1] != fingerprint(hub[1], None)[1]
 
 
-def test_a_local_folder_named_as_a_data_set_of_the_hub_is_hashed_by_content(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ds").mkdir()
-    (tmp_path / "ds" / "train.jsonl").write_text(json.dumps(ROWS[0]))
-    source = HubSource(source="hub", name="./ds")
-    label, before = fingerprint(source, None)
-    assert label == "hub:./ds[train]" and fingerprint(source, None)[1] == before
-    (tmp_path / "ds" / "train.jsonl").write_text(json.dumps(ROWS[0] | {"completion": "e"}))
-    changed = fingerprint(source, None)[1]
-    (tmp_path / "ds" / "train.jsonl").rename(tmp_path / "ds" / "other.jsonl")
-    assert len({before, changed, fingerprint(source, None)[1]}) == 3
-
-
 def test_a_file_that_has_not_changed_is_hashed_once(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
     source, cache = FileSource(source="file", path="a.txt"), HashCache(tmp_path / "hashes.json")
