@@ -152,7 +152,8 @@ def _text(row: Columns) -> Document:
 
 def _prompt_completion(row: Columns) -> Conversation:
     prompt = _prompt(row, "prompt")
-    if not row.needs_answer and not any(name in row.values for name in ("completion", "response")):
+    answers = [name for name in ("completion", "response") if name in row.values and name not in row.ignore]
+    if not answers and not row.needs_answer:
         return Conversation(prompt)
     answer = row.get("completion", "response")
     if not isinstance(answer, str):

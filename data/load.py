@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Record)
 
+OPPOSITE = "pairs that prefer the answer which an earlier pair rejects"
 OWN_REFERENCE = "rows that keep their own column `reference` in place of their answer"
 CUT_TURN = "conversations whose turns after the last answer were cut"
 
@@ -60,6 +61,17 @@ def read(
     Raises:
         DataError: see this module's docstring; the message names file, row and field.
     """
+    seen: set[int] = set()
+    for record in _mixed(sources, want, root, seed, accounting):
+        if isinstance(record, Preference):
+            _note_opposite(record, seen, accounting)
+        yield record
+
+
+def _mixed(
+    sources: Sequence[SourceConfig], want: type[R], root: Path | None, seed: int, accounting: Accounting
+) -> Iterator[R]:
+    """The usable records of the sources in their shares of the mixture."""
     largest = max((source.weight for source in sources), default=1.0)
     for source in sources:
         own = Accounting()
@@ -74,6 +86,13 @@ def read(
         else:
             yield from _records(source, want, root, own)
         accounting.merge(own)
+
+
+def _note_opposite(pair: Preference, seen: set[int], accounting: Accounting) -> None:
+    """Counts a pair that prefers what an earlier one rejects. `seen`: a hash of each pair so far; added to."""
+    if hash((pair.prompt, pair.rejected, pair.chosen)) in seen:
+        accounting.notes[OPPOSITE] += 1
+    seen.add(hash((pair.prompt, pair.chosen, pair.rejected)))
 
 
 def mixture_order(sources: Sequence[SourceConfig], records: int, seed: int) -> "NDArray[np.int64] | None":

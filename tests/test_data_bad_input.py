@@ -269,3 +269,13 @@ def test_a_data_set_missing_from_the_hub_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(DataError, match=r"hub:.*/none\[train\]: cannot be loaded: .* Check name, subset, hub_split"):
         load([HubSource(source="hub", name=str(tmp_path / "none"))], Chat, None, 0)
+
+
+def test_a_row_of_the_hub_that_cannot_be_decoded_is_named(monkeypatch):
+    def rows(*args, **settings):
+        yield json.loads(GOOD)
+        raise ImportError("to decode images, install Pillow")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(DataError, match=r"hub:x/y\[train\]: the row after 1 cannot be decoded: to decode images"):
+        load([HubSource(source="hub", name="x/y")], Chat, None, 0)

@@ -151,6 +151,8 @@ def test_a_key_in_ignore_is_left_out_and_its_row_is_used(tmp_path):
     loaded = read(tmp_path, [row], Chat, ignore=names)
     assert [turn.content for turn in loaded.records[0].messages] == ["one", "two"]
     assert loaded.records[0].messages[1].trained
+    (question,) = read(tmp_path, [{"prompt": "q", "completion": "a"}], Prompt, ignore=["completion"]).records
+    assert question.columns == {"completion": "a"}
     # Reward functions may read a column that the prompt does not show.
     (prompt,) = read(tmp_path, [row], Prompt, ignore=names).records
     assert prompt.columns == {"tools": [TOOL], "images": ["a.png"], "label": False, "reference": "two"}

@@ -154,6 +154,14 @@ def test_pairs_whose_own_scores_say_the_opposite_are_dropped(tmp_path):
     assert read(tmp_path, rows, Preference, ignore=names).accounting.rows_used == 6
 
 
+def test_pairs_that_contradict_each_other_are_named(tmp_path):
+    pairs = [("q", "a", "b"), ("q", "b", "a"), ("r", "b", "a"), ("q", "a", "b"), ("q", "a", "c")]
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs]
+    counts = read(tmp_path, rows, Preference).accounting
+    assert counts.rows_used == 5
+    assert counts.notes["pairs that prefer the answer which an earlier pair rejects"] == 2
+
+
 def test_only_commas_that_group_digits_go_from_a_final_answer(tmp_path):
     finals = {
         "1,250": "1250", "$12,345,678.90": "$12345678.90", "-1,004 dollars": "-1004 dollars", "(3, 4)": "(3, 4)",
