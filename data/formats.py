@@ -41,8 +41,6 @@ _HEADER = re.compile(
 )
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT_START = re.compile(r"\s*Human:")
-# One number whose digits are in groups of three, with a sign, a currency or a unit around it.
-_GROUPED = re.compile(r"[^\d,()\[\]{}]*\d{1,3}(,\d{3})+(\.\d+)?[^\d,()\[\]{}]*")
 
 HEADER_REMOVED = "prompts whose instruction header was taken off"
 TRANSCRIPT_SPLIT = "prompts that were transcripts (`Human:`, `Assistant:`) and were split into turns"
@@ -290,13 +288,17 @@ def _is_transcript(row: Columns, name: str) -> bool:
     return isinstance(value, str) and bool(_TRANSCRIPT_START.match(value)) and value.rstrip().endswith("\n\nAssistant:")
 
 
+_GROUPED = re.compile(r"[^\w(\[{]*[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^,]*")
+"""One number with separators between its thousands, perhaps with a sign or currency before it and a unit behind it."""
+
+
 def _gsm8k(row: Columns) -> Conversation:
     question, answer = row.text("question"), row.text("answer")
     solution, mark, final = answer.rpartition("####")
     final = final.strip()
     if not mark or not solution.strip() or not final or "\n" in final:
         raise RowRefused("no final answer after ####", "give plain answers in the columns `prompt` and `completion`")
-    # Checkers compare numbers. Commas that group digits go; those of a pair or a list stay.
+    # Checkers compare numbers; in `(3, 4)` or `1,2` a comma does not group digits.
     found = {"answer": final.replace(",", "") if _GROUPED.fullmatch(final) else final}
     return Conversation((*_before(row), Message("user", question), Message("assistant", answer)), found)
 
