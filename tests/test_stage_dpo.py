@@ -99,15 +99,42 @@ def logps(**arrays):
     return {key: np.array(value, dtype=float) for key, value in arrays.items()}
 
 
+PAIRS = {
+    "chosen": [-1, -4],
+    "rejected": [-5, -2],
+    "ref_chosen": [-2, -3],
+    "ref_rejected": [-4, -4],
+    "chosen_tokens": [2, 3],
+    "rejected_tokens": [4, 1],
+}
+
+
 def test_held_out_metrics_by_hand():
-    found = pair_metrics(
-        logps(chosen=[-1, -4], rejected=[-5, -2], ref_chosen=[-2, -3], ref_rejected=[-4, -4], chosen_tokens=[2, 3]), 0.5
-    )
+    found = pair_metrics(logps(**PAIRS), 0.5)
     margins = np.array([0.5 * (1 + 1), 0.5 * (-1 - 2)])
     assert found["rewards/margins"] == pytest.approx(margins.mean())
     assert found["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean())
     assert found["rewards/accuracies"] == 0.5
     assert found["chosen_logratio_per_token"] == pytest.approx((1 - 1) / 5)
+
+
+def test_the_held_out_loss_of_every_kind_by_hand():
+    """The margins are 0.5 · (1 + 1) and 0.5 · (−1 − 2); the ratios per token differ by 1/2 + 1/4 and −1/3 − 2."""
+    good, bad = 1.0, -1.5
+
+    def sigmoid(margin):
+        return math.log1p(math.exp(-margin))
+
+    smoothed = [(0.8 * sigmoid(m) - 0.2 * sigmoid(-m)) / 0.6 for m in (good, bad)]
+    expected = {
+        ("sigmoid", 0.0, 0.0): (sigmoid(good) + sigmoid(bad)) / 2,
+        ("sigmoid", 0.2, 0.0): sum(smoothed) / 2,
+        ("hinge", 0.0, 0.0): (0 + 2.5) / 2,
+        ("ipo", 0.0, 0.0): ((0.75 - 1) ** 2 + (-7 / 3 - 1) ** 2) / 2,
+        ("hinge", 0.0, 0.3): (0 + 2.5) / 2 + 0.3 * (1 + 4) / (2 + 3),
+    }
+    for keys, loss in expected.items():
+        assert pair_metrics(logps(**PAIRS), 0.5, *keys)["loss"] == pytest.approx(loss)
 
 
 def test_alarms_name_what_went_wrong():
@@ -125,12 +152,21 @@ def test_a_collapse_is_warned_about_on_the_terminal(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("override", ["loss_type=ipo", "loss_type=hinge", "label_smoothing=0.1", "sft_weight=0.5"])
-def test_other_losses_train(override, tmp_path):
+@pytest.mark.parametrize(
+    ("override", "at_start"),
+    [("loss_type=ipo", 25.0), ("loss_type=hinge", 1.0), ("label_smoothing=0.1", math.log(2)), ("sft_weight=0.5", None)],
+)
+def test_other_losses_train_and_the_held_out_loss_is_the_trained_one(override, at_start, tmp_path):
+    """At the start, policy and reference are equal; β is 0.1, so IPO's loss is (0 − 1 / 0.2)²."""
     run = run_stage("dpo", tmp_path, override, "train.max_steps=12")
     assert run.lines[-2]["eval_rewards/margins"] > 0
-    if override == "sft_weight=0.5":
+    losses, heldout = run.of("loss"), run.of("eval_loss")
+    if at_start is not None:
+        assert heldout[0] == pytest.approx(at_start, abs=1e-5) == pytest.approx(losses[0], abs=1e-5)
+    else:
+        assert heldout[0] == pytest.approx(losses[0], rel=0.2) and heldout[0] > 1.3
         assert run.lines[-2]["eval_logps/chosen"] > run.lines[0]["eval_logps/chosen"]
+    assert heldout[-1] == pytest.approx(np.mean(losses[-3:]), rel=0.3)
 
 
 def test_smoothing_is_for_the_sigmoid_loss():

@@ -1,8 +1,11 @@
 """Metrics of DPO on held-out pairs, as pure functions of log-probabilities. The training loss itself is TRL's."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
+
+LossType = Literal["sigmoid", "ipo", "hinge"]
 
 # Nats per token of the chosen answers, relative to the reference: each token is 1.6 times less likely.
 _COLLAPSE = -0.5
@@ -10,19 +13,40 @@ _LONGER = 1.5
 _FEWER_STOPS = 0.05
 
 
-def pair_metrics(logps: Mapping[str, np.ndarray], beta: float) -> dict[str, float]:
-    """Held-out metrics under TRL's names.
+def pair_metrics(
+    logps: Mapping[str, np.ndarray],
+    beta: float,
+    loss_type: LossType = "sigmoid",
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+) -> dict[str, float]:
+    """Held-out metrics under TRL's names; `loss` is the loss that is trained.
 
     Args:
         logps: (N,) each: `chosen`, `rejected`, `ref_chosen`, `ref_rejected` (sums of nats over the answer's tokens),
-            `chosen_tokens`.
-        beta: coefficient of the implied reward beta * (log pi - log pi_ref), Rafailov et al. 2023, eq. 5. The loss is
-            eq. 7; it is ln 2 when policy and reference are equal.
+            `chosen_tokens`, `rejected_tokens`.
+        beta: coefficient of the implied reward beta * (log pi - log pi_ref), Rafailov et al. 2023, eq. 5. The sigmoid
+            loss is eq. 7; it is ln 2 when policy and reference are equal.
+        loss_type, label_smoothing, sft_weight: as in the recipe.
     """
-    chosen = beta * (logps["chosen"] - logps["ref_chosen"])
-    rejected = beta * (logps["rejected"] - logps["ref_rejected"])
+    chosen_ratio, rejected_ratio = logps["chosen"] - logps["ref_chosen"], logps["rejected"] - logps["ref_rejected"]
+    chosen, rejected = beta * chosen_ratio, beta * rejected_ratio
+    match loss_type:
+        case "sigmoid":
+            losses = np.logaddexp(0, rejected - chosen)
+            if label_smoothing:  # Chowdhury et al. 2024, eq. 12
+                swapped = np.logaddexp(0, chosen - rejected)
+                losses = ((1 - label_smoothing) * losses - label_smoothing * swapped) / (1 - 2 * label_smoothing)
+        case "hinge":
+            losses = np.maximum(0, 1 - (chosen - rejected))
+        case "ipo":  # Azar et al. 2023, eq. 17, with ratios per token, as TRL computes them
+            per_token = chosen_ratio / logps["chosen_tokens"] - rejected_ratio / logps["rejected_tokens"]
+            losses = (per_token - 1 / (2 * beta)) ** 2
+    loss = losses.mean()
+    if sft_weight:
+        loss = loss - sft_weight * logps["chosen"].sum() / logps["chosen_tokens"].sum()
     return {
-        "loss": float(np.logaddexp(0, rejected - chosen).mean()),
+        "loss": float(loss),
         "rewards/accuracies": float((chosen > rejected).mean()),
         "rewards/margins": float((chosen - rejected).mean()),
         "rewards/chosen": float(chosen.mean()),

@@ -96,7 +96,7 @@ def train(run: Run) -> None:
         lengths = heldout.lengths[longest_first(heldout)]
         kept_pairs: Any = trainer.eval_dataset  # TRL has added the reference's log-probabilities
         found = measure_rows(trainer, kept_pairs, lengths, trainer.data_collator, pair_logps)
-        metrics = pair_metrics(found, config.beta)
+        metrics = pair_metrics(found, config.beta, config.loss_type, config.label_smoothing, config.sft_weight)
         metrics |= greedy_answers(run, trainer, encoder, prompts, config.max_new_tokens)
         measured.append(metrics)
         return metrics
