@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from training.config import MuonTrainConfig, TrainConfig
 from training.faults import diverged
 from training.measure import wilson
-from training.optimizer import MuonAdamW
+from training.optimizer import MuonAdamW, muon_adamw
 from training.trainer import StepOrder, total_steps
 
 
@@ -104,6 +105,37 @@ def test_muon_and_adamw_step_as_each_alone():
         schedule.step()
     assert torch.equal(matrix, both[0]) and torch.equal(vector, both[1])
     assert not torch.equal(matrix, start[0])
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 4), (4, 12), (5, 5)])
+def test_muon_steps_a_transposed_matrix_as_the_same_linear_layer(inputs, outputs):
+    """GPT-2's Conv1D holds (in, out), Linear (out, in)."""
+    torch.manual_seed(0)
+    config = MuonTrainConfig(optim="muon", muon_learning_rate=0.05, learning_rate=0.01, weight_decay=0.1)
+
+    class Network(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.embed, self.layer = torch.nn.Embedding(3, inputs), layer
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def get_output_embeddings(self):
+            return None
+
+    linear, conv = torch.nn.Linear(inputs, outputs, bias=False), Conv1D(outputs, inputs)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.T)
+    x, target = torch.randn(8, inputs), torch.randn(8, outputs)
+    for layer in (linear, conv):
+        optimizer = muon_adamw(Network(layer), set(), config)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (layer(x) - target).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(conv.weight, linear.weight.T, rtol=0, atol=5e-3)  # Muon orthogonalises in bfloat16
+    assert not torch.allclose(conv.weight, torch.zeros(()), atol=0.05)
 
 
 def test_muon_keys_without_muon_are_refused():

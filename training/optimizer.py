@@ -4,23 +4,29 @@ Muon orthogonalises the momentum of a weight matrix before each step (Keller Jor
 https://kellerjordan.github.io/posts/muon/; `torch.optim.Muon`). It suits hidden matrices only: embeddings, the output
 head, norms and biases use AdamW. Trainer, scheduler, accelerate and the saved state each expect a single optimizer, so
 both share one list of parameter groups and one state.
+
+An orthogonalised step is scaled by √max(1, out / in). `torch.optim.Muon` takes both sizes from the shape (out, in) of
+`nn.Linear`. GPT-2's `Conv1D` stores its matrices as (in, out), so their learning rate corrects the scale (`_groups`).
 """
 
-from collections.abc import Iterable
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
+from transformers.pytorch_utils import Conv1D
 
 from training.config import MuonTrainConfig
 
 
-def hidden_matrices(model: PreTrainedModel) -> list[str]:
-    """Names of the weight matrices of linear layers, without embeddings and the output head.
+def decayed_names(module: nn.Module) -> set[str]:
+    """Names of the parameters with weight decay, by the Trainer's rule: all but norms and biases."""
+    return set(Trainer.get_decay_parameter_names(None, module))  # type: ignore[arg-type]  # it reads the module alone
 
-    GPT-2's `Conv1D` layers store them transposed, which makes no difference to an orthogonalised step.
-    """
+
+def hidden_matrices(model: PreTrainedModel) -> list[str]:
+    """Names of the weight matrices of linear layers, without embeddings and the output head."""
     outside = {id(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
     if head is not None:
@@ -36,9 +42,15 @@ def hidden_matrices(model: PreTrainedModel) -> list[str]:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer. The scheduler scales each group's own peak learning rate by the same factor."""
 
-    def __init__(self, matrices: Iterable[nn.Parameter], others: list[dict[str, Any]], config: MuonTrainConfig) -> None:
+    def __init__(
+        self,
+        matrices: list[nn.Parameter] | list[dict[str, Any]],
+        others: list[dict[str, Any]],
+        config: MuonTrainConfig,
+    ) -> None:
+        """`matrices`: parameters or groups of parameters for Muon; `others`: groups for AdamW."""
         self._muon = torch.optim.Muon(
-            list(matrices),
+            matrices,
             lr=config.muon_learning_rate,
             momentum=config.muon_momentum,
             weight_decay=config.weight_decay,
@@ -80,4 +92,26 @@ def muon_adamw(model: PreTrainedModel, decayed: set[str], config: MuonTrainConfi
         {"params": [p for name, p in rest if name in decayed], "weight_decay": config.weight_decay},
         {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
     ]
-    return MuonAdamW((p for name, p in named if name in matrices), [g for g in others if g["params"]], config)
+    transposed = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
+    groups = _groups([p for name, p in named if name in matrices], transposed, config)
+    return MuonAdamW(groups, [g for g in others if g["params"]], config)
+
+
+def _groups(matrices: list[nn.Parameter], transposed: set[int], config: MuonTrainConfig) -> list[dict[str, Any]]:
+    """Groups for `torch.optim.Muon`, one for each correction of the learning rate, the group without correction first.
+
+    Weight decay is multiplied by the learning rate, so it is divided by the correction. `transposed`: ids of the
+    matrices that are stored as (in, out).
+    """
+    by_correction: dict[float, list[nn.Parameter]] = {1.0: []}
+    for matrix in matrices:
+        correction = 1.0
+        if id(matrix) in transposed:
+            inputs, outputs = matrix.shape
+            correction = sqrt(max(1, outputs / inputs)) / sqrt(max(1, inputs / outputs))
+        by_correction.setdefault(correction, []).append(matrix)
+    return [
+        {"params": params, "lr": config.muon_learning_rate * c, "weight_decay": config.weight_decay / c}
+        for c, params in by_correction.items()
+        if params
+    ]

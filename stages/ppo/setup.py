@@ -19,6 +19,7 @@ from rollout import ragged
 from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
 from training.model import Model
+from training.optimizer import decayed_names
 from training.recipe import RecipeError
 from training.rewards import load_rewards
 from training.run import Run
@@ -124,12 +125,18 @@ def make_critic(
 
 
 def make_optimizer(model: ActorCritic, t: PPOTrainConfig) -> torch.optim.Optimizer:
-    """AdamW with one parameter group for the policy and, if there is a critic, another for it."""
-    groups = [{"params": list(model.policy.parameters()), "lr": t.learning_rate}]
-    if model.critic is not None:
-        groups.append({"params": list(model.critic.parameters()), "lr": t.critic_learning_rate})
-    betas = (t.adam_beta1, t.adam_beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=t.adam_epsilon, weight_decay=t.weight_decay, fused=True)
+    """AdamW. Policy and critic have groups of their own, each without weight decay for norms and biases."""
+    decayed = decayed_names(model)
+    groups = []
+    for part, rate in (("policy", t.learning_rate), ("critic", t.critic_learning_rate)):
+        named = [(name, p) for name, p in model.named_parameters() if name.startswith(f"{part}.")]
+        for decay, chosen in (
+            (t.weight_decay, [p for name, p in named if name in decayed]),
+            (0.0, [p for name, p in named if name not in decayed]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "part": part})
+    return torch.optim.AdamW(groups, betas=(t.adam_beta1, t.adam_beta2), eps=t.adam_epsilon, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, t: PPOTrainConfig, iteration: int, factor: float) -> float:
@@ -141,6 +148,6 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, t: PPOTrainConfig, iter
     if t.lr_decay == "linear":
         factor *= 1 - 0.9 * iteration / t.iterations
     policy = 0.0 if iteration < t.critic_warmup_iterations else t.learning_rate * factor
-    for group, rate in zip(optimizer.param_groups, (policy, t.critic_learning_rate * factor), strict=False):
-        group["lr"] = rate
+    for group in optimizer.param_groups:
+        group["lr"] = policy if group["part"] == "policy" else t.critic_learning_rate * factor
     return policy
