@@ -24,6 +24,14 @@ from torch import Tensor
 Normaliser = Literal["token", "sequence", "constant"]
 Sums = dict[str, Tensor]
 
+# Bound of a log-ratio of two probabilities, in nats. exp overflows in float32 beyond 88, and its gradient is then NaN.
+_MOST_NATS = 20.0
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """A log-ratio limited to ±20 nats, as in verl; beyond the limit it has no gradient."""
+    return log_ratio.clamp(-_MOST_NATS, _MOST_NATS)
+
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """Values with zero where the mask is false; their gradients there are zero too."""
@@ -77,7 +85,7 @@ def clip_loss(
 
     All (B, R). Returns (losses (B, R), sums over the mask of clipfrac, approxkl (k2) and ratio).
     """
-    log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
+    log_ratio, advantages = bounded(masked(logp - old_logp, mask)), masked(advantages, mask)
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
     return torch.maximum(plain, clipped), _sums(log_ratio, ratio, clipped > plain, mask)
@@ -107,7 +115,7 @@ def sequence_ratio_loss(
     """
     log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
     mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
-    ratio = masked(mean.expand_as(log_ratio), mask).exp()
+    ratio = bounded(masked(mean.expand_as(log_ratio), mask)).exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
     return torch.maximum(plain, clipped), _sums(log_ratio, ratio, clipped > plain, mask)
 
@@ -119,7 +127,7 @@ def clipped_weight_loss(
 
     As in the paper, there is no lower bound. All (B, R). Returns as `clip_loss`.
     """
-    log_ratio, advantages = masked(logp - old_logp, mask), masked(advantages, mask)
+    log_ratio, advantages = bounded(masked(logp - old_logp, mask)), masked(advantages, mask)
     ratio = log_ratio.exp()
     weight = ratio.detach().clamp(max=1 + high)
     losses = -weight * advantages * masked(logp, mask)
@@ -171,8 +179,8 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
     Its gradient, however, is that of KL(π_ref ‖ π).
     """
-    ratio = ref_logp - logp
-    return torch.expm1(ratio) - ratio
+    log_ratio = bounded(ref_logp - logp)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

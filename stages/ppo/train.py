@@ -301,7 +301,7 @@ def _loss(
         policy = policy * losses.masked(here.weights, here.mask)
     loss = policy
     if t.kl_in == "loss" and kl_coef > 0:
-        # Mask before the estimator: its exponential may overflow in padding, and the gradient 0·inf would be NaN.
+        # Mask before the estimator: the values in padding are arbitrary, and the gradient of a NaN would be NaN.
         pair = losses.masked(logp, here.mask), losses.masked(here.ref_logp, here.mask)
         loss = loss + kl_coef * losses.KL_ESTIMATORS[t.estimator](*pair)
     if t.entropy_coef > 0:
@@ -313,7 +313,7 @@ def _loss(
         vf, vf_sums = losses.value_loss(value, here.values, here.returns, here.mask, t.cliprange_value)
         loss = loss + t.vf_coef * vf
         sums |= {"value": losses.masked(vf, here.mask).sum(), "vf_clipfrac": vf_sums["clipfrac"]}
-    deviation = losses.masked((logp - here.old_logp).exp() - 1, here.mask).abs().sum()
+    deviation = losses.masked(losses.bounded(logp - here.old_logp).exp() - 1, here.mask).abs().sum()
     tokens = here.mask.sum()
     sums |= {
         "policy": losses.masked(policy, here.mask).sum(),
