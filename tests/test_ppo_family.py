@@ -157,6 +157,13 @@ def test_over_optimisation_ends_the_run_with_the_best_policy(recipe_of, toy):
     state = load_file(recipe.run_dir / "ppo" / "state" / f"step-{kept}" / "model.safetensors")
     assert all(torch.equal(tensor, state[f"policy.{name}"]) for name, tensor in weights.items())
     assert "over-optimisation: since iteration" in manifest.extra["alarms"][0]
+    # The published numbers are those of the kept policy, not of the last one.
+    line = next(line for line in steps(lines) if line["step"] == kept)
+    look = next(line for line in lines if line["step"] == kept and "eval/scores" in line)
+    for name in ("objective/scores", "objective/kl", "completions/mean_length"):
+        assert manifest.metrics[name] == line[name] != steps(lines)[-1][name]
+    for name in ("eval/scores", "eval/kl", "eval/mean_length"):
+        assert manifest.metrics[name] == look[name]
 
 
 @slow

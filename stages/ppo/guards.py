@@ -72,6 +72,10 @@ class Look:
     """The monitor's mean; without a monitor, the estimated score at the mean length of the first look."""
     monitor_error: float
 
+    def metrics(self) -> dict[str, float]:
+        """Score, KL and length under the names of the log."""
+        return {"eval/scores": self.score, "eval/kl": self.kl, "eval/mean_length": self.length}
+
 
 @dataclass
 class Watch:
@@ -170,6 +174,10 @@ class Watch:
         self.divergent = self.divergent + 1 if fell and mean > best.score else 0
         self.looks.append(look)
         return look
+
+    def held_out(self, step: int) -> dict[str, float]:
+        """The metrics of the newest look at the policy of that iteration; empty if there was none."""
+        return next((look.metrics() for look in reversed(self.looks) if look.step == step), {})
 
     def _peak(self) -> Look:
         """The look with the highest monitor."""

@@ -10,6 +10,8 @@ from data.encode import EncodedPrompt, Encoder
 from rollout.trajectory import TrajectoryBatch
 from stages.ppo.config import Config, PPOTrainConfig
 
+PUBLISHED = ("objective/scores", "objective/kl", "completions/mean_length")
+"""The metrics of the kept iteration that are published with its policy."""
 _SHOWN = 8
 
 

@@ -5,7 +5,7 @@ and it is not deleted as long as it is the best. So going back to it restores op
 run can also go back to it.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,8 @@ class Position:
     """Factor on the learning rates; every rollback halves it."""
     watch: Watch
     faults: Faults
+    measured: dict[str, float] = field(default_factory=dict)
+    """The last finished iteration's metrics that are published if its policy is kept."""
 
 
 class Saves:
@@ -117,16 +119,16 @@ class Saves:
         if stop:
             raise run.signals.stopped(stop, f"iteration {at.iteration}", saved)
 
-    def restore_best(self, at: Position) -> int:
-        """Loads the policy to publish into the model. Returns its iteration."""
+    def restore_best(self, at: Position) -> tuple[int, dict[str, float]]:
+        """Loads the policy to publish into the model. Returns its iteration, and the metrics of that iteration."""
         if self._guards.keep == "last" or self._best_step(at) in (None, at.iteration):
-            return at.iteration
+            return at.iteration, at.measured
         best = self._best_state(at)
         if best is None:
-            return at.iteration
+            return at.iteration, at.measured
         self._load(best)
         self._run.console.print(f"  keeps the policy of iteration {best.step} of {at.iteration}", markup=False)
-        return best.step
+        return best.step, _position(best).measured
 
     def _best_step(self, at: Position) -> int | None:
         return at.watch.best(self._t.kl_coef, self._monitored)
@@ -148,6 +150,7 @@ class Saves:
             "lr_factor": at.lr_factor,
             "watch": at.watch.state(),
             "faults": asdict(at.faults),
+            "measured": at.measured,
         }
         protect = self._best_step(at) if self._guards.keep == "best" else None
         return self._states.save(at.iteration, self._model, self._optimizer, extra, self._write_reference, protect)
@@ -161,4 +164,5 @@ class Saves:
 def _position(state: State) -> Position:
     extra = state.extra
     watch, faults = Watch.from_state(extra["watch"]), Faults(**extra["faults"])
-    return Position(state.step, extra["cursor"], extra["kl_coef"], extra["lr_factor"], watch, faults)
+    numbers = extra["cursor"], extra["kl_coef"], extra["lr_factor"]
+    return Position(state.step, *numbers, watch, faults, extra["measured"])

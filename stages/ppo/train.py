@@ -52,7 +52,7 @@ from stages.ppo.advantages import (
 from stages.ppo.config import Config, PPOTrainConfig
 from stages.ppo.generation import Generator
 from stages.ppo.guards import Watch, probe, probe_size
-from stages.ppo.metrics import iteration_metrics, judged, mean_repetition, part_means, shown
+from stages.ppo.metrics import PUBLISHED, iteration_metrics, judged, mean_repetition, part_means, shown
 from stages.ppo.sampler import Sampler, rewards_of
 from stages.ppo.saves import Saves
 from stages.ppo.setup import (
@@ -216,6 +216,7 @@ def train(run: Run) -> None:
                 at.kl_coef = losses.adapt_kl_coef(
                     at.kl_coef, metrics["objective/kl"], t.kl_target, t.kl_horizon, len(batch)
                 )
+            at.measured = {key: metrics[key] for key in PUBLISHED}
             done = at.iteration = iteration + 1
             if t.sync_ref_model and done % t.ref_model_sync_steps == 0:
                 sampler.move_reference(t.ref_model_mixup_alpha)
@@ -237,12 +238,11 @@ def train(run: Run) -> None:
                 saves.after_iteration(at, looked)
             advance(1)
 
-    step = saves.restore_best(at)
-    kept = {key: metrics[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")}
+    step, measured = saves.restore_best(at)
     run.publish(
         "causal_lm",
         lambda path: policy.write(path, model, "policy"),
-        kept | {"kept_iteration": step},
+        measured | watch.held_out(step) | {"kept_iteration": step},
         extra={"alarms": watch.alarms},
         step=at.iteration,
     )
@@ -349,9 +349,7 @@ def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: in
     batch = sampler.annotate(sampler.answer(heldout, ("heldout",), 1, monitor=True), values=False)
     look = watch.look(step, batch, any(entry.references for entry in config.reward))
     metrics = {
-        "eval/scores": look.score,
-        "eval/kl": look.kl,
-        "eval/mean_length": look.length,
+        **look.metrics(),
         "eval/stop_rate": int(batch.stopped.sum()) / len(batch),
         "eval/repetition": mean_repetition(batch),
         ("eval/monitor" if config.monitor else "eval/length_controlled_scores"): look.monitor,
