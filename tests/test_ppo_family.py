@@ -192,6 +192,8 @@ def test_the_probe_refuses_before_training(recipe_of, toy):
     constant = 'reward=[{"function": "toy_rewards:constant"}]'
     with pytest.raises(GateError, match="no learning signal"):
         run(recipe_of(constant, "train.missing_eos_penalty=0"))
+    with pytest.raises(GateError, match="no learning signal"):  # though answers that are cut off get less
+        run(recipe_of(constant, "train.missing_eos_penalty=1"))
     with pytest.raises(GateError, match=r"truncation: before training, .* Raise train.max_completion_length"):
         run(recipe_of("train.max_completion_length=2", "guards.max_truncated=0.5"))
 

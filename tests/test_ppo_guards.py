@@ -66,6 +66,15 @@ def test_probe_refuses_a_constant_reward_with_the_remedy():
         probe(answers([1.0] * 4 + [0.0] * 4), PPOTrainConfig(), GuardConfig())
 
 
+def test_probe_refuses_a_constant_reward_though_penalties_for_cut_off_and_long_answers_differ():
+    t = PPOTrainConfig(max_completion_length=8, overlong_buffer=4)
+    ends = [(8, False), (3, True), (6, True), (4, True)] * 2
+    batch = TrajectoryBatch.pack([answer(0.25, length, stopped) for length, stopped in ends])
+    assert len(set(rewards_of(batch, t, CPU).tolist())) == 3
+    with pytest.raises(GateError, match=r"no learning signal: .* 100% of 2 prompts all have the same reward"):
+        probe(batch, t, GuardConfig())
+
+
 def test_probe_refuses_answers_that_are_cut_off_with_the_remedy():
     batch = answers([0, 1, 0, 1], stopped=False)
     with pytest.raises(GateError, match=r"truncation: .* 100% of 4 answers .* Raise train.max_completion_length"):

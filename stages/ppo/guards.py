@@ -38,10 +38,10 @@ def probe(batch: TrajectoryBatch, t: PPOTrainConfig, guards: GuardConfig) -> dic
     Raises:
         GateError: too many answers are cut off, or too few prompts have answers with different rewards.
     """
-    cpu = torch.device("cpu")
-    rewards = rewards_of(batch, t, cpu)
+    # Penalties for cut-off and long answers are left out: they differ whatever the rewards say.
+    scores = batch.reward
     truncated = int((~batch.stopped).sum()) / len(batch)
-    silent = without_signal(rewards, probe_size(t)).float().mean().item()
+    silent = without_signal(scores, probe_size(t)).float().mean().item()
     if truncated > guards.max_truncated:
         raise GateError(
             f"truncation: before training, {truncated:.0%} of {len(batch)} answers reach max_completion_length "
@@ -51,13 +51,14 @@ def probe(batch: TrajectoryBatch, t: PPOTrainConfig, guards: GuardConfig) -> dic
         )
     if silent > guards.max_without_signal:
         prompts = len(batch) // probe_size(t)
-        same = "all have the same reward" if rewards.max() - rewards.min() < 1e-6 else "have equal rewards"
+        same = "all have the same reward" if scores.max() - scores.min() < 1e-6 else "have equal rewards"
         raise GateError(
             f"no learning signal: before training, the answers to {silent:.0%} of {prompts} prompts {same} "
             f"(guards.max_without_signal {guards.max_without_signal:.0%}). Take easier or harder prompts, a reward "
             "with more steps than right and wrong, or a higher train.temperature."
         )
-    return {"probe/truncated": truncated, "probe/frac_reward_zero_std": silent, "probe/reward": rewards.mean().item()}
+    reward = rewards_of(batch, t, torch.device("cpu")).mean().item()
+    return {"probe/truncated": truncated, "probe/frac_reward_zero_std": silent, "probe/reward": reward}
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Watch:
     def after_iteration(
         self, metrics: dict[str, float], rewards: torch.Tensor, iteration: int, guards: GuardConfig
     ) -> None:
-        """Raises GateError, with cause and remedy, when training must stop. `rewards` (N,): the ones of training."""
+        """Raises GateError, with cause and remedy, when training must stop. `rewards` (N,): without the penalties."""
         where = f"iteration {iteration}"
         if metrics["objective/kl"] > guards.kl_limit:
             raise GateError(

@@ -211,7 +211,7 @@ def train(run: Run) -> None:
             metrics |= {key: value for key, value in total.items() if key.startswith("judge/")}
             if values is not None and returns is not None:
                 metrics["val/explained_variance"] = explained_variance(values, returns, mask).item()
-            watch.after_iteration(metrics, reward, iteration, guards)
+            watch.after_iteration(metrics, batch.reward, iteration, guards)
             if t.kl_controller == "adaptive":
                 at.kl_coef = losses.adapt_kl_coef(
                     at.kl_coef, metrics["objective/kl"], t.kl_target, t.kl_horizon, len(batch)
