@@ -35,6 +35,7 @@ from rollout.attention import Decode, Shared
 from rollout.errors import RolloutError
 from rollout.forward import Runner, Source, attached, reason_against
 from rollout.plain import generate_plainly
+from rollout.positions import check_positions
 from rollout.sampling import Completion, SamplingSpec, draw
 from rollout.slots import Slots
 
@@ -113,6 +114,7 @@ def _check_window(model: PreTrainedModel, prompts: Sequence[Sequence[int]], spec
             f"prompt {longest} has {length} tokens; with max_new_tokens {spec.max_new_tokens} that is more than "
             f"the model's window of {window} (max_position_embeddings); shorten the prompt or lower max_new_tokens"
         )
+    check_positions(model, length + spec.max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rollout.attention import Decode
+from rollout.positions import BY_LENGTH
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _OWN = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
@@ -30,7 +31,6 @@ _COMMON = {
     "torch.nn.modules.sparse.Embedding",
     "transformers.activations.SiLUActivation",
 }
-_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the longest sequence
 _POSITIONS = 256  # rotations are computed for this many positions at once
 
 
@@ -43,7 +43,7 @@ def fits(model: PreTrainedModel) -> bool:
         parts = {f"{module}.{family}{part}" for part in _OWN} | _COMMON
         if all(_is_one_of(part, parts) for part in model.modules()):
             whole = _is_one_of(model, {f"{module}.{family}ForCausalLM"})
-            return whole and model.model.rotary_emb.rope_type not in _BY_LENGTH
+            return whole and model.model.rotary_emb.rope_type not in BY_LENGTH
     return False
 
 

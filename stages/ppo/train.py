@@ -35,6 +35,7 @@ from handoff.weights import embedding_shape
 from reward.learned import LearnedReward
 from rollout import ragged
 from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
+from rollout.positions import check_positions
 from rollout.sampling import SamplingSpec
 from rollout.vllm import VLLMEngine
 from stages.ppo import loss as losses
@@ -99,6 +100,9 @@ def train(run: Run) -> None:
     policy = load_policy(run, parent, encoder, dtype, bf16)
     critic_model, critic = make_critic(run, parent, encoder, dtype, bf16)
     reference = load_reference(policy, bf16)
+    longest = max(len(prompt.ids) for prompt in (*prompts, *heldout))
+    check_positions(policy.module, longest + t.max_completion_length)
+    say_unused_loss(run, policy)
     if t.gradient_checkpointing:
         policy.module.gradient_checkpointing_enable()
     padded_rows = not ragged.enabled(policy.module)
