@@ -50,6 +50,7 @@ class Speaker:
     def __init__(self, parent: Parent, sampling: Sampling) -> None:
         import torch
 
+        from rollout.positions import longest_alike
         from training import engines
         from training.config import ModelArguments
         from training.model import Model, load_encoder
@@ -60,8 +61,7 @@ class Speaker:
         self.device = engine.device
         model = Model.load(engine, parent, "policy", self.encoder, ModelArguments(), dropout=False, bf16=False).freeze()
         self.model: PreTrainedModel = model.module
-        self.stop_ids = set(parent.tokenizer.stop_ids)
-        self.context = _context(self.model.config)
+        self.context = min(_context(self.model.config), longest_alike(self.model.config) or 1 << 30)
         self.sampling = sampling
         self.generator = torch.Generator(self.device).manual_seed(sampling.seed)
         self.system: str | None = None
@@ -116,8 +116,8 @@ class Speaker:
             with torch.inference_mode():
                 output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            token = self._choose(output.logits[0, -1].float())
-            if token in self.stop_ids:
+            token = self._choose(output.logits[0, -1, : self.encoder.vocab_size].float())
+            if token in self.encoder.stop_ids:
                 return
             yield token
             inputs = torch.tensor([[token]], device=self.device)

@@ -34,7 +34,7 @@ def accuracies(model_dir: Path, prompts: list[Prompt], temperature: float, sampl
     """Share of right answers by family."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     encoder = Encoder.from_pretrained(model_dir)
-    spec = SamplingSpec(64, tuple(encoder.stop_ids), encoder.pad_id, temperature)
+    spec = SamplingSpec.of(encoder, 64, temperature=temperature)
     rows = [p for p in prompts for _ in range(samples)]
     ids = [encoder.prompt(p.messages) for p in rows]
     answers = generate(model, ids, spec, [("verifiable", i) for i in range(len(rows))], seed=0)

@@ -35,8 +35,10 @@ T = TypeVar("T")
 class Encoder:
     """Encodes and decodes with a tokenizer and its chat template. All lists of ids are plain `list[int]`."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop_ids: Sequence[int] = ()) -> None:
         """The tokenizer is not changed: the encoder works on a copy of its tables.
+
+        `stop_ids`: those that the model declares (its tokenizer record). Generation ends at these too.
 
         Raises:
             DataError: no pad or end token, pad equal to end, or a chat template that cannot be trained on.
@@ -60,26 +62,28 @@ class Encoder:
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
-        self.vocab_size = len(tokenizer)
-        """Number of tokens, including added ones; a model has at least as many embedding rows."""
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        """All ids, including those of added tokens, are below it; a model has at least as many embedding rows."""
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or "(?!)")
         starts = self._backend.encode("").ids
         self._document_start = [i for i in starts if i == self.bos_id]
         self._turns: Turns | None = None
         self._header: list[int] = []
-        self.stop_ids: list[int] = [self.eos_id]
-        """Generation ends at any of these; the first is the one that ends an answer."""
+        stop: list[int] = []
         if tokenizer.chat_template is not None:
             own = tokenizer.chat_template == CHAT_TEMPLATE
             self._turns = OwnTurns() if own else TemplateTurns(self._render, self._special)
             shape = self._turns.shape
             self._header, stop = self._encode([shape.header, shape.stop], special=True)
-            self.stop_ids = list(dict.fromkeys([*stop, self.eos_id]))
+        self.stop_ids: list[int] = list(dict.fromkeys([*stop, self.eos_id, *stop_ids]))
+        """Generation ends at any of these; the first is the one that ends an answer. Rollouts, evaluation and chat
+        read them here, and they are published in generation_config.json."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, pad_id: int | None = None) -> "Encoder":
-        """Loads the tokenizer in `folder`; `pad_id`, if given, replaces the tokenizer's own pad token.
+    def from_pretrained(cls, folder: str | Path, pad_id: int | None = None, stop_ids: Sequence[int] = ()) -> "Encoder":
+        """Loads the tokenizer in `folder`; `pad_id`, if given, replaces the tokenizer's own pad token. `stop_ids` as in
+        the constructor.
 
         Raises DataError as the constructor does.
         """
@@ -92,7 +96,7 @@ class Encoder:
             )
         if pad_id is not None and tokenizer.pad_token_id != pad_id:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-        return cls(tokenizer)
+        return cls(tokenizer, stop_ids)
 
     @property
     def fingerprint(self) -> str:

@@ -36,16 +36,21 @@ def token_logprobs(
 
 
 def completion_logprobs(
-    policy: PreTrainedModel, batch: PaddedBatch, temperature: float, entropy_gradient: bool = False
+    policy: PreTrainedModel,
+    batch: PaddedBatch,
+    temperature: float,
+    entropy_gradient: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (B, R), nats, of the actions under softmax(logits / temperature).
 
     The vocabulary projection is computed for the completions only. Ignore values outside `batch.completion_mask`.
+    `vocab_size`: as in the spec that the actions were sampled under (`rollout.sampling`).
     """
     if enabled(policy):
         logits = policy(**inputs(policy, batch), logits_to_keep=batch.unpadded.before).logits[0]  # (A, V)
         tokens = batch.completion_ids.flatten()[batch.unpadded.where]
-        chosen, entropy = token_logprobs(logits, tokens, temperature, entropy_gradient)
+        chosen, entropy = token_logprobs(logits[:, :vocab_size], tokens, temperature, entropy_gradient)
         return spread(chosen, batch), spread(entropy, batch)
     width = batch.completion_ids.shape[1]
     logits = policy(
@@ -55,4 +60,4 @@ def completion_logprobs(
         use_cache=False,
         logits_to_keep=width + 1,
     ).logits  # (B, R + 1, V)
-    return token_logprobs(logits[:, :-1], batch.completion_ids, temperature, entropy_gradient)
+    return token_logprobs(logits[:, :-1, :vocab_size], batch.completion_ids, temperature, entropy_gradient)

@@ -8,11 +8,14 @@ same token without a float64 pass over (B, V).
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from data.encode import Encoder
 
 _BLOCK = 64  # vocabulary entries per block
 
@@ -25,6 +28,9 @@ class SamplingSpec:
     greedy). `top_k` keeps the k likeliest tokens. `top_p` then keeps the likeliest tokens that together have at least
     this probability (Holtzman et al. 2020, "The curious case of neural text degeneration"). Ties are kept. A policy
     gradient that scores answers under the whole distribution must refuse a spec that is `truncated`.
+
+    `vocab_size`: only ids below it have a token; None: all logits have one. Many models have more rows of embeddings
+    than the tokenizer has ids, and an id without a token decodes to nothing. Such ids have probability 0.
     """
 
     max_new_tokens: int
@@ -33,6 +39,12 @@ class SamplingSpec:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    vocab_size: int | None = None
+
+    @classmethod
+    def of(cls, encoder: "Encoder", max_new_tokens: int, **more: Any) -> Self:
+        """The spec for a model's encoder, whose stop ids, pad id and vocabulary it gets. `more`: the other fields."""
+        return cls(max_new_tokens, tuple(encoder.stop_ids), encoder.pad_id, vocab_size=encoder.vocab_size, **more)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0:
@@ -65,7 +77,7 @@ def draw(logits: Tensor, spec: SamplingSpec, uniforms: Tensor | None) -> tuple[T
     logits (B, V); uniforms (B,) float64 in [0, 1), None when greedy. A row with logits that are not finite gets a
     log-probability that is not finite.
     """
-    logits = logits.float()
+    logits = logits[..., : spec.vocab_size].float()
     if uniforms is None:
         best, tokens = logits.max(-1, keepdim=True)
         return tokens.squeeze(-1), -(logits - best).exp_().sum(-1).log()

@@ -10,6 +10,8 @@ from rollout.errors import LogprobsMissing, ServerFailed, WrongAnswer, WrongMode
 from rollout.sampling import Completion, SamplingSpec
 
 _LOWEST = -9999.0  # vLLM's value for a log-probability of minus infinity
+_NEVER = -100.0  # the lowest bias that vLLM accepts, nats
+_ROUNDING = 1e-3  # a log-probability may be above 0 by this much, nats
 
 
 def check_fit(prompts: Sequence[Sequence[int]], spec: SamplingSpec, window: int, vocab_size: int) -> None:
@@ -27,9 +29,11 @@ def check_fit(prompts: Sequence[Sequence[int]], spec: SamplingSpec, window: int,
     assert all(prompts) and all(0 <= token < vocab_size for prompt in prompts for token in prompt)
 
 
-def sampling(spec: SamplingSpec, seed: int) -> dict[str, Any]:
+def sampling(spec: SamplingSpec, seed: int, rows: int) -> dict[str, Any]:
     """vLLM's sampling parameters for a spec, including every parameter that could change the distribution. `ignore_eos`
-    is set because vLLM would otherwise add the stop ids of generation_config.json to the spec's."""
+    is set because vLLM would otherwise add the stop ids of generation_config.json to the spec's. `rows`: ids that the
+    model has; those without a token get a bias with which they are never sampled."""
+    without_token = range(_ids(spec, rows), rows)
     return {
         "temperature": spec.temperature,
         "top_p": 1.0 if spec.top_p is None else spec.top_p,
@@ -42,7 +46,13 @@ def sampling(spec: SamplingSpec, seed: int) -> dict[str, Any]:
         "stop_token_ids": list(spec.stop_ids),
         "ignore_eos": True,
         "logprobs": 0,
+        **({"logit_bias": dict.fromkeys(without_token, _NEVER)} if without_token else {}),
     }
+
+
+def _ids(spec: SamplingSpec, rows: int) -> int:
+    """The number of ids that may be sampled."""
+    return rows if spec.vocab_size is None else spec.vocab_size
 
 
 class _Logprobs(BaseModel):
@@ -61,8 +71,8 @@ class _Answer(BaseModel):
     choices: list[_Choice]
 
 
-def read(answer: Any, prompt: list[int], spec: SamplingSpec) -> Completion:
-    """The completion in a response of /v1/completions, checked against the request.
+def read(answer: Any, prompt: list[int], spec: SamplingSpec, rows: int) -> Completion:
+    """The completion in a response of /v1/completions, checked against the request. `rows`: ids that the model has.
 
     Raises:
         ServerFailed: the response is malformed, or the server aborted the request.
@@ -89,14 +99,25 @@ def read(answer: Any, prompt: list[int], spec: SamplingSpec) -> Completion:
         raise WrongAnswer(
             f"{len(choice.logprobs.tokens)} log-probabilities are not those of the answer's {len(ids)} tokens"
         )
-    return completion(ids, choice.logprobs.token_logprobs, choice.finish_reason == "stop", spec)
+    return completion(ids, choice.logprobs.token_logprobs, choice.finish_reason == "stop", spec, rows)
 
 
-def completion(ids: Sequence[int], logprobs: Sequence[float | None], stopped: bool, spec: SamplingSpec) -> Completion:
+def completion(
+    ids: Sequence[int], logprobs: Sequence[float | None], stopped: bool, spec: SamplingSpec, rows: int
+) -> Completion:
     """A Completion from vLLM's tokens and log-probabilities. Raises as `read` does."""
+    outside = [token for token in ids if not 0 <= token < _ids(spec, rows)]
+    if outside:
+        raise WrongAnswer(f"an answer has the id {outside[0]}, but the vocabulary has {_ids(spec, rows)}")
+    early = next((place for place, token in enumerate(ids[:-1]) if token in spec.stop_ids), None)
+    if early is not None:
+        raise WrongAnswer(f"an answer of {len(ids)} tokens goes on after the stop token in place {early}")
     numbers = [value for value in logprobs if value is not None and math.isfinite(value) and value > _LOWEST]
     if not len(numbers) == len(logprobs) == len(ids):
         raise LogprobsMissing(f"{len(ids)} tokens came with {len(numbers)} log-probabilities")
+    above = [value for value in numbers if value > _ROUNDING]
+    if above:
+        raise WrongAnswer(f"an answer has a token with log-probability {above[0]:g}; none is above 0")
     end: Literal["stop", "length"] = "stop" if ids and ids[-1] in spec.stop_ids else "length"
     if stopped and end != "stop":
         raise WrongAnswer("an answer stops without a stop token: the server has its own stop strings")

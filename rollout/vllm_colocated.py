@@ -67,7 +67,10 @@ class Colocated:
         """One answer per prompt, in order. `seeds`: one per prompt. Raises RolloutError for an unusable answer."""
         check_fit(prompts, spec, self._llm.llm_engine.model_config.max_model_len, self._stored.vocab_size)
         params = [
-            self._params(**sampling(spec, seed), max_tokens=spec.max_new_tokens, detokenize=False) for seed in seeds
+            self._params(
+                **sampling(spec, seed, self._stored.vocab_size), max_tokens=spec.max_new_tokens, detokenize=False
+            )
+            for seed in seeds
         ]
         outputs = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
         out = []
@@ -76,5 +79,5 @@ class Colocated:
             ids = list(answer.token_ids)
             found = answer.logprobs or []
             logprobs = [entry[token].logprob for entry, token in zip(found, ids, strict=False)]
-            out.append(completion(ids, logprobs, answer.finish_reason == "stop", spec))
+            out.append(completion(ids, logprobs, answer.finish_reason == "stop", spec, self._stored.vocab_size))
         return out

@@ -120,7 +120,7 @@ class Server:
             "prompt": list(prompt),
             "n": 1,
             "max_tokens": spec.max_new_tokens,
-            **sampling(spec, seed),
+            **sampling(spec, seed, self._stored.vocab_size),
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
@@ -141,7 +141,7 @@ class Server:
                 return None
             try:
                 answer = self._client.post("/v1/completions", bodies[row], self._config.timeout)
-                return None if broke.is_set() else read(answer, bodies[row]["prompt"], spec)
+                return None if broke.is_set() else read(answer, bodies[row]["prompt"], spec, self._stored.vocab_size)
             except ConnectionBroken as error:
                 broke.set()
                 stop.set()

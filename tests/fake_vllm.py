@@ -94,6 +94,11 @@ def error(status: int, message: str) -> Reply:
     return status, {"error": {"message": message, "type": "", "param": None, "code": status}}
 
 
+def asks_for_vocabulary(body: dict[str, Any]) -> bool:
+    """Whether a request for a completion only asks whether the server has a token: its bias is 0."""
+    return set(body.get("logit_bias", {}).values()) == {0.0}
+
+
 class FakeVLLM:
     """Serves `model_dir` on `port`. A `with` block starts and stops it; `die` and `start` do so at any time.
 
@@ -182,7 +187,7 @@ class FakeVLLM:
 
     def reply(self, path: str, body: dict[str, Any]) -> Reply:
         with self.lock:
-            if path == "/v1/completions" and "logit_bias" not in body:
+            if path == "/v1/completions" and not asks_for_vocabulary(body):
                 self.asked.append(body)
             waiting = self.faults.get(path)
             fault = waiting.pop(0) if waiting else None
@@ -298,7 +303,7 @@ class FakeVLLM:
             "finish_reason": reason,
         }
         answer = {"choices": [choice], "model": self.name}
-        return 200, answer if "logit_bias" in body else self.alter(body, answer)
+        return 200, answer if asks_for_vocabulary(body) else self.alter(body, answer)
 
     @torch.no_grad()
     def sample(self, body: dict[str, Any]) -> tuple[list[int], list[float], str]:
@@ -309,6 +314,8 @@ class FakeVLLM:
         self.cache_filled = True
         while len(ids) < body["max_tokens"]:
             logits = self.model(torch.tensor([body["prompt"] + ids])).logits[0, -1]
+            for biased, value in body.get("logit_bias", {}).items():
+                logits[int(biased)] += value
             logp = torch.log_softmax(logits / (temperature or 1.0), -1)
             token = int(torch.multinomial(logp.exp(), 1, generator=generator)) if temperature else int(logp.argmax())
             ids.append(token)

@@ -139,7 +139,7 @@ def test_cached_decoding_chooses_what_the_whole_sequence_would(run_dir):
     with torch.inference_mode():
         logits = one.model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 :]
     assert logits.argmax(-1).tolist()[: len(tokens)] == tokens
-    assert len(tokens) == 12 or int(logits[-1].argmax()) in one.stop_ids
+    assert len(tokens) == 12 or int(logits[-1].argmax()) in one.encoder.stop_ids
 
 
 def test_the_newest_aligned_model_is_taken(tmp_path):

@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from baton.chat import Sampling, Speaker
 from data.encode import Encoder
+from data.records import Message
 from handoff.contract import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import sha256_file
 from handoff.parent import open_parent
+from rollout.sampling import SamplingSpec
 from tests.stage_chain import chain, foreign_checkpoint, runs
 from training import architecture, engines
 from training import model as model_module
@@ -118,6 +121,36 @@ def test_a_foreign_parent_keeps_its_tokenizer_its_template_and_its_settings(fore
     assert settings["pad_token_id"] == encoder.pad_id
     assert read_tokenizer(out).fingerprint == parent.tokenizer.fingerprint
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
+
+
+def test_rollouts_evaluation_and_chat_stop_where_the_published_model_does(foreign, tmp_path):
+    """The parent declares the stop ids 1 and 12; its template ends answers with 9."""
+    settings = foreign / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [1, 12]}))
+    parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
+    model, out = load(parent), tmp_path / "out"
+    out.mkdir()
+    model.write(out, model.module)
+    published = set(json.loads((out / "generation_config.json").read_text())["eos_token_id"])
+    speaker = Speaker(open_parent(str(out), tmp_path, {"causal_lm"}), Sampling(0.0, 4, 0))
+    assert published == {1, 9, 12}
+    assert set(SamplingSpec.of(load_encoder(parent), 8).stop_ids) == published
+    assert set(speaker.encoder.stop_ids) == published == set(read_tokenizer(out).stop_ids)
+    for stop in published:  # an answer that begins with any of them is empty
+        speaker._choose = lambda logits, stop=stop: stop
+        assert list(speaker.answer("hi")) == []
+    answered = model.encoder.answer("x")
+    assert answered[-1] == model.encoder.stop_ids[0]  # what answers are trained to end with
+
+
+def test_chat_never_says_an_id_without_a_token(foreign, tmp_path):
+    """The model has three rows more than the tokenizer has ids."""
+    speaker = Speaker(open_parent(str(foreign), tmp_path, {"causal_lm"}), Sampling(1.0, 4, 0))
+    with torch.no_grad():
+        head = speaker.model.get_output_embeddings().weight
+        head[:-3], head[-3], head[-2:] = 0.0, 100.0, -100.0  # whatever the hidden state, one of these is the likeliest
+    ids = list(speaker._tokens(speaker.encoder.prompt([Message("user", "hi")])))
+    assert all(token < speaker.model.config.vocab_size - 3 for token in ids)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(foreign, tmp_path):

@@ -6,6 +6,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout.batch import pad_batch
 from rollout.engine import generate
+from rollout.errors import RolloutError
+from rollout.logprobs import completion_logprobs
+from rollout.positions import check_positions, longest_alike
 from rollout.sampling import SamplingSpec
 
 PROMPTS = [[5, 9, 11], [7] * 10, [3, 4], [8, 9, 10, 11, 12, 13], [40, 41], [6]]
@@ -114,3 +117,67 @@ def test_an_invalid_spec_is_refused():
         SamplingSpec(0, (2,), 0)
     with pytest.raises(ValueError, match="temperature"):
         SamplingSpec(4, (2,), 0, temperature=-1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.7])
+@pytest.mark.parametrize("plain", [False, True])
+def test_ids_without_a_token_are_never_sampled_and_have_no_probability(plain, temperature, monkeypatch):
+    """The tokenizer has 40 ids, the model 64 rows of embeddings, as where rows are padded for speed."""
+    if plain:
+        monkeypatch.setattr("rollout.engine.reason_against", lambda *_: "so that the model's own cache is used")
+    model, prompts = tiny("llama"), PROMPTS[:4] * 4
+    keys = [(i,) for i in range(len(prompts))]
+    every = SamplingSpec(16, (2,), 0, temperature)
+    assert any(token >= 40 for c in generate(model, prompts, every, keys, seed=3) for token in c.ids)
+    spec = SamplingSpec(16, (2,), 0, temperature, vocab_size=40)
+    completions = generate(model, prompts, spec, keys, seed=3)
+    assert all(token < 40 for c in completions for token in c.ids)
+    batch = pad_batch(prompts, [c.ids for c in completions], 0, torch.device("cpu"))
+    with torch.no_grad():
+        logp, entropy = completion_logprobs(model, batch, temperature or 1.0, vocab_size=40)
+        logits = model(torch.tensor([prompts[0]])).logits[0, -1, :40] / (temperature or 1.0)
+    for i, completion in enumerate(completions):
+        assert torch.allclose(torch.tensor(completion.logprobs), logp[i, : len(completion.ids)], atol=1e-5)
+    p = torch.softmax(logits, -1)
+    assert logp[0, 0].item() == pytest.approx(p[completions[0].ids[0]].log().item(), abs=1e-5)
+    assert entropy[0, 0].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-5)
+
+
+ROTATIONS = {
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 16,
+        "factor": 4.0,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rows_whose_positions_would_depend_on_the_rows_beside_them_are_refused(kind):
+    """Beyond 16 tokens all rows of a batch are rotated in another way."""
+    window = {"longrope": 64, "dynamic": 16}[kind]
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=64,
+        **ARCHITECTURES["llama"],
+        max_position_embeddings=window,
+        rope_parameters={"rope_theta": 1e4, **ROTATIONS[kind]},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert longest_alike(config) == 16
+    assert longest_alike(tiny("llama").config) is longest_alike(tiny("gpt2").config) is None
+    prompts = [[5, 9, 11], [7] * 10]
+    spec = SamplingSpec(6, (), 0, 1.0)
+    together = generate(model, prompts, spec, [(0,), (1,)], seed=1)
+    alone = generate(model, prompts[:1], spec, [(0,)], seed=1)[0]
+    assert together[0].ids == alone.ids and together[0].logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+    check_positions(model, 16)
+    with pytest.raises(RolloutError, match=r"one of them passes 16 tokens.* rows of up to 17 tokens are asked for"):
+        check_positions(model, 17)
+    if kind == "longrope":
+        with pytest.raises(RolloutError, match="probabilities would depend on the batch"):
+            generate(model, prompts, SamplingSpec(7, (), 0, 1.0), [(0,), (1,)], seed=1)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from rollout.batch import pad_batch
 from rollout.config import VLLMConfig
 from rollout.engine import generate
 from rollout.errors import EngineMissing, TransferFailed, WrongModel
+from rollout.logprobs import completion_logprobs
 from rollout.sampling import SamplingSpec
 from rollout.vllm import VLLMEngine
 from rollout.vllm_client import Client
@@ -96,6 +98,22 @@ def test_a_request_sets_every_sampling_parameter(engine, server, model_dir):
     assert asked["logprobs"] == 0 and 0 <= asked["seed"] < 2**63
     engine.generate(PROMPTS[:1], SamplingSpec(8, (2,), 0, top_k=5, top_p=0.9), KEYS[:1], seed=1)
     assert (server.asked[1]["top_p"], server.asked[1]["top_k"]) == (0.9, 5)
+
+
+def test_ids_without_a_token_are_never_sampled_and_have_no_probability(engine, server, model_dir):
+    """The tokenizer has 40 ids of the model's 64."""
+    model, spec = trained(model_dir), SamplingSpec(8, (2, 17), 0, temperature=1.5, vocab_size=40)
+    engine.update_weights(model.named_parameters(), 0)
+    prompts = [[5, 9, 11 + i] for i in range(16)]
+    keys = [("row", i) for i in range(16)]
+    completions = engine.generate(prompts, spec, keys, seed=1)
+    assert all(token < 40 for completion in completions for token in completion.ids)
+    assert set(server.asked[0]["logit_bias"]) == {str(i) for i in range(40, 64)}
+    batch = pad_batch(prompts, [c.ids for c in completions], 0, CPU)
+    with torch.no_grad():
+        logp, _ = completion_logprobs(model, batch, 1.5, vocab_size=40)
+    for i, completion in enumerate(completions):
+        assert torch.allclose(torch.tensor(completion.logprobs), logp[i, : len(completion.ids)], atol=1e-5)
 
 
 def test_new_weights_change_the_answers_and_replace_the_old(engine, server, model_dir, tmp_path):

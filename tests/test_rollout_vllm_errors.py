@@ -296,6 +296,29 @@ def change(**changes):
         (change(logprobs=None), LogprobsMissing, "sent no log-probabilities"),
         (change(prompt_token_ids=[1, 5]), WrongAnswer, "another prompt than it was sent"),
         (change(token_ids=[5, 6]), WrongAnswer, "log-probabilities are not those of the answer's 2 tokens"),
+        (
+            change(token_ids=[-3], logprobs={"tokens": ["token_id:-3"], "token_logprobs": [-1.0]}),
+            WrongAnswer,
+            "has the id -3, but the vocabulary has 64",
+        ),
+        (
+            change(token_ids=[64], logprobs={"tokens": ["token_id:64"], "token_logprobs": [-1.0]}),
+            WrongAnswer,
+            "has the id 64, but the vocabulary has 64",
+        ),
+        (
+            change(
+                token_ids=[5, 17, 6],
+                logprobs={"tokens": ["token_id:5", "token_id:17", "token_id:6"], "token_logprobs": [-1.0] * 3},
+            ),
+            WrongAnswer,
+            "of 3 tokens goes on after the stop token in place 1",
+        ),
+        (
+            change(token_ids=[2], finish_reason="stop", logprobs={"tokens": ["token_id:2"], "token_logprobs": [0.5]}),
+            WrongAnswer,
+            r"log-probability 0\.5; none is above 0",
+        ),
         (change(finish_reason="abort"), ServerFailed, r"aborted the answer \(finish_reason abort\)"),
         (
             change(token_ids=[5], logprobs={"tokens": ["token_id:5"], "token_logprobs": [-1.0]}),

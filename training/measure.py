@@ -110,7 +110,7 @@ def greedy_answers(
     """
     if not prompts:
         return {}
-    spec = SamplingSpec(max_new_tokens, tuple(encoder.stop_ids), encoder.pad_id, temperature=0.0)
+    spec = SamplingSpec.of(encoder, max_new_tokens, temperature=0.0)
     mine = run.engine.share(len(prompts))
     with run.engine.whole(trainer.model_wrapped) as model:
         done = generate(

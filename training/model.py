@@ -325,8 +325,8 @@ def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dty
 
 
 def load_encoder(parent: Parent) -> Encoder:
-    """The parent's tokenizer and chat template, with the pad token of the parent's tokenizer record."""
-    return Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)
+    """The parent's tokenizer and chat template, with pad token and stop ids of the parent's tokenizer record."""
+    return Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id, parent.tokenizer.stop_ids)
 
 
 def check_vocabulary(module: PreTrainedModel, parent: Parent) -> None:
@@ -372,11 +372,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def generation_config(model_dir: Path, encoder: Encoder) -> GenerationConfig:
-    """The directory's generation settings, if it has any. Adds the encoder's stop ids; sets its pad and bos ids."""
+    """The directory's generation settings, if it has any, with the encoder's stop ids, pad and bos."""
     here = (model_dir / "generation_config.json").is_file()
     config = GenerationConfig.from_pretrained(model_dir) if here else GenerationConfig()
-    declared = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({*encoder.stop_ids, *(i for i in declared if i is not None)})
+    config.eos_token_id = sorted(encoder.stop_ids)
     config.pad_token_id = encoder.pad_id
     config.bos_token_id = encoder.bos_id
     return config

@@ -72,7 +72,7 @@ def train(run: Run) -> None:
                 other = parents[before]
                 reference = Model.load(run.engine, other, "reference", encoder, config.model_args, bf16=False).freeze()
                 with reference.whole() as module:
-                    logp = _logprobs(module, ids, answered[name].sampled, encoder.pad_id, config)
+                    logp = _logprobs(module, ids, answered[name].sampled, encoder, config)
                 answered[name].kl = [sum(c.logprobs) - lp for c, lp in zip(answered[name].sampled, logp, strict=True)]
                 del reference, module
             answered[name].scores = _scores(entries, scorers, prompts, ids, answered[name])
@@ -231,7 +231,7 @@ def _answer(
     mine = run.engine.share(len(ids))
     both = []
     for temperature in (0.0, config.temperature):
-        spec = SamplingSpec(config.max_new_tokens, tuple(encoder.stop_ids), encoder.pad_id, temperature)
+        spec = SamplingSpec.of(encoder, config.max_new_tokens, temperature=temperature)
         keys = [("evaluate", i) for i in mine]
         completions = generate(model, [ids[i] for i in mine], spec, keys, run.seed, config.batch_size, advance)
         both.append(run.engine.join(zip(mine, completions, strict=True)))
@@ -244,7 +244,7 @@ def _logprobs(
     model: PreTrainedModel,
     prompt_ids: Sequence[list[int]],
     completions: Sequence[Completion],
-    pad_id: int,
+    encoder: Encoder,
     config: Config,
 ) -> list[float]:
     """Sum over each completion of log π(token), nats, under the sampling temperature."""
@@ -252,8 +252,9 @@ def _logprobs(
     order = sorted(range(len(completions)), key=lambda i: -len(prompt_ids[i]) - len(completions[i].ids))
     for start in range(0, len(order), config.batch_size):
         rows = order[start : start + config.batch_size]
-        batch = pad_batch([prompt_ids[i] for i in rows], [completions[i].ids for i in rows], pad_id, model.device)
-        chosen, _ = completion_logprobs(model, batch, config.temperature)
+        prompts, answers = [prompt_ids[i] for i in rows], [completions[i].ids for i in rows]
+        batch = pad_batch(prompts, answers, encoder.pad_id, model.device)
+        chosen, _ = completion_logprobs(model, batch, config.temperature, vocab_size=encoder.vocab_size)
         sums = torch.where(batch.completion_mask, chosen, 0.0).sum(-1)
         for row, value in zip(rows, sums.tolist(), strict=True):
             out[row] = value

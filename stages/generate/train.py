@@ -24,6 +24,7 @@ from handoff.journal import Journal
 from handoff.parent import Parent
 from reward.compose import Answers
 from rollout.engine import generate
+from rollout.positions import check_positions
 from rollout.sampling import Completion, SamplingSpec
 from stages.generate.config import DECLARATION, Config
 from training.model import Model, load_encoder
@@ -113,10 +114,10 @@ def _answers(
     if len(found) == n * len(prompts):
         return found
     model = Model.load(engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
-    spec = SamplingSpec(
-        config.max_new_tokens, tuple(encoder.stop_ids), encoder.pad_id, config.temperature, config.top_k, config.top_p
-    )
+    truncation = {"top_k": config.top_k, "top_p": config.top_p}
+    spec = SamplingSpec.of(encoder, config.max_new_tokens, temperature=config.temperature, **truncation)
     size = max(1, _CHUNK * config.batch_size * engine.data_world // n)  # prompts
+    check_positions(model.module, max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens)
     with model.whole() as module, run.progress(n * len(prompts), "generate") as advance:
         advance(len(found))
         for start in range(len(found) // n, len(prompts), size):

@@ -57,13 +57,18 @@ class ActorCritic(nn.Module):
         self.critic = critic
 
     def forward(
-        self, batch: PaddedBatch, temperature: float, entropy_gradient: bool = False
+        self,
+        batch: PaddedBatch,
+        temperature: float,
+        entropy_gradient: bool = False,
+        vocab_size: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """-> log-probabilities and entropies of the actions, values of the states before them: (B, R).
 
-        Values are None without a critic. Entropies have a gradient only if `entropy_gradient` is set.
+        Values are None without a critic. Entropies have a gradient only if `entropy_gradient` is set. `vocab_size`: as
+        in `rollout.sampling`.
         """
-        logp, entropy = completion_logprobs(self.policy, batch, temperature, entropy_gradient)
+        logp, entropy = completion_logprobs(self.policy, batch, temperature, entropy_gradient, vocab_size)
         # Return copies: FSDP registers hooks on a module's outputs, which fails on views.
         values = self.critic(batch).clone() if self.critic is not None else None
         return logp.clone(), entropy, values

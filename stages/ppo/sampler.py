@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from data.encode import EncodedPrompt, Encoder
 from data.records import Message
@@ -207,7 +208,11 @@ class Sampler:
     def annotate(self, batch: TrajectoryBatch, values: bool = True) -> TrajectoryBatch:
         """The batch with the log-probabilities of reference and policy and, with a critic, its values. The policy's
         are the engine's, unless the trainer's may differ from them (`Generator.recomputes`)."""
-        engine, temperature = self._engine, self._t.temperature
+        engine, temperature, vocab_size = self._engine, self._t.temperature, self.encoder.vocab_size
+
+        def logprobs(policy: PreTrainedModel, padded: PaddedBatch) -> Tensor:
+            return completion_logprobs(policy, padded, temperature, vocab_size=vocab_size)[0]
+
         mine = batch.select(torch.tensor(list(engine.share(len(batch))), dtype=torch.int64))
         found = {}
         with self._generator.inference() as actor:
@@ -216,13 +221,9 @@ class Sampler:
                     found["values"] = self._computed(mine, actor.critic)
             if self._generator.recomputes:
                 with self.phases("policy"):
-                    found["old_logp"] = self._computed(
-                        mine, lambda padded: completion_logprobs(actor.policy, padded, temperature)[0]
-                    )
+                    found["old_logp"] = self._computed(mine, partial(logprobs, actor.policy))
             with self.phases("reference"), self._reference.whole() as reference:
-                found["ref_logp"] = self._computed(
-                    mine, lambda padded: completion_logprobs(reference, padded, temperature)[0]
-                )
+                found["ref_logp"] = self._computed(mine, partial(logprobs, reference))
         with self.phases("exchange"):
             found = join_columns(engine, found, batch)
         return batch.with_columns(**{"old_logp": batch.engine_logp, **found})

@@ -115,7 +115,7 @@ def train(run: Run) -> None:
     if config.vllm is not None:
         vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main, engine.data_world)
         run.on_close(vllm.close)
-    spec = SamplingSpec(t.max_completion_length, tuple(encoder.stop_ids), encoder.pad_id, t.temperature)
+    spec = SamplingSpec.of(encoder, t.max_completion_length, temperature=t.temperature)
     generator = Generator(run.seed, spec, t.rollout_micro_batch_size, engine, model, vllm)
     sampler = Sampler(t, encoder, engine, generator, reference, rewards, monitor, frozen)
     stream = PromptStream(prompts, run.seed)
@@ -182,7 +182,7 @@ def train(run: Run) -> None:
                         for position, chunk in enumerate(mine):
                             padded = batch.padded(chunk, encoder.pad_id, device)
                             here = targets.pick(torch.tensor(chunk, device=device), padded.completion_ids.shape[1])
-                            output = model(padded, t.temperature, t.entropy_coef > 0)
+                            output = model(padded, t.temperature, t.entropy_coef > 0, encoder.vocab_size)
                             loss, parts = _loss(t, output, here, at.kl_coef, only_critic)
                             loss = losses.total(loss, here.mask, t.loss_normaliser) / divisor
                             engine.backward(model, loss, last=position == len(mine) - 1)
