@@ -98,6 +98,18 @@ def load_reference(policy: Model, bf16: bool) -> Model:
     return reference.freeze()
 
 
+def say_unused_loss(run: Run, policy: Model) -> None:
+    """Says that the loss with which a mixture of experts balances them is not part of the policy's."""
+    weight = policy.module.config.get_text_config().to_dict().get("router_aux_loss_coef")
+    if weight:
+        run.console.print(
+            f"  the loss that balances the experts of {type(policy.module).__name__} (router_aux_loss_coef "
+            f"{weight:g}) is not used by this stage",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
 def make_critic(
     run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool
 ) -> tuple[Model, Critic] | tuple[None, None]:

@@ -65,6 +65,7 @@ from stages.ppo.setup import (
     make_critic,
     make_optimizer,
     make_rewards,
+    say_unused_loss,
     set_learning_rates,
 )
 from training.model import Model, load_encoder, trained_dtype
