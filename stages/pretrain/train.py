@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 from data.rows import Documents
 from stages.pretrain.config import Config
 from training.architecture import model_config
+from training.isolation import IsolationCheck
 from training.measure import measure_rows, token_losses
 from training.model import Model, load_encoder, trained_dtype
 from training.recipe import RecipeError
@@ -85,6 +86,8 @@ def train(run: Run) -> None:
             "mean_token_accuracy": found["correct"].sum() / tokens,
         }
 
+    if config.isolate_documents:
+        trainer.add_callback(IsolationCheck(run, trainer, "isolate_documents"))
     fit(run, trainer, model, order, hold_out)
 
     metrics = trainer.evaluate() | {
