@@ -133,6 +133,16 @@ class Encoder:
         """Ids of a text and the end token, after a beginning token if the tokenizer starts texts with one."""
         return self.documents([text])[0]
 
+    @property
+    def text_part(self) -> slice:
+        """The part of a `document` that is the text, without the tokens that begin and end it."""
+        return slice(len(self._document_start), -1)
+
+    @property
+    def prefix_id(self) -> int:
+        """The token from which a text's first token is predicted: the beginning token, or else the end token."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens and without what the template puts around an answer."""
         rest = list(ids)

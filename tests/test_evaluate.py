@@ -17,6 +17,7 @@ from stages.evaluate.statistics import estimate, mean, proportion
 from stages.evaluate.tables import Answered
 from stages.evaluate.train import _bits_per_byte
 from tests.stage_chain import foreign_checkpoint
+from training.measure import TextWindows
 from training.recipe import load_recipe
 from training.run import run_section
 
@@ -146,39 +147,42 @@ def test_a_checkpoint_of_elsewhere_is_evaluated_by_its_path(micro_recipe, tmp_pa
     assert results["metrics"]["elsewhere"]["world_correct"]["n"] == 4
 
 
-@pytest.mark.slow
-def test_bits_per_byte_is_a_plain_sum(micro_recipe):
-    """A text shorter than the context: −log2 of the product of its tokens' probabilities, over its bytes."""
-    folder = load_recipe(micro_recipe).run_dir / "sft" / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    encoder = Encoder.from_pretrained(folder)
-    text = "Mira has a red cup. Où est-il?"
-    ids = encoder.documents([text])[0]
-    with torch.no_grad():
-        logp = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
-    bits = -sum(logp[i, token].item() for i, token in enumerate(ids[1:])) / math.log(2)
-    found = _bits_per_byte(model, encoder, [text], config(context_length=512))
-    assert found == pytest.approx(bits / len(text.encode()), rel=1e-5)
+def harness_windows(ids, prefix, width):
+    """What lm-evaluation-harness 0.4 computes (`get_rolling_token_windows` with one token of context, then
+    `make_disjoint_window`): pairs of the context and the tokens that are scored after it."""
+    first = min(width, len(ids))
+    pairs = [([prefix, *ids[: first - 1]], ids[:first])]
+    scored = first
+    while scored < len(ids):
+        count = min(len(ids) - scored, width)
+        end = scored + count
+        pairs.append((ids[end - width - 1 : end - 1], ids[end - count : end]))
+        scored += count
+    return [(before[: len(before) - (len(scored) - 1)], scored) for before, scored in pairs]
 
 
 @pytest.mark.slow
-def test_bits_per_byte_of_a_long_text_counts_every_token_once(micro_recipe):
+@pytest.mark.parametrize("width", [2, 7, 32, 512])
+def test_bits_per_byte_are_those_of_the_harness(width, micro_recipe):
     folder = load_recipe(micro_recipe).run_dir / "sft" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     encoder = Encoder.from_pretrained(folder)
-    text = " ".join(f"Mira has {n} cups." for n in range(40))
-    ids = encoder.documents([text])[0]
-    context, stride = 32, 16
+    texts = ["Mira has a red cup. Où est-il?", " ".join(f"Mira has {n} cups." for n in range(9)), "a"]
+    ids = [encoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    expected = [pair for one in ids for pair in harness_windows(one, encoder.tokenizer.bos_token_id, width)]
+    windows = TextWindows(encoder.documents(texts), encoder, width)
+    assert [(tokens.tolist(), count) for tokens, count in windows] == [
+        ([*before, *scored], len(scored)) for before, scored in expected
+    ]
     nats = 0.0
-    for place in range(1, len(ids)):
-        # Windows end at the context's length and then every stride; the token belongs to the first that reaches it.
-        end = context if place < context else context + math.ceil((place + 1 - context) / stride) * stride
-        begin = max(0, min(end, len(ids)) - context)
+    for before, scored in expected:
+        read = [*before, *scored[:-1]]
+        assert len(read) <= width
         with torch.no_grad():
-            logits = model(torch.tensor([ids[begin:place]])).logits[0, -1].double()
-        nats -= torch.log_softmax(logits, -1)[ids[place]].item()
-    found = _bits_per_byte(model, encoder, [text], config(context_length=context, batch_size=3))
-    assert found == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+            logp = torch.log_softmax(model(torch.tensor([read])).logits[0].double(), -1)[-len(scored) :]
+        nats -= logp[range(len(scored)), scored].sum().item()
+    found = _bits_per_byte(model, encoder, texts, config(context_length=width, batch_size=3))
+    assert found == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-5)
 
 
 @pytest.mark.slow

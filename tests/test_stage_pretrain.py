@@ -1,13 +1,17 @@
 """The pretraining stage: its input, the architectures that it builds, its metrics, and what it refuses."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import Encoder
+from stages.evaluate.config import Config
+from stages.evaluate.train import _bits_per_byte
 from stages.pretrain.train import Collator, Windows
 from tests.stage_chain import chain, run_stage, runs, stage_recipe
 from training import engines
@@ -62,6 +66,20 @@ def test_every_architecture_trains_publishes_and_continues(architecture, tmp_pat
     assert on.of("eval_loss")[-1] < losses[-1]
     assert on.manifest.tokenizer == first.manifest.tokenizer
     assert "weights/changed" not in first.manifest.metrics and on.manifest.metrics["weights/changed"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolated", [False, True])
+def test_bits_per_byte_are_those_of_the_evaluation(isolated, tmp_path):
+    run = run_stage("pretrain", tmp_path, "train.max_steps=4", f"isolate_documents={str(isolated).lower()}")
+    folder = run.folder / "model"
+    model, encoder = AutoModelForCausalLM.from_pretrained(folder), Encoder.from_pretrained(folder)
+    texts = [json.loads(line)["text"] for line in (runs().parent / "held_documents.jsonl").read_text().splitlines()]
+    config = Config(
+        stage="evaluate", models=["pretrain"], data=[{"source": "world", "kind": "prompts"}], context_length=48
+    )
+    expected = _bits_per_byte(model, encoder, texts, config)
+    assert run.manifest.metrics["eval_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ Legend: B rows, T tokens.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -83,6 +83,63 @@ def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.
         "correct": (out.is_top1 & labelled).sum(-1),
         "tokens": labelled.sum(-1),
     }
+
+
+class TextWindows(Sequence[tuple[np.ndarray, int]]):
+    """Windows over texts that score each token once, for bits per byte: those of lm-evaluation-harness.
+
+    The windows of a text score `width` tokens each, and the last one the rest. A text's first token is predicted from
+    the prefix token (`Encoder.prefix_id`), another window's first token from the token before it. The last window has
+    more context: it is filled up to `width`. The tokens that end documents are not scored.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[int]] | Sequence[np.ndarray], encoder: Encoder, width: int) -> None:
+        """`documents`: ids as `Encoder.documents` returns them. `width`: the most tokens that the model reads at once
+        (lm-evaluation-harness: `max_length`)."""
+        self._texts = [document[encoder.text_part] for document in documents]
+        self._prefix, self._width = encoder.prefix_id, width
+        self._places = [  # text, and the range of its tokens that a window scores
+            (i, start, min(start + width, len(text)))
+            for i, text in enumerate(self._texts)
+            for start in range(0, len(text), width)
+        ]
+        self.lengths = np.array([min(end, width) for _, _, end in self._places], dtype=np.int64)
+        """Tokens that the model reads, (N,)."""
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[np.ndarray, int]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[np.ndarray, int] | list[tuple[np.ndarray, int]]:
+        """A window's tokens, of which the model reads all but the last, and how many at the end are scored."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number, start, end = self._places[index]
+        text, first = self._texts[number], end - self._width - 1
+        before = [self._prefix] if first < 0 else []
+        return np.array([*before, *text[max(0, first) : end]], dtype=np.int64), end - start
+
+    @staticmethod
+    def collate(windows: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
+        """-> input_ids and shift_labels (B, T): the next tokens, -100 where they are not scored.
+
+        Padding on the right needs no mask in a causal model.
+        """
+        width = max(len(tokens) for tokens, _ in windows) - 1
+        ids = torch.zeros((len(windows), width), dtype=torch.long)
+        labels = torch.full((len(windows), width), -100)
+        for i, (tokens, count) in enumerate(windows):
+            ids[i, : len(tokens) - 1] = torch.from_numpy(tokens[:-1])
+            labels[i, len(tokens) - 1 - count : len(tokens) - 1] = torch.from_numpy(tokens[len(tokens) - count :])
+        return {"input_ids": ids, "shift_labels": labels}
+
+
+def window_nats(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sum over each window's scored tokens, `nats` (B,). `model` and the reason for its head as in `token_losses`."""
+    return {"nats": -model(**batch, fused_lm_head=True).log_probs.sum(-1)}
 
 
 def questions(

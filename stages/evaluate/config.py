@@ -66,7 +66,7 @@ class Config(StageConfig):
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the sampled answers. KL is measured on these, the stop rate on the greedy ones."""
     context_length: int = Field(default=512, ge=2)
-    """Maximum tokens of context from which a document's token is predicted."""
+    """Tokens of a document that the model reads at once for bits per byte: lm-evaluation-harness's `max_length`."""
     batch_size: int = Field(default=64, ge=1)
     """Rows decoded or scored at once by one process."""
     samples: int = Field(default=12, ge=0)

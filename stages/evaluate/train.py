@@ -26,10 +26,12 @@ from reward.learned import LearnedReward
 from rollout.batch import pad_batch
 from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
+from rollout.positions import check_positions
 from rollout.sampling import Completion, SamplingSpec
 from stages.evaluate import tables
 from stages.evaluate.config import Answering, Config, ScoreConfig
 from stages.evaluate.tables import Answered
+from training.measure import TextWindows
 from training.model import Model, load_encoder
 from training.recipe import RecipeError
 from training.rewards import Scorer, load_rewards
@@ -263,31 +265,17 @@ def _logprobs(
 
 @torch.no_grad()
 def _bits_per_byte(model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], config: Config) -> float:
-    """−Σ log2 p(token) / bytes. A token is predicted from at least half a context, or from all tokens before it."""
-    nats, size = 0.0, 0
-    context, stride = config.context_length, config.context_length // 2
-    windows: list[tuple[list[int], int]] = []  # tokens, and how many of them are scored, counted from the end
-    for text, ids in zip(texts, encoder.documents(texts), strict=True):
-        size += len(text.encode())
-        windows.append((ids[:context], len(ids[:context]) - 1))
-        windows += [
-            (ids[end - context : end], end - start)
-            for start in range(context, len(ids), stride)
-            for end in [min(start + stride, len(ids))]
-        ]
+    """−Σ log2 p(token) / bytes, over the windows of `TextWindows`."""
+    nats = 0.0
+    windows = TextWindows(encoder.documents(texts), encoder, config.context_length)
+    check_positions(model, int(windows.lengths.max()))
     for start in range(0, len(windows), config.batch_size):
-        chunk = windows[start : start + config.batch_size]
-        width = max(len(ids) for ids, _ in chunk)
-        tokens = torch.full((len(chunk), width), encoder.pad_id, dtype=torch.long)
-        counted = torch.zeros((len(chunk), width), dtype=torch.bool)
-        for i, (ids, count) in enumerate(chunk):  # padding on the right needs no mask in a causal model
-            tokens[i, : len(ids)] = torch.as_tensor(ids)
-            counted[i, len(ids) - count : len(ids)] = True
-        tokens = tokens.to(model.device)
-        logp = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits[:, :-1].float(), -1)
-        chosen = logp.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-        nats -= torch.where(counted[:, 1:].to(model.device), chosen, 0.0).sum().item()
-    return nats / math.log(2) / size
+        batch = windows.collate(windows[start : start + config.batch_size])
+        labels = batch["shift_labels"].to(model.device)
+        logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
+        logp = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        nats -= torch.where(labels >= 0, logp, 0.0).sum().item()
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
 def _reference(prompt: EncodedPrompt) -> str | None:

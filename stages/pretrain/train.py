@@ -20,7 +20,7 @@ from data.rows import Documents
 from stages.pretrain.config import Config
 from training.architecture import model_config
 from training.isolation import IsolationCheck
-from training.measure import measure_rows, token_losses
+from training.measure import TextWindows, measure_rows, token_losses, window_nats
 from training.model import Model, load_encoder, trained_dtype
 from training.recipe import RecipeError
 from training.run import Run
@@ -51,10 +51,11 @@ def train(run: Run) -> None:
     # Data: blocks of tokens; held-out documents as windows that score every token once.
     rows = run.rows(config.data, Documents(), encoder, max_drop_fraction=config.max_drop_fraction)
     blocks = rows.blocks(config.block_size)  # (N, T)
-    windows, heldout_bytes = None, 0
+    windows, texts, heldout_bytes = None, None, 0
     if config.eval_data:
         held = run.rows(config.eval_data, Documents(), encoder, "held-out data", config.max_drop_fraction)
         windows, heldout_bytes = Windows(held.tokens, encoder.eos_id, config.block_size), held.facts["bytes"]
+        texts = TextWindows(np.split(held.tokens, np.cumsum(held.lengths)[:-1]), encoder, config.block_size)
 
     # Model and trainer.
     args = arguments(TrainingArguments, run, len(blocks))
@@ -74,15 +75,16 @@ def train(run: Run) -> None:
     order = StepOrder(len(blocks), config.train.global_batch_size, run.seed)
 
     def hold_out() -> dict[str, float]:
-        if windows is None:
+        if windows is None or texts is None:
             return {}
         lengths = np.full(len(windows), windows.width)
         found = measure_rows(trainer, windows, lengths, collate.labelled, token_losses)
         nats, tokens = found["nats"].sum(), found["tokens"].sum()
+        of_texts = measure_rows(trainer, texts, texts.lengths, texts.collate, window_nats)["nats"].sum()
         return {
             "loss": nats / tokens,
             "perplexity": math.exp(min(nats / tokens, 700.0)),
-            "bits_per_byte": nats / math.log(2) / heldout_bytes,
+            "bits_per_byte": of_texts / math.log(2) / heldout_bytes,
             "mean_token_accuracy": found["correct"].sum() / tokens,
         }
 
