@@ -25,6 +25,7 @@ from data.template import CHAT_TEMPLATE
 from data.turns import OwnTurns, Split, TemplateTurns, Turns
 from handoff.encoding import tokenizer_fingerprint
 from handoff.files import canonical_hash
+from handoff.gate import named_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,7 +90,10 @@ class Encoder:
         """
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        with named_errors(Path(folder) / "tokenizer.json"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True, mistral_format=False
+            )
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise DataError(
                 f"{folder}: the tokenizer has no tokenizer.json; save it once with AutoTokenizer to make one"

@@ -1,7 +1,8 @@
 """The contract: checks of models and rows at every hand-off. Each violation has its own message with the fix.
 
-The checks run before a stage publishes (`check_model`, `check_rows`), before the weights of a foreign checkpoint are
-loaded (`check_foreign`), and where two models read the same tokens (`check_same_encoding`).
+The checks run before a stage publishes (`check_model`, `check_rows`), before the weights of a published model
+(`check_published`) or of a foreign checkpoint (`check_foreign`) are loaded, and where two models read the same tokens
+(`check_same_encoding`). All that concern a model begin at the gate (handoff/gate.py).
 """
 
 import gzip
@@ -11,9 +12,10 @@ from typing import Any, Protocol
 
 from handoff.encoding import declared_pad_id, generation_stop_ids, read_tokenizer, token_text
 from handoff.errors import HandoffError
-from handoff.files import list_files, read_json, write_json
+from handoff.files import list_files, read_json, shown, write_json
+from handoff.gate import check_directory, loaded_files
 from handoff.manifest import Kind, TokenizerRecord
-from handoff.weights import INDEX_NAME, embedding_shape, read_tensors
+from handoff.weights import embedding_shape
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"}
 """Suffixes of files that can run code when loaded, or that Baton does not read."""
@@ -31,15 +33,16 @@ def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
     """Checks a model that a stage is about to publish, and returns its tokenizer's record.
 
     Raises:
-        HandoffError: the files include a pickle or code, or request remote code; a tensor is truncated or empty; the
-            tokenizer is missing; the pad token is missing or unusable; there are more token ids than embedding rows;
-            or generation_config.json lacks stop ids.
+        HandoffError: the gate refuses a file; the files include a pickle or code; a tensor is empty; the tokenizer is
+            missing; the pad token is missing or unusable; there are more token ids than embedding rows; or
+            generation_config.json lacks stop ids.
     """
     for name in list_files(model_dir):
         if Path(name).suffix in PICKLES or Path(name).suffix == ".py":
             raise HandoffError(
-                f"{model_dir / name}: a published model must not contain pickles or code; save safetensors only"
+                f"{shown(model_dir / name)}: a published model must not contain pickles or code; save safetensors only"
             )
+    check_directory(model_dir)
     tokenizer = read_tokenizer(model_dir)
     if kind == "tokenizer":
         return tokenizer
@@ -57,6 +60,25 @@ def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
                 f"{tokenizer.eos_id}; add it to eos_token_id"
             )
     return tokenizer
+
+
+def check_published(model_dir: Path, kind: Kind, recorded: TokenizerRecord) -> None:
+    """Checks a model before it is loaded that, by its manifest, a stage has published.
+
+    Raises:
+        HandoffError: as `check_model`; or it is of another kind or has another encoding than its manifest says.
+    """
+    found = check_model(model_dir, kind)
+    if kind != "tokenizer" and _kind(model_dir) != kind:
+        raise HandoffError(
+            f"{model_dir}: stage.json says {kind}, config.json {_kind(model_dir)}; the folder was not published as it "
+            "is: run the stage again, or take stage.json away and name the folder as a checkpoint"
+        )
+    if found != recorded:
+        raise HandoffError(
+            f"{model_dir}: stage.json has another encoding than the files: {recorded.model_dump()} and "
+            f"{found.model_dump()}; run the stage again"
+        )
 
 
 def check_rows(data_dir: Path) -> None:
@@ -108,18 +130,13 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
     """Checks a foreign checkpoint, and returns its kind and tokenizer record.
 
     Raises:
-        HandoffError: it is not a checkpoint, is a LoRA adapter, has only pickles, needs remote code, or breaks the
-            contract.
+        HandoffError: the gate refuses a file; it is not a checkpoint, is a LoRA adapter, has only pickles, needs remote
+            code, or breaks the contract.
     """
-    if (model_dir / "adapter_config.json").is_file():
-        raise HandoffError(
-            f"{model_dir} is a LoRA adapter, not a model; merge it into its base first "
-            "(peft: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR)) "
-            "and copy the tokenizer beside it"
-        )
-    has_weights = (model_dir / INDEX_NAME).is_file() or any(model_dir.glob("*.safetensors"))
+    check_directory(model_dir)
+    has_weights = any(name.endswith(".safetensors") for name in loaded_files(model_dir))
     if not has_weights:
-        pickles = sorted(path.name for path in model_dir.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(shown(path.name) for path in model_dir.iterdir() if path.suffix in PICKLES)
         if pickles:
             raise HandoffError(
                 f"{model_dir} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code "
@@ -183,14 +200,6 @@ def check_same_encoding(a: Encoded, b: Encoded, why: str) -> None:
 
 def _check_weights(model_dir: Path, tokenizer: TokenizerRecord) -> None:
     config = _config(model_dir)
-    for name in ("config.json", "tokenizer_config.json"):
-        path = model_dir / name
-        if path.is_file() and "auto_map" in read_json(path):
-            raise HandoffError(
-                f"{path} requests remote code (auto_map, trust_remote_code), which Baton never runs; "
-                "use a checkpoint of an architecture that transformers supports itself"
-            )
-    read_tensors(model_dir)
     rows, _ = embedding_shape(model_dir)
     if tokenizer.vocab_size > rows:
         raise HandoffError(
@@ -209,7 +218,7 @@ def _config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.is_file():
         raise HandoffError(f"{model_dir} has no config.json")
-    config: dict[str, Any] = read_json(path)
+    config: dict[str, Any] = read_json(path, infinity=True)
     return config
 
 
@@ -220,6 +229,6 @@ def _kind(model_dir: Path) -> Kind:
             if name.endswith(ending):
                 return kind
     raise HandoffError(
-        f"{model_dir}: architectures in config.json is {architectures}; "
+        f"{model_dir}: architectures in config.json is {shown(architectures)}; "
         "a parent is a causal language model or a sequence classifier (reward model)"
     )

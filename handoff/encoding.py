@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from handoff.errors import HandoffError
-from handoff.files import canonical_hash, read_json
+from handoff.files import canonical_hash, read_json, shown
+from handoff.gate import LIMITS
 from handoff.manifest import TokenizerRecord
 
 END_OF_TURN = (
@@ -117,7 +118,7 @@ def _read(model_dir: Path) -> _Files:
             f"{model_dir} has no tokenizer.json; convert its tokenizer once with "
             "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    tokenizer = read_json(path)
+    tokenizer = read_json(path, LIMITS["tokenizer.json"])
     if "vocab" not in tokenizer.get("model", {}):
         raise HandoffError(f"{path} has no model.vocab, so it is not a file of the tokenizers library")
     tokenizer_config = _optional(model_dir / "tokenizer_config.json")
@@ -133,7 +134,7 @@ def _read(model_dir: Path) -> _Files:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = read_json(path) if path.is_file() else {}
+    content: dict[str, Any] = read_json(path, infinity=path.name == "config.json") if path.is_file() else {}
     return content
 
 
@@ -166,7 +167,7 @@ def _special_id(files: _Files, ids: dict[str, int], role: str) -> int | None:
         return None
     text: str = value["content"] if isinstance(value, dict) else value
     if text not in ids:
-        raise HandoffError(f"{files.directory}: {role} {text!r} is not in the vocabulary of tokenizer.json")
+        raise HandoffError(f"{files.directory}: {role} {shown(repr(text))} is not in the vocabulary of tokenizer.json")
     return ids[text]
 
 

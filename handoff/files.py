@@ -8,7 +8,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import Any
 from handoff.errors import HandoffError
 
 _CHUNK = 1 << 20
+_MAX_JSON = 64 << 20  # bytes
+_MAX_DEPTH = 100  # lists and objects inside each other
+_SURROGATE = re.compile(rb"\\u[dD][89abAB]")  # may begin half of a character
 
 
 def sha256_file(path: Path) -> str:
@@ -77,14 +82,105 @@ def write_json(path: Path, obj: Any) -> None:
     fsync_path(path.parent)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises HandoffError, naming file and position, when it is not UTF-8 or not JSON."""
+def shown(name: object) -> str:
+    """A name or value from a file for a message: at most 1,000 characters, and what cannot be printed as
+    escapes."""
+    text = str(name)
+    text = text if len(text) <= 1000 else f"{text[:1000]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def what_is_wrong_with(path: Path, folder: Path, limit: int | None = None) -> str | None:
+    """Why `path` may not be read as a file of `folder`; None if it may. Nothing is opened, so that a FIFO or a device
+    cannot stop the process.
+
+    Links may lead to other places in the folder. In the hub's cache, they may lead to the blobs of the same repository.
+    """
     try:
-        return json.loads(path.read_bytes())
+        target = Path(os.path.realpath(path, strict=True))
+        status = target.stat()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    root = Path(os.path.realpath(folder))
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(place) for place in allowed):
+        return f"is a link that leaves the folder, to {shown(target)}; put the file itself there"
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file; remove it, or put the file there"
+    if limit is not None and status.st_size > limit:
+        return (
+            f"has {human_bytes(status.st_size)}, and such a file has at most {human_bytes(limit)}; "
+            "copy or download it again"
+        )
+    return None
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file. Raises HandoffError, without opening it, when it is something else or larger."""
+    fault = what_is_wrong_with(path, Path(os.path.realpath(path)).parent, limit)
+    if fault:
+        raise HandoffError(f"{shown(path)} {fault}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise HandoffError(f"{shown(path)} cannot be read ({error.strerror}); allow it, or copy the file") from error
+
+
+def read_json(path: Path, limit: int = _MAX_JSON, *, infinity: bool = False) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: a regular file of at most `limit` bytes.
+        limit: in bytes.
+        infinity: accept `Infinity`, which is not JSON, but which transformers writes and reads.
+
+    Raises:
+        HandoffError: it is no such file, not UTF-8, not JSON, nested too deeply, or has a number or a character that
+            cannot be stored. The message names file and place.
+    """
+    content = read_regular(path, limit)
+
+    def constant(name: str) -> float:
+        if infinity and name != "NaN":
+            return float(name)
+        raise HandoffError(f"{shown(path)} has the number {name}, which JSON does not have; write another value")
+
+    try:
+        found = json.loads(content.decode("utf-8"), parse_constant=constant)
     except UnicodeDecodeError as error:
-        raise HandoffError(f"{path} is not UTF-8 (byte {error.start}): the file is damaged") from error
+        raise HandoffError(f"{shown(path)} is not UTF-8 (byte {error.start}): the file is damaged") from error
     except json.JSONDecodeError as error:
-        raise HandoffError(f"{path}, line {error.lineno}: not JSON ({error.msg}): the file is damaged") from error
+        raise HandoffError(
+            f"{shown(path)}, line {error.lineno}: not JSON ({error.msg}): the file is damaged"
+        ) from error
+    except RecursionError as error:
+        raise _too_deep(path) from error
+    except HandoffError:
+        raise
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise HandoffError(f"{shown(path)} has an integer with thousands of digits: the file is damaged") from error
+    level, depth = [found], 0
+    while level := [
+        inner
+        for outer in level
+        for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        if isinstance(inner, dict | list)
+    ]:
+        depth += 1
+        if depth >= _MAX_DEPTH:
+            raise _too_deep(path)
+    if _SURROGATE.search(content):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise HandoffError(
+                f"{shown(path)} has half of a character (a lone surrogate, \\ud800 to \\udfff): the file is damaged"
+            ) from error
+    return found
+
+
+def _too_deep(path: Path) -> HandoffError:
+    return HandoffError(f"{shown(path)} has more than {_MAX_DEPTH} lists and objects inside each other: it is damaged")
 
 
 def changed_files(directory: Path, expected: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -92,8 +188,10 @@ def changed_files(directory: Path, expected: Mapping[str, str]) -> list[tuple[st
     changes = []
     for name, digest in sorted(expected.items()):
         path = directory / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             changes.append((name, "is missing"))
+        elif fault := what_is_wrong_with(path, directory):
+            changes.append((name, fault))
         elif sha256_file(path) != digest:
             changes.append((name, "was altered"))
     return changes
@@ -172,7 +270,8 @@ class HashCache:
         self._path = path
         self._known: dict[str, list[Any]] = {}
         with suppress(HandoffError):  # treat a damaged cache as empty
-            self._known = read_json(path) if path.is_file() else {}
+            known = read_json(path) if path.is_file() else {}
+            self._known = known if isinstance(known, dict) else {}
         self._changed = False
 
     def sha256(self, path: Path) -> str:

@@ -179,6 +179,14 @@ class Manifest(_Record):
             for key, value in metrics.items()
         }
 
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if not name or "\0" in name or name.startswith("/") or {".", "..", ""} & set(name.split("/")):
+                raise ValueError(f"{name!r} is no file inside the stage's folder")
+        return files
+
     @property
     def fingerprint(self) -> str:
         """Identifies the result by kind, bytes, encoding and `extra`, without time, place or parents."""

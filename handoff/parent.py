@@ -1,7 +1,7 @@
 """Opens and checks a stage's parent (a section of the same run, a checkpoint directory, or a model of the hub), or the
 rows that a section of this or another run has published.
 
-Only a parent's safetensors, JSON, jinja and text files are read, whoever made it.
+Whoever made a parent, only the files that the gate lets through are read (handoff/gate.py), and all of them are hashed.
 """
 
 import re
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from handoff.contract import check_foreign
+from handoff.contract import check_foreign, check_published
 from handoff.errors import HandoffError
-from handoff.files import HashCache, canonical_hash, changed_files, list_files
+from handoff.files import HashCache, canonical_hash, changed_files, list_files, shown
+from handoff.gate import loaded_files
 from handoff.manifest import Kind, Manifest, ParentRecord, TokenizerRecord, read_manifest
 
-READ_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-"""Files in the top directory of a foreign checkpoint that are read and hashed."""
+_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 HASH_CACHE = ".hashes.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -78,12 +78,12 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
         ref: a section of the run, a directory, or a hub id (`organisation/name`), tried in this order.
         run_dir: the run's directory.
         kinds: kinds that the stage can start from.
-        verify: hash every published file again and compare with the manifest; one process of a run is enough.
+        verify: hash every published file again, compare with the manifest, and check the contract, before a published
+            model is loaded; one process of a run is enough. A foreign checkpoint is always checked.
 
     Raises:
         HandoffError: the parent is missing (the message gives the command that makes it), unfinished, of the wrong
-            kind, altered after publishing (the message names the files), or a foreign checkpoint that breaks the
-            contract.
+            kind, altered after publishing (the message names the files), or breaks the contract.
     """
     directory, name = _locate(ref, run_dir)
     manifest = _manifest(directory)
@@ -96,6 +96,7 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
         raise HandoffError(f"{directory} is {_WORDS[parent.kind]}; the parent must be {wanted}")
     if manifest is not None and verify:
         _check_unaltered(directory, manifest)
+        check_published(parent.model_dir, parent.kind, parent.tokenizer)
     return parent
 
 
@@ -147,7 +148,7 @@ def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[
     changes = changed_files(directory, manifest.files)
     # An added file is a change too: transformers would load an adapter beside the weights; added rows would be read.
     present = {f"{folder}/{name}" for folder in ("model", "data") for name in list_files(directory / folder)}
-    return changes + [(name, "was added") for name in sorted(present - manifest.files.keys())]
+    return changes + [(shown(name), "was added") for name in sorted(present - manifest.files.keys())]
 
 
 def foreign_identity(
@@ -157,8 +158,7 @@ def foreign_identity(
 
     The fingerprint depends on the bytes of the files that are read and on the tokenizer's record.
     """
-    paths = {path for pattern in READ_PATTERNS for path in directory.glob(pattern)}
-    files = {path.name: sha256(path) for path in sorted(paths)}
+    files = {name: sha256(path) for name, path in loaded_files(directory).items()}
     return canonical_hash([kind, files, tokenizer.model_dump(mode="json")]), files
 
 
@@ -241,9 +241,7 @@ def _download(ref: str) -> Path:
 
     try:
         # `*/*` leaves out subdirectories, which hold other formats of the same weights (fnmatch's * matches slashes).
-        return Path(
-            snapshot_download(ref, allow_patterns=list(READ_PATTERNS), ignore_patterns=["*/*", "consolidated*"])
-        )
+        return Path(snapshot_download(ref, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "consolidated*"]))
     except GatedRepoError as error:
         raise HandoffError(
             f"{ref}: its owner grants access on request; ask on its page, then `hf auth login`"

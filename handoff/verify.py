@@ -7,7 +7,7 @@ as well, including those of unfinished stages, since a run resumes from them.
 from dataclasses import dataclass
 from pathlib import Path
 
-from handoff.contract import check_foreign
+from handoff.contract import check_foreign, check_published
 from handoff.errors import HandoffError
 from handoff.files import sha256_file
 from handoff.manifest import Manifest, ParentRecord, read_manifest
@@ -68,10 +68,13 @@ def verify_run(run_dir: Path) -> list[Problem]:
             continue
         if manifest is None:
             continue
-        problems += [
-            Problem(label, file, f"{change} after publishing")
-            for file, change in changes_since_publishing(directory, manifest)
-        ]
+        changes = changes_since_publishing(directory, manifest)
+        problems += [Problem(label, file, f"{change} after publishing") for file, change in changes]
+        if not changes and manifest.tokenizer is not None:
+            try:
+                check_published(directory / "model", manifest.kind, manifest.tokenizer)
+            except HandoffError as error:
+                problems.append(Problem(label, "", str(error)))
         for role, record in manifest.parents.items():
             path = directory.parent / record.path  # an absolute path stays itself
             fault = _fault(path, record)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from handoff.gate import named_errors
 from handoff.weights import read_tensors
 from rollout.errors import EngineMissing, RolloutError, TransferFailed, WrongModel
 from rollout.vllm_client import Client
@@ -40,7 +41,10 @@ class Stored:
     @classmethod
     def read(cls, model_dir: Path) -> "Stored":
         """Reads config.json and the headers of the weight files. Raises HandoffError when that fails."""
-        config = AutoConfig.from_pretrained(model_dir).get_text_config()
+        with named_errors(model_dir / "config.json"):
+            config = AutoConfig.from_pretrained(
+                model_dir, trust_remote_code=False, local_files_only=True
+            ).get_text_config()
         shapes = {name: info.shape for name, info in read_tensors(model_dir).items()}
         return cls(model_dir, shapes, config.vocab_size, config.tie_word_embeddings)
 

@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from data.encode import Encoder
+from handoff.gate import named_errors
+from handoff.parent import Parent
 from training.config import ModelArguments
 from training.recipe import RecipeError
+
+LOCAL = {"trust_remote_code": False, "local_files_only": True}
+"""For every call that loads with transformers: no code of a parent runs, nobody is asked, nothing is fetched."""
 
 # Fields of a new model's configuration that the pipeline sets, so a recipe may not.
 _DECIDED = (
@@ -52,6 +57,18 @@ def attention(arguments: ModelArguments, bf16: bool) -> str:
     packages = {"flash_attn"} if find_spec("flash_attn") is not None else set()
     cuda = torch.cuda.is_available()
     return choose_attention(arguments.attn_implementation, cuda=cuda, bf16=bf16, packages=packages)
+
+
+def parent_config(parent: Parent) -> PretrainedConfig:
+    """The configuration of a parent. A model that is loaded with this object takes attention and kernels from the
+    arguments of `from_pretrained`, whatever config.json says.
+
+    Raises:
+        HandoffError: transformers has no such architecture, or its class rejects a value.
+    """
+    with named_errors(parent.model_dir / "config.json"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(parent.model_dir, **LOCAL)
+    return config
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -36,9 +36,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from data.encode import Encoder
 from handoff.errors import HandoffError
+from handoff.gate import TOKENIZER_FILES, named_errors
 from handoff.parent import Parent
 from handoff.weights import INDEX_NAME, weight_files
-from training.architecture import attention, type_of_config, without_dropout
+from training.architecture import LOCAL, attention, parent_config, without_dropout
 from training.config import ModelArguments, TrainedModelArguments
 from training.engines.files import write_tensors
 from training.engines.protocol import Engine
@@ -47,16 +48,6 @@ from training.parent_weights import ParentWeights, layer_of, without_values
 
 Role = Literal["policy", "reference", "critic", "reward"]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 _FILE_BYTES = 5 << 30  # a published model is written in files of about this size
 _SINGLE = "model.safetensors"
 
@@ -136,15 +127,18 @@ class Model:
         keys: dict[str, Any] = {
             "dtype": dtype,
             "attn_implementation": attention(arguments, bf16),
+            "experts_implementation": None,
             "use_safetensors": True,
+            **LOCAL,
         }
         loader: Any = AutoModelForCausalLM
+        keys["config"] = parent_config(parent)
         if scored:
-            _check_classification(parent)
-            loader, keys = AutoModelForSequenceClassification, keys | {"num_labels": 1}
+            _check_classification(parent, keys["config"])
+            loader, keys["config"].num_labels = AutoModelForSequenceClassification, 1
         if engine.splits:
             keys["device_map"] = "meta"
-        with engine.loading():
+        with engine.loading(), named_errors(parent.model_dir):
             module, found = loader.from_pretrained(parent.model_dir, output_loading_info=True, **keys)
         new_head = scored and parent.kind != "reward_model"
         _check_complete(parent, set(found["missing_keys"]), "score." if new_head else None)
@@ -270,6 +264,7 @@ class Model:
     def _write_configuration(self, path: Path) -> None:
         config = deepcopy(self.module.config)
         config.dtype, config.architectures = torch.float32, [self._class_name]
+        vars(config).pop("auto_map", None)  # the code that it names is not published
         config.save_pretrained(path)
         source = Path(self.encoder.tokenizer.name_or_path)
         copy_tokenizer(source, path)
@@ -278,7 +273,7 @@ class Model:
     def _check(self, path: Path) -> None:
         loader: Any = AutoModelForSequenceClassification if self.role == "reward" else AutoModelForCausalLM
         with self.engine.loading():
-            _, found = loader.from_pretrained(path, device_map="meta", output_loading_info=True)
+            _, found = loader.from_pretrained(path, device_map="meta", output_loading_info=True, **LOCAL)
         wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
         assert not wrong, f"{path} does not load as it was saved: {wrong}"
 
@@ -337,10 +332,9 @@ def check_vocabulary(module: PreTrainedModel, parent: Parent) -> None:
         raise HandoffError(f"{parent.path}: the tokenizer has {size} ids, the model only {rows} embeddings")
 
 
-def _check_classification(parent: Parent) -> None:
-    architecture = PretrainedConfig.get_config_dict(parent.model_dir)[0]["model_type"]
-    if type_of_config(architecture) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise HandoffError(f"{parent.path}: transformers has no sequence classification for `{architecture}`")
+def _check_classification(parent: Parent, config: PretrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise HandoffError(f"{parent.path}: transformers has no sequence classification for `{config.model_type}`")
 
 
 def _check_complete(parent: Parent, missing: set[str], drawn: str | None) -> None:
@@ -374,7 +368,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def generation_config(model_dir: Path, encoder: Encoder) -> GenerationConfig:
     """The directory's generation settings, if it has any, with the encoder's stop ids, pad and bos."""
     here = (model_dir / "generation_config.json").is_file()
-    config = GenerationConfig.from_pretrained(model_dir) if here else GenerationConfig()
+    with named_errors(model_dir / "generation_config.json"):
+        config = GenerationConfig.from_pretrained(model_dir, local_files_only=True) if here else GenerationConfig()
     config.eos_token_id = sorted(encoder.stop_ids)
     config.pad_token_id = encoder.pad_id
     config.bos_token_id = encoder.bos_id
