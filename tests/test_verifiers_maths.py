@@ -22,7 +22,7 @@ from reward.config import RewardConfig
 from reward.functions import RewardError
 from reward.verifiers import maths_process
 from reward.verifiers.maths import math_equal, numeric_match
-from reward.verifiers.maths_process import Comparer
+from reward.verifiers.maths_process import Comparer, Pair
 from tests.row_sets import load
 
 NUMBERS = [  # completion, its number; None where it has none
@@ -136,7 +136,7 @@ def test_equal_answers_of_a_group_are_compared_once(monkeypatch):
         Comparer, "compare", lambda self, pairs, seconds: asked.extend(pairs) or compare(self, pairs, seconds)
     )
     assert math_equal([], ["\\boxed{x}"] * 5 + ["\\boxed{y}"], answer=["x"] * 6) == [1.0] * 5 + [0.0]
-    assert asked == [("x", "x"), ("x", "y")]
+    assert asked == [Pair("x", "x"), Pair("x", "y")]
     asked.clear()
     assert math_equal([], ["5", "6"], answer=["5", "5"]) == [1.0, 0.0]
     assert asked == []
@@ -194,14 +194,14 @@ def test_endless_computation_scores_zero(caplog):
 
 def test_a_process_that_dies_or_stops_is_started_again(monkeypatch):
     comparer = Comparer()
-    assert comparer.compare([("1/2", "0.5")], 5.0)[0].equal
+    assert comparer.compare([Pair("1/2", "0.5")], 5.0)[0].equal
     for end in (lambda p: p.kill(), lambda p: (p.kill(), p.wait())):
         end(comparer._process)
-        verdicts = comparer.compare([("1/2", "0.5"), ("1/2", "0.5")], 5.0)
+        verdicts = comparer.compare([Pair("1/2", "0.5"), Pair("1/2", "0.5")], 5.0)
         assert verdicts[1].equal
     monkeypatch.setattr(maths_process, "WALL_FACTOR", 0.01)
     os.kill(comparer._process.pid, 19)  # SIGSTOP: uses no processor time, never answers
-    assert comparer.compare([("1/2", "0.5")], 5.0)[0].late
+    assert comparer.compare([Pair("1/2", "0.5")], 5.0)[0].late
     comparer.close()
     assert comparer._process is None
 
@@ -209,11 +209,11 @@ def test_a_process_that_dies_or_stops_is_started_again(monkeypatch):
 def test_signals_to_the_trainer_do_not_end_the_worker():
     """Slurm and terminals signal both processes, but the trainer still finishes its step."""
     comparer = Comparer()
-    comparer.compare([("1", "1")], 5.0)
+    comparer.compare([Pair("1", "1")], 5.0)
     process = comparer._process
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process.send_signal(signum)
-    assert comparer.compare([("1/2", "0.5")], 5.0)[0].equal
+    assert comparer.compare([Pair("1/2", "0.5")], 5.0)[0].equal
     assert comparer._process is process
     comparer.close()
 
@@ -222,7 +222,7 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "maths_worker.py").write_text("raise ImportError('no module named math_verify')")
     monkeypatch.setattr(maths_process, "__file__", str(tmp_path / "maths_process.py"))
     with pytest.raises(RewardError, match=r"(?s)does not start: .*no module named math_verify"):
-        Comparer().compare([("1", "1")], 1.0)
+        Comparer().compare([Pair("1", "1")], 1.0)
 
 
 def test_off_the_main_thread_and_from_many_threads():
@@ -256,7 +256,7 @@ def test_in_a_forked_daemon_beside_the_parent():
 
 def test_the_process_ends_with_its_owner():
     comparer = Comparer()
-    comparer.compare([("1", "1")], 5.0)
+    comparer.compare([Pair("1", "1")], 5.0)
     process = comparer._process
     process.stdin.close()  # as when the trainer is killed
     assert process.wait(timeout=60) == 0
