@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 
@@ -55,7 +56,8 @@ NUMBERS = [  # completion, its number; None where it has none
     (".5", "0.5"),
     ("3.14.", "3.14"),
     ("\\boxed{5} and then 7", "5"),
-    ("\\boxed{5} or \\boxed{\\frac{1}{4}}", "0.25"),
+    ("\\boxed{5} or \\boxed{\\frac{1}{4}}", None),
+    ("\\boxed{5}. No: \\boxed{\\frac{1}{4}}", "0.25"),
     ("\\boxed{5}\n#### 6", "6"),
     ("#### 6\nthat is \\boxed{5}", "5"),
     ("#### 1,200 dollars\n\nQuestion: what is 3?", "1200"),
@@ -265,7 +267,7 @@ def test_the_process_ends_with_its_owner():
 
 
 @pytest.mark.parametrize("function", [numeric_match, math_equal])
-def test_errors_name_column_row_and_prompt(function):
+def test_a_missing_column_is_an_error(function):
     prompts = [(Message("user", "a" * 200),), (Message("user", "How many?"),)]
     name = function.__name__
     with pytest.raises(
@@ -274,14 +276,20 @@ def test_errors_name_column_row_and_prompt(function):
         function(prompts, ["1", "2"])
     with pytest.raises(RewardError, match=r"in column `Answer`; the prompts have `answer`\. Rename yours, or name it"):
         function(prompts, ["1", "2"], column="Answer", answer=["1", "2"])
-    with pytest.raises(
-        RewardError, match=rf"`{name}`, row 1 of the batch \(prompt 'How many\?'\): column `answer` holds \["
-    ):
-        function(prompts, ["1", "2"], answer=["1", ["2"]])
-    with pytest.raises(RewardError, match=rf"`{name}`, row 1 of the batch .*gold answer '\?\?'.*use .*`exact_match`"):
-        function(prompts, ["1", "2"], answer=["1", "??"])
-    with pytest.raises(RewardError, match=rf"row 0 of the batch \(prompt '\.\.\.{'a' * 80}'\)"):
-        function(prompts, ["1", "2"], answer=["", "2"])
+
+
+@pytest.mark.parametrize("function", [numeric_match, math_equal])
+def test_gold_answers_that_cannot_be_read_get_no_score_and_are_named(function, caplog):
+    prompts = [(Message("user", "a" * 200),), (Message("user", "How many?"),)]
+    cases = [
+        (["1", ["2"]], [1.0, None], r"row 1 of the batch \(prompt 'How many\?'\): column `answer` holds \["),
+        (["1", "??"], [1.0, None], r"row 1 of the batch .*gold answer '\?\?'"),
+        (["", "2"], [None, 1.0], rf"row 0 of the batch \(prompt '\.\.\.{'a' * 80}'\)"),
+    ]
+    for golds, scores, said in cases:
+        caplog.clear()
+        assert function(prompts, ["1", "2"], answer=golds) == scores
+        assert re.search(rf"{function.__name__}: 1 rows get no score, for example {said}", caplog.text)
 
 
 @pytest.mark.parametrize("function", [numeric_match, math_equal])
@@ -317,7 +325,7 @@ def test_svamp_gold_is_right_and_one_more_is_wrong(function, shared_data):
         rows = json.load(file)
     golds = [row["Answer"] for row in rows]
     assert len(golds) == 1000
-    texts = [f"{row['Body']} {row['Question']} {gold:.0f} of them." for row, gold in zip(rows, golds, strict=True)]
+    texts = [f"{row['Body']} {row['Question']}\n{gold:.0f} of them." for row, gold in zip(rows, golds, strict=True)]
     assert function([], texts, column="Answer", Answer=golds) == [1.0] * 1000
     wrong = [f"The answer is {gold + 1:.0f}" for gold in golds]
     assert function([], wrong, column="Answer", Answer=golds) == [0.0] * 1000

@@ -97,6 +97,9 @@ def _names(one: Basic) -> set[str]:
 
 def _equal(a: Any, b: Any) -> bool:
     names = _names(a) | _names(b)
+    if names == {"i"}:  # alone it is the imaginary unit, not a variable
+        a, b = (one.subs({symbol: sympy.I for symbol in one.free_symbols}) for one in (a, b))
+        names = set()
     if not names:
         return _numbers(a, b)
     if len(names) > len(_POINTS[0]):

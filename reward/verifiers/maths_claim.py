@@ -22,6 +22,7 @@ _NUMBER = re.compile(
 )
 # Bold text, not a power: nothing that could be a base stands directly before the first mark.
 _BOLD = re.compile(r"(?<![\w)\]}*])( ?)(\*\*|__)(?=[^\s*_])([^\n]*?[^\s*_])\2(?![\w({*])")
+_CALCULATION = re.compile(r"<<[^<>\n]*>>")
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*?)[ \t]*$", re.MULTILINE)
 _HEADING = re.compile(r"[0-9]+\.\s|(?:.*\s)?(?:[Ss]tep|[Pp]art|[Cc]ase|[Cc]hapter)\b")
 _MARKED = re.compile(r"(?:[-+]?[$€£¥₹]?[-+]?[0-9][0-9,./ ]*(?<![./ ]) ?\\?%?)(?: [A-Za-z]\S*){0,2}")
@@ -42,9 +43,9 @@ _LINK = re.compile(
     r"(?:[\s$.*]|\\[()\[\]]|\\quad)*(?:,|;|\\text\s*\{|\})*[\s$]*(?:,?\s*\b(and|or)\b)?(?:[\s$*]|\\[()\[\]]|\}|[A-Za-z](?:_\S)? ?= ?)*"
 )
 _SAYS = re.compile(
-    r"\banswers?\b[*_]*(?:\s+(?:to|for|of)\s[^.:\n]{0,60}?)?[*_]*\s*(?:(?:is|are|was|would be|must be|should be)\b|:|=)"
+    r"(?:^[\s*_#>-]*|[.!?:,(*_]\s*|\b(?:the|final|my|our|your)\s+)answers?\b[*_]*(?:\s+(?:to|for|of)\s[^.,:\n]{0,60}?)?[*_]*\s*(?:(?:is|are|was|would be|must be|should be)\b|:|=)"
     r"[*_]*(?:\s+(?:therefore|thus|then|simply|indeed))?[:\s*_]*(?!not\b)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE = re.compile(
     r"\n|[.!?](?=\s|$)|,?\s(?:since|because|which|where|as|so|but|not)\s|\s[-\u2013\u2014]\s(?=[A-Za-z])"
@@ -201,7 +202,7 @@ def _last(text: str) -> tuple[str, str]:
 def _linked(text: str, from_start: bool) -> tuple[str, str]:
     """The first or last formula, with those that commas, "and" or "or" join to it."""
     found = [m for m in _FORMULA.finditer(text) if not _PROSE.search(m.group())]
-    parts = [next(part for part in m.groups() if part is not None).strip() for m in found]
+    parts = [next(part for part in m.groups() if part is not None).strip(" \n\t,;") for m in found]
     low = high = 0 if from_start else len(found) - 1
     sure = False
     while high + 1 < len(found) and (link := _link(text[found[high].end() : found[high + 1].start()])):
@@ -249,8 +250,8 @@ def _is_answer(line: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without marks of bold text. Two spaces keep a bold number apart from one before it."""
-    return _BOLD.sub(lambda m: m[1] * 2 + m[3], text)
+    """Without marks of bold text and GSM8K's calculator notes. Two spaces keep a bold number apart from one before."""
+    return _BOLD.sub(lambda m: m[1] * 2 + m[3], _CALCULATION.sub("", text))
 
 
 def _tidy(text: str) -> str:

@@ -136,7 +136,7 @@ _CUP = re.compile(r"\\cup(?![A-Za-z])\s*")
 _ORDER = re.compile(r"<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z])")
 _EQUALS = re.compile(r"=|\\approx(?![A-Za-z])")
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
-_CHOICE = re.compile(r"\\text\{\s*\(?([A-J])\)?[).:]?\s*\}\s*:?\s*(.*)|\(?([A-J])\)?", re.DOTALL)
+_CHOICE = re.compile(r"\\text\{\s*\(?([A-J])\)?[).:]?\s*\}(?!\s*[-+*/^=<>_,;])\s*:?\s*(.*)|\(?([A-J])\)?", re.DOTALL)
 _BASED = re.compile(r"([0-9A-F]+)\s*_\s*\{?\s*([0-9]{1,2})\s*\}?")
 _MODULUS = re.compile(
     r"(.*\S)\s*(?:\\pmod\s*(?:\{([^{}]*)\}|([0-9]))|\(?\s*\\?(?:mod|bmod|text\{\s*mod\s*\})\s*\{?([0-9a-z]+)\}?\s*\)?)"
@@ -151,7 +151,9 @@ _REALS = re.compile(r"\\mathbb\s*\{?R\}?|\\(?:R|Reals)|\\text\{\s*[aA]ll real(?:
 _MINUS_SET = re.compile(r"\\mathbb\s*\{?R\}?\s*(?:\\setminus|\\backslash|-|\\text\{\s*except\s*\})\s*\\\{(.+)\\\}")
 _FRENCH = re.compile(r"([\[\](])([^\[\]()]*[,;][^\[\]()]*)([\[\])])")
 _EMPTY = re.compile(r"\\emptyset|\\\{\s*\\\}|(?:\\text\{)?\s*(?:there (?:is|are) )?no (?:real )?solutions?\s*\}?", re.IGNORECASE)
-_NAME = re.compile(r"[^+\-*/=<>|^0-9,]{1,40}|\([A-Za-z](?:,\s*[A-Za-z]){1,4}\)")
+_NAME = re.compile(
+    r"[^+\-*/=<>|^0-9,]{1,40}|\([A-Za-z](?:,\s*[A-Za-z]){1,4}\)|[A-Za-z]{1,3}\s*\([^()]{1,30}\)|\|[^|0-9]{1,20}\|"
+)
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|\^\s*\{\s*-1\s*\}|'")
 _SUM = re.compile(r"[A-Za-z0-9+\-\s/_{}]*[A-Za-z][A-Za-z0-9+\-\s/_{}]*")
 _PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z]{2,}|[A-Z][a-z]+|yes|no|odd)(?![A-Za-z])")
@@ -265,7 +267,7 @@ def _value(text: str) -> Form:
     if rest != text and (nested := _bracketed(rest)):
         return nested
     words = re.sub(r"\\(?:begin|end)\{[^{}]*\}|\\text\{\s*\w\s*\}|_\s*\\text\{[^{}]*\}", "", rest)
-    if not rest or "\\text" in words or _PLAIN_WORD.search(words):
+    if not rest or "\\text" in words or _PLAIN_WORD.search(words) or re.fullmatch(r"\\[lc]?dots", rest):
         return Words(comparable(text))
     return Value(rest.removeprefix("+").strip(), found.unit, found.percent)
 
@@ -316,10 +318,8 @@ def _intersection(rows: list[Row]) -> Row | None:
     """The interval between a lower and an upper bound of one variable."""
     if len(rows) != 2 or rows[0].variable != rows[1].variable:
         return None
-    endless = {r"-\infty": 0, r"\infty": 1}
     low = [row for row in rows if row.items[1] == Value(r"\infty") and row.items[0] != Value(r"-\infty")]
     high = [row for row in rows if row.items[0] == Value(r"-\infty") and row.items[1] != Value(r"\infty")]
-    assert endless
     if len(low) != 1 or len(high) != 1:
         return None
     return Row(low[0].left, (low[0].items[0], high[0].items[1]), high[0].right, rows[0].variable)
@@ -394,14 +394,17 @@ def _interval(left: str, low: str, high: str, right: str, variable: str) -> Row:
 
 def _equation(text: str, sides: list[str]) -> Form:
     signs = _EQUALS.findall(text)
-    if signs[-1] != "=" and sides[0]:
-        sides = sides[:-1] if len(sides) > 2 else sides
+    named = _NAME.fullmatch(_SUBSCRIPT.sub("", sides[0])) is not None
+    if signs[-1] != "=" and sides[0] and (len(sides) > 2 or not named):
+        sides = sides[:-1]  # what stands behind the sign is rounded
+        if len(sides) == 1:
+            return _read(sides[0])
     first, last = sides[0], sides[-1]
     if not first:
         return _read(last)
     if not last:
         return Words(comparable(text))
-    if _NAME.fullmatch(_SUBSCRIPT.sub("", first)):
+    if named:
         return Equation(first, last, re.sub(r"\s|\\text|[{}]", "", first), _read(last))
     if not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", first)):
         return _read(last)

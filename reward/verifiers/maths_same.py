@@ -100,10 +100,16 @@ class Judge:
                 return self._equations(gold, given)
             case form.Equation(name=name, value=value), _ if name:
                 return self._same(value, given)
-            case _, form.Equation(name=name, value=value):
-                if isinstance(gold, Value) and not name and re.search(r"[A-Za-z]", re.sub(r"\\\w+", "", gold.text)):
-                    return False
-                return value != Words("") and self._same(gold, value)
+            case form.Equation(), Value():
+                return self._identity(gold, given.text)
+            case _, form.Equation(name="", value=Words()):
+                return isinstance(gold, Value) and self._identity(given, gold.text)
+            case _, form.Equation(value=value):
+                return self._same(gold, value)
+            case Row(variable=name), form.Relation() if name:
+                return self._bound(gold, given)
+            case form.Relation(), Row(variable=name) if name:
+                return self._bound(given, gold)
             case form.Relation(op=one, left=a, right=b), form.Relation(op=other, left=c, right=d):
                 return one == other and self._algebra.proportional((a, b), (c, d), True)
             case form.Residue(), form.Residue():
@@ -176,6 +182,21 @@ class Judge:
         if gold.name and given.name and not (_has_variable(gold.right) and _has_variable(given.right)):
             return False
         return self._algebra.proportional((gold.left, gold.right), (given.left, given.right), False)
+
+    def _identity(self, equation: form.Equation, text: str) -> bool:
+        """Whether both sides of an equation are this formula: `x^2 - 1 = (x - 1)(x + 1)`."""
+        return self._algebra_equal(equation.left, text) and self._algebra_equal(equation.right, text)
+
+    def _bound(self, row: Row, relation: form.Relation) -> bool:
+        """Whether an inequality says that the row's variable has this one bound."""
+        low, high = row.items
+        if not (isinstance(low, Value) and isinstance(high, Value)) or (_endless(low.text) == 0) == (_endless(high.text) == 0):
+            return False
+        sides = (low.text, row.variable) if _endless(high.text) else (row.variable, high.text)
+        shut = (row.left if _endless(high.text) else row.right) in "[]"
+        return shut == (relation.op == r"\le") and self._algebra.proportional(
+            sides, (relation.left, relation.right), True
+        )
 
     def _ratios(self, gold: form.Ratio, given: form.Ratio) -> bool:
         if gold.clock is not None and given.clock is not None:
