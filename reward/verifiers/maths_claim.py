@@ -43,7 +43,7 @@ _LINK = re.compile(
     r"(?:[\s$.*]|\\[()\[\]]|\\quad)*(?:,|;|\\text\s*\{|\})*[\s$]*(?:,?\s*\b(and|or)\b)?(?:[\s$*]|\\[()\[\]]|\}|[A-Za-z](?:_\S)? ?= ?)*"
 )
 _SAYS = re.compile(
-    r"(?:^[\s*_#>-]*|[.!?:,(*_]\s*|\b(?:the|final|my|our|your)\s+)answers?\b[*_]*(?:\s+(?:to|for|of)\s[^.,:\n]{0,60}?)?[*_]*\s*(?:(?:is|are|was|would be|must be|should be)\b|:|=)"
+    r"(?:^[ \t*_#>-]*|[.!?:,(*_]\s*|\b(?:the|final|my|our|your)\s+)answers?\b[*_]*(?:\s+(?:to|for|of)\s[^.,:\n]{0,60}?)?[*_]*\s*(?:(?:is|are|was|would be|must be|should be)\b|:|=)"
     r"[*_]*(?:\s+(?:therefore|thus|then|simply|indeed))?[:\s*_]*(?!not\b)",
     re.IGNORECASE | re.MULTILINE,
 )

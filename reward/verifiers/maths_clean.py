@@ -122,7 +122,7 @@ def clean(text: str) -> str:
     """
     dollars = "\\$" in text
     text = text.replace("\\$", "").replace("$", "").translate(_SIGNS)
-    text = re.sub(r"[€£¥₹]", "", text)
+    text = re.sub(r"\s{2,}", "  ", re.sub(r"[€£¥₹]", "", text))
     for pattern, by in _REWRITES:
         text = pattern.sub(by, text)
     text = _REPEATING.sub(_fraction, text)
