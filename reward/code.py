@@ -10,6 +10,7 @@ of the program. A row without tests scores None.
 """
 
 import functools
+import logging
 import re
 import textwrap
 import warnings
@@ -21,6 +22,8 @@ from data.records import Message
 from reward.functions import RewardError
 from reward.sandbox.confine import Limits
 from reward.sandbox.pool import Job, Outcome, Sandbox
+
+log = logging.getLogger(__name__)
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = frozenset({"python", "py", "python3"})
@@ -90,6 +93,17 @@ def code_tests(
     for i, outcome in outcomes.items():
         if outcome.fault:
             raise RewardError(f"code_tests: row {i} ({_label(prompts[i])}): {outcome.fault}")
+    not_sent = [i for i, outcome in outcomes.items() if outcome.not_sent]
+    if not_sent:
+        row = not_sent[0]
+        log.warning(
+            "code_tests: %d programs failed since a value of their tests could not be sent to them, for example in row "
+            "%d (%s): %s. Where that happens to every program of a row, mend its tests",
+            len(not_sent),
+            row,
+            _label(prompts[row]),
+            outcomes[row].why,
+        )
     return [_value(outcomes[i], credit) if i in outcomes else None for i in range(len(completions))]
 
 
