@@ -46,15 +46,11 @@ class Examiner:
 
     def run(self) -> None:
         random.seed(0)  # so that the same program always gets the same score
-        try:
-            units, code = instrument(self._job["tests"])
-            definitions, statements = split(self._job["setup"])
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            self._say(fault=f"the tests or their setup are not valid Python: {error}")
+        if fault := flaw(self._job["tests"], self._job["setup"]):
+            self._say(fault=fault)
             return
-        if units == 0:
-            self._say(fault="the tests contain no assert")
-            return
+        units, code = instrument(self._job["tests"])
+        definitions, statements = split(self._job["setup"])
         self._say(units=units)
         try:
             self._link.load(definitions, self._job["program"])
@@ -117,9 +113,19 @@ class Examiner:
         self._say(why=describe(error), not_sent=isinstance(error, NotSent))
 
     def _say(self, **what: Any) -> None:
-        """Writes a line, short enough that the pipe takes it whole or not at all; at most two are written for a unit."""
+        """Writes a line, so short that the pipe takes it whole or not at all. A unit gets at most two."""
         cut = {key: value[:_LONGEST_REASON] if isinstance(value, str) else value for key, value in what.items()}
         os.write(self._verdict, json.dumps(cut).encode() + b"\n")
+
+
+def flaw(tests: str, setup: str) -> str:
+    """What is wrong with tests, whatever the program; empty if nothing is."""
+    try:
+        units, _ = instrument(tests)
+        split(setup)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return f"the tests or their setup are not valid Python: {error}"
+    return "" if units else "the tests contain no assert"
 
 
 def describe(error: BaseException) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from data.records import Message
-from reward.functions import RewardError
+from reward.functions import RewardError, plain_text
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +46,6 @@ def golds(
             unreadable[row] = f"column `{name}` holds {value!r:.80}; a gold answer is text or a number"
         out.append(text)
     return out
-
-
-def plain_text(value: Any) -> str | None:
-    """A text, or the digits of a number; None for other values.
-
-    >>> plain_text("a"), plain_text(4), plain_text(True)
-    ('a', '4', None)
-    """
-    if isinstance(value, str):
-        return value
-    return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def rlvr_constraint(value: Any) -> dict[str, Any] | None:

@@ -12,8 +12,8 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse
 from sympy import Basic, Eq, Expr, Float, MatrixBase, Rational, Symbol
-from sympy.core.relational import Relational
 from sympy.core.function import UndefinedFunction
+from sympy.core.relational import Relational
 
 _RULE = LatexExtractionConfig(
     boxed_match_priority=0,
@@ -98,7 +98,7 @@ def _names(one: Basic) -> set[str]:
 def _equal(a: Any, b: Any) -> bool:
     names = _names(a) | _names(b)
     if names == {"i"}:  # alone it is the imaginary unit, not a variable
-        a, b = (one.subs({symbol: sympy.I for symbol in one.free_symbols}) for one in (a, b))
+        a, b = (one.subs(dict.fromkeys(one.free_symbols, sympy.I)) for one in (a, b))
         names = set()
     if not names:
         return _numbers(a, b)

@@ -1,17 +1,21 @@
 """Finds the answer in a completion, or in a gold answer that is a whole solution.
 
-What counts, in this order: a line `#### 42` or the last `\\boxed{...}`, whichever comes last; what follows the last "the
-answer is"; the last formula or number. Boxes and formulas joined by commas, "and" or "or" are one answer: a list. So a
-completion that names two answers is wrong where one is right.
+What counts, in this order: a line `#### 42` or the last `\\boxed{...}`, whichever comes last; what follows the last
+"the answer is"; the last formula or number. Boxes and formulas joined by commas, "and" or "or" are one answer: a list.
+So a completion that names two answers is wrong where one is right.
 """
 
 import re
 from dataclasses import dataclass
 from decimal import Context, Decimal
 
+from reward.functions import one_form
+
 _CONTEXT = Context(prec=400, traps=[])  # prec in digits; without traps, nonsense gives NaN or infinity, no exception
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_DIGITS = (
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+)
 # A minus after a digit, a letter or a bracket is an operator or a hyphen, not a sign. Digits after a letter are part of
 # a name (H2O, m2), and digits after ^ are an exponent (m^2).
 _NUMBER = re.compile(
@@ -40,10 +44,12 @@ _FORMULA = re.compile(  # an environment may not contain another of its kind, wh
 )
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[a-z]{3,}")  # text between two currency signs
 _LINK = re.compile(
-    r"(?:[\s$.*]|\\[()\[\]]|\\quad)*(?:,|;|\\text\s*\{|\})*[\s$]*(?:,?\s*\b(and|or)\b)?(?:[\s$*]|\\[()\[\]]|\}|[A-Za-z](?:_\S)? ?= ?)*"
+    r"(?:[\s$.*]|\\[()\[\]]|\\quad)*(?:,|;|\\text\s*\{|\})*[\s$]*"
+    r"(?:,?\s*\b(and|or)\b)?(?:[\s$*]|\\[()\[\]]|\}|[A-Za-z](?:_\S)? ?= ?)*"
 )
 _SAYS = re.compile(
-    r"(?:^[ \t*_#>-]*|[.!?:,(*_]\s*|\b(?:the|final|my|our|your)\s+)answers?\b[*_]*(?:\s+(?:to|for|of)\s[^.,:\n]{0,60}?)?[*_]*\s*(?:(?:is|are|was|would be|must be|should be)\b|:|=)"
+    r"(?:^[ \t*_#>-]*|[.!?:,(*_]\s*|\b(?:the|final|my|our|your)\s+)answers?\b[*_]*"
+    r"(?:\s+(?:to|for|of)\s[^.,:\n]{0,60}?)?[*_]*\s*(?:(?:is|are|was|would be|must be|should be)\b|:|=)"
     r"[*_]*(?:\s+(?:therefore|thus|then|simply|indeed))?[:\s*_]*(?!not\b)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -71,6 +77,7 @@ class Claim:
 
 def gold_claim(gold: str) -> Claim:
     """The gold answer in a row's column: the whole text, or the end of a solution."""
+    gold = one_form(gold)
     found = boxes(gold)
     if "####" in gold:
         gold = gold.rpartition("####")[2]
@@ -94,7 +101,7 @@ def answer_part(completion: str) -> str:
 
 def claim(completion: str) -> Claim:
     """The answer of a completion: the last line `#### 42` or box, else what "the answer is", else the whole text."""
-    completion = answer_part(completion)
+    completion = answer_part(one_form(completion))
     found = boxes(completion)
     marks = [mark for mark in _HASHES.finditer(completion) if _is_answer(mark[1])]
     if marks and (not found or marks[-1].start() > found[-1][0]):
@@ -124,7 +131,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, content) of each complete `\\boxed{...}` that is not inside another one.
 
     >>> boxes("\\\\boxed{1}, no: \\\\boxed{\\\\frac{1}{2}}, or \\\\boxed{3")
-    [(0, 9, '1'), (15, 35, '\\\\frac{1}{2}')]
+    [(0, 9, '1'), (15, 34, '\\\\frac{1}{2}')]
     """
     found: list[tuple[int, int, str]] = [(m.start(), m.end(), m[1]) for m in _BARE_BOX.finditer(text)]
     open_: list[re.Match[str]] = []
@@ -156,13 +163,18 @@ def last_value(one: Claim) -> Decimal | None:
     text = one.text
     if one.marked:
         text = re.split(r"=|\\approx", text)[-1]
-        if re.search(r"[0-9}]\s*(?:,\s|;|,?\s*(?:\\text\s*\{\s*)?(?:and|or)\b|,(?![0-9]{3}(?![0-9])))\s*\}?\s*[-\\$]*[0-9]", text):
+        if re.search(
+            r"[0-9}]\s*(?:,\s|;|,?\s*(?:\\text\s*\{\s*)?(?:and|or)\b|,(?![0-9]{3}(?![0-9])))\s*\}?\s*[-\\$]*[0-9]", text
+        ):
             return None
     found = _numbers(_SMALL_FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]} ", text))
     if not found or found[-1]["power"] or _BEFORE_COLON.search(found[-1].string, 0, found[-1].start()):
         return None
     number = found[-1]
     value = decimal(number["digits"])
+    other = _OR_BEFORE.search(number.string, max(0, number.start() - 60), number.start())
+    if other and decimal(re.sub(r"[^0-9.-]", "", other[1]).rstrip(".")) != value:
+        return None
     if number["below"]:
         value = _CONTEXT.divide(value, decimal(number["below"]))
     if "-" in (number["sign"], number["sign_behind"]):
@@ -176,8 +188,10 @@ def decimal(digits: str) -> Decimal:
 
 
 def formula(one: Claim) -> tuple[str, str]:
-    """(the answer, a list that it may be part of): a marked answer as a whole, else the last formula or number. Empty if
-    there is none."""
+    """(the answer, a list that it may be part of): a marked answer as a whole, else the last formula or number.
+
+    Empty if there is none.
+    """
     return (one.text.strip(" \n\t$"), one.listed) if one.marked else _last(one.text)
 
 
@@ -194,7 +208,9 @@ def _last(text: str) -> tuple[str, str]:
         half = _HALF_DAY.match(text, number.end())
         return colon.group() + number["digits"] + (half.group() if half else ""), ""
     sign = "-" if "-" in (number["sign"], number["sign_behind"]) else ""
-    value = sign + number["digits"].replace(",", "").replace(" ", "") + (f"/{number['below']}" if number["below"] else "")
+    value = (
+        sign + number["digits"].replace(",", "").replace(" ", "") + (f"/{number['below']}" if number["below"] else "")
+    )
     other = _OR_BEFORE.search(text, max(0, number.start() - 60), number.start())
     return (f"{other[1]} or {value}" if other else value), ""
 

@@ -19,7 +19,10 @@ _SIGNS = str.maketrans(
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "~": " ", "\u00bd": r"\frac{1}{2}",
     }
 )  # fmt: skip
-_FONT = r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|textbf|textit|textrm|textsf|texttt|textnormal|text|mbox|hbox|boldsymbol|bm)"
+_FONT = (
+    r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|textbf|textit|textrm|textsf|texttt|textnormal|text|mbox|hbox"
+    r"|boldsymbol|bm)"
+)
 _REWRITES = [
     (re.compile(pattern), by)
     for pattern, by in (
@@ -68,7 +71,8 @@ _SPACES = re.compile(r"(?<![0-9.,])(?<![0-9] )([1-9][0-9]{0,2}(?: [0-9]{3})+)(?!
 _DECIMAL_COMMA = re.compile(r"([+-]?[0-9]+),([0-9]+)(?![0-9,])([^0-9,]*)")
 
 QUALIFIERS = frozenset(
-    "not no least most more less greater fewer over under above below except between only never neither".split()
+    {"not", "no", "least", "most", "more", "less", "greater", "fewer", "over", "under", "above", "below", "except"}
+    | {"between", "only", "never", "neither"}
 )
 """Words that change what a value says, so that they cannot be left out."""
 _TIMES = {
@@ -222,7 +226,7 @@ def _is_label(words: str) -> bool:
     """Whether plain letters behind a value are words, not a product of variables."""
     tokens = re.findall(r"[A-Za-z]+", words)
     known = [token for token in tokens if len(token) > 1 and token.lower().rstrip("s") in _UNITS]
-    return bool(known) or any(len(token) >= 4 for token in tokens) or "/" in words and bool(_unit(words))
+    return bool(known) or any(len(token) >= 4 for token in tokens) or ("/" in words and bool(_unit(words)))
 
 
 def _unit(words: str) -> tuple[str, Fraction] | None:
@@ -233,7 +237,7 @@ def _unit(words: str) -> tuple[str, Fraction] | None:
     """
     words = re.sub(r"[{}.]", "", words.strip()).replace(" per ", "/").replace("mph", "mi/h")
     dimensions: dict[str, int] = {}
-    factor, sign, power = Fraction(1), 1, 1
+    factor, size, sign, power = Fraction(1), Fraction(1), 1, 1
     for token in re.findall(r"/|\^ *-?[0-9]|[A-Za-z]+|\S", words):
         if token == "/":
             sign = -1
@@ -243,10 +247,9 @@ def _unit(words: str) -> tuple[str, Fraction] | None:
             more = {"squared": 2, "cubed": 3}.get(token) or int(token[1:])
             if not dimensions or abs(more) > 9:
                 return None
-            last = next(reversed(dimensions))
-            size = _UNITS[name][1] ** sign
-            dimensions[last] += sign * (more - 1)
-            factor *= size ** (more - 1)
+            kind = next(reversed(dimensions))
+            dimensions[kind] += sign * (more - 1)
+            factor *= size ** (sign * (more - 1))
         else:
             name = token if token in _UNITS else token.lower()
             name = name if name in _UNITS else name.removesuffix("s")

@@ -147,10 +147,14 @@ _CLOCK = re.compile(
 _TO = re.compile(r"(\S+)\s*(?:\\text\{\s*to\s*\}|(?<![A-Za-z])to(?![A-Za-z]))\s*(\S+)")
 _MEMBER = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)\s*\\in(?![A-Za-z])\s*(.+)", re.DOTALL)
 _BUILDER = re.compile(r"([A-Za-z])\s*(?:\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|\||:|\\colon)\s*(.+)", re.DOTALL)
-_REALS = re.compile(r"\\mathbb\s*\{?R\}?|\\(?:R|Reals)|\\text\{\s*[aA]ll real(?:s| numbers)\s*\}|[aA]ll real(?:s| numbers)")
+_REALS = re.compile(
+    r"\\mathbb\s*\{?R\}?|\\(?:R|Reals)|\\text\{\s*[aA]ll real(?:s| numbers)\s*\}|[aA]ll real(?:s| numbers)"
+)
 _MINUS_SET = re.compile(r"\\mathbb\s*\{?R\}?\s*(?:\\setminus|\\backslash|-|\\text\{\s*except\s*\})\s*\\\{(.+)\\\}")
 _FRENCH = re.compile(r"([\[\](])([^\[\]()]*[,;][^\[\]()]*)([\[\])])")
-_EMPTY = re.compile(r"\\emptyset|\\\{\s*\\\}|(?:\\text\{)?\s*(?:there (?:is|are) )?no (?:real )?solutions?\s*\}?", re.IGNORECASE)
+_EMPTY = re.compile(
+    r"\\emptyset|\\\{\s*\\\}|(?:\\text\{)?\s*(?:there (?:is|are) )?no (?:real )?solutions?\s*\}?", re.IGNORECASE
+)
 _NAME = re.compile(
     r"[^+\-*/=<>|^0-9,]{1,40}|\([A-Za-z](?:,\s*[A-Za-z]){1,4}\)|[A-Za-z]{1,3}\s*\([^()]{1,30}\)|\|[^|0-9]{1,20}\|"
 )
@@ -245,13 +249,10 @@ def _single(text: str) -> Form:
         return form
     if (sides := split(text, _EQUALS))[1:]:
         return _equation(text, [trimmed(side) for side in sides])
-    if signs := _PLUS_MINUS.findall(text):
-        first = {"pm": "+", "mp": "-"}
-        return Items(
-            tuple(_read(_PLUS_MINUS.sub(lambda m: first[m[1]] if up else "-+"[first[m[1]] == "-"], text)) for up in (1, 0))
-            if signs
-            else ()
-        )
+    if _PLUS_MINUS.search(text):
+        upper, lower = {"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"}
+        both = (_PLUS_MINUS.sub(lambda m: upper[m[1]], text), _PLUS_MINUS.sub(lambda m: lower[m[1]], text))
+        return Items(tuple(_read(one) for one in both))
     if form := _ratio(text):
         return form
     if found := _BASED.fullmatch(text):
@@ -280,7 +281,9 @@ def _and(text: str) -> list[str]:
 
 def _even(parts: list[str]) -> bool:
     """Whether all parts say something of the same kind, with digits or formulas in each or in none."""
-    solid = [bool(re.search(r"[0-9\\=<>]|^\s*[A-Za-z]\s*$", re.sub(r"\\text\s*\{[^{}]*\}", "", part))) for part in parts]
+    solid = [
+        bool(re.search(r"[0-9\\=<>]|^\s*[A-Za-z]\s*$", re.sub(r"\\text\s*\{[^{}]*\}", "", part))) for part in parts
+    ]
     return all(part.strip() for part in parts) and len(set(solid)) == 1
 
 
@@ -378,7 +381,10 @@ def _inequality(text: str) -> Form | None:
     if not all(sign in ("<", r"\le") for sign in signs):
         return Words(comparable(text))
     shut = ["[" if sign == r"\le" else "(" for sign in signs]
-    names = [bool(re.fullmatch(r"[A-Za-z](?:\([a-z]\))?|\\(?:theta|alpha|beta|lambda)", _SUBSCRIPT.sub("", side))) for side in sides]
+    names = [
+        bool(re.fullmatch(r"[A-Za-z](?:\([a-z]\))?|\\(?:theta|alpha|beta|lambda)", _SUBSCRIPT.sub("", side)))
+        for side in sides
+    ]
     if len(sides) == 3 and names == [False, True, False]:
         return _interval(shut[0], sides[0], sides[2], {"[": "]", "(": ")"}[shut[1]], sides[1])
     if len(sides) == 2 and names == [True, False]:
@@ -419,4 +425,8 @@ def _ratio(text: str) -> Form | None:
             return Ratio((found[1], found[2]), hours * 60 + minutes, (found[3] or "").lower())
     found = _TO.fullmatch(text)
     parts = [found[1], found[2]] if found else [part.strip() for part in split(text, re.compile(":"))]
-    return Ratio(tuple(parts)) if 2 <= len(parts) <= 6 and all(re.fullmatch(r"[^A-Za-z=<>]*[0-9][^=<>]*|[a-z]", part) for part in parts) else None
+    return (
+        Ratio(tuple(parts))
+        if 2 <= len(parts) <= 6 and all(re.fullmatch(r"[^A-Za-z=<>]*[0-9][^=<>]*|[a-z]", part) for part in parts)
+        else None
+    )

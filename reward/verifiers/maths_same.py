@@ -49,7 +49,9 @@ class Judge:
         if any(self._same(one, other) for one in golds for other in answers):
             return True
         if listed and isinstance(golds[0], Items | form.Named):
-            return any(self._same(golds[0], other) for other in readings(listed) if isinstance(other, Items | form.Named))
+            return any(
+                self._same(golds[0], other) for other in readings(listed) if isinstance(other, Items | form.Named)
+            )
         return False
 
     def readable(self, gold: str) -> bool:
@@ -154,7 +156,9 @@ class Judge:
 
     def _all_but(self, points: Sequence[Form], parts: Sequence[Form]) -> bool:
         """Whether these intervals are all real numbers except these points."""
-        rows = [part for part in parts if isinstance(part, Row) and part.left + part.right == "()" and len(part.items) == 2]
+        rows = [
+            part for part in parts if isinstance(part, Row) and part.left + part.right == "()" and len(part.items) == 2
+        ]
         if len(rows) != len(parts) or len(parts) != len(points) + 1:
             return False
         low, high = Value(r"-\infty"), Value(r"\infty")
@@ -190,7 +194,9 @@ class Judge:
     def _bound(self, row: Row, relation: form.Relation) -> bool:
         """Whether an inequality says that the row's variable has this one bound."""
         low, high = row.items
-        if not (isinstance(low, Value) and isinstance(high, Value)) or (_endless(low.text) == 0) == (_endless(high.text) == 0):
+        if not (isinstance(low, Value) and isinstance(high, Value)) or (_endless(low.text) == 0) == (
+            _endless(high.text) == 0
+        ):
             return False
         sides = (low.text, row.variable) if _endless(high.text) else (row.variable, high.text)
         shut = (row.left if _endless(high.text) else row.right) in "[]"
@@ -213,7 +219,9 @@ class Judge:
                 return False
             times = given.unit[1] / gold.unit[1]
             if times != 1:
-                return self._algebra_equal(gold.text, rf"({given.text}) \cdot \frac{{{times.numerator}}}{{{times.denominator}}}")
+                return self._algebra_equal(
+                    gold.text, rf"({given.text}) \cdot \frac{{{times.numerator}}}{{{times.denominator}}}"
+                )
         if self._algebra_equal(gold.text, given.text):
             return True
         if gold.percent == given.percent:

@@ -2,7 +2,8 @@
 
 It reads one JSON object per line, `{"gold": text, "answer": text, "listed": text, "seconds": s}`, and writes one,
 `{"gold": whether it was understood, "equal": bool, "late": whether the CPU time ran out}`. Where "answer" is null,
-it only says whether it understands the gold answer. Limits are in CPU time, so that scores are the same on a busy machine.
+it only says whether it understands the gold answer. Limits are in CPU time, so that scores are the same on a busy
+machine.
 
 A policy's text can make sympy run for ever, so there are three limits: a timer that raises inside Python code; the
 kernel's limit on CPU time, for arithmetic on huge integers, which no signal handler can interrupt (this process then

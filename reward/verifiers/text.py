@@ -8,7 +8,7 @@ from typing import Any, Literal
 import regex
 
 from data.records import Message
-from reward.functions import RewardError
+from reward.functions import RewardError, one_form
 from reward.verifiers.golds import Unreadable, golds, warn_unreadable
 from reward.verifiers.maths_claim import answer_part, last_box
 
@@ -63,7 +63,7 @@ def multiple_choice(
 
 
 def multiple_choice_unreadable(
-    rows: int, columns: Mapping[str, Any], column: str | None = None, letters: str = "ABCDEFGHIJ"
+    rows: int, columns: Mapping[str, Any], column: str | None = None, letters: str = "ABCDEFGHIJ", **_: Any
 ) -> Unreadable:
     """The rows whose gold answer is not one of the letters, and why. Raises RewardError: the column is missing."""
     unreadable: Unreadable = {}
@@ -108,7 +108,7 @@ def regex_format(
     if match not in ("full", "search"):
         raise RewardError(f"`regex_format`: `match: {match}` is neither `full` nor `search`")
     try:
-        compiled = regex.compile(pattern)
+        compiled = regex.compile(one_form(pattern))
     except regex.error as error:
         raise RewardError(f"`regex_format`: `pattern: {pattern}` is not a regular expression: {error}") from error
     find = compiled.fullmatch if match == "full" else compiled.search
@@ -116,7 +116,7 @@ def regex_format(
     late = 0
     for text in completions:
         try:
-            out.append(float(find(text, timeout=PATTERN_SECONDS) is not None))
+            out.append(float(find(one_form(text), timeout=PATTERN_SECONDS) is not None))
         except TimeoutError:
             late += 1
             out.append(0.0)
@@ -156,7 +156,8 @@ def xml_format(
         raise RewardError(f"`xml_format`: `tags: {tags}` is not a list of tag names, such as `tags: [think, answer]`")
     if len(set(tags)) != len(tags):
         raise RewardError(f"`xml_format`: `tags: {list(tags)}` names a tag twice")
-    return [float(_tagged(text, tags, text_outside)) for text in completions]
+    forms = [one_form(tag) for tag in tags]
+    return [float(_tagged(one_form(text), forms, text_outside)) for text in completions]
 
 
 def _tagged(text: str, tags: Sequence[str], text_outside: bool) -> bool:
