@@ -1,4 +1,4 @@
-"""Gold answers that no reward can read are found before the first answer is sampled; accents in either form are equal."""
+"""Gold answers that no reward can read are found before the first answer is sampled; accents have two equal forms."""
 
 import pytest
 

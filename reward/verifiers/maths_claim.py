@@ -56,7 +56,8 @@ _SAYS = re.compile(
 _SENTENCE = re.compile(
     r"\n|[.!?](?=\s|$)|,?\s(?:since|because|which|where|as|so|but|not)\s|\s[-\u2013\u2014]\s(?=[A-Za-z])"
 )
-_OR_BEFORE = re.compile(r"(-?\$?[0-9][0-9.,]*)\s*,?\s+or\s+[$]?$")
+_OR_BEFORE = re.compile(r"(?<![\w.])(-?\$?[0-9][0-9.,]*)\s*,?\s+or\s+[$]?$")
+_DENIED = re.compile(r"\bnot\s*[$(\\]*\s*$")
 _BEFORE_COLON = re.compile(r"(?:(?<![0-9:.])[0-9]+(?:\.[0-9]+)? ?: ?)+$")
 _HALF_DAY = re.compile(r" ?[ap]\.?m\b", re.IGNORECASE)
 _ASSIGNED = re.compile(r"\s*([A-Za-z](?:_\S+)?)\s*=")
@@ -128,7 +129,7 @@ def _said(rest: str) -> Claim:
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of each complete `\\boxed{...}` that is not inside another one.
+    """(start, end, content) of each complete `\\boxed{...}` that is not inside another one, nor behind "not".
 
     >>> boxes("\\\\boxed{1}, no: \\\\boxed{\\\\frac{1}{2}}, or \\\\boxed{3")
     [(0, 9, '1'), (15, 34, '\\\\frac{1}{2}')]
@@ -143,7 +144,8 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
             if start.group() != "{":
                 while found and found[-1][0] > start.start():
                     found.pop()
-                found.append((start.start(), brace.end(), text[start.end() : brace.start()]))
+                if not _DENIED.search(text, max(0, start.start() - 20), start.start()):
+                    found.append((start.start(), brace.end(), text[start.end() : brace.start()]))
     return sorted(found)
 
 

@@ -51,8 +51,9 @@ _REWRITES = [
         (r"\\(?:mathbf|boldsymbol|bm|mathit|hat|vec)\s*\{([A-Za-z])\}", r"\1"),
         (r"\\underline\s*\{([^{}]*)\}|\\(?:text)?color\s*\{[a-z]+\}\s*\{([^{}]*)\}", r"\1\2"),
         (_FONT + r"\s*\{([^{}A-Za-z]*)\}", r"\1"),
+        (r"\{:\}", ":"),
         (_FONT + r"\s*\{", r"\\text{"),
-        (r"\A\s*\\text\{([^{}]*[0-9][^{}]*|\s*[A-J](?:\s*(?:,|and|or)\s*[A-J])+\s*)\}\s*\Z", r"\1"),
+        (r"\A\s*\\text\{([^{}]*[0-9][^{}]*|\s*\(?[A-J]\)?(?:\s*(?:,|and|or)\s*\(?[A-J]\)?)+\s*)\}\s*\Z", r"\1"),
         (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
         (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-z])", r"\\frac\1{\2}"),
@@ -195,7 +196,7 @@ def quantity(text: str) -> Quantity | None:
             return None
         text = text[head.end() :].lstrip(": ")
     if found := _DEGREES.search(text):
-        return Quantity(text[: found.start()], ("angle", Fraction(1)))
+        return Quantity(text[: found.start()], ("angle^1", Fraction(1)))
     if found := _PERCENT.search(text):
         return Quantity(text[: found.start()], percent=True) if found.start() else None
     tail = _TEXT_TAIL.search(text)

@@ -160,7 +160,9 @@ _NAME = re.compile(
 )
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|\^\s*\{\s*-1\s*\}|'")
 _SUM = re.compile(r"[A-Za-z0-9+\-\s/_{}]*[A-Za-z][A-Za-z0-9+\-\s/_{}]*")
-_PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z]{2,}|[A-Z][a-z]+|yes|no|odd)(?![A-Za-z])")
+_PLAIN_WORD = re.compile(
+    r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z]{2,}|[A-Z][a-z]+|yes|no|odd)(?![A-Za-z])|[^\W\d_A-Za-z\u0370-\u03ff]"
+)
 _NOTHING = Words("")
 
 
@@ -183,7 +185,7 @@ def comparable(text: str) -> str:
     """
     bare = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     short = re.sub(r"[\s.'\"\\,;:!()$]+|[{}]", "", bare)
-    letters = re.fullmatch(r"[A-Za-z\s.',\"!\\-]+", bare) and not bare.isupper()
+    letters = not re.search(r"[0-9\\_^=+*/<>|]", bare) and not bare.isupper()
     return short.lower() if letters and len(short) > 1 else short
 
 

@@ -151,13 +151,13 @@ def xml_format(
     >>> xml_format([], ["<think>6 * 7</think> It is 42."], tags=["think"], text_outside=True)
     [1.0]
     """
-    names = [tag for tag in tags if isinstance(tag, str) and re.fullmatch(r"[A-Za-z][\w.-]*", tag)]
+    names = [one_form(tag) for tag in tags if isinstance(tag, str)]
+    names = [name for name in names if re.fullmatch(r"[A-Za-z][\w.-]*", name)]
     if isinstance(tags, str) or not tags or len(names) != len(tags):
         raise RewardError(f"`xml_format`: `tags: {tags}` is not a list of tag names, such as `tags: [think, answer]`")
-    if len(set(tags)) != len(tags):
+    if len(set(names)) != len(names):
         raise RewardError(f"`xml_format`: `tags: {list(tags)}` names a tag twice")
-    forms = [one_form(tag) for tag in tags]
-    return [float(_tagged(one_form(text), forms, text_outside)) for text in completions]
+    return [float(_tagged(one_form(text), names, text_outside)) for text in completions]
 
 
 def _tagged(text: str, tags: Sequence[str], text_outside: bool) -> bool:
