@@ -6,7 +6,7 @@ writes and opens the files.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, overload
 
@@ -332,6 +332,18 @@ class Rows(Sequence[T]):
     def stored(self, indices: "NDArray[np.int64]") -> "Dataset":
         """The stored columns of the rows at `indices`, in that order, not converted."""
         return self._stored.select(indices, keep_in_memory=True)
+
+    def without(self, dropped: Mapping[int, str], origin: Callable[[T], Origin]) -> "Rows[T]":
+        """The other rows, in the same order. The rows of `dropped` are counted with their reasons."""
+        import numpy as np
+
+        accounting = Accounting()
+        accounting.merge(self.accounting)
+        for index, reason in sorted(dropped.items()):
+            accounting.drop(reason, origin(self[index]))
+        kept = np.array([index for index in range(len(self)) if index not in dropped], dtype=np.int64)
+        stored = self._stored.select(kept, keep_in_memory=True)
+        return Rows(self._kind, stored, self.tokens, self.lengths[kept], accounting, self.facts, self.fingerprints)
 
     def blocks(self, block: int) -> "NDArray[np.int32]":
         """The stream of documents cut into blocks: (N, block), memory-mapped.

@@ -10,17 +10,21 @@ of the program. A row without tests scores None.
 """
 
 import functools
+import logging
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from data.records import Message
 from reward.functions import RewardError
 from reward.sandbox.confine import Limits
+from reward.sandbox.examine import flaw
 from reward.sandbox.pool import Job, Outcome, Sandbox
+
+log = logging.getLogger(__name__)
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = frozenset({"python", "py", "python3"})
@@ -77,10 +81,9 @@ def code_tests(
     if all(column is None for column in named.values()):
         raise RewardError(f"code_tests: the prompts' data has no column with tests; it needs {_COLUMNS}")
     given = {**named, "test_setup_code": test_setup_code, "entry_point": entry_point, "prompt": columns.get("prompt")}
-    wanted = []
-    for i, prompt in enumerate(prompts):
-        row = {name: column[i] for name, column in given.items() if column is not None and column[i] is not None}
-        wanted.append(_tests(row, prompt, f"code_tests: row {i} ({_label(prompt)})"))
+    wanted = [
+        _tests(_row(given, i), prompt, f"code_tests: row {i} ({_label(prompt)})") for i, prompt in enumerate(prompts)
+    ]
     jobs = {
         i: Job(_programs(completions[i], row), row.script, row.setup, row.given, row.entry_point, credit == "all")
         for i, row in enumerate(wanted)
@@ -90,7 +93,37 @@ def code_tests(
     for i, outcome in outcomes.items():
         if outcome.fault:
             raise RewardError(f"code_tests: row {i} ({_label(prompts[i])}): {outcome.fault}")
+    not_sent = [i for i, outcome in outcomes.items() if outcome.not_sent]
+    if not_sent:
+        row = not_sent[0]
+        log.warning(
+            "code_tests: %d programs failed since a value of their tests could not be sent to them, for example in row "
+            "%d (%s): %s. Where that happens to every program of a row, mend its tests",
+            len(not_sent),
+            row,
+            _label(prompts[row]),
+            outcomes[row].why,
+        )
     return [_value(outcomes[i], credit) if i in outcomes else None for i in range(len(completions))]
+
+
+def code_tests_unreadable(rows: int, columns: Mapping[str, Any], **args: Any) -> dict[int, str]:
+    """The rows whose tests are not valid, and why. Nothing is run."""
+    found: dict[int, str] = {}
+    given = {name: columns.get(name) for name in ("tests", "test_list", "test_setup_code", "test", "entry_point")}
+    for i in range(rows):
+        try:
+            row = _tests(_row(given, i), (), "the row")
+            why = "" if row is None else flaw(row.script, row.setup)
+        except RewardError as error:
+            why = str(error)
+        if why:
+            found[i] = why
+    return found
+
+
+def _row(columns: Mapping[str, Any], i: int) -> dict[str, Any]:
+    return {name: column[i] for name, column in columns.items() if column is not None and column[i] is not None}
 
 
 def _value(outcome: Outcome, credit: str) -> float:

@@ -7,7 +7,8 @@ None means that the function does not apply to a row; the row then counts as 0.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data.records import Message
@@ -16,6 +17,26 @@ from handoff.errors import UserError
 
 class RewardError(UserError):
     """A reward of the recipe is not available, or returned a value that is not a reward."""
+
+
+def plain_text(value: Any) -> str | None:
+    """A text, or the digits of a number; None for other values.
+
+    >>> plain_text("a"), plain_text(4), plain_text(True)
+    ('a', '4', None)
+    """
+    if isinstance(value, str):
+        return value
+    return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def one_form(text: str) -> str:
+    """The text in Unicode's composed form (NFC), so that an accent has one way to be written.
+
+    >>> one_form("cafe\\N{COMBINING ACUTE ACCENT}") == "caf\\N{LATIN SMALL LETTER E WITH ACUTE}"
+    True
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def length_penalty(
@@ -50,14 +71,33 @@ def repetition_penalty(
 
 
 def exact_match(
-    prompts: Sequence[tuple[Message, ...]], completions: Sequence[str], answer: Sequence[str | None], **columns: Any
+    prompts: Sequence[tuple[Message, ...]],
+    completions: Sequence[str],
+    answer: Sequence[str | int | float | None],
+    **columns: Any,
 ) -> list[float | None]:
-    """1 where the stripped completion equals the column `answer`, else 0; None where the row has no answer.
+    """1 where the stripped completion equals the column `answer`, else 0; None where that is neither text nor a number.
 
-    >>> exact_match([], [" 42 ", "41", "x"], answer=["42", "42", None])
-    [1.0, 0.0, None]
+    Accents may be written as one character or two.
+
+    >>> exact_match([], [" 42 ", "41", "42", "x"], answer=["42", "42", 42, None])
+    [1.0, 0.0, 1.0, None]
     """
-    return [None if a is None else float(c.strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+    rights = [plain_text(value) for value in answer]
+    return [
+        None if right is None else float(one_form(given.strip()) == one_form(right.strip()))
+        for given, right in zip(completions, rights, strict=True)
+    ]
+
+
+def exact_match_unreadable(rows: int, columns: Mapping[str, Any], answer: Any = None, **_: Any) -> dict[int, str]:
+    """The rows whose column `answer` is neither text nor a number, and why."""
+    answers = columns.get("answer", [None] * rows) if answer is None else [None] * rows
+    return {
+        row: f"column `answer` holds {value!r:.80}; `exact_match` needs text or a number"
+        for row, value in enumerate(answers)
+        if value is not None and plain_text(value) is None
+    }
 
 
 def world_correct(

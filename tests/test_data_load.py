@@ -142,8 +142,12 @@ def test_prompts_keep_the_reference_and_the_other_columns(tmp_path):
         {"ground_truth": "4"},
     )
     assert prompt(PAIRS["transcript"]) == ([(U, "q")], {"reference": "a"})
-    answer = "so\n#### -1,004"
-    assert prompt({"question": "q", "answer": answer}) == ([(U, "q")], {"answer": "-1004", "reference": answer})
+    # Only the commas between a number's thousands are left out.
+    finals = {"-1,004": "-1004", "$12,345.50": "$12345.50", "1,004 km": "1004 km", "(5, 12)": "(5, 12)", "7,8": "7,8"}
+    finals |= {"1,000, 2,000": "1,000, 2,000", "(100,200)": "(100,200)", "12,3456": "12,3456", "x = 1,2": "x = 1,2"}
+    for final, read in finals.items():
+        answer = f"so\n#### {final}"
+        assert prompt({"question": "q", "answer": answer}) == ([(U, "q")], {"answer": read, "reference": answer})
 
 
 def test_text_comes_as_a_column_or_as_strings(tmp_path):

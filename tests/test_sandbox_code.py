@@ -148,6 +148,48 @@ def test_bad_input_is_refused_by_name(name):
         code_tests([PROMPT], ["def f(n): return n + 1"], **given)
 
 
+MEGABYTES = "def f(n): return 'é' * 900_000\ndef g(*a): return 1"  # JSON writes the character in six bytes
+ENDS_NOTHING = {
+    "values too large to send back": (MEGABYTES, "assert g(f(1)) == 1\nassert g(f(1), f(2)) == 2", 1 / 2),
+    "a global value too large to send back": (f"N = 'a' * 5_000_000\n{MEGABYTES}", "assert g(N, N) == 1", 0.0),
+    "a callback's result too large to send": ("def f(n): return n('x' * 5_000_000)", "assert f(lambda s: s * 2)", 0.0),
+    "a value that picks an object of the tests": (
+        "def f(n): return None",
+        "class A: pass\nassert f(f(1) or A()) == 1",
+        0.0,
+    ),
+    "an exception that is passed on": (
+        "def f(n): raise ValueError",
+        "try: f(1)\nexcept ValueError as e: error = e\nassert f(error) == 1",
+        0.0,
+    ),
+    "a helper that fails thousands of times": (
+        "def f(n): return '\\N{GRINNING FACE}' * 400",
+        "def check(n):\n    assert f(n) == 1, f(n)\nfor n in range(3000): check(n)",
+        0.0,
+    ),
+    "a program that is too large": (f"x = '{'a' * (9 << 20)}'\ndef f(n): return 1", "assert f(1) == 1", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ENDS_NOTHING)
+def test_no_program_ends_the_training(name):
+    program, tests, share = ENDS_NOTHING[name]
+    assert code_tests([PROMPT], [program], tests=[tests], credit="fraction") == [share]
+
+
+def test_values_that_could_not_be_sent_are_said(caplog):
+    program, tests, _ = ENDS_NOTHING["a value that picks an object of the tests"]
+    code_tests([PROMPT] * 2, ["def f(n): return 1", program], tests=[tests, tests])
+    assert "code_tests: 1 programs failed" in caplog.text and "in row 1 ('Write f" in caplog.text
+    assert "mend its tests" in caplog.text
+
+
+def test_many_asserts_that_fail_are_all_counted():
+    tests = "\n".join(f"assert f({n}) == {n // 2}, 'x' * 400" for n in range(1500))
+    assert code_tests([PROMPT], ["def f(n): return n // 2 + n % 2"], tests=[tests], credit="fraction") == [0.5]
+
+
 def rows(shared_data: Path, name: str) -> list[dict]:
     with gzip.open(shared_data / "verifiable" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]

@@ -204,6 +204,22 @@ def test_nothing_left_is_an_error_that_says_why_and_publishes_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_prompts_whose_gold_answer_no_score_can_read_are_listed_counted_and_left_out(tmp_path, capsys):
+    rows = [{"prompt": f"What is {n} + {n}?", "answer": answer} for n, answer in enumerate(["0", "??", "4"])]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = f"[{{source: file, path: {tmp_path / 'sums.jsonl'}}}]"
+    recipe = recipe_at(
+        tmp_path, f"generate.data={data}", "generate.scores=[{function: math_equal}]", "generate.num_generations=1"
+    )
+    run_section(recipe, "generate")
+    assert [row["answer"] for row in rows_of(recipe)] == ["0", "4"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sums.jsonl:2: the gold answer '??' is neither a formula nor a word" in said
+    dropped = manifest_of(recipe, "generate").data["prompts"]
+    assert "a gold answer that `math_equal` cannot read" in json.dumps(dropped)
+
+
 def test_batches_change_no_row(made, tmp_path):
     other = recipe_at(tmp_path, "generate.batch_size=7")
     run_section(other, "generate")

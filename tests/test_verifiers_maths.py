@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 
@@ -22,7 +23,7 @@ from reward.config import RewardConfig
 from reward.functions import RewardError
 from reward.verifiers import maths_process
 from reward.verifiers.maths import math_equal, numeric_match
-from reward.verifiers.maths_process import Comparer
+from reward.verifiers.maths_process import Comparer, Pair
 from tests.row_sets import load
 
 NUMBERS = [  # completion, its number; None where it has none
@@ -55,7 +56,8 @@ NUMBERS = [  # completion, its number; None where it has none
     (".5", "0.5"),
     ("3.14.", "3.14"),
     ("\\boxed{5} and then 7", "5"),
-    ("\\boxed{5} or \\boxed{\\frac{1}{4}}", "0.25"),
+    ("\\boxed{5} or \\boxed{\\frac{1}{4}}", None),
+    ("\\boxed{5}. No: \\boxed{\\frac{1}{4}}", "0.25"),
     ("\\boxed{5}\n#### 6", "6"),
     ("#### 6\nthat is \\boxed{5}", "5"),
     ("#### 1,200 dollars\n\nQuestion: what is 3?", "1200"),
@@ -136,7 +138,7 @@ def test_equal_answers_of_a_group_are_compared_once(monkeypatch):
         Comparer, "compare", lambda self, pairs, seconds: asked.extend(pairs) or compare(self, pairs, seconds)
     )
     assert math_equal([], ["\\boxed{x}"] * 5 + ["\\boxed{y}"], answer=["x"] * 6) == [1.0] * 5 + [0.0]
-    assert asked == [("x", "x"), ("x", "y")]
+    assert asked == [Pair("x", "x"), Pair("x", "y")]
     asked.clear()
     assert math_equal([], ["5", "6"], answer=["5", "5"]) == [1.0, 0.0]
     assert asked == []
@@ -194,14 +196,14 @@ def test_endless_computation_scores_zero(caplog):
 
 def test_a_process_that_dies_or_stops_is_started_again(monkeypatch):
     comparer = Comparer()
-    assert comparer.compare([("1/2", "0.5")], 5.0)[0].equal
+    assert comparer.compare([Pair("1/2", "0.5")], 5.0)[0].equal
     for end in (lambda p: p.kill(), lambda p: (p.kill(), p.wait())):
         end(comparer._process)
-        verdicts = comparer.compare([("1/2", "0.5"), ("1/2", "0.5")], 5.0)
+        verdicts = comparer.compare([Pair("1/2", "0.5"), Pair("1/2", "0.5")], 5.0)
         assert verdicts[1].equal
     monkeypatch.setattr(maths_process, "WALL_FACTOR", 0.01)
     os.kill(comparer._process.pid, 19)  # SIGSTOP: uses no processor time, never answers
-    assert comparer.compare([("1/2", "0.5")], 5.0)[0].late
+    assert comparer.compare([Pair("1/2", "0.5")], 5.0)[0].late
     comparer.close()
     assert comparer._process is None
 
@@ -209,11 +211,11 @@ def test_a_process_that_dies_or_stops_is_started_again(monkeypatch):
 def test_signals_to_the_trainer_do_not_end_the_worker():
     """Slurm and terminals signal both processes, but the trainer still finishes its step."""
     comparer = Comparer()
-    comparer.compare([("1", "1")], 5.0)
+    comparer.compare([Pair("1", "1")], 5.0)
     process = comparer._process
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process.send_signal(signum)
-    assert comparer.compare([("1/2", "0.5")], 5.0)[0].equal
+    assert comparer.compare([Pair("1/2", "0.5")], 5.0)[0].equal
     assert comparer._process is process
     comparer.close()
 
@@ -222,7 +224,7 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "maths_worker.py").write_text("raise ImportError('no module named math_verify')")
     monkeypatch.setattr(maths_process, "__file__", str(tmp_path / "maths_process.py"))
     with pytest.raises(RewardError, match=r"(?s)does not start: .*no module named math_verify"):
-        Comparer().compare([("1", "1")], 1.0)
+        Comparer().compare([Pair("1", "1")], 1.0)
 
 
 def test_off_the_main_thread_and_from_many_threads():
@@ -256,7 +258,7 @@ def test_in_a_forked_daemon_beside_the_parent():
 
 def test_the_process_ends_with_its_owner():
     comparer = Comparer()
-    comparer.compare([("1", "1")], 5.0)
+    comparer.compare([Pair("1", "1")], 5.0)
     process = comparer._process
     process.stdin.close()  # as when the trainer is killed
     assert process.wait(timeout=60) == 0
@@ -265,7 +267,7 @@ def test_the_process_ends_with_its_owner():
 
 
 @pytest.mark.parametrize("function", [numeric_match, math_equal])
-def test_errors_name_column_row_and_prompt(function):
+def test_a_missing_column_is_an_error(function):
     prompts = [(Message("user", "a" * 200),), (Message("user", "How many?"),)]
     name = function.__name__
     with pytest.raises(
@@ -274,14 +276,20 @@ def test_errors_name_column_row_and_prompt(function):
         function(prompts, ["1", "2"])
     with pytest.raises(RewardError, match=r"in column `Answer`; the prompts have `answer`\. Rename yours, or name it"):
         function(prompts, ["1", "2"], column="Answer", answer=["1", "2"])
-    with pytest.raises(
-        RewardError, match=rf"`{name}`, row 1 of the batch \(prompt 'How many\?'\): column `answer` holds \["
-    ):
-        function(prompts, ["1", "2"], answer=["1", ["2"]])
-    with pytest.raises(RewardError, match=rf"`{name}`, row 1 of the batch .*gold answer '\?\?'.*use .*`exact_match`"):
-        function(prompts, ["1", "2"], answer=["1", "??"])
-    with pytest.raises(RewardError, match=rf"row 0 of the batch \(prompt '\.\.\.{'a' * 80}'\)"):
-        function(prompts, ["1", "2"], answer=["", "2"])
+
+
+@pytest.mark.parametrize("function", [numeric_match, math_equal])
+def test_gold_answers_that_cannot_be_read_get_no_score_and_are_named(function, caplog):
+    prompts = [(Message("user", "a" * 200),), (Message("user", "How many?"),)]
+    cases = [
+        (["1", ["2"]], [1.0, None], r"row 1 of the batch \(prompt 'How many\?'\): column `answer` holds \["),
+        (["1", "??"], [1.0, None], r"row 1 of the batch .*gold answer '\?\?'"),
+        (["", "2"], [None, 1.0], rf"row 0 of the batch \(prompt '\.\.\.{'a' * 80}'\)"),
+    ]
+    for golds, scores, said in cases:
+        caplog.clear()
+        assert function(prompts, ["1", "2"], answer=golds) == scores
+        assert re.search(rf"{function.__name__}: 1 rows get no score, for example {said}", caplog.text)
 
 
 @pytest.mark.parametrize("function", [numeric_match, math_equal])
@@ -317,7 +325,7 @@ def test_svamp_gold_is_right_and_one_more_is_wrong(function, shared_data):
         rows = json.load(file)
     golds = [row["Answer"] for row in rows]
     assert len(golds) == 1000
-    texts = [f"{row['Body']} {row['Question']} {gold:.0f} of them." for row, gold in zip(rows, golds, strict=True)]
+    texts = [f"{row['Body']} {row['Question']}\n{gold:.0f} of them." for row, gold in zip(rows, golds, strict=True)]
     assert function([], texts, column="Answer", Answer=golds) == [1.0] * 1000
     wrong = [f"The answer is {gold + 1:.0f}" for gold in golds]
     assert function([], wrong, column="Answer", Answer=golds) == [0.0] * 1000

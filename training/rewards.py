@@ -1,6 +1,7 @@
 """Rewards for the stages that score answers (ppo, generate, evaluate): loads them and shares the work."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from data.encode import EncodedPrompt
 from data.rows import Rows
@@ -8,10 +9,16 @@ from handoff.contract import check_same_encoding
 from handoff.parent import Parent
 from reward.compose import Answers, Composition
 from reward.config import RewardConfig
+from reward.golds_check import has_checks, unreadable
 from reward.learned import LearnedReward
 from training.config import ModelArguments
 from training.engines.protocol import Engine
 from training.model import Model, load_encoder, several
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+_LISTED = 20  # prompts shown one by one
 
 
 def load_rewards(
@@ -53,6 +60,36 @@ def load_rewards(
     composition = Composition(entries, learned)
     composition.check_columns(column_names(prompts))
     return composition
+
+
+def readable(
+    run: "Run", entries: Sequence[RewardConfig], prompts: Rows[EncodedPrompt], label: str, max_drop_fraction: float
+) -> Rows[EncodedPrompt]:
+    """The prompts whose gold answers the rewards can read. The others are listed, counted under `label`, and dropped.
+
+    Raises:
+        RewardError: a column is missing, or no gold answer can be read.
+        DataError: more than `max_drop_fraction` of the prompts was dropped.
+    """
+    if not has_checks(entries):
+        return prompts
+
+    Composition([entry for entry in entries if entry.function is not None], {})  # refuses unknown arguments
+
+    def look() -> dict[int, tuple[str, str]]:
+        return unreadable(entries, column_names(prompts), [prompt.record.columns for prompt in prompts])
+
+    found = run.engine.on_main(look)
+    if not found:
+        return prompts
+    for index, (_, why) in sorted(found.items())[:_LISTED]:
+        run.console.print(f"  {label}: {prompts[index].record.origin}: {why}", markup=False)
+    if len(found) > _LISTED:
+        run.console.print(f"  {label}: and {len(found) - _LISTED} more", markup=False)
+    reasons = {index: f"a gold answer that `{name}` cannot read" for index, (name, _) in found.items()}
+    kept = prompts.without(reasons, lambda prompt: prompt.record.origin)
+    run.account(label, kept, max_drop_fraction)
+    return kept
 
 
 def column_names(prompts: Sequence[EncodedPrompt]) -> set[str]:

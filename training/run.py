@@ -115,10 +115,18 @@ class Run:
         rows = self._store.open(self._located(sources), kind, encoder, self.recipe.data_root, self.seed)
         self._data.setdefault("fingerprints", {}).update(rows.fingerprints)
         if label is not None:
-            self.console.print(f"  {label}: {rows.accounting.summary()}", markup=False)
-            rows.accounting.check(max_drop_fraction)
-            self._data[label] = rows.accounting.metrics()
+            self.account(label, rows, max_drop_fraction)
         return rows
+
+    def account(self, label: str, rows: "Rows[T]", max_drop_fraction: float) -> None:
+        """Prints how many rows were used and dropped, and keeps the counts for the manifest under `label`.
+
+        Raises:
+            DataError: more than `max_drop_fraction` of the rows was dropped, or none is left.
+        """
+        self.console.print(f"  {label}: {rows.accounting.summary()}", markup=False)
+        rows.accounting.check(max_drop_fraction)
+        self._data[label] = rows.accounting.metrics()
 
     def _located(self, sources: Sequence["SourceConfig"]) -> "list[SourceConfig]":
         """The sources. Those that are rows of a stage get that stage's folder and become parents in the manifest."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Final
 
-from reward.sandbox.remote import Link, Unsupported
+from reward.sandbox.remote import Link, NotSent, Unsupported
 from reward.sandbox.values import BadMessage, Gone
 
 _BUILTINS: Final = frozenset(vars(builtins))
@@ -42,18 +42,15 @@ class Examiner:
         self._verdict = verdict
         self._job = job
         self._passed: set[int] = set()
+        self._failed: set[int] = set()
 
     def run(self) -> None:
         random.seed(0)  # so that the same program always gets the same score
-        try:
-            units, code = instrument(self._job["tests"])
-            definitions, statements = split(self._job["setup"])
-        except (SyntaxError, ValueError) as error:
-            self._say(fault=f"the tests or their setup are not valid Python: {error}")
+        if fault := flaw(self._job["tests"], self._job["setup"]):
+            self._say(fault=fault)
             return
-        if units == 0:
-            self._say(fault="the tests contain no assert")
-            return
+        units, code = instrument(self._job["tests"])
+        definitions, statements = split(self._job["setup"])
         self._say(units=units)
         try:
             self._link.load(definitions, self._job["program"])
@@ -66,7 +63,7 @@ class Examiner:
         except Unsupported as error:
             self._say(fault=str(error))
         except BaseException as error:
-            self._say(note=describe(error))
+            self._note(error)
 
     def _names(self, wanted: set[str], modules: set[str]) -> dict[str, Any]:
         """The names given to the tests: the program's, the helpers in the text to complete, and modules."""
@@ -103,18 +100,38 @@ class Examiner:
     def _unit_failed(self, unit: int, error: BaseException) -> None:
         if isinstance(error, _Enough | Gone | BadMessage | Unsupported):
             raise error
-        self._say(failed=unit, why=describe(error))
+        if not self._failed:
+            self._note(error)
+        if unit not in self._failed:
+            self._failed.add(unit)
+            self._say(failed=unit)
         if self._job["stop_at_first"]:
             raise _Enough
 
+    def _note(self, error: BaseException) -> None:
+        """Reports the first failure, in words."""
+        self._say(why=describe(error), not_sent=isinstance(error, NotSent))
+
     def _say(self, **what: Any) -> None:
-        os.write(self._verdict, json.dumps(what).encode() + b"\n")
+        """Writes a line, so short that the pipe takes it whole or not at all. A unit gets at most two."""
+        cut = {key: value[:_LONGEST_REASON] if isinstance(value, str) else value for key, value in what.items()}
+        os.write(self._verdict, json.dumps(cut).encode() + b"\n")
+
+
+def flaw(tests: str, setup: str) -> str:
+    """What is wrong with tests, whatever the program; empty if nothing is."""
+    try:
+        units, _ = instrument(tests)
+        split(setup)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return f"the tests or their setup are not valid Python: {error}"
+    return "" if units else "the tests contain no assert"
 
 
 def describe(error: BaseException) -> str:
     if isinstance(error, Gone):
         return "the program's process ended"
-    return f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from reward.functions import RewardError
 from reward.sandbox.confine import LAYERS, Limits
-from reward.sandbox.values import Gone, write_message
+from reward.sandbox.values import LARGEST, Gone, write_message
 
 PROTECTS: Final[dict[str, tuple[str, ...]]] = {
     "network": ("namespaces", "seccomp"),
@@ -40,6 +40,7 @@ _START = (
 _START_SECONDS = 60
 _GRACE_SECONDS = 30
 _LONGEST_VERDICT = 1 << 20
+_BYTES_OF_A_TEST = 10  # of the verdict, for each character of the tests: two lines for `assert a`
 
 _PROBE = """
 import os, socket, encodings.idna, colorsys  # the last two are not preloaded: this shows that the library can be read
@@ -92,6 +93,8 @@ class Outcome:
     """The first failure, in words; empty if there was none."""
     fault: str
     """A fault of the tests themselves, whatever the program; empty if there is none."""
+    not_sent: bool
+    """The first failure is a value that cannot be sent to the program: a fault of the tests, or made by the program."""
     seconds: float
     cpu_seconds: float
     """CPU time of the program's process."""
@@ -130,8 +133,9 @@ class _Verdict:
             units=self.first("units", 0),
             passed=frozenset(passed - failed),
             finished=self.first("done", False) and end == "ended",
-            why=words.get(end) or self.first("why", "") or self.first("note", ""),
+            why=words.get(end) or self.first("why", ""),
             fault=self.first("fault", ""),
+            not_sent=self.first("not_sent", False),
             seconds=self.first("seconds", 0.0),
             cpu_seconds=self.first("cpu_seconds", 0.0),
             memory_mb=self.first("memory_mb", 0.0),
@@ -184,7 +188,7 @@ class _Server:
         return hello
 
     def run(self, job: Job, limits: Limits) -> _Verdict:
-        """Runs one job. Raises _ServerDied, or RewardError when the job is too large."""
+        """Runs one job. Raises _ServerDied, or RewardError when the tests are too large."""
         theirs_job, job_end = os.pipe()
         verdict_end, theirs_verdict = os.pipe()
         try:
@@ -199,16 +203,18 @@ class _Server:
             try:
                 write_message(job_end, asdict(job))
             except ValueError as error:
-                raise RewardError(f"a program and its tests are too large for the sandbox: {error}") from error
+                if len(json.dumps(asdict(replace(job, program=())))) > LARGEST:
+                    raise RewardError(f"the tests are too large for the sandbox: {error}") from error
+                return _Verdict([{"why": f"the program is too large: {error}"}])
             except Gone:
                 pass  # the verdict says why the other side no longer reads
-            return self._read_verdict(verdict_end, limits)
+            return self._read_verdict(verdict_end, limits, _LONGEST_VERDICT + _BYTES_OF_A_TEST * len(job.tests))
         finally:
             os.close(job_end)
             os.close(verdict_end)
 
-    def _read_verdict(self, pipe: int, limits: Limits) -> _Verdict:
-        """Reads lines up to the supervisor's, which is always the last."""
+    def _read_verdict(self, pipe: int, limits: Limits, longest: int) -> _Verdict:
+        """Reads lines up to the supervisor's, which is always the last. `longest`: bytes of all lines."""
         deadline = time.monotonic() + limits.wall_milliseconds / 1000 + _GRACE_SECONDS
         poll = select.poll()
         poll.register(pipe, select.POLLIN)
@@ -218,11 +224,11 @@ class _Server:
                 raise _ServerDied
             part = os.read(pipe, 65536)
             size += len(part)
-            if not part or size > _LONGEST_VERDICT:
+            if not part or size > longest:
                 raise _ServerDied
             *lines, rest = (rest + part).split(b"\n")
             verdict.lines += [json.loads(line) for line in lines]
-            if verdict.first("end", None) is not None:
+            if lines and "end" in verdict.lines[-1]:
                 return verdict
 
     def stop(self) -> None:

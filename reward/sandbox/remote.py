@@ -37,6 +37,10 @@ class Unsupported(BaseException):
     """The tests use an object that cannot be sent to another process: a fault of the data, not of the program."""
 
 
+class NotSent(Exception):
+    """A value that cannot be sent, when the program's own values may be its cause: the test fails, and no more."""
+
+
 class ProgramError(Exception):
     """The program raised an exception for which the tests have no name."""
 
@@ -48,6 +52,8 @@ class Link:
         self._peer = Peer(descriptor, self._serve)
         self._functions: list[Callable[..., Any]] = []
         self._exceptions: dict[str, type[Exception]] = {}
+        self._heard = False
+        """Whether the tests hold a value that the program chose."""
 
     def load(self, definitions: str, alternatives: list[str]) -> None:
         """Runs the program's text there: the first alternative that compiles."""
@@ -58,7 +64,9 @@ class Link:
         found = self._ask(["names", wanted])
         if not isinstance(found, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in found):
             raise BadMessage("no names")
-        return {name: value for name, value in found if isinstance(name, str) and name in wanted}
+        names = {name: value for name, value in found if isinstance(name, str) and name in wanted}
+        self._heard = not all(isinstance(value, Remote | type) for value in names.values())
+        return names
 
     def call(self, target: Any, *args: Any, **keywords: Any) -> Any:
         """Calls a function of the program, or of the standard library in the program's process.
@@ -92,7 +100,8 @@ class Link:
         try:
             answer = self._peer.ask(message)
         except ValueError as error:
-            raise Unsupported(str(error)) from error
+            raise self._not_sent(str(error)) from error
+        self._heard = self._heard or message[0] in ("call", "plain")
         match answer:
             case ["value", raw, list(changes)]:
                 value = decode(raw, self._object)
@@ -121,13 +130,14 @@ class Link:
 
     def _serve(self, message: list[Any]) -> list[Any]:
         """Runs a function of the tests for the program, which got it as an argument."""
+        self._heard = True
         match message:
             case ["callback", int(number), list(args)] if 0 <= number < len(self._functions):
                 try:
                     result = self._functions[number](*(decode(arg, self._object) for arg in args))
+                    return ["value", encode(result, self._refer), []]
                 except Exception as error:
                     return ["raise", [type(error).__name__], str(error)]
-                return ["value", encode(result, self._refer), []]
             case _:
                 raise BadMessage("no callback")
 
@@ -164,10 +174,13 @@ class Link:
                 return ["standard", module, name]
             self._functions.append(value)
             return ["function", len(self._functions) - 1]
-        raise Unsupported(
+        raise self._not_sent(
             f"the tests pass a {type(value).__name__}, which cannot be sent to the program's process; pass plain "
             "values, or define the class in `test_setup_code`, which also runs in the program's process"
         )
+
+    def _not_sent(self, why: str) -> BaseException:
+        return NotSent(why) if self._heard else Unsupported(why)
 
 
 def _built_in_exception(name: Any) -> type[Exception] | None:

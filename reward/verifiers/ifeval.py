@@ -1,11 +1,12 @@
 """Verifiable instruction following: IFEval (Zhou et al. 2023, arXiv:2311.07911)."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from data.records import Message
-from reward.functions import RewardError
+from reward.functions import RewardError, one_form
+from reward.golds_check import by_calling
 from reward.verifiers.golds import rlvr_constraint, row_error
 from reward.verifiers.ifeval_checks import INSTRUCTIONS
 from reward.verifiers.ifeval_rlvr import as_instruction
@@ -66,10 +67,16 @@ def ifeval(
         if not checks:
             out.append(None)
             continue
+        text = one_form(text)
         tried = variants(text) if mode == "loose" else [text]
         followed = [any(one.strip() and check(one) for one in tried) for check in checks]
         out.append(float(all(followed)) if credit == "all" else sum(followed) / len(followed))
     return out
+
+
+def ifeval_unreadable(rows: int, columns: Mapping[str, Any], **args: Any) -> dict[int, str]:
+    """The rows whose instructions cannot be used, and why."""
+    return by_calling(ifeval, rows, columns, **args)
 
 
 def variants(text: str) -> list[str]:

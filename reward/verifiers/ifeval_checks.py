@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from reward.functions import one_form
 from reward.verifiers.ifeval_text import commas, is_language, languages, occurrences, sentences, words
 from reward.verifiers.json_schema import strict_json
 
@@ -205,7 +206,7 @@ def _count(value: Any) -> int:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("text that is not empty")
-    return value
+    return one_form(value)
 
 
 def _texts(value: Any) -> list[str]:
@@ -215,9 +216,9 @@ def _texts(value: Any) -> list[str]:
 
 
 def _letter(value: Any) -> str:
-    if not isinstance(value, str) or len(value) != 1:
+    if not isinstance(value, str) or len(one_form(value)) != 1:
         raise ValueError("one character")
-    return value
+    return one_form(value)
 
 
 def _relation(value: Any) -> str:

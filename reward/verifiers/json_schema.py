@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import regex
@@ -13,7 +13,8 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from data.records import Message
-from reward.functions import RewardError
+from reward.functions import RewardError, one_form
+from reward.golds_check import by_calling
 from reward.verifiers.golds import row_error
 
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
@@ -64,11 +65,16 @@ def json_schema(
     out: list[float | None] = []
     for row, (one, text) in enumerate(zip(per_row, completions, strict=True)):
         try:
-            out.append(None if one is None else float(_accepts(_validator(_canonical(one)), text)))
+            out.append(None if one is None else float(_accepts(_validator(_canonical(one)), one_form(text))))
         except (SchemaError, Unresolvable, regex.error, ValueError) as error:
             reason = error.message if isinstance(error, SchemaError) else str(error)
             raise row_error("json_schema", prompts, row, f"the schema cannot be used: {reason}") from error
     return out
+
+
+def json_schema_unreadable(rows: int, columns: Mapping[str, Any], **args: Any) -> dict[int, str]:
+    """The rows whose schema cannot be used, and why."""
+    return by_calling(json_schema, rows, columns, **args)
 
 
 def strict_json(text: str) -> Any:
@@ -91,7 +97,8 @@ def strict_json(text: str) -> Any:
 
 def _canonical(schema: Any) -> str:
     """The schema as canonical text, used as a cache key. Raises ValueError."""
-    return json.dumps(json.loads(schema) if isinstance(schema, str) else schema, sort_keys=True)
+    parsed = json.loads(schema) if isinstance(schema, str) else schema
+    return one_form(json.dumps(parsed, sort_keys=True, ensure_ascii=False))
 
 
 @functools.lru_cache(maxsize=256)

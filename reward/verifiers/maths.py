@@ -1,8 +1,7 @@
 """Mathematical answers: equal as numbers (`numeric_match`) or as formulas (`math_equal`).
 
-Both read the same answer from a completion, or from its part in `<answer>` tags: a line `#### 42` or the last
-`\\boxed{...}`, whichever comes last; without either, the last number (`math_equal`: the last number, or formula
-between `$...$`, `\\(...\\)` or `\\[...\\]`).
+Both read the same answer from a completion (maths_claim.py). `math_equal` compares it with the gold answer as text, by
+its structure (maths_form.py, maths_same.py) and by computer algebra (maths_algebra.py, in a separate process).
 
 `math_equal` tests mathematical equality: `\\boxed{17 \\cdot 24}` equals 408. To make the policy compute the value, use
 `numeric_match`, which reads numbers but no formulas.
@@ -11,50 +10,22 @@ between `$...$`, `\\(...\\)` or `\\[...\\]`).
 import logging
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Context, Decimal
 from typing import Any
 
 from data.records import Message
-from reward.verifiers.golds import golds, row_error
-from reward.verifiers.maths_process import Comparer
+from reward.verifiers.golds import Unreadable, golds, warn_unreadable
+from reward.verifiers.maths_claim import claim, decimal, formula, gold_claim, last_value
+from reward.verifiers.maths_process import Comparer, Pair, Verdict
 
 log = logging.getLogger(__name__)
 
-_CONTEXT = Context(prec=400, traps=[])  # prec in digits; without traps, nonsense gives NaN or infinity, no exception
+_CONTEXT = Context(prec=400, traps=[])
 _COMPARERS: dict[int, Comparer] = {}  # by process id: a forked process must not share its parent's pipes
+_CHECK_SECONDS = 5.0  # CPU time to read one gold answer
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-# A minus after a digit, a letter or a bracket is an operator or a hyphen, not a sign. Digits after a letter are part of
-# a name (H2O, m2), and digits after ^ are an exponent (m^2).
-_NUMBER = re.compile(
-    rf"(?:(?<![\w)\]}}])(?P<sign>[-+]))?(?:[$€£¥₹](?P<sign_behind>[-+])?)?"
-    rf"(?<![A-Za-z0-9_^])(?<!\^\{{)(?<!\^-)(?<!\^\{{-)(?<![0-9]\.)"
-    rf"(?P<digits>(?:{_DIGITS})(?:[eE][-+]?[0-9]+)?)"
-    rf"(?:\s?/\s?(?P<below>[0-9]+(?:\.[0-9]+)?))?(?P<power>\s?(?:\^|\*\*[0-9({{]))?"
-)
-_PLAIN = re.compile(rf"[-+]?(?:{_DIGITS})")
-_MARKED = re.compile(  # not a heading such as `#### 2. The second step`
-    r"####[ \t]*((?:[-+]?[$€£¥₹]?[-+]?[0-9][0-9,./]*(?<![./]) ?%?)(?: [A-Za-z]\S*){0,2}?)[ \t]*\.?[ \t]*$", re.MULTILINE
-)
-_SMALL_FRACTION = re.compile(r"(?<![0-9])\\[dtc]?frac\s?(?:\{([0-9.]+)\}\s?\{([0-9.]+)\}|([0-9])\s?([0-9]))")
-_SPACING = re.compile(r"(?<!\\)\\[!,;: ]|(?<=\\\\)\[-?[0-9.]+ ?[a-z]{2}\]|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})")
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_FORMULA = re.compile(  # an environment may not contain another of its kind, which keeps the search linear
-    r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)\$|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]"
-    r"|(-?\\[dt]?frac\{[^{}]*\}\{[^{}]*\})",
-    re.DOTALL,
-)
-_PROSE = re.compile(r"(?<![\\A-Za-z{])[a-z]{3,}")  # text between two currency signs
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The answer in a completion or in the data: a marked part of the text (`marked`), or all of it."""
-
-    text: str
-    marked: bool
+_PLAIN = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 
 
 def numeric_match(
@@ -73,8 +44,10 @@ def numeric_match(
             or `ground_truth`.
         tolerance: the largest difference that still counts as equal.
 
+    A gold answer without a number scores None, and is counted in a warning.
+
     Raises:
-        RewardError: the column is missing, or a gold answer has no number.
+        RewardError: the column is missing.
 
     >>> numeric_match([], ["So he has 1,250 apples.", "#### -3", "a dozen"], answer=["6 + 1244 = ... #### 1250", 3, 12])
     [1.0, 0.0, 0.0]
@@ -82,17 +55,33 @@ def numeric_match(
     [1.0]
     """
     out: list[float | None] = []
-    for row, gold in enumerate(golds("numeric_match", prompts, completions, columns, column)):
-        if gold is None:
+    unreadable: Unreadable = {}
+    for row, gold in enumerate(golds("numeric_match", len(completions), columns, column, unreadable)):
+        right = None if gold is None else _gold_number(row, gold, unreadable)
+        if right is None:
             out.append(None)
             continue
-        right, given = _value(_gold_claim(gold)), _value(_claim(completions[row]))
-        if right is None:
-            problem = f"no number in the gold answer {gold!r}; use `math_equal` or `exact_match` for such rows"
-            raise row_error("numeric_match", prompts, row, problem)
+        given = last_value(claim(completions[row]))
         near = given is not None and _CONTEXT.abs(_CONTEXT.subtract(right, given)) <= Decimal(repr(tolerance))
         out.append(float(near))
+    warn_unreadable("numeric_match", prompts, unreadable)
     return out
+
+
+def numeric_match_unreadable(rows: int, columns: Mapping[str, Any], column: str | None = None, **_: Any) -> Unreadable:
+    """The rows whose gold answer `numeric_match` cannot read, and why. Raises RewardError: the column is missing."""
+    unreadable: Unreadable = {}
+    for row, gold in enumerate(golds("numeric_match", rows, columns, column, unreadable)):
+        if gold is not None:
+            _gold_number(row, gold, unreadable)
+    return unreadable
+
+
+def _gold_number(row: int, gold: str, unreadable: Unreadable) -> Decimal | None:
+    value = last_value(gold_claim(gold))
+    if value is None:
+        unreadable[row] = f"no single number in the gold answer {gold[-80:]!r}; `math_equal` compares other answers"
+    return value
 
 
 def math_equal(
@@ -102,130 +91,71 @@ def math_equal(
     time_limit: float = 5.0,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where math-verify finds the answer equal to the gold answer, else 0; None where the row has no gold answer.
+    """1 where the answer is the gold answer, however it is written, else 0; None where the row has no gold answer.
 
-    It compares numbers, fractions, roots, polynomials, tuples, sets, intervals, matrices and equations; 0.333333 equals
-    1/3.
+    It compares numbers, expressions, lists and sets in any order, tuples, intervals and inequalities, matrices,
+    equations, ratios, times and words. 0.333333 equals 1/3. Several answers where one is right are wrong.
 
     Args:
         column: holds the gold answer: LaTeX, a number, or a solution that ends in `\\boxed{...}` or `#### ...`;
             default: `answer` or `ground_truth`.
         time_limit: CPU seconds for one comparison. A comparison that takes longer scores 0, and is logged.
 
+    A gold answer that is neither a formula nor a word scores None unless the answer is the same text, and is counted in
+    a warning.
+
     Raises:
-        RewardError: the column is missing, or a gold answer cannot be read as mathematics.
+        RewardError: the column is missing.
 
     >>> math_equal([], ["It is $\\\\frac{1}{2}$.", "\\\\boxed{x = 7}", "no idea"], answer=["0.5", "8", "1"])
     [1.0, 0.0, 0.0]
     """
     out: list[float | None] = [None] * len(completions)
-    pairs: dict[tuple[str, str], list[int]] = {}
-    for row, gold in enumerate(golds("math_equal", prompts, completions, columns, column)):
+    pairs: dict[Pair, list[int]] = {}
+    unreadable: Unreadable = {}
+    for row, gold in enumerate(golds("math_equal", len(completions), columns, column, unreadable)):
         if gold is not None:
-            right, given = _last_formula(_gold_claim(gold)), _last_formula(_claim(completions[row]))
+            right, _ = formula(gold_claim(gold))
+            given, listed = formula(claim(completions[row]))
             quick = _quick(right, given)
             if quick is None:
-                pairs.setdefault((right, given), []).append(row)
+                pairs.setdefault(Pair(right, given, listed), []).append(row)
             else:
                 out[row] = float(quick)
-    verdicts = _COMPARERS.setdefault(os.getpid(), Comparer()).compare(pairs, time_limit)
     late = 0
-    for (pair, rows), verdict in zip(pairs.items(), verdicts, strict=True):
-        if not verdict.gold:
-            problem = f"the gold answer {pair[0]!r} cannot be read as mathematics; correct it, or use `exact_match`"
-            raise row_error("math_equal", prompts, rows[0], problem)
+    for (pair, rows), verdict in zip(pairs.items(), _compare(pairs, time_limit), strict=True):
         late += verdict.late * len(rows)
         for row in rows:
-            out[row] = float(verdict.equal)
+            if verdict.gold or verdict.equal:
+                out[row] = float(verdict.equal)
+            else:
+                unreadable[row] = _no_mathematics(pair.gold)
     if late:
         log.warning("math_equal: %d of %d comparisons were stopped after %g s and score 0", late, len(out), time_limit)
+    warn_unreadable("math_equal", prompts, unreadable)
     return out
 
 
-def last_box(text: str) -> tuple[int, str] | None:
-    """The position and the content of the last complete `\\boxed{...}`, or None.
-
-    >>> last_box("\\\\boxed{1}, no: \\\\boxed{\\\\frac{1}{2}}, or \\\\boxed{3")
-    (15, '\\\\frac{1}{2}')
-    """
-    found = None
-    open_: list[re.Match[str]] = []
-    for brace in _BRACES.finditer(text):
-        if brace.group()[-1] == "{" and brace.group() != "\\{":
-            open_.append(brace)
-        elif brace.group() == "}" and open_:
-            start = open_.pop()
-            if start.group() != "{":
-                found = (start.start(), text[start.end() : brace.start()])
-    return found
+def math_equal_unreadable(rows: int, columns: Mapping[str, Any], column: str | None = None, **_: Any) -> Unreadable:
+    """The rows whose gold answer `math_equal` cannot read, and why. Raises RewardError: the column is missing."""
+    unreadable: Unreadable = {}
+    asked: dict[Pair, list[int]] = {}
+    for row, gold in enumerate(golds("math_equal", rows, columns, column, unreadable)):
+        right = None if gold is None else formula(gold_claim(gold))[0]
+        if right is not None and not _PLAIN.fullmatch(right):
+            asked.setdefault(Pair(right, None), []).append(row)
+    for (pair, places), verdict in zip(asked.items(), _compare(asked, _CHECK_SECONDS), strict=True):
+        if not verdict.gold:
+            unreadable |= dict.fromkeys(places, _no_mathematics(pair.gold))
+    return unreadable
 
 
-def _gold_claim(gold: str) -> Claim:
-    """The gold answer in a row's column: the whole text, or the end of a solution."""
-    box = last_box(gold)
-    if "####" in gold:
-        gold = gold.rpartition("####")[2]
-    elif box is not None:
-        gold = box[1]
-    return Claim(_tidy(gold), marked=True)
+def _compare(pairs: Iterable[Pair], seconds: float) -> list[Verdict]:
+    return _COMPARERS.setdefault(os.getpid(), Comparer()).compare(pairs, seconds)
 
 
-def answer_part(completion: str) -> str:
-    """The text between the last `<answer>` and `</answer>`; without these tags, the whole completion.
-
-    >>> answer_part("<think>6 * 7</think><answer>42</answer>"), answer_part("42")
-    ('42', '42')
-    """
-    before, end, _ = completion.rpartition("</answer>")
-    return before.rpartition("<answer>")[2] if end and "<answer>" in before else completion
-
-
-def _claim(completion: str) -> Claim:
-    """The answer of a completion: the last line `#### 42` or box, else the whole text."""
-    completion = answer_part(completion)
-    box = last_box(completion)
-    marks = list(_MARKED.finditer(completion))
-    if marks and (box is None or marks[-1].start() > box[0]):
-        return Claim(_tidy(marks[-1][1]), marked=True)
-    return Claim(_tidy(completion), marked=False) if box is None else Claim(_tidy(box[1]), marked=True)
-
-
-def _tidy(text: str) -> str:
-    """The same mathematics with one notation for thousands separators, minus and dollar signs."""
-    return _SPACING.sub("", text).replace("{,}", ",").replace("\\$", "$").replace("\u2212", "-")
-
-
-def _numbers(text: str) -> list[re.Match[str]]:
-    return list(_NUMBER.finditer(text))
-
-
-def _value(claim: Claim) -> Decimal | None:
-    """The last number; None if there is none, or if it is the base of a power or too large."""
-    numbers = _numbers(_SMALL_FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]} ", claim.text))
-    if not numbers or numbers[-1]["power"]:
-        return None
-    number = numbers[-1]
-    value = _CONTEXT.create_decimal(number["digits"].replace(",", ""))
-    if number["below"]:
-        value = _CONTEXT.divide(value, _CONTEXT.create_decimal(number["below"]))
-    if "-" in (number["sign"], number["sign_behind"]):
-        value = -value
-    return value if value.is_finite() else None
-
-
-def _last_formula(claim: Claim) -> str:
-    """LaTeX of a marked answer as a whole, else of the last formula or number; empty if there is none."""
-    if claim.marked:
-        return claim.text.strip(" \n\t$")
-    numbers = _numbers(claim.text)
-    formulas = [m for m in _FORMULA.finditer(claim.text) if not _PROSE.search(m.group())]
-    if formulas and (not numbers or formulas[-1].end() >= numbers[-1].end()):
-        return next(part for part in formulas[-1].groups() if part is not None).strip()
-    if not numbers or numbers[-1]["power"]:
-        return ""
-    number = numbers[-1]
-    sign = "-" if "-" in (number["sign"], number["sign_behind"]) else ""
-    return sign + number["digits"].replace(",", "") + (f"/{number['below']}" if number["below"] else "")
+def _no_mathematics(gold: str) -> str:
+    return f"the gold answer {gold[-80:]!r} is neither a formula nor a word; correct it, or use `exact_match`"
 
 
 def _quick(right: str, given: str) -> bool | None:
@@ -236,6 +166,6 @@ def _quick(right: str, given: str) -> bool | None:
         return False
     if not _PLAIN.fullmatch(given):
         return None
-    a, b = (_CONTEXT.create_decimal(text.replace(",", "")) for text in (right, given))
-    # math-verify compares six decimal places, so decimals that differ here may still count as equal there.
+    a, b = (decimal(text) for text in (right, given))
+    # Decimals are compared to six places, so those that differ here may still be equal.
     return True if a == b else (None if "." in right + given else False)

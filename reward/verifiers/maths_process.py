@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from reward.functions import RewardError
@@ -22,6 +22,16 @@ START_SECONDS = 120.0
 """Wall time limit for the process to import sympy."""
 WALL_FACTOR = 20.0
 """Wall time limit for a comparison, as a multiple of its CPU limit; only a stopped process reaches it."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A gold answer and an answer to compare with it; None only asks whether the gold answer is understood."""
+
+    gold: str
+    answer: str | None
+    listed: str = ""
+    """The parts that the completion marked one by one, joined by commas."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,8 @@ class Comparer:
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
 
-    def compare(self, pairs: Iterable[tuple[str, str]], seconds: float) -> list[Verdict]:
-        """One verdict for each (gold, answer), both LaTeX.
+    def compare(self, pairs: Iterable[Pair], seconds: float) -> list[Verdict]:
+        """One verdict for each pair.
 
         Args:
             seconds: CPU time for each pair.
@@ -51,7 +61,7 @@ class Comparer:
             RewardError: the process cannot be started.
         """
         with self._lock:
-            return [self._ask(gold, answer, seconds) for gold, answer in pairs]
+            return [self._ask(pair, seconds) for pair in pairs]
 
     def close(self) -> None:
         """Ends the process. It starts again when needed."""
@@ -61,11 +71,11 @@ class Comparer:
             self._process = None
         self._rest = b""
 
-    def _ask(self, gold: str, answer: str, seconds: float) -> Verdict:
+    def _ask(self, pair: Pair, seconds: float) -> Verdict:
         process = self._running()
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps({"gold": gold, "answer": answer, "seconds": seconds}).encode() + b"\n")
+            process.stdin.write(json.dumps({**asdict(pair), "seconds": seconds}).encode() + b"\n")
             process.stdin.flush()
             line = self._line(process, seconds * WALL_FACTOR)
         except BrokenPipeError:

@@ -1,8 +1,9 @@
-"""Compares mathematical answers in a separate process. maths_process.py runs it as a script; it imports none of Baton.
+"""Compares mathematical answers in a separate process. maths_process.py runs it as a script.
 
-It reads one JSON object per line, `{"gold": LaTeX, "answer": LaTeX, "seconds": s}`, and writes one, `{"gold": whether
-it was understood, "equal": bool, "late": whether the CPU time ran out}`. Limits are in CPU time, so that scores are the
-same on a busy machine.
+It reads one JSON object per line, `{"gold": text, "answer": text, "listed": text, "seconds": s}`, and writes one,
+`{"gold": whether it was understood, "equal": bool, "late": whether the CPU time ran out}`. Where "answer" is null,
+it only says whether it understands the gold answer. Limits are in CPU time, so that scores are the same on a busy
+machine.
 
 A policy's text can make sympy run for ever, so there are three limits: a timer that raises inside Python code; the
 kernel's limit on CPU time, for arithmetic on huge integers, which no signal handler can interrupt (this process then
@@ -17,7 +18,11 @@ import os
 import resource
 import signal
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reward.verifiers.maths_same import Judge
 
 MEMORY = 2 << 30  # bytes of address space
 GRACE = 2  # CPU seconds between the timer and the kernel's limit
@@ -31,21 +36,25 @@ def _time_up(signum: int, frame: object) -> None:
     raise TimeUp
 
 
-def read(text: str) -> Any:
-    """The formula as a list of at most one sympy object. A box around the text makes math-verify read it as one."""
-    from math_verify import LatexExtractionConfig, parse
+@functools.cache
+def judge() -> "Judge":
+    """Imports sympy when first called."""
+    here = str(Path(__file__).resolve().parents[2])
+    sys.path.insert(0, here)
+    from reward.verifiers.maths_algebra import Sympy
+    from reward.verifiers.maths_same import Judge
 
-    rule = LatexExtractionConfig(boxed_match_priority=0)
-    return parse(f"\\boxed{{{text}}}", [rule], fallback_mode="no_fallback", parsing_timeout=None)
+    sys.path.remove(here)
+    return Judge(Sympy())
 
 
-_read_gold = functools.lru_cache(maxsize=4096)(read)  # the answers of a group share it
+@functools.lru_cache(maxsize=4096)
+def _readable(gold: str) -> bool:
+    return judge().readable(gold)
 
 
-def reply(gold: str, answer: str, seconds: float) -> dict[str, bool]:
+def reply(gold: str, answer: str | None, listed: str, seconds: float) -> dict[str, bool]:
     """One comparison under the limits."""
-    from math_verify import verify
-
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(used.ru_utime + used.ru_stime + seconds) + GRACE
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
@@ -54,9 +63,9 @@ def reply(gold: str, answer: str, seconds: float) -> dict[str, bool]:
         try:
             # Repeated every 0.1 s, since a library may catch the first with a bare `except`.
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
-            right = _read_gold(gold)
-            out["gold"] = bool(right)
-            out["equal"] = bool(right) and bool(verify(right, read(answer), timeout_seconds=None))
+            out["gold"] = _readable(gold)
+            if answer is not None:
+                out["equal"] = judge().same(gold, answer, listed)
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     except TimeUp:
@@ -78,7 +87,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
-    read("1")  # imports sympy before the first request, whose time is limited
+    judge().same("x", "y")  # imports and builds everything before the first request, whose time is limited
     print(json.dumps({}), file=out, flush=True)
     os.dup2(nowhere, 2)  # the trainer reads standard error only while the process starts
     for line in sys.stdin:

@@ -2,15 +2,15 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import regex
 
 from data.records import Message
-from reward.functions import RewardError
-from reward.verifiers.golds import golds, row_error
-from reward.verifiers.maths import answer_part, last_box
+from reward.functions import RewardError, one_form
+from reward.verifiers.golds import Unreadable, golds, warn_unreadable
+from reward.verifiers.maths_claim import answer_part, last_box
 
 log = logging.getLogger(__name__)
 
@@ -43,24 +43,44 @@ def multiple_choice(
         column: holds the right letter (`B`, `(B)`, `\\text{(B)}`); default: `answer` or `ground_truth`.
         letters: the letters to choose from.
 
+    A gold answer that is not one of the letters scores None, and is counted in a warning.
+
     Raises:
-        RewardError: the column is missing, or a gold answer is not one of the letters.
+        RewardError: the column is missing, or `letters` is invalid.
 
     >>> multiple_choice([], ["The answer is (B).", "**B**", "A, B or C", "B. Paris"], answer=["B"] * 4)
     [1.0, 1.0, 0.0, 1.0]
     """
     if not isinstance(letters, str) or not re.fullmatch(r"[A-Z]{2,}", letters):
         raise RewardError(f"`multiple_choice`: `letters: {letters}`; give the capital letters, such as `letters: ABCD`")
-    out: list[float | None] = []
-    for row, gold in enumerate(golds("multiple_choice", prompts, completions, columns, column)):
-        if gold is None:
-            out.append(None)
-            continue
-        right = _lone_letter(gold if "\\" in gold else gold.upper(), letters)
-        if right is None:
-            problem = f"the gold answer {gold!r} is not one of the letters {letters}; give its letter"
-            raise row_error("multiple_choice", prompts, row, problem)
-        out.append(float(_choice(completions[row], letters) == right))
+    unreadable: Unreadable = {}
+    rights = _letters(len(completions), columns, column, letters, unreadable)
+    warn_unreadable("multiple_choice", prompts, unreadable)
+    return [
+        None if right is None else float(_choice(text, letters) == right)
+        for right, text in zip(rights, completions, strict=True)
+    ]
+
+
+def multiple_choice_unreadable(
+    rows: int, columns: Mapping[str, Any], column: str | None = None, letters: str = "ABCDEFGHIJ", **_: Any
+) -> Unreadable:
+    """The rows whose gold answer is not one of the letters, and why. Raises RewardError: the column is missing."""
+    unreadable: Unreadable = {}
+    _letters(rows, columns, column, letters, unreadable)
+    return unreadable
+
+
+def _letters(
+    rows: int, columns: Mapping[str, Any], column: str | None, letters: str, unreadable: Unreadable
+) -> list[str | None]:
+    """The right letter of each row; rows where it cannot be read are added to `unreadable`."""
+    out: list[str | None] = []
+    for row, gold in enumerate(golds("multiple_choice", rows, columns, column, unreadable)):
+        right = None if gold is None else _lone_letter(gold if "\\" in gold else gold.upper(), letters)
+        if gold is not None and right is None:
+            unreadable[row] = f"the gold answer {gold[-80:]!r} is not one of the letters {letters}; give its letter"
+        out.append(right)
     return out
 
 
@@ -88,7 +108,7 @@ def regex_format(
     if match not in ("full", "search"):
         raise RewardError(f"`regex_format`: `match: {match}` is neither `full` nor `search`")
     try:
-        compiled = regex.compile(pattern)
+        compiled = regex.compile(one_form(pattern))
     except regex.error as error:
         raise RewardError(f"`regex_format`: `pattern: {pattern}` is not a regular expression: {error}") from error
     find = compiled.fullmatch if match == "full" else compiled.search
@@ -96,7 +116,7 @@ def regex_format(
     late = 0
     for text in completions:
         try:
-            out.append(float(find(text, timeout=PATTERN_SECONDS) is not None))
+            out.append(float(find(one_form(text), timeout=PATTERN_SECONDS) is not None))
         except TimeoutError:
             late += 1
             out.append(0.0)
@@ -131,12 +151,13 @@ def xml_format(
     >>> xml_format([], ["<think>6 * 7</think> It is 42."], tags=["think"], text_outside=True)
     [1.0]
     """
-    names = [tag for tag in tags if isinstance(tag, str) and re.fullmatch(r"[A-Za-z][\w.-]*", tag)]
+    names = [one_form(tag) for tag in tags if isinstance(tag, str)]
+    names = [name for name in names if re.fullmatch(r"[A-Za-z][\w.-]*", name)]
     if isinstance(tags, str) or not tags or len(names) != len(tags):
         raise RewardError(f"`xml_format`: `tags: {tags}` is not a list of tag names, such as `tags: [think, answer]`")
-    if len(set(tags)) != len(tags):
+    if len(set(names)) != len(names):
         raise RewardError(f"`xml_format`: `tags: {list(tags)}` names a tag twice")
-    return [float(_tagged(text, tags, text_outside)) for text in completions]
+    return [float(_tagged(one_form(text), names, text_outside)) for text in completions]
 
 
 def _tagged(text: str, tags: Sequence[str], text_outside: bool) -> bool:

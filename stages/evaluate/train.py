@@ -34,7 +34,7 @@ from stages.evaluate.tables import Answered
 from training.measure import TextWindows
 from training.model import Model, load_encoder
 from training.recipe import RecipeError
-from training.rewards import Scorer, load_rewards
+from training.rewards import Scorer, load_rewards, readable
 from training.run import Run
 
 
@@ -48,6 +48,7 @@ def train(run: Run) -> None:
     # The prompts are encoded for each model by its own encoder: a foreign model keeps its own template.
     first = load_encoder(next(iter(parents.values())))
     prompts = run.rows(config.data, Prompts(config.max_prompt_length), first, "prompts")
+    prompts = readable(run, entries, prompts, "prompts", max_drop_fraction=1.0)
     documents = run.rows(config.text, Texts(Text), label="documents") if config.text else None
     column, keys = _groups(run, prompts)
     scorers = _scorers(run, entries, present, list(parents.values()), prompts)

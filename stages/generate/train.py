@@ -28,7 +28,7 @@ from rollout.positions import check_positions
 from rollout.sampling import Completion, SamplingSpec
 from stages.generate.config import DECLARATION, Config
 from training.model import Model, load_encoder
-from training.rewards import Scorer, load_rewards
+from training.rewards import Scorer, load_rewards, readable
 from training.run import Run
 
 # Columns of the prompts that the rows do not keep: those that the rows have themselves, and `label`, which a reader of
@@ -46,6 +46,7 @@ def train(run: Run) -> None:
     prompts = run.rows(
         config.data, Prompts(config.max_prompt_length), encoder, "prompts", max_drop_fraction=config.max_drop_fraction
     )
+    prompts = readable(run, config.scores, prompts, "prompts", config.max_drop_fraction)
     left_out = sorted(name for name in prompts.facts if name in _OWN)
     if left_out:
         run.console.print(f"  columns of the prompts that the rows do not keep: {', '.join(left_out)}", markup=False)

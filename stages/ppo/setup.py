@@ -21,7 +21,7 @@ from stages.ppo.config import Config, PPOTrainConfig
 from training.model import Model
 from training.optimizer import decayed_names
 from training.recipe import RecipeError
-from training.rewards import load_rewards
+from training.rewards import load_rewards, readable
 from training.run import Run
 
 
@@ -35,10 +35,13 @@ def check_batch(run: Run, t: PPOTrainConfig) -> None:
         )
 
 
-def load_prompts(run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str) -> Rows[EncodedPrompt]:
-    """Encoded prompts; prompts that are too long are dropped and counted."""
+def load_prompts(
+    run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str, scores: Sequence[RewardConfig]
+) -> Rows[EncodedPrompt]:
+    """Encoded prompts; those that are too long, or whose gold answers cannot be read, are dropped and counted."""
     config: Config = run.config
-    return run.rows(sources, Prompts(config.max_prompt_length), encoder, label, config.max_drop_fraction)
+    prompts = run.rows(sources, Prompts(config.max_prompt_length), encoder, label, config.max_drop_fraction)
+    return readable(run, scores, prompts, label, config.max_drop_fraction)
 
 
 class PromptStream:

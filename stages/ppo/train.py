@@ -87,10 +87,10 @@ def train(run: Run) -> None:
     engine.set_up(t, embedding_shape(parent.model_dir)[1])
     bf16 = engine.bf16
     encoder = load_encoder(parent)
-    prompts = load_prompts(run, encoder, config.data, "prompts")
+    prompts = load_prompts(run, encoder, config.data, "prompts", config.reward)
     heldout: Sequence[EncodedPrompt] = []
     if config.eval_data:
-        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts")
+        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts", [*config.reward, *config.monitor])
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
     rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)
