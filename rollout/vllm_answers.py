@@ -4,12 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rollout.errors import LogprobsMissing, ServerFailed, WrongAnswer, WrongModel
 from rollout.sampling import Completion, SamplingSpec
 
 _LOWEST = -9999.0  # vLLM's value for a log-probability of minus infinity
+_ROUNDING = 1e-4  # how far rounding may put the log-probability of a certain token above 0
 
 
 def check_fit(prompts: Sequence[Sequence[int]], spec: SamplingSpec, window: int, vocab_size: int) -> None:
@@ -45,29 +46,34 @@ def sampling(spec: SamplingSpec, seed: int) -> dict[str, Any]:
     }
 
 
-class _Logprobs(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Logprobs(_Strict):
     tokens: list[str]
     token_logprobs: list[float | None]
 
 
-class _Choice(BaseModel):
+class _Choice(_Strict):
     prompt_token_ids: list[int]
     token_ids: list[int]
     finish_reason: str
     logprobs: _Logprobs | None
 
 
-class _Answer(BaseModel):
+class _Answer(_Strict):
     choices: list[_Choice]
 
 
-def read(answer: Any, prompt: list[int], spec: SamplingSpec) -> Completion:
+def read(answer: Any, prompt: list[int], spec: SamplingSpec, vocab_size: int) -> Completion:
     """The completion in a response of /v1/completions, checked against the request.
 
     Raises:
         ServerFailed: the response is malformed, or the server aborted the request.
-        WrongAnswer: the number of answers, the prompt, the length or the end do not match the request.
-        LogprobsMissing: a token has no log-probability.
+        WrongAnswer: the number of answers, the prompt, the length or the end do not match the request, or a token is
+            not in the vocabulary.
+        LogprobsMissing: a token has no log-probability, or one above 0.
     """
     try:
         choices = _Answer.model_validate(answer).choices
@@ -89,17 +95,27 @@ def read(answer: Any, prompt: list[int], spec: SamplingSpec) -> Completion:
         raise WrongAnswer(
             f"{len(choice.logprobs.tokens)} log-probabilities are not those of the answer's {len(ids)} tokens"
         )
-    return completion(ids, choice.logprobs.token_logprobs, choice.finish_reason == "stop", spec)
+    return completion(ids, choice.logprobs.token_logprobs, choice.finish_reason == "stop", spec, vocab_size)
 
 
-def completion(ids: Sequence[int], logprobs: Sequence[float | None], stopped: bool, spec: SamplingSpec) -> Completion:
+def completion(
+    ids: Sequence[int], logprobs: Sequence[float | None], stopped: bool, spec: SamplingSpec, vocab_size: int
+) -> Completion:
     """A Completion from vLLM's tokens and log-probabilities. Raises as `read` does."""
+    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise WrongAnswer(f"an answer has the token {outside}, and the vocabulary has {vocab_size}")
     numbers = [value for value in logprobs if value is not None and math.isfinite(value) and value > _LOWEST]
     if not len(numbers) == len(logprobs) == len(ids):
         raise LogprobsMissing(f"{len(ids)} tokens came with {len(numbers)} log-probabilities")
+    if (highest := max(numbers, default=0.0)) > _ROUNDING:
+        raise LogprobsMissing(f"a token came with the log-probability {highest:g}, which is above 0")
+    if any(token in spec.stop_ids for token in ids[:-1]):
+        raise WrongAnswer("an answer goes on behind a stop token: the server does not stop at the stop ids it was sent")
     end: Literal["stop", "length"] = "stop" if ids and ids[-1] in spec.stop_ids else "length"
     if stopped and end != "stop":
         raise WrongAnswer("an answer stops without a stop token: the server has its own stop strings")
-    if end == "length" and len(ids) != spec.max_new_tokens:
-        raise WrongAnswer(f"an answer without a stop token has {len(ids)} tokens instead of {spec.max_new_tokens}")
+    if len(ids) > spec.max_new_tokens or (end == "length" and len(ids) != spec.max_new_tokens):
+        without = "" if end == "stop" else " without a stop token"
+        raise WrongAnswer(f"an answer{without} has {len(ids)} tokens instead of {spec.max_new_tokens}")
     return Completion(list(ids), numbers, end)

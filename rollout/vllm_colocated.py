@@ -76,5 +76,5 @@ class Colocated:
             ids = list(answer.token_ids)
             found = answer.logprobs or []
             logprobs = [entry[token].logprob for entry, token in zip(found, ids, strict=False)]
-            out.append(completion(ids, logprobs, answer.finish_reason == "stop", spec))
+            out.append(completion(ids, logprobs, answer.finish_reason == "stop", spec, self._stored.vocab_size))
         return out
