@@ -5,13 +5,14 @@ and ends at the model's stop tokens. Every model has its own conversation. Lines
 is not a terminal, only the answers are printed, so that scripts can use it.
 """
 
+import math
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
@@ -24,6 +25,7 @@ from handoff.manifest import Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
 from training.registry import Registry
+from training.terminal import Screen, shown
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +59,11 @@ class Speaker:
 
         self.name = parent.name
         self.encoder: Encoder = load_encoder(parent)
+        if self.encoder.tokenizer.chat_template is None:
+            raise UserError(
+                f"{parent.path}: the tokenizer has no chat template, so nobody can talk to this model; choose one that "
+                "was taught to answer with --model, or put a chat_template.jinja beside its tokenizer.json"
+            )
         engine = engines.current()
         self.device = engine.device
         model = Model.load(engine, parent, "policy", self.encoder, ModelArguments(), dropout=False, bf16=False).freeze()
@@ -123,10 +130,11 @@ class Speaker:
             inputs = torch.tensor([[token]], device=self.device)
 
     def _choose(self, logits: "torch.Tensor") -> int:
-        """The next token from logits of shape (V,)."""
+        """The next token from logits of shape (V,), where V may be larger than the vocabulary."""
+        logits = logits[: self.encoder.vocab_size]
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        chances = (logits / self.sampling.temperature).softmax(-1)
+        chances = ((logits - logits.max()) / self.sampling.temperature).softmax(-1)
         return int(chances.multinomial(1, generator=self.generator))
 
 
@@ -179,7 +187,7 @@ def default_model(run_dir: Path) -> str:
 class Terminal:
     """The input of lines and the output of answers."""
 
-    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True, emoji=False))
+    console: Screen = field(default_factory=Screen)
     asks: bool = field(default_factory=lambda: sys.stdin.isatty() and sys.stdout.isatty())
 
     def read(self) -> str | None:
@@ -191,46 +199,48 @@ class Terminal:
 
     def say(self, text: str, style: str = "dim") -> None:
         """Prints a line that is not from a model."""
-        self.console.print(text, style=style, markup=False)
+        self.console.print(text, style=style)
 
     def one(self, speaker: Speaker, text: str) -> None:
         """Prints one model's answer while it is generated."""
         if self.asks:
-            self.console.print(f"[bold green]{speaker.name}[/] > ", end="")
+            self.console.print(Text.assemble((shown(speaker.name), "bold green"), " > "), end="")
         for piece in speaker.answer(text):
-            self.console.print(piece, end="", markup=False)
+            self.console.print(piece, end="")
         self.console.print()
 
     def several(self, speakers: Sequence[Speaker], text: str) -> None:
         """Prints several answers: in growing columns in a terminal, else one after another."""
-        answers = {speaker.name: "" for speaker in speakers}
-        pieces = [(speaker.name, speaker.answer(text)) for speaker in speakers]
+        names = [speaker.name for speaker in speakers]
+        answers = [""] * len(speakers)
+        pieces = [(place, speaker.answer(text)) for place, speaker in enumerate(speakers)]
         live = Live(console=self.console, refresh_per_second=12, auto_refresh=False) if self.asks else None
         if live is not None:
             live.start()
         try:
             while pieces:
-                for name, stream in list(pieces):
+                for place, stream in list(pieces):
                     piece = next(stream, None)
                     if piece is None:
-                        pieces.remove((name, stream))
+                        pieces.remove((place, stream))
                     else:
-                        answers[name] += piece
+                        answers[place] += piece
                 if live is not None:
-                    live.update(_columns(answers), refresh=True)
+                    live.update(_columns(names, answers), refresh=True)
         finally:
             for _, stream in pieces:
                 stream.close()
             if live is not None:
                 live.stop()
         if live is None:
-            for name, answer in answers.items():
-                self.console.print(f"{name}: {answer}", markup=False)
+            for name, answer in zip(names, answers, strict=True):
+                self.console.print(f"{name}: {answer}")
 
 
-def _columns(answers: dict[str, str]) -> Table:
-    table = Table(*(Column(Text(name, style="bold green"), ratio=1) for name in answers), expand=True)
-    table.add_row(*(Text(answer) for answer in answers.values()))
+def _columns(names: Sequence[str], answers: Sequence[str]) -> Table:
+    # Shown before it is measured: an escape is wider than the character that it stands for.
+    table = Table(*(Column(Text(shown(name), style="bold green"), ratio=1) for name in names), expand=True)
+    table.add_row(*(Text(shown(answer)) for answer in answers))
     return table
 
 
@@ -247,6 +257,10 @@ def talk(
     """`baton chat`: reads lines until the end of input or /quit. Raises what `open_models` raises."""
     if model is not None and compare is not None:
         raise UserError("--model names one section and --compare two; give one of them")
+    if math.isnan(temperature):
+        raise UserError("--temperature nan: give a number of 0 or more")
+    if system is not None and not _is_text(system):
+        raise UserError(f"--system {system!r} is not text in this terminal's encoding")
     parents = open_models(target, compare or ([model] if model else []))
     from transformers.utils.logging import disable_progress_bar
 
@@ -261,6 +275,11 @@ def talk(
     converse(terminal, speakers)
 
 
+def _is_text(line: str) -> bool:
+    """Whether it holds no half characters. Python makes these of bytes that are not in the terminal's encoding."""
+    return not re.search("[\ud800-\udfff]", line)
+
+
 def converse(terminal: Terminal, speakers: Sequence[Speaker]) -> None:
     """The loop of questions and answers."""
     answer: Callable[[str], None]
@@ -269,6 +288,9 @@ def converse(terminal: Terminal, speakers: Sequence[Speaker]) -> None:
     else:
         answer = lambda line: terminal.several(speakers, line)  # noqa: E731
     while (line := terminal.read()) is not None:
+        if not _is_text(line):
+            terminal.say(f"a line that is not text in the encoding of this terminal: {line!r}", style="red")
+            continue
         word, _, rest = line.partition(" ")
         if word == "/quit":
             return

@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from handoff.errors import GateError, UserError
+from training.terminal import Screen, lost, prepare, shown
 
 app = typer.Typer(
     name="baton",
@@ -15,6 +16,7 @@ app = typer.Typer(
     "recipe, in data or in the command; 3 a result below what the recipe demands; 128+n ended by signal n.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its boxes break lines inside the names of files
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -54,8 +56,10 @@ def run(
     kept in <run>/.previous.
     """
     from baton.runner import run_pipeline
+    from training.engines.launch import check_environment
     from training.recipe import load_recipe
 
+    check_environment(launched=False)
     loaded = load_recipe(recipe, overrides or ())
     sys.exit(run_pipeline(loaded, to or (), force or (), launch, dry_run=dry_run))
 
@@ -83,12 +87,15 @@ def verify(target: RunArgument) -> None:
     problems = verify_run(run_dir)
     for problem in problems:
         place = "/".join(part for part in (problem.stage, problem.file) if part)
-        print(f"{run_dir}/{place}: {problem.message}", file=sys.stderr)
+        print(shown(f"{run_dir}/{place}: {problem.message}"), file=sys.stderr)
     if problems:
         sys.exit(1)
-    for stage in lineage(run_dir):
+    stages = lineage(run_dir)
+    if not stages:
+        raise UserError(f"{run_dir}: no stage has been published here; `baton run <recipe>` makes one")
+    for stage in stages:
         parents = ", ".join(f"{parent.name} {parent.fingerprint[:8]}" for parent in stage.parents.values())
-        print(f"  {stage.stage:<12} {stage.fingerprint[:8]}{'  from ' + parents if parents else ''}")
+        print(shown(f"  {stage.stage:<12} {stage.fingerprint[:8]}{'  from ' + parents if parents else ''}"))
     print(f"{run_dir}: every file is as it was published, and every stage was made from the parents that are here")
 
 
@@ -104,13 +111,15 @@ def replay(
     """
     from baton.replay import replay_step
     from baton.runs import run_dir_of
+    from training.engines.launch import check_environment
     from training.signals import Stopped
 
+    check_environment(launched=False)
     try:
         found = replay_step(run_dir_of(target), stage, step)
     except Stopped as stopped:
         sys.exit(stopped.code)
-    print(found.told())
+    print(shown(found.told()))
     if not found.agrees:
         sys.exit(1)
 
@@ -127,7 +136,7 @@ def config(
     from training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    print(show_recipe(loaded, None if section is None else loaded.section(section)), end="")
+    print(shown(show_recipe(loaded, None if section is None else loaded.section(section))), end="")
 
 
 @app.command()
@@ -159,31 +168,43 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to begin with.", show_default=False)] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer is cut off here.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
 ) -> None:
     """Talk to a model in the terminal. /quit ends, /reset starts a new conversation, /system TEXT sets the system
     message."""
     from baton.chat import talk
+    from training.engines.launch import check_environment
 
+    check_environment(launched=False)
     talk(target, model, compare, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 
 def main() -> NoReturn:
     """Entry point of the console script. For a user's mistake it prints a message, not a traceback, and exits."""
+    prepare()
+    code: str | int | None
     try:
-        app()
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        fail(f"{error.format_message()}\n`baton --help` and `baton COMMAND --help` say what can be given", 2)
     except UserError as error:
         fail(str(error), 2)
     except GateError as error:
         fail(str(error), 3)
+    except OSError as error:  # a file or folder that cannot be used, wherever a command meets it
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}", 2)
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+        code = 130
+    except SystemExit as end:
+        code = end.code
+    if not code and (reason := lost()) is not None:
+        fail(f"the output could not be written: {reason}", 1)
+    sys.exit(code or 0)
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Prints the message to stderr, in red if that is a terminal, and exits with the code."""
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="red", markup=False)
+    Screen(stderr=True).print(message, style="red")
     sys.exit(code)

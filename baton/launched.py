@@ -15,6 +15,7 @@ import psutil
 
 # By default torch's agent kills processes 30 s after a signal. A stage ends within its own `train.grace_seconds`.
 _PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
+_ENCODING = {"PYTHONIOENCODING": "utf-8"}  # the runner reads the output, whatever the terminal's encoding is
 _TRACEBACK = "Traceback (most recent call last):"
 _LAUNCHER = "accelerate/commands/launch.py"
 _AGENT = "torch/distributed/elastic/"
@@ -36,7 +37,7 @@ class LaunchedStage:
             stdout=descriptor,
             stderr=descriptor,
             start_new_session=True,
-            env=_PATIENCE | os.environ,
+            env=_PATIENCE | os.environ | _ENCODING,
         )
 
     def send(self, signum: int) -> None:
@@ -72,7 +73,10 @@ def own_words(lines: Sequence[str], code: int) -> tuple[list[str], int]:
     cause = _CAUSE.search("\n".join(lines[at[-1] :]))
     if cause is not None:
         code = -int(cause["signal"]) if cause["signal"] else int(cause["elastic"] or cause["status"])
-    return [line for line in lines[: at[-1]] if _AGENT not in line], code
+    own = [line for line in lines[: at[-1]] if _AGENT not in line]
+    if cause is None:  # it started nothing: its own error is the last line of the traceback at the margin
+        own += [line for line in lines[at[-1] + 1 :] if not line.startswith(" ")][-1:]
+    return own, code
 
 
 def _is_launchers(lines: Sequence[str]) -> bool:

@@ -1,8 +1,9 @@
 """Copies a stage's output to the terminal and to its log.
 
 A stage writes to one descriptor: a pseudo-terminal if the user has a terminal, so that progress bars are drawn, else a
-pipe. The bytes go to the terminal unchanged. The log gets the final text: without colours, and with only the last state
-of a line that was drawn repeatedly.
+pipe. The terminal gets the text with its colours and progress bars, but no other control characters
+(`training/terminal.py`). The log gets the final text: without colours, and with only the last state of a line that was
+drawn repeatedly.
 """
 
 import codecs
@@ -18,33 +19,43 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from training.terminal import drawn
+
 TAIL = 200
 """Number of last lines to remember."""
 _REDRAWN = 12
 """Number of lines that a progress display may redraw; older ones are written to the log."""
-_CONTROL = re.compile(
-    r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|\r|\n|[^\x1b\r\n]+", re.DOTALL
-)
-_UNFINISHED = re.compile(r"\x1b(?:\[[0-9;?]*|\][^\x07]*)?$")
+_CONTROL = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\r|\n|[^\x1b\r\n]+")
+_UNFINISHED = re.compile(r"\x1b(?:\[[0-9;?]{0,16})?$")
+
+
+class Pieces:
+    """Converts the bytes of a stage's output, which may be cut anywhere, to text for the terminal."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._rest = ""
+
+    def text(self, piece: bytes) -> str:
+        """The text that is complete with this piece; with an empty one, which is the last, all of it."""
+        text = self._rest + self._decoder.decode(piece, final=not piece)
+        unfinished = _UNFINISHED.search(text) if piece else None
+        self._rest = unfinished.group() if unfinished else ""
+        return drawn(text[: len(text) - len(self._rest)])
 
 
 class PlainText:
-    """Converts terminal output to the text that remains on the screen. Supports the cursor moves of progress bars."""
+    """Converts the text for the terminal to what remains on the screen. Supports the cursor moves of progress bars."""
 
     def __init__(self, log: TextIO) -> None:
         self._log = log
         self._lines: deque[str] = deque()
         self._current = ""
         self._rewrite = False
-        self._rest = ""
         self.tail: deque[str] = deque(maxlen=TAIL)
 
     def feed(self, text: str) -> None:
-        """Takes the next piece of output, which may end anywhere."""
-        text = self._rest + text
-        unfinished = _UNFINISHED.search(text)
-        self._rest = unfinished.group() if unfinished else ""
-        text = text[: len(text) - len(self._rest)]
+        """Takes the next piece of output."""
         for part in _CONTROL.finditer(text):
             self._apply(part.group(), part.group(1), part.group(2))
         while len(self._lines) > _REDRAWN:
@@ -106,23 +117,17 @@ class Tee:
         self._thread.start()
 
     def _copy(self) -> None:
-        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        watched = True
-        while True:
+        pieces = Pieces()
+        piece = b"start"
+        while piece:
             try:
                 piece = os.read(self._source, 1 << 16)
             except OSError:  # the other end of the pseudo-terminal was closed
                 piece = b""
-            if not piece:
-                return
-            text = decode(piece)
+            text = pieces.text(piece)
             self._text.feed(text)
-            if watched:
-                try:
-                    sys.stdout.write(text)
-                    sys.stdout.flush()
-                except OSError:  # the reader has closed the pipe (`| head`), which must not stop training
-                    watched = False
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     def release(self) -> None:
         """Closes this process's copy of `descriptor` after the stage has its own."""

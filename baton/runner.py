@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from rich.console import Console
+from rich.text import Text
 
 from baton.launched import LaunchedStage, own_words
 from baton.output import Tee
@@ -33,10 +33,13 @@ from handoff.files import check_writable
 from handoff.lock import RunLock
 from handoff.parent import known_hashes, open_dataset
 from handoff.stage import StageDir
+from reward.check import Use, check_functions
+from training.engines.launch import check_file
 from training.inputs import stage_inputs
 from training.recipe import Recipe, Section
 from training.registry import Registry
 from training.signals import ENDING
+from training.terminal import Screen, same_reader
 
 LOGS = "logs"
 SHOWN = 20
@@ -92,7 +95,7 @@ class Runner:
     `start` starts a stage; `inputs_of` gives what its result depends on.
     """
 
-    def __init__(self, recipe: Recipe, start: StartOf, console: Console, inputs_of: InputsOf = stage_inputs) -> None:
+    def __init__(self, recipe: Recipe, start: StartOf, console: Screen, inputs_of: InputsOf = stage_inputs) -> None:
         self.recipe = recipe
         self.start = start
         self.console = console
@@ -111,18 +114,13 @@ class Runner:
                     StageDir(self.recipe.run_dir / name).started_path.unlink(missing_ok=True)
                     found = Standing(name, State.STALE, ("forced",), found.manifest)
                 skipped = found.state is State.UP_TO_DATE
-                self._say(names, name, f"{found}, skipped" if skipped else str(found))
+                _say(self.console, names, name, f"{found}, skipped" if skipped else str(found))
                 if skipped:
                     continue
                 code = self._stage(self.recipe.sections[name])
                 if code:
                     return code
         return 0
-
-    def _say(self, names: Sequence[str], name: str, words: str) -> None:
-        width = max(len(other) for other in names)
-        self.console.print(f"[bold]{name:{width}}[/]  ", end="")
-        self.console.print(words, markup=False, soft_wrap=True)
 
     def _stage(self, section: Section) -> int:
         start = self.start(self.recipe, section)
@@ -134,7 +132,10 @@ class Runner:
         tee.release()
         code = self._running.wait()
         self._running = None
-        tail, code = own_words(tee.close(), code)
+        lines = tee.close()
+        tail, code = own_words(lines, code)
+        if tail == lines and same_reader():
+            tail = []  # they were the last that the reader saw
         code = 128 - code if code < 0 else code
         published = StageDir(self.recipe.run_dir / section.name).manifest() is not None
         if self._signals and code in (0, 1) and not published:
@@ -144,21 +145,22 @@ class Runner:
             tail.append(f"the stage ended without publishing {self.recipe.run_dir / section.name}")
         took = time.monotonic() - begun
         if code == 0:
-            self.console.print(f"  done in {took:.0f} s", highlight=False)
+            self.console.print(f"  done in {took:.0f} s")
             return 128 + self._signals[0] if self._signals else 0
         self._failed(section.name, code, took, tail, log_path, command)
         return code
 
     def _failed(self, name: str, code: int, took: float, tail: Sequence[str], log_path: Path, command: str) -> None:
-        said = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        said = Screen(stderr=True)
         if self._signals or code - 128 in ENDING:
             said.print(f"{name} was stopped; the same command goes on with it", style="yellow")
             return
-        said.print(f"[bold red]{name} failed[/] with exit code {code} after {took:.0f} s; its last lines:")
+        ended = Text.assemble((f"{name} failed", "bold red"), f" with exit code {code} after {took:.0f} s")
+        said.print(ended.append("; its last lines:") if tail else ended)
         for line in tail[-SHOWN:]:
-            said.print(f"  | {line}", markup=False)
-        said.print(f"log:    {log_path}", markup=False)
-        said.print(f"repeat: {command}", markup=False)
+            said.print(f"  | {line}")
+        said.print(f"log:    {log_path}")
+        said.print(f"repeat: {command}")
 
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
@@ -194,8 +196,11 @@ def run_pipeline(
             raise UserError(f"--force {name}: this section is not among those to be run ({', '.join(names)})")
     if launch is not None and not launch.is_file():
         raise UserError(f"--launch {launch}: no such file; the repository's own are in recipes/launch/")
+    if launch is not None:
+        check_file(launch)
     check_data(recipe, names)
-    console = Console(highlight=False, emoji=False)
+    check_functions(reward_functions(recipe, names))
+    console = Screen()
     if dry_run:
         _print_plan(recipe, names, force, console)
         return 0
@@ -227,9 +232,24 @@ def check_data(recipe: Recipe, names: Sequence[str]) -> None:
                 open_dataset(source.name, recipe.run_dir, name, verify=False)
 
 
-def _print_plan(recipe: Recipe, names: Sequence[str], force: Sequence[str], console: Console) -> None:
+def reward_functions(recipe: Recipe, names: Sequence[str]) -> list[Use]:
+    """The reward functions that these sections name, with their places in the recipe."""
+    uses = []
+    for name in names:
+        section = recipe.sections[name]
+        for key, entry in section.config.rewards().items():
+            if entry.function is not None:
+                place = f"{section.provenance[f'{key}.function']}: {name}.{key}.function"
+                uses.append(Use(place, entry.name, entry.function, entry.args))
+    return uses
+
+
+def _print_plan(recipe: Recipe, names: Sequence[str], force: Sequence[str], console: Screen) -> None:
     found = overview(recipe)
     for name in names:
-        words = "forced" if name in force else str(found[name])
-        console.print(f"[bold]{name:{max(map(len, names))}}[/]  ", end="")
-        console.print(words, markup=False, soft_wrap=True)
+        _say(console, names, name, "forced" if name in force else str(found[name]))
+
+
+def _say(console: Screen, names: Sequence[str], name: str, words: str) -> None:
+    """Prints a section's name, in a column as wide as the longest of `names`, and words about it."""
+    console.print(Text.assemble((f"{name:{max(map(len, names))}}", "bold"), "  ", words))

@@ -17,6 +17,7 @@ from handoff.stage import StageDir
 from training.inputs import stage_inputs
 from training.recipe import Recipe
 from training.registry import Registry
+from training.terminal import Screen, shown
 
 
 class State(Enum):
@@ -41,9 +42,6 @@ class Standing:
     def __str__(self) -> str:
         return f"{self.state.value}: {'; '.join(self.reasons)}" if self.reasons else self.state.value
 
-
-_WIDTH = 160
-"""Width of the table in columns when there is no terminal."""
 
 InputsOf = Callable[[Recipe, str], Inputs]
 
@@ -112,8 +110,8 @@ def _waits(parents: list[str], known: Mapping[str, Standing]) -> tuple[str, ...]
 
 def print_overview(recipe: Recipe) -> None:
     """`baton status`: a table of all stages."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from baton.report.collect import Stage
     from baton.report.facts import headline, seconds
@@ -126,9 +124,7 @@ def print_overview(recipe: Recipe) -> None:
         State.NEW: "default",
         State.BLOCKED: "red",
     }
-    table = Table(
-        "stage", "state", "why", "made", "took", "headline", title=f"{recipe.path} → {recipe.run_dir}", box=None
-    )
+    table = Table("stage", "state", "why", "made", "took", "headline", box=None)
     for name, found in overview(recipe).items():
         made, took, metric = "", "", ""
         if found.manifest is not None:
@@ -136,9 +132,10 @@ def print_overview(recipe: Recipe) -> None:
             made, took = ago(found.manifest.created), duration(seconds(stage))
             metric = ", ".join(f"{value} {label}" for value, label in headline(stage))
         style = styles[found.state]
-        table.add_row(name, f"[{style}]{found.state.value}[/]", "\n".join(found.reasons), made, took, metric)
-    console = Console(emoji=False)
-    console.print(table, width=None if console.is_terminal else _WIDTH, crop=False)
+        table.add_row(name, Text(found.state.value, style), shown("\n".join(found.reasons)), made, took, metric)
+    console = Screen()
+    console.print(f"{recipe.path} → {recipe.run_dir}")
+    console.print(table)
 
 
 def ago(created: str) -> str:

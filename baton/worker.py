@@ -5,7 +5,6 @@ so that a fork inherits only code. A stage runs exactly as with `python -m stage
 point, the same exit codes.
 """
 
-import io
 import multiprocessing
 import os
 import signal
@@ -14,6 +13,8 @@ import threading
 from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection
+
+from training.terminal import prepare
 
 # The module that imports everything the stages need; the server loads it.
 _PRELOAD = "baton.preload"
@@ -50,9 +51,7 @@ def _run(stage: str, arguments: list[str], output: Connection) -> None:
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
-    for stream in (sys.stdout, sys.stderr):
-        assert isinstance(stream, io.TextIOWrapper)
-        stream.reconfigure(line_buffering=True)  # the server's streams were configured for another descriptor
+    prepare(encoding="utf-8")  # the runner reads this, whatever the terminal's encoding is
     threading.Thread(target=_end_with_runner, daemon=True).start()
     try:
         import_module("training.run").main(stage, arguments)

@@ -32,8 +32,9 @@ _READ_TOGETHER = 1000
 class TooLong(RowRefused):
     """A row with more tokens than are allowed."""
 
-    def __init__(self, tokens: int) -> None:
-        super().__init__("longer than max_length")
+    def __init__(self, tokens: int, key: str) -> None:
+        """`key`: the one of the recipe that says how many are allowed."""
+        super().__init__(f"longer than {key}")
         self.tokens = tokens
 
 
@@ -47,6 +48,8 @@ class Kind(Generic[T]):
     """Whether the rows are stored as one stream of their column `ids`, in the order of use."""
     max_length: int
     """Maximum tokens of a row; only for kinds that drop longer rows."""
+    length_key: ClassVar[str] = "max_length"
+    """The recipe's key that gives it."""
 
     def encode(
         self, records: Sequence[Any], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
@@ -194,6 +197,7 @@ class Prompts(Kind[EncodedPrompt]):
     """
 
     max_length: int
+    length_key = "max_prompt_length"
     want = Prompt
     columns: ClassVar[dict[str, Column]] = {"ids": "ids", "record": "text"}
 
@@ -206,7 +210,7 @@ class Prompts(Kind[EncodedPrompt]):
             if isinstance(ids, RowRefused):
                 yield ids
             elif len(ids) > self.max_length:
-                yield TooLong(len(ids))
+                yield TooLong(len(ids), self.length_key)
             else:
                 columns = _json_columns(record, notes)
                 facts.update(columns.keys())
@@ -382,7 +386,7 @@ def _too_long(record: Chat | Preference, length: int, max_length: int, truncatio
             f"{record.origin}: {length} tokens, and max_length is {max_length}; raise max_length, shorten the row, or "
             "set truncation to drop or keep_end"
         )
-    return TooLong(length)
+    return TooLong(length, Kind.length_key)
 
 
 def _json_columns(record: Prompt, notes: Counter[str]) -> dict[str, Any]:

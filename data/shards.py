@@ -244,8 +244,8 @@ def write_rows(
             writer.add(rows)
     if not lengths and dropped.shortest:
         raise DataError(
-            f"no row is left of {count}: the shortest of those too long has {dropped.shortest} tokens, and max_length "
-            f"is {kind.max_length}; raise max_length"
+            f"no row is left of {count}: the shortest of those too long has {dropped.shortest} tokens, and "
+            f"{kind.length_key} is {kind.max_length}; raise {kind.length_key}"
         )
     in_order = np.array(lengths, dtype=np.int32)
     order = order_of(count)

@@ -4,6 +4,9 @@
 class UserError(ValueError):
     """A mistake in a recipe, in data, or in how a command was called. The message names the place and the fix."""
 
+    said = False
+    """Whether another process of the run says it, so that this one stays silent."""
+
 
 class HandoffError(UserError):
     """A checkpoint is missing, altered, of the wrong kind, or does not fit the stage that starts from it."""

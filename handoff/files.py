@@ -215,7 +215,14 @@ def existing_ancestor(path: Path) -> Path:
 
 def check_writable(path: Path) -> None:
     """Raises HandoffError when the directory `path` cannot be written to or created. Creates nothing."""
-    ancestor = existing_ancestor(path)
+    try:
+        ancestor = existing_ancestor(path)
+    except OSError as error:
+        raise HandoffError(f"{path}: {error.strerror}; set another output_root") from error
+    if path.is_symlink() and not path.exists():
+        raise HandoffError(
+            f"{path}: a link to {path.readlink()}, which is not there; make that folder or remove the link"
+        )
     if not ancestor.is_dir():
         raise HandoffError(f"{path}: {ancestor} is a file, not a directory; move it away or set another output_root")
     if not os.access(ancestor, os.W_OK | os.X_OK):

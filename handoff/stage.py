@@ -96,9 +96,11 @@ class StageDir:
             origin: where the recipe came from; the method `origin` returns it.
 
         Raises:
-            HandoffError: the directory is not writable or in use by another process, or the disk has too little space.
+            HandoffError: the directory is not writable, on another disk than the run or in use by another process, or
+                the disk has too little space.
         """
         check_writable(self.path)
+        self._check_disk()
         check_free_space(self.path, need_bytes, f"stage {self.path.name}")
         try:
             self._lock.acquire()
@@ -121,6 +123,15 @@ class StageDir:
         )
         self._fresh = True
         return False
+
+    def _check_disk(self) -> None:
+        """Results move between the stage's folder and the run's by renaming, which works within one disk alone."""
+        run = self.path.parent
+        if self.path.is_dir() and self.path.stat().st_dev != run.stat().st_dev:
+            raise HandoffError(
+                f"{self.path}: this folder is on another disk than {run}, so that results could not be moved between "
+                "them; put the whole run there: set output_root to a folder on that disk, or make it a link to one"
+            )
 
     def started_inputs(self) -> Inputs | None:
         """The inputs of the last `begin`; None if there was none or its record is unreadable."""

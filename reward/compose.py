@@ -5,12 +5,10 @@ A reward function receives prompts and completions, and as keywords whatever els
 first answer is sampled: the constructor refuses unknown `args`, and `check_columns` refuses missing columns.
 """
 
-import difflib
-import inspect
 import math
 import statistics
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -20,7 +18,6 @@ from reward.config import RewardConfig
 from reward.functions import RewardError, find
 from reward.learned import LearnedReward
 
-_OF_ANSWERS = ("completion_ids", "stopped")
 _SHOWN = 80  # maximum characters of an answer in an error message
 
 
@@ -139,37 +136,17 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class _Function:
-    """A reward function and what its signature says about its keyword arguments."""
+    """A reward function of the recipe, called with what its signature names."""
 
     def __init__(self, entry: RewardConfig) -> None:
         assert entry.function is not None
         self._name, self._args = entry.name, entry.args
-        self._function: Callable[..., Any] = find(entry.function)
-        try:
-            parameters = list(inspect.signature(self._function).parameters.values())
-        except (TypeError, ValueError) as error:
-            raise RewardError(f"reward function `{entry.function}` is not callable") from error
-        keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        self._given = {p.name for p in parameters[:2]}  # the function's own names for prompts and completions
-        named = {p.name: p for p in parameters[2:] if p.kind in keyword}
-        for key in self._args:
-            if key not in named or key in _OF_ANSWERS:
-                own = [name for name in named if name not in _OF_ANSWERS]
-                close = difflib.get_close_matches(key, own, 1)
-                hint = f"did you mean `{close[0]}`?" if close else f"it has {', '.join(own) or 'none'}"
-                raise RewardError(f"reward `{self._name}`: `{entry.function}` has no argument `{key}`; {hint}")
-        self._named = named.keys()
+        self._found = find(entry.name, entry.function, entry.args)
         self._known: set[str] = set()  # the data's columns; a batch of a mixture may lack some
-        self._columns = [
-            name
-            for name, parameter in named.items()
-            if parameter.default is inspect.Parameter.empty and name not in (*_OF_ANSWERS, *self._args)
-        ]
 
     def check_columns(self, columns: set[str]) -> None:
         self._known = set(columns)
-        for name in self._columns:
+        for name in self._found.columns:
             if name not in columns:
                 there = f"it has {', '.join(sorted(columns))}" if columns else "it has none"
                 raise RewardError(
@@ -181,7 +158,7 @@ class _Function:
         """Calls the function and checks the values (N,) that it returns."""
         try:
             found = self._call(answers, range(len(answers.texts)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._raised(answers, error) from error
         if not isinstance(found, list | tuple):
             raise RewardError(
@@ -203,19 +180,21 @@ class _Function:
 
     def _call(self, answers: Answers, rows: Sequence[int]) -> Any:
         names = {name for row in answers.columns for name in row} | self._known
-        names = (names if self._takes_all else names & self._named) - self._given
+        names = (names if self._found.takes_all else names & self._found.named) - self._found.given
         # In a mixture of data sets, a column may be missing from every prompt of this batch and present in others.
         keywords: dict[str, Any] = {
-            name: [answers.columns[row].get(name) for row in rows] for name in sorted(names | set(self._columns))
+            name: [answers.columns[row].get(name) for row in rows] for name in sorted(names | set(self._found.columns))
         }
         of_answers = {"completion_ids": answers.ids, "stopped": answers.stopped}
         for name, values in of_answers.items():
-            if self._takes_all or name in self._named:
+            if self._found.takes_all or name in self._found.named:
                 keywords[name] = [values[row] for row in rows]
         keywords |= self._args
-        return self._function([answers.prompts[row] for row in rows], [answers.texts[row] for row in rows], **keywords)
+        return self._found.function(
+            [answers.prompts[row] for row in rows], [answers.texts[row] for row in rows], **keywords
+        )
 
-    def _raised(self, answers: Answers, error: Exception) -> RewardError:
+    def _raised(self, answers: Answers, error: BaseException) -> RewardError:
         """An error that names the function, its exception, the line that raised, and the answer that caused it."""
         if isinstance(error, RewardError):  # its message already says what is wrong
             return RewardError(f"reward `{self._name}`: {error}")
@@ -231,7 +210,7 @@ class _Function:
         for row in range(len(answers.texts)):
             try:
                 self._call(answers, [row])
-            except Exception:
+            except (Exception, SystemExit):
                 return row
         return None
 

@@ -6,9 +6,15 @@ the prompts' own columns, and the answers' `completion_ids` (tokens, including t
 None means that the function does not apply to a row; the row then counts as 0.
 """
 
+import difflib
 import importlib
+import inspect
+import sys
+import traceback
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data.records import Message
@@ -151,13 +157,101 @@ FUNCTIONS = {
 }
 
 
-def find(name: str) -> Callable[..., list[float | None]]:
-    """The function with this name in FUNCTIONS, or the callable `package.module:name`. Raises RewardError."""
+OF_ANSWERS = ("completion_ids", "stopped")
+"""The keyword arguments that come from the answers, not from the recipe or the data."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A reward function and what its signature says about its keyword arguments."""
+
+    function: Callable[..., Any]
+    takes_all: bool
+    """Whether it takes every column (`**columns`)."""
+    given: frozenset[str]
+    """Its own names for prompts and completions."""
+    named: frozenset[str]
+    """Its other keyword arguments."""
+    columns: tuple[str, ...]
+    """Those without a default that neither the recipe's `args` nor the answers give: the data must have them."""
+
+
+def find(label: str, name: str, args: Mapping[str, Any]) -> Found:
+    """The function with this name in FUNCTIONS, or the callable `package.module:name`.
+
+    A module is found where Python finds modules, and in the working directory.
+
+    Args:
+        label: the reward's name, for messages.
+        args: the arguments that the recipe gives.
+
+    Raises:
+        RewardError: there is no such function, its module cannot be imported, or it does not have one of `args`.
+    """
     module_name, _, attribute = FUNCTIONS.get(name, name).partition(":")
-    if not attribute:
+    if not module_name or not attribute:
         raise RewardError(f"no reward function `{name}`: use one of {', '.join(FUNCTIONS)}, or `package.module:name`")
+    names = vars(_imported(module_name, name))
+    if attribute not in names:
+        close = difflib.get_close_matches(attribute, names, 1)
+        hint = f", did you mean `{module_name}:{close[0]}`?" if close else ""
+        raise RewardError(f"reward function `{name}` cannot be imported: {module_name} has no `{attribute}`{hint}")
+    function = names[attribute]
     try:
-        function: Callable[..., list[float | None]] = vars(importlib.import_module(module_name))[attribute]
-    except (ImportError, KeyError) as error:
-        raise RewardError(f"reward function `{name}` cannot be imported: {error!r}") from error
-    return function
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"reward function `{name}` is not callable") from error
+    _check_first_two(name, function, parameters)
+    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name: p for p in parameters[2:] if p.kind in keyword}
+    for key in args:
+        if key not in named or key in OF_ANSWERS:
+            own = [one for one in named if one not in OF_ANSWERS]
+            close = difflib.get_close_matches(key, own, 1)
+            hint = f"did you mean `{close[0]}`?" if close else f"it has {', '.join(own) or 'none'}"
+            raise RewardError(f"reward `{label}`: `{name}` has no argument `{key}`; {hint}")
+    return Found(
+        function=function,
+        takes_all=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
+        given=frozenset(p.name for p in parameters[:2]),
+        named=frozenset(named),
+        columns=tuple(
+            one
+            for one, parameter in named.items()
+            if parameter.default is inspect.Parameter.empty and one not in (*OF_ANSWERS, *args)
+        ),
+    )
+
+
+def _check_first_two(name: str, function: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> None:
+    """Raises RewardError unless the function takes prompts and completions, in this order, and is no coroutine."""
+    wanted = f"reward function `{name}` must be `def f(prompts, completions, **columns)`"
+    if inspect.iscoroutinefunction(function):
+        raise RewardError(f"{wanted}, without `async`")
+    first = [p.name for p in parameters[:2] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(first) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise RewardError(f"{wanted}: it takes {len(first)} of these two arguments by position")
+    if first[:1] == ["completions"] or first[1:] == ["prompts"]:
+        raise RewardError(f"{wanted}: its first arguments are {' and '.join(first)}")
+
+
+def _imported(module: str, name: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last, so that no file there hides an installed package
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        # The last line outside Python's own import is the one of the module that fails.
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+        place = (error.filename, error.lineno) if isinstance(error, SyntaxError) else None
+        if place is None and frames and frames[-1].filename != __file__:
+            place = (frames[-1].filename, frames[-1].lineno)
+        where = f" ({place[0]}:{place[1]})" if place else ""
+        reason = f"{type(error).__name__}: {error}" if place is None else f"{type(error).__name__}: {_reason(error)}"
+        hint = "" if place else f"; it is looked for in {here} and among the installed packages"
+        raise RewardError(f"reward function `{name}` cannot be imported: {reason}{where}{hint}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error.msg) if isinstance(error, SyntaxError) else str(error)

@@ -6,16 +6,24 @@ others); or a RewardError, for a fault that every question would meet (wrong key
 Retried, up to `retries` times: 408, 409, 425, 429, all 5xx, time-outs, failed or broken connections, and replies that
 are not a chat completion. The wait doubles each time, with jitter, and is never shorter than the server's Retry-After.
 Retry-After holds back all threads of the client, because a rate limit applies to the account, not to one request.
+
+The endpoint is not trusted: one deadline covers a whole attempt, however slowly or endlessly it sends; a reply must not
+be compressed, since a small one may unpack to any size; and the key is removed from whatever it sends before anything
+is cut, kept or shown.
 """
 
+import asyncio
 import json
 import math
 import random
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -25,6 +33,8 @@ LONGEST_WAIT = 300.0
 """Seconds. When a server asks for a longer wait, the question counts as unanswered."""
 _LONGEST_BACKOFF = 60.0
 _LARGEST_REPLY = 4 << 20
+_MOST_TOKENS = 10_000_000  # of one question and its answer; no model reads or writes as many
+_SHOWN = 300  # characters of a message
 _REPEATED = frozenset({408, 409, 425, 429})
 # Error codes and types that mean "no credit"; some endpoints send them with status 429, which otherwise means "retry
 # later". OpenAI uses several codes with one type, the first here; Anthropic's is the second.
@@ -100,9 +110,15 @@ class Client:
         self._timeout = timeout
         self._retries = retries
         self._backoff = backoff
-        headers = {} if key is None else {"Authorization": f"Bearer {key.secret}"}
+        headers = {"Accept-Encoding": "identity"}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key.secret}"
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        self._http = httpx.Client(headers=headers, timeout=timeout, limits=limits)
+        # An asynchronous client, because only there can a deadline end a call wherever it stands; no other time-out.
+        self._http = httpx.AsyncClient(headers=headers, timeout=None, limits=limits)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judge-calls", daemon=True)
+        self._thread.start()
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._not_before = 0.0  # time.monotonic()
@@ -114,18 +130,20 @@ class Client:
             self._wait_for_turn()
             self._tally.add(requests=1, repeated=attempt > 0)
             try:
-                response, content = self._post(body)
+                response, content = asyncio.run_coroutine_threadsafe(self._post(body), self._loop).result()
+            except CancelledError as error:
+                raise Unanswered("the call was cancelled") from error
             except httpx.RequestError as error:
                 trouble = self._redact(f"{type(error).__name__}: {error}")
             else:
                 if response.status_code == 200:
                     try:
-                        return read_reply(content)
+                        return read_reply(content, self._redact)
                     except ValueError as error:
                         trouble = f"{error}: {self._redact(_decoded(content))[:200]!r}"
                 else:
                     message, marks = read_error(content)
-                    trouble = f"{response.status_code} {self._redact(message)}".rstrip()
+                    trouble = f"{response.status_code} {self._redact(message)[:_SHOWN]}".rstrip()
                     if marks & _FILTERED:
                         return Reply("", "content_filter", trouble, None)
                     self._give_up_if_hopeless(response, trouble, marks)
@@ -137,24 +155,34 @@ class Client:
         raise Unanswered(f"{trouble} (asked {self._retries + 1} times)")
 
     def stop(self) -> None:
-        """Ends every wait at once; no further question is sent."""
+        """Ends every wait and every call at once; no further question is sent."""
         self._stop.set()
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        for call in asyncio.all_tasks(self._loop):
+            call.cancel()
 
     def close(self) -> None:
-        self._http.close()
+        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """One attempt. httpx's time-out applies to each read, so a server that sends a byte at a time never reaches it.
-        So this reads the body in chunks, with a limit on the total time and on the size."""
-        deadline = time.monotonic() + self._timeout
+    async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
+        """One attempt, from the connection to the last byte, within the time and the size that are allowed."""
         content = bytearray()
-        with self._http.stream("POST", self._url, json=body) as response:
-            for chunk in response.iter_bytes():
-                content += chunk
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout(f"no complete reply within {self._timeout:g} s")
-                if len(content) > _LARGEST_REPLY:
-                    raise httpx.DecodingError(f"a reply of more than {_LARGEST_REPLY} bytes")
+        try:
+            async with asyncio.timeout(self._timeout), self._http.stream("POST", self._url, json=body) as response:
+                encoding = response.headers.get("content-encoding", "identity")
+                if encoding.strip().lower() != "identity":
+                    raise httpx.DecodingError(f"a reply encoded as {encoding[:_SHOWN]}, which was not asked for")
+                async for chunk in response.aiter_raw():
+                    content += chunk
+                    if len(content) > _LARGEST_REPLY:
+                        raise httpx.DecodingError(f"a reply of more than {_LARGEST_REPLY} bytes")
+        except TimeoutError as error:
+            raise httpx.ReadTimeout(f"no complete reply within {self._timeout:g} s") from error
         return response, bytes(content)
 
     def _wait_for_turn(self) -> None:
@@ -191,18 +219,27 @@ class Client:
         elif status == 404:
             fix = f"no such path or no model `{self._model}` there: check `base_url` and `model`"
         elif 300 <= status < 400:
-            fix = f"it redirects to {response.headers.get('location', 'nowhere')}: set `base_url` accordingly"
+            place = self._redact(response.headers.get("location", "nowhere"))[:_SHOWN]
+            fix = f"it redirects to {place}: set `base_url` accordingly"
         else:
             fix = "change the rejected key, or remove it with null, under `request` in the reward's `args`"
         raise RewardError(f"judge {self._url} answered {trouble}; {fix}")
 
     def _redact(self, text: str) -> str:
-        """Removes the key from a message; some endpoints repeat it."""
-        return text if self._key is None else text.replace(self._key.secret, "<key>")
+        """Removes the key, also as it stands in an address or in JSON; some endpoints repeat it. The whole text is
+        given, since a text that is cut first may end in a part of the key."""
+        if self._key is None:
+            return text
+        secret = self._key.secret
+        for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1], secret.replace("/", "\\/")):
+            text = text.replace(form, "<key>")
+        return text
 
 
-def read_reply(content: bytes) -> Reply:
+def read_reply(content: bytes, redact: Callable[[str], str] = str) -> Reply:
     """A chat completion's first choice. Raises ValueError when the content is not a chat completion.
+
+    `redact`: removes what must not be kept from a text.
 
     >>> read_reply(b'{"choices": [{"message": {"content": "7"}, "finish_reason": "stop"}], "usage": null}')
     Reply(text='7', finish='stop', refusal='', tokens=None)
@@ -217,17 +254,29 @@ def read_reply(content: bytes) -> Reply:
         usage = body.get("usage") or {}
         billed = "prompt_tokens" in usage and "completion_tokens" in usage
         return Reply(
-            text=whole("".join(parts)),
-            finish=whole(str(finish)),
-            refusal=whole(str(message.get("refusal") or "")),
-            tokens=(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if billed else None,
+            text=redact(whole("".join(parts))),
+            finish=redact(whole(str(finish)))[:_SHOWN],
+            refusal=redact(whole(str(message.get("refusal") or "")))[:_SHOWN],
+            tokens=(_count(usage["prompt_tokens"]), _count(usage["completion_tokens"])) if billed else None,
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError("200, but the reply is not a chat completion") from error
+        why = f" ({error})" if isinstance(error, _BadCount) else ""
+        raise ValueError(f"200, but the reply is not a chat completion{why}") from error
+
+
+class _BadCount(ValueError):
+    """A number of tokens that no answer has."""
+
+
+def _count(value: Any) -> int:
+    """A number of tokens: what is spent is added up from it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_TOKENS:
+        raise _BadCount(f"its usage says {str(value)[:40]} tokens")
+    return int(value)
 
 
 def read_error(content: bytes) -> tuple[str, frozenset[str]]:
-    """The message, and the code and type, in the body of an error, in any of the shapes that endpoints use.
+    """The whole message, and the code and type, in the body of an error, in any of the shapes that endpoints use.
 
     >>> read_error(b'{"error": {"message": "No more.", "type": "insufficient_quota", "code": null}}')
     ('No more.', frozenset({'insufficient_quota'}))
@@ -238,14 +287,14 @@ def read_error(content: bytes) -> tuple[str, frozenset[str]]:
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
-        return text[:300], frozenset()
+        return text, frozenset()
     if isinstance(body, list) and body:
         body = body[0]
     error = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(error, dict):
-        return str(error)[:300], frozenset()
+        return str(error), frozenset()
     marks = frozenset(str(error[name]) for name in ("code", "type", "status") if error.get(name))
-    return str(error.get("message") or error.get("detail") or text)[:300], marks
+    return str(error.get("message") or error.get("detail") or text), marks
 
 
 def retry_after(header: str, now: float) -> float | None:
@@ -259,7 +308,7 @@ def retry_after(header: str, now: float) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header).timestamp() - now
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             return None
     return None if math.isnan(seconds) else max(0.0, seconds)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rollout.errors import LogprobsMissing, ServerFailed, WrongAnswer, WrongModel
 from rollout.sampling import Completion, SamplingSpec
@@ -55,19 +55,23 @@ def _ids(spec: SamplingSpec, rows: int) -> int:
     return rows if spec.vocab_size is None else spec.vocab_size
 
 
-class _Logprobs(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Logprobs(_Strict):
     tokens: list[str]
     token_logprobs: list[float | None]
 
 
-class _Choice(BaseModel):
+class _Choice(_Strict):
     prompt_token_ids: list[int]
     token_ids: list[int]
     finish_reason: str
     logprobs: _Logprobs | None
 
 
-class _Answer(BaseModel):
+class _Answer(_Strict):
     choices: list[_Choice]
 
 
@@ -76,8 +80,9 @@ def read(answer: Any, prompt: list[int], spec: SamplingSpec, rows: int) -> Compl
 
     Raises:
         ServerFailed: the response is malformed, or the server aborted the request.
-        WrongAnswer: the number of answers, the prompt, the length or the end do not match the request.
-        LogprobsMissing: a token has no log-probability.
+        WrongAnswer: the number of answers, the prompt, the length or the end do not match the request, or a token is
+            not in the vocabulary.
+        LogprobsMissing: a token has no log-probability, or one above 0.
     """
     try:
         choices = _Answer.model_validate(answer).choices
@@ -121,6 +126,7 @@ def completion(
     end: Literal["stop", "length"] = "stop" if ids and ids[-1] in spec.stop_ids else "length"
     if stopped and end != "stop":
         raise WrongAnswer("an answer stops without a stop token: the server has its own stop strings")
-    if end == "length" and len(ids) != spec.max_new_tokens:
-        raise WrongAnswer(f"an answer without a stop token has {len(ids)} tokens instead of {spec.max_new_tokens}")
+    if len(ids) > spec.max_new_tokens or (end == "length" and len(ids) != spec.max_new_tokens):
+        without = "" if end == "stop" else " without a stop token"
+        raise WrongAnswer(f"an answer{without} has {len(ids)} tokens instead of {spec.max_new_tokens}")
     return Completion(list(ids), numbers, end)

@@ -2,17 +2,26 @@
 
 The standard library's client is enough. It reads no proxy from the environment, and each call opens a new connection,
 so that no connection to a dead server remains.
+
+The server is not trusted: one deadline covers a whole call, however slowly or endlessly it sends, and an answer has a
+largest size and no compression.
 """
 
 import json
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any, Literal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from rollout.errors import ConnectionBroken, ServerFailed, ServerRefused, ServerTimeout
 
+T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _SHOWN = 500  # characters of an error's text
+_LARGEST = 64 << 20  # bytes; an answer of a million tokens has about as many
 
 
 class Client:
@@ -48,28 +57,73 @@ class Client:
         try:
             connection.connect()
             connection.sock.settimeout(timeout)
-            connection.request(method, path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            status, text = response.status, response.read().decode("utf-8", "replace")
+            with _deadline(connection.sock, timeout):
+                connection.request(method, path, body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                content = response.read(_LARGEST + 1)
+                if response.length and len(content) <= _LARGEST:
+                    raise IncompleteRead(content, response.length)
+            status, text = response.status, content.decode("utf-8", "replace")
         except TimeoutError as error:
             raise ServerTimeout(f"{where}: no answer within {timeout:g} s") from error
         except (OSError, HTTPException) as error:
             raise ConnectionBroken(f"{where}: {error or type(error).__name__}") from error
         finally:
             connection.close()
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if len(content) > _LARGEST or encoding.strip().lower() != "identity":
+            what = f"longer than {_LARGEST} bytes" if len(content) > _LARGEST else f"encoded as {encoding[:_SHOWN]}"
+            raise ServerFailed(f"{where}: an answer {what}")
         if 400 <= status < 500:
             raise ServerRefused(f"{where}: status {status}: {_message(text)}")
         if status != 200:
             raise ServerFailed(f"{where}: status {status}: {_message(text)}")
         try:
             return json.loads(text) if text else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServerFailed(f"{where}: the answer is not JSON: {text[:_SHOWN]!r}") from error
+
+
+@contextmanager
+def _deadline(connection: socket.socket, seconds: float) -> Iterator[None]:
+    """Ends the connection after this time, wherever the body stands, and raises TimeoutError. A socket's own time-out
+    begins anew with each byte that arrives."""
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, HTTPException, ValueError) as error:
+        if over.is_set():
+            raise TimeoutError from error
+        raise
+    finally:
+        timer.cancel()
+    if over.is_set():
+        raise TimeoutError
+
+
+def pick(answer: Any, kind: type[T], *path: str | int) -> T:
+    """The value at `path` of an answer. Raises ServerFailed when it is not there or not of this kind."""
+    value = answer
+    for part in path:
+        known = part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
+        value = value[part] if known else None
+    if not isinstance(value, kind):
+        raise ServerFailed(f"the server's answer has no {'.'.join(map(str, path))}: {str(answer)[:_SHOWN]}")
+    return value
 
 
 def _message(text: str) -> str:
     """The message in an error's body: from vLLM's JSON, or the start of any other text."""
     try:
         return str(json.loads(text)["error"]["message"])[:_SHOWN]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return text[:_SHOWN]

@@ -39,7 +39,7 @@ from rollout.errors import (
 )
 from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm_answers import check_fit, read, sampling
-from rollout.vllm_client import Client
+from rollout.vllm_client import Client, pick
 from rollout.vllm_weights import DTYPES, DiskTransfer, NCCLTransfer, Stored, Transfer, cast
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class Server:
 
     def _tag_of_server(self) -> str:
         """The server's tag for its weights. Raises StaleWeights when another run has set it."""
-        found: str = self._client.get("/weight_info", _CONTROL_SECONDS)["weight_version"]
+        found = pick(self._client.get("/weight_info", _CONTROL_SECONDS), str, "weight_version")
         if self._tag is not None and found not in (self._tag, FRESH):
             raise StaleWeights(
                 f"the server at {self._client.base_url} has the weights {found!r} instead of {self._tag!r}: another "
@@ -194,9 +194,9 @@ class Server:
             self._wait()
             self._transfer.push(tag)
             answer = self._client.post("/reset_prefix_cache", {}, _CONTROL_SECONDS)  # computed by the old weights
-            if not answer["success"]:
+            if not pick(answer, bool, "success"):
                 raise ServerFailed("the server could not empty its prefix cache: it is answering other requests")
-            if (found := self._client.get("/weight_info", _CONTROL_SECONDS)["weight_version"]) != tag:
+            if (found := pick(self._client.get("/weight_info", _CONTROL_SECONDS), str, "weight_version")) != tag:
                 raise ServerFailed(f"after the transfer, its tag for the weights is {found!r} instead of {tag!r}")
 
         try:
@@ -231,25 +231,27 @@ class Server:
         try:
             info = self._tried(lambda: self._client.get("/server_info?config_format=json", _CONTROL_SECONDS))
             self._tried(lambda: self._client.get("/weight_info", _CONTROL_SECONDS))
-            served = self._tried(lambda: self._client.get("/v1/models", _CONTROL_SECONDS))["data"][0]
+            served = pick(self._tried(lambda: self._client.get("/v1/models", _CONTROL_SECONDS)), dict, "data", 0)
         except ServerRefused as error:
             raise WrongModel(
                 f"{error}. Training needs vLLM 0.28 or later with its development endpoints. {self._start()}"
             ) from error
-        config = info["vllm_config"]
-        dtype = config["model_config"]["dtype"].removeprefix("torch.")
+        config = pick(info, dict, "vllm_config")
+        dtype = pick(config, str, "model_config", "dtype").removeprefix("torch.")
         if dtype != self._config.dtype:
             raise WrongModel(
                 f"the server at {url} computes in {dtype}, but vllm.dtype is {self._config.dtype}. {self._start()}"
             )
-        if (mode := config["model_config"]["logprobs_mode"]) != "processed_logprobs":
+        if (mode := pick(config, str, "model_config", "logprobs_mode")) != "processed_logprobs":
             raise WrongModel(
                 f"the server at {url} returns {mode}, not those of the tempered distribution. {self._start()}"
             )
-        if self._config.transfer == "nccl" and (config["weight_transfer_config"] or {}).get("backend") != "nccl":
+        transfer = config.get("weight_transfer_config")
+        if self._config.transfer == "nccl" and (not isinstance(transfer, dict) or transfer.get("backend") != "nccl"):
             raise WrongModel(f"the server at {url} has no weight-transfer engine for NCCL. {self._start()}")
-        self._check_vocabulary(served["id"])
-        return served["id"], served["max_model_len"]
+        model, window = pick(served, str, "id"), pick(served, int, "max_model_len")
+        self._check_vocabulary(model)
+        return model, window
 
     def _check_vocabulary(self, model: str) -> None:
         """Compares vocabulary sizes by logit biases: the server refuses a bias on a token that it does not have."""

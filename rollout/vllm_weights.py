@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from handoff.gate import named_errors
 from handoff.weights import read_tensors
 from rollout.errors import EngineMissing, RolloutError, TransferFailed, WrongModel
-from rollout.vllm_client import Client
+from rollout.vllm_client import Client, pick
 
 Weights = Mapping[str, Tensor]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -195,7 +195,7 @@ class NCCLTransfer:
         self._group = None
 
     def _connect(self) -> None:
-        workers = self._client.get("/get_world_size", self._timeout)["world_size"]
+        workers = pick(self._client.get("/get_world_size", self._timeout), int, "world_size")
         address, port = _meeting_point(self._client, self._port)
         meeting = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": workers + 1}
         groups: list[Any] = []

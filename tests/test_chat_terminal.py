@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from baton.chat import Sampling, Speaker, Terminal, converse, default_model, open_models
+from baton.chat import talk as talk_to
 from data.errors import DataError
 from data.records import Message
 from handoff.errors import HandoffError, UserError
 from handoff.manifest import sealed
 from tests.handoff_models import published
 from training.recipe import load_recipe
+from training.terminal import Screen
 
 pytestmark = pytest.mark.slow  # the first of them trains the small models
 
@@ -55,10 +56,10 @@ def speaker(run_dir):
     return speaker
 
 
-def talk(lines: str, *speakers: Speaker) -> str:
-    """The output of a conversation outside a terminal."""
+def talk(lines: str, *speakers: Speaker, asks: bool = False) -> str:
+    """The output of a conversation, by default outside a terminal."""
     shown = io.StringIO()
-    terminal = Terminal(Console(file=shown, soft_wrap=True, highlight=False, emoji=False), asks=False)
+    terminal = Terminal(Screen(file=shown), asks=asks)
     rest = iter(lines.splitlines())
     terminal.read = lambda: next(rest, None)  # type: ignore[method-assign]
     converse(terminal, speakers)
@@ -121,6 +122,59 @@ def test_two_models_answer_side_by_side_each_with_its_own_history(speaker):
     assert talk("hi\nagain\n", left, right) == "left: one\nright: two and more\nleft: 1\nright: 2\n"
     assert "one<|end|><|user|>again" in left.asked[1]
     assert "two and more<|end|><|user|>again" in right.asked[1]
+
+
+HOSTILE = "\x1b]0;owned\x07 [/bold] a\rb \u202e"
+SHOWN = "\\x1b]0;owned\\x07 [/bold] a\\rb \\u202e"
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_control_characters_and_markup_of_a_model_are_shown(speaker, asks):
+    one, other = speaker(*[f"x{HOSTILE}"] * 3), speaker(f"x{HOSTILE}")
+    one.name = f"m{HOSTILE}"
+    assert f"x{SHOWN}" in talk("hi\n", one, asks=asks)
+    for text in (talk("hi\n/\x1b]0;owned\x07\n", other, one, asks=asks), talk("hi\n", one, asks=True)):
+        assert "m\\x1b]0;owned" in text
+        assert "\x1b" not in text and "\u202e" not in text and "\r" not in text
+
+
+def test_two_models_of_one_name_keep_their_answers_apart(speaker):
+    left, right = speaker("one"), speaker("two")
+    left.name = right.name = "model"
+    assert talk("hi\n", left, right) == "model: one\nmodel: two\n"
+
+
+def test_a_line_in_another_encoding_is_refused_and_the_chat_continues(speaker):
+    shown = talk("caf\udce9\nhi\n", speaker("a"))
+    assert shown.splitlines() == ["a line that is not text in the encoding of this terminal: 'caf\\udce9'", "a"]
+
+
+def test_ids_beyond_the_vocabulary_are_never_chosen(speaker):
+    import torch
+
+    one = speaker()
+    logits = torch.zeros(one.encoder.vocab_size + 8)
+    logits[-1], logits[3] = 9.0, 1.0
+    assert Speaker._choose(one, logits) == 3
+    one.sampling = Sampling(1e-45, 8, 0)
+    assert Speaker._choose(one, logits) == 3
+
+
+def test_a_model_without_a_template_is_refused_by_name(run_dir, tmp_path, root):
+    shutil.copytree(run_dir / "sft" / "model", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    command = [sys.executable, "-m", "baton", "chat", str(tmp_path / "base")]
+    done = subprocess.run(command, input="hi\n", cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{tmp_path / 'base'}: the tokenizer has no chat template")
+
+
+def test_options_that_cannot_be_used_are_refused(micro_recipe):
+    options = {"temperature": 0.0, "max_new_tokens": 8, "seed": 0}
+    with pytest.raises(UserError, match="--temperature nan"):
+        talk_to(micro_recipe, "sft", None, None, **{**options, "temperature": float("nan")})
+    with pytest.raises(UserError, match="is not text in this terminal's encoding"):
+        talk_to(micro_recipe, "sft", None, "caf\udce9", **options)
 
 
 def test_sampling_depends_on_the_seed_alone(run_dir):

@@ -1,7 +1,9 @@
 """The baton command: its output and exit codes."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -36,8 +38,10 @@ def baton(tmp_path, root):
 
     def baton(*arguments, **options):
         environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+        environment |= options.pop("env", {})
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         command = [sys.executable, "-m", "baton", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, **options)
+        return subprocess.run(command, cwd=tmp_path, text=True, env=environment, **options)
 
     return baton
 
@@ -158,3 +162,88 @@ def test_a_run_from_nothing_to_a_verified_stage(baton, recipe, tmp_path):
     damaged = baton("verify", stage.parent)
     assert damaged.returncode == 1
     assert "runs/small/tokenizer/model/tokenizer.json: was altered after publishing" in damaged.stderr
+
+
+def test_a_terminal_of_another_encoding_gets_escapes(baton, recipe, tmp_path):
+    other = tmp_path / "données-中文.yaml"
+    other.write_text(recipe.read_text())
+    done = baton("status", other, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "donn\\xe9es-\\u4e2d\\u6587.yaml" in done.stdout
+    wrong = baton("run", other, "dpo.中文=1", env={"PYTHONIOENCODING": "ascii"})
+    assert (wrong.returncode, wrong.stderr.split(":")[1]) == (2, " dpo.\\u4e2d\\u6587")
+
+
+def test_a_file_that_cannot_be_used_is_named(baton, tmp_path):
+    done = baton("verify", "x" * 300)
+    assert (done.returncode, done.stderr) == (2, f"{'x' * 300}: File name too long\n")
+    assert "no stage has been published here" in baton("verify", tmp_path).stderr
+
+
+def test_a_closed_output_is_no_error(baton, recipe):
+    done = baton("config", recipe, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_output_that_cannot_be_written_is_an_error(recipe, root):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "baton", "config", str(recipe)]
+        done = subprocess.run(command, cwd=root, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the output could not be written: No space left on device\n"
+
+
+def test_no_line_is_broken_inside_a_name(baton, recipe, tmp_path):
+    deep = tmp_path / "a folder with a long name" / "and another one with a long name" / "and one more to be sure"
+    deep.mkdir(parents=True)
+    recipe.rename(deep / "small.yaml")
+    small, missing = deep / "small.yaml", deep / "no file"
+    done = baton("status", small, f"tokenizer.data=[{{source: file, path: '{missing}'}}]")
+    assert str(small) in done.stdout and str(missing) in done.stdout
+    assert str(missing) in baton("run", small, f"tokenizer.data=[{{source: file, path: '{missing}'}}]").stderr
+    assert str(missing) in baton("verify", small, missing).stderr
+
+
+def test_control_characters_in_a_recipe_are_shown(baton, recipe):
+    recipe.write_text(recipe.read_text().replace("# A test.", 'x-note: "\\e]0;owned\\a"\nx-more: "\\u202E[/bold]"'))
+    done = baton("config", recipe, 'dpo.parent="\\e]0;owned\\a[/bold]"')
+    assert done.returncode == 2
+    assert "\\x1b]0;owned\\x07[/bold] is not a section" in done.stderr and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "replay"])
+def test_variables_of_an_earlier_job_are_refused_at_once(baton, recipe, tmp_path, command):
+    more = ["--stage", "dpo", "--step", "1"] if command == "replay" else []
+    done = baton(command, recipe, *more, env={"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("the environment has WORLD_SIZE=2, RANK=0, as in a process that a launcher started")
+    assert sorted(tmp_path.iterdir()) == [recipe]
+
+
+@pytest.mark.slow
+def test_an_error_of_a_stage_is_printed_once(baton, recipe, tmp_path):
+    """Both streams in one place: once. Errors alone elsewhere: there, too."""
+    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n{"messages"\n')
+    arguments = ["run", recipe, "--to", "tokenizer", "tokenizer.data=[{source: file, path: bad.jsonl}]"]
+    together = baton(*arguments, stderr=subprocess.STDOUT)
+    assert together.returncode == 2
+    assert together.stdout.count("bad.jsonl:2: ") == 1, together.stdout
+    apart = baton(*arguments)
+    assert apart.stdout.count("bad.jsonl:2: ") == apart.stderr.count("  | ") == 1
+    assert "bad.jsonl:2: " in apart.stderr
+
+
+@pytest.mark.slow
+def test_a_pipeline_goes_on_when_its_reader_has_gone(baton, recipe, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    sections = ["--to", "tokenizer", "--to", "second"]
+    recipe.write_text(
+        recipe.read_text() + "  second: {stage: tokenizer, data: [{source: world, kind: chats, size: 50}]}\n"
+    )
+    done = baton("run", recipe, *sections, "second.vocab_size=300", stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    run_dir = tmp_path / "runs" / "small"
+    assert (run_dir / "tokenizer" / "stage.json").exists() and (run_dir / "second" / "stage.json").exists()
+    assert "rows in" in (run_dir / "logs" / "second.log").read_text()

@@ -284,6 +284,7 @@ def test_every_row_too_long_is_an_error_that_names_the_shortest():
     shortest = len(own().chat(records[0].messages)[0])
     prompts = [Prompt((Message("user", "apple " * 40),), Origin("x", 1))]
     pairs = [Preference((Message("user", "apple"),), "pear " * 40, "no", Origin("x", 1))]
+    keys = []
     for encoded in (
         lambda counts: encode(Chats(20, "drop"), records, own(), counts),
         lambda counts: encode(Prompts(20), prompts, own(), counts),
@@ -291,10 +292,12 @@ def test_every_row_too_long_is_an_error_that_names_the_shortest():
     ):
         counts = Accounting()
         counts.read(2)
-        with pytest.raises(DataError, match=r"no row is left of .*raise max_length") as error:
+        with pytest.raises(DataError, match=r"no row is left of .* and (max_\w*length) is 20; raise \1$") as error:
             encoded(counts)
         if "of 2" in str(error.value):
             assert f"has {shortest} tokens, and max_length is 20" in str(error.value)
+        keys.append(str(error.value).split()[-1])
+    assert keys == ["max_length", "max_prompt_length", "max_length"]  # the key that the stages with prompts have
 
 
 def test_preferences_share_the_prompt_and_stop():
@@ -319,7 +322,7 @@ def test_prompts_keep_their_record_and_are_never_cut():
     records = [Prompt((Message("user", text),), Origin("x", 1), {"answer": "4"}) for text in ("sort", "sort " * 40)]
     (row,) = encode(Prompts(20), records, own(), counts)
     assert row.record == records[0] and row.ids == own().prompt(records[0].messages)
-    assert counts.dropped == {"longer than max_length": 1}
+    assert counts.dropped == {"longer than max_prompt_length": 1}
 
 
 def test_documents_are_one_stream_in_blocks():

@@ -1,6 +1,7 @@
 """Launch files: the requested engine, refused requests, and the resulting settings."""
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from training.engines import deepspeed, launch
 from training.engines.ddp import Ddp
 from training.engines.deepspeed import DeepSpeed
 from training.engines.fsdp2 import Fsdp2
-from training.engines.launch import LaunchError, Request, requested
+from training.engines.launch import LaunchError, Request, check_environment, check_file, requested
+from training.engines.processes import _saying
 from training.engines.single import Single, accumulation_steps
 
 ACCELERATE = {
@@ -116,6 +118,74 @@ def test_requests_that_are_refused(environment, gpus, variables: dict[str, str],
     environment(variables)
     with pytest.raises(LaunchError, match=message):
         engines.start()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it has no distributed_type"),
+        ("- a\n", "it has no distributed_type"),
+        ("num_processes: 2\n", "it has no distributed_type"),
+        ("distributed_type: MULTI_GPU\n\tnum_processes: 2\n", r"x.yaml:2: not valid YAML: found character"),
+        (
+            "distributed_type: MULTI_GPU\nnum_processes: two\n",
+            "num_processes: 'two' is not a whole number of 1 or more",
+        ),
+        ("distributed_type: NO\nnum_machines: 0\n", "num_machines: 0 is not a whole number of 1 or more"),
+        ("[" * 2000, "x.yaml:1: not valid YAML"),
+    ],
+)
+def test_a_launch_file_that_cannot_be_used_names_line_or_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(LaunchError, match=message):
+        check_file(tmp_path / "x.yaml")
+
+
+def test_the_repositorys_launch_files_are_accepted(root: Path) -> None:
+    for path in (root / "recipes" / "launch").glob("*.yaml"):
+        check_file(path)
+
+
+PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, r"WORLD_SIZE=two, and WORLD_SIZE is not a number; .*`unset WORLD_SIZE`"),
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, r"WORLD_SIZE=2, RANK=0 without MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **PLACE}, r"there is no process 2 among 2"),
+        ({"WORLD_SIZE": "1", "RANK": "3"}, r"there is no process 3 among 1; .*`unset WORLD_SIZE RANK`"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}, r"LOCAL_RANK is not a number"),
+    ],
+)
+def test_variables_of_an_earlier_job_are_refused(environment, variables: dict[str, str], message: str) -> None:
+    environment(variables)
+    with pytest.raises(LaunchError, match=message):
+        check_environment()
+
+
+def test_a_command_is_one_process_and_a_stage_may_be_several(environment) -> None:
+    environment({**TWO, **PLACE})
+    check_environment()
+    with pytest.raises(
+        LaunchError, match="WORLD_SIZE=2, RANK=1, LOCAL_RANK=1, as in a process that a launcher started"
+    ):
+        check_environment(launched=False)
+    for variables in ({}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}):
+        environment(variables)
+        check_environment(launched=False)
+
+
+def test_a_process_says_for_whom_it_waits(environment, capfd) -> None:
+    environment(PLACE)
+    with _saying(0.01, "waits for the other 1 of 2 processes"):
+        time.sleep(0.5)
+    with _saying(30.0, "is not said"):
+        pass
+    said = "  waits for the other 1 of 2 processes at 127.0.0.1:1; if nothing else was started, unset WORLD_SIZE"
+    assert capfd.readouterr().err == f"{said}, RANK and LOCAL_RANK\n"
 
 
 @pytest.mark.parametrize(

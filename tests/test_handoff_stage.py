@@ -339,6 +339,37 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
         StageDir(tmp_path / "run" / "sft").begin(inputs())
 
 
+def test_a_folder_on_another_disk_than_its_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to a folder of the same disk is as good as the folder."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sft").symlink_to(tmp_path / "elsewhere")
+    stage = StageDir(tmp_path / "run" / "sft")
+    assert stage.begin(inputs()) is False
+    stage.close()
+
+    stat = Path.stat
+    disks = {"elsewhere": 7, "run": 8}
+
+    def on_disks(path: Path, **options: Any) -> Any:
+        found = stat(path, **options)
+        disk = disks.get(Path(os.path.realpath(path)).name)
+        return found if disk is None else os.stat_result([*found[:2], disk, *found[3:10]])
+
+    monkeypatch.setattr(Path, "stat", on_disks)
+    with pytest.raises(HandoffError, match=r"run/sft: this folder is on another disk than .* set output_root"):
+        stage.begin(inputs())
+    assert names(tmp_path / "elsewhere") == [".lock"]
+
+
+def test_a_link_to_a_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sft").symlink_to(tmp_path / "gone")
+    with pytest.raises(HandoffError, match=r"sft: a link to .*gone, which is not there"):
+        StageDir(tmp_path / "sft").begin(inputs())
+    with pytest.raises(HandoffError, match="File name too long"):
+        StageDir(tmp_path / ("x" * 300)).begin(inputs())
+
+
 def test_an_unwritable_directory_is_refused() -> None:
     # Runs under an unprivileged account, since root may write everywhere.
     with tempfile.TemporaryDirectory() as name:

@@ -30,6 +30,7 @@ SHARED_WITHOUT_TORCH = (
     "training.inputs",
     "training.run",
     "training.registry",
+    "training.terminal",
 )
 FORBIDDEN = {
     "a path of a developer's machine": r"(?<![\w.}])/(?:work|root|home/\w+)/",

@@ -262,6 +262,18 @@ def test_numbers_are_read_as_they_look(load, text, value):
         ("null", "expected a number, not nothing"),
         ("[3]", "expected a number, not a list"),
         ("{a: 3}", "expected a number, not a mapping"),
+        ("9223372036854775808", "a whole number of 19 digits is too large (below 2^63)"),
+        pytest.param("7" * 900, "a whole number of 900 digits is too large (below 2^63)", id="many digits"),
+        pytest.param(
+            "0x" + "f" * 898, "a whole number of 900 digits is too large (below 2^63)", id="many hexadecimal digits"
+        ),
+        (r'"\ud83d"', r"\ud83d holds a character that no text has"),
+        (r'"a\0"', r"a\x00 holds a character that no text has"),
+        (
+            "hot #3\n",
+            "hot ends here, since ` #` begins a comment in YAML: put the value in quotes if # belongs to it, or a "
+            "space behind the # if it does not",
+        ),
         ("!!float 3", "the YAML tag tag:yaml.org,2002:float is not read here; write the value without a tag"),
     ],
 )
@@ -286,10 +298,48 @@ def test_text_that_resembles_a_number_is_refused(mistakes, text, words):
         ("name: b\nstages: {taste: &t {judge: *t}}\n", "r.yaml:2: taste.judge: refers to itself"),
         ("name: b\nstages: {taste: 3}\n", "r.yaml:2: taste: expected a mapping of keys"),
         ("name: b\n---\nname: c\n", "r.yaml:2: not valid YAML: but found another document"),
+        (
+            "name: b\nstages: {taste: {}}\nx-a: " + "[" * 60 + "]" * 60,
+            "r.yaml:3: x-a" + ".0" * 39 + ": more than 40 levels",
+        ),
+        ("name: b\nx-a: " + "{a: " * 9000, "r.yaml:1: not valid YAML: more than 40 levels"),
+        ("name: b\nstages:\n  taste: {judge: \x07}\n", r"r.yaml:3: not valid YAML: the character \x07 at position 33"),
+        ("name: b\n" + 'x-"\\ud83d": 1\n"\\ud83d": 1\n', r"r.yaml:1: the key \ud83d holds a character"),
+        (f"name: {'b' * 101}\nstages: {{taste: {{}}}}\n", "r.yaml:1: name: 'bbb"),
+        (
+            "name: b\noutput_root: ~nobody-here/x\nstages: {taste: {}}\n",
+            "r.yaml:2: output_root: ~nobody-here/x: there is",
+        ),
+        (
+            "name: b\ndata_root: ${SCRATCH}/d\nstages: {taste: {}}\n",
+            "r.yaml:2: data_root: ${SCRATCH}/d: a recipe's variables are not replaced; the shell does it on the "
+            "command line: data_root=...",
+        ),
+        (f"name: b\nstages: {{taste: {{judge: {'x' * 9000}}}}}\n", "r.yaml:2: taste.judge: xxx"),
+        ("name: b\nstages: {taste: {judge: $BASE/x}}\n", "r.yaml:2: taste.judge: $BASE/x: a recipe's variables"),
     ],
 )
 def test_broken_files_name_their_line(mistakes, text, expected):
     assert mistakes(text)[0].startswith(expected)
+
+
+def test_anchors_that_multiply_are_refused_soon(mistakes):
+    rows = [f"x-{n}: &n{n} [{', '.join([f'*n{n - 1}' if n else '1'] * 9)}]" for n in range(9)]
+    found = [line for line in mistakes("\n".join(["name: b", *rows])) if "x-5." in line]
+    assert len(found) == 1
+    assert found[0].endswith(": the recipe has more than 100,000 values; an anchor that is used again counts again")
+
+
+def test_a_comment_is_no_part_of_a_value(load):
+    assert load(MINIMAL.replace("%s", "3 #x\n ") + "  taste: {}  #end\n").sections["bake"].config.oven.degrees == 3
+    assert load(bake("org/x # a note")).sections["loaf"].parents == {"parent": "org/x"}
+    assert load(bake("'org/x' #note")).sections["loaf"].parents == {"parent": "org/x"}
+
+
+def test_a_sign_that_only_resembles_a_number_names_no_entry(mistakes):
+    assert mistakes(bake("org/x"), "loaf.dough.².litres=1") == [
+        "command line: loaf.dough.².litres: loaf.dough is a list of 1, its entries are numbered from 0"
+    ]
 
 
 def test_unreadable_files_are_refused(kitchen, tmp_path):

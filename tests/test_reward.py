@@ -87,7 +87,7 @@ def test_the_examples_in_docstrings():
 @pytest.mark.parametrize("name", ["lenght_penalty", "no.such.module:f", "reward.functions:nothing"])
 def test_an_unknown_function_is_an_error(name):
     with pytest.raises(RewardError, match="reward function"):
-        find(name)
+        find("x", name, {})
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -12,14 +12,15 @@ import pytest
 from rich.console import Console
 from rich.progress import track
 
-from baton.output import TAIL, PlainText, Tee
+from baton.output import TAIL, Pieces, PlainText, Tee
 
 
 def plain(*pieces: str) -> str:
     log = io.StringIO()
-    text = PlainText(log)
+    text, whole = PlainText(log), Pieces()
     for piece in pieces:
-        text.feed(piece)
+        text.feed(whole.text(piece.encode()))
+    text.feed(whole.text(b""))
     text.close()
     return log.getvalue()
 
@@ -32,7 +33,8 @@ def plain(*pieces: str) -> str:
         (["a\r\nb\r\n"], "a\nb\n"),
         (["\x1b[1;31mred\x1b[0m\n"], "red\n"),
         (["\x1b[1", ";31mre", "d\x1b", "[0m\n"], "red\n"),
-        (["\x1b]8;;http://x\x1b\\link\x1b]8;;\x07\n"], "link\n"),
+        (["\x1b]0;title\x07\n"], "\\x1b]0;title\\x07\n"),
+        (["a\x1b"], "a\\x1b\n"),
         (["10%\r20%\r100%\ndone\n"], "100%\ndone\n"),
         (["one\ntwo", "\r\x1b[2K\x1b[1A\x1b[2K", "1\n2\n"], "1\n2\n"),
         (["kept\n", "a\nb\n", "\x1b[2A", "A\nB\n"], "kept\nA\nB\n"),
@@ -80,15 +82,30 @@ def test_the_tee_shows_and_keeps_bytes_cut_inside_a_character(tmp_path, capsys):
     assert tee.log_path.read_text() == "=== head\né→ \ufffd\n=== again\n"
 
 
-def test_a_closed_reader_does_not_stop_the_stage(tmp_path, monkeypatch):
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
+COPY = """
+import os, sys
+from pathlib import Path
+from baton.output import Tee
+from training.terminal import prepare
+prepare()
+tee = Tee(Path(sys.argv[1]), "=== head")
+for n in range(3000):
+    os.write(tee.descriptor, b"a line that helps to fill the pipe \\x1b]0;title\\x07\\n")
+assert len(tee.close()) == 200
+"""
 
-    monkeypatch.setattr(sys, "stdout", Gone())
-    tee = Tee(tmp_path / "x.log", "=== head")
-    os.write(tee.descriptor, b"one\ntwo\n")
-    assert tee.close() == ["one", "two"]
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_closed_reader_does_not_stop_the_stage(tmp_path, root, closed):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", COPY, str(tmp_path / "x.log")]
+    end = (lambda: os.close(1)) if closed else None
+    done = subprocess.run(command, cwd=root, stdout=writing, stderr=subprocess.PIPE, text=True, preexec_fn=end)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = (tmp_path / "x.log").read_text().splitlines()
+    assert lines[1:] == ["a line that helps to fill the pipe \\x1b]0;title\\x07"] * 3000
 
 
 def test_a_log_on_a_full_disk_does_not_stop_the_stage(capsys):

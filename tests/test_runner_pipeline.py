@@ -398,5 +398,8 @@ def test_the_launchers_output_does_not_hide_the_stages():
     assert own_words(SIMPLE.splitlines(), 1) == (SIMPLE.splitlines()[:3], 3)
     killed = SIMPLE.replace("returned non-zero exit status 3", "died with <Signals.SIGKILL: 9>")
     assert own_words(killed.splitlines(), 1)[1] == -9
+    refused = [*SIMPLE.splitlines()[3:6], "ValueError: The configuration has unknown keys"]
+    assert own_words(["a note", *refused], 1) == (["a note", refused[-1]], 1)
+    assert own_words(refused, 1) == ([refused[-1]], 1)
     own = SIMPLE.replace("accelerate/commands/launch.py", "training/run.py").splitlines()
     assert own_words(own, 1) == (own, 1)

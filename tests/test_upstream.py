@@ -37,7 +37,7 @@ def own_names(trees: list[ast.Module]) -> set[str]:
     """Private names that our own code defines: functions, classes, assignments and attributes of self."""
     names: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)

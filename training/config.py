@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
+from reward.config import RewardConfig
 
 _LEAST_BF16_RATE = 1e-4
 
@@ -149,6 +150,16 @@ class StageConfig(Strict):
         kinds = WorldSource | FileSource | HubSource | StageSource
         lists = (value for _, value in self if isinstance(value, list))
         return [source for entries in lists for source in entries if isinstance(source, kinds)]
+
+    def rewards(self) -> dict[str, RewardConfig]:
+        """Every reward that the section names, by its place: `reward.0`."""
+        lists = ((key, value) for key, value in self if isinstance(value, list))
+        return {
+            f"{key}.{row}": entry
+            for key, entries in lists
+            for row, entry in enumerate(entries)
+            if isinstance(entry, RewardConfig)
+        }
 
 
 class TrainedStageConfig(StageConfig):

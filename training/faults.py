@@ -49,7 +49,7 @@ class Faults:
         line = {f"skipped/{key}": entry for key, entry in (numbers | dict(batch)).items()}
         run.log(step, {"skipped_steps": self.total, **line})
         where = ", ".join(f"{key} {_shown(entry)}" for key, entry in batch.items())
-        run.console.print(f"  skipped: {name} is {value} at step {step} ({where})", markup=False, soft_wrap=True)
+        run.console.print(f"  skipped: {name} is {value} at step {step} ({where})")
         if self.in_a_row > limit:
             raise GateError(diverged(run.section.name, name, value, step, self.in_a_row))
 

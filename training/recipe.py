@@ -20,13 +20,14 @@ a list (`sft.data.0.size=100`). All mistakes in a recipe are reported together, 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from data.config import StageSource
+from data.config import FileSource, StageSource
 from handoff.errors import UserError
 from training.config import StageConfig, Strict
 from training.recipe_errors import Translator
@@ -37,11 +38,13 @@ from training.recipe_text import (
     Problem,
     apply_override,
     did_you_mean,
+    dotted,
     read_document,
 )
 from training.registry import Registry
 
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
+_VARIABLE = re.compile(r"\$(?:\{\w+\}|[A-Za-z_]\w*)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DATA_ROLE = "data:"
 """Begins the roles of parents whose rows a section reads: `data:generate`."""
@@ -243,8 +246,12 @@ class _Loader:
             if section is not None:
                 sections[name] = section
         if isinstance(top, TopLevel) and not _NAME.fullmatch(top.name):
-            self.document.complain(("name",), f"'{top.name}' cannot name a folder: letters, digits, - and _ only")
+            self.document.complain(
+                ("name",), f"'{top.name}' cannot name a folder: a letter, then at most 99 letters, digits, - and _"
+            )
+        places = {key: self._folder(top, key) for key in ("data_root", "output_root")}
         for section in sections.values():
+            self._check_paths(section)
             self._check_references(section, list(given or {}))
             self._check_kinds(section, sections)
         self._check_cycles(sections)
@@ -254,12 +261,34 @@ class _Loader:
             path=path,
             name=top.name,
             seed=top.seed,
-            data_root=None if top.data_root is None else Path(top.data_root).expanduser(),
-            output_root=Path(top.output_root).expanduser(),
+            data_root=places["data_root"],
+            output_root=places["output_root"] or Path(),
             sections=sections,
             overrides=overrides,
             provenance={key: self._source((key,)) for key in TopLevel.model_fields if key != "stages"},
         )
+
+    def _folder(self, top: BaseModel | None, key: str) -> Path | None:
+        """The folder that a key outside the sections names."""
+        value = None if top is None else vars(top)[key]
+        if value is None:
+            return None
+        self._refuse_variables((key,), value)
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:
+            self.document.complain((key,), f"{value}: there is no such user; write the whole path")
+            return None
+
+    def _check_paths(self, section: Section) -> None:
+        named = [source.path for source in section.config.sources() if isinstance(source, FileSource)]
+        for value in dict.fromkeys([*named, *section.parents.values(), *section.soft_parents]):
+            self._refuse_variables(_find(section, value), value)
+
+    def _refuse_variables(self, path: KeyPath, value: str) -> None:
+        if _VARIABLE.search(value):
+            message = f"{value}: a recipe's variables are not replaced; the shell does it on the command line: "
+            self.document.complain(path, f"{message}{dotted(path)}=...")
 
     def _validate(self, model: type[BaseModel], raw: Any, prefix: KeyPath, stage: str) -> BaseModel | None:
         """Validates with pydantic's strict JSON rules: a list may become a tuple, but text never becomes a number."""
@@ -275,7 +304,7 @@ class _Loader:
         if not _NAME.fullmatch(name) or name in _RESERVED_SECTIONS:
             self.document.complain(
                 where,
-                "cannot name a section: a letter, then letters, digits, - and _"
+                "cannot name a section: a letter, then at most 99 letters, digits, - and _"
                 + (f"; {name} is reserved" if name in _RESERVED_SECTIONS else ""),
             )
             return None
@@ -325,7 +354,9 @@ class _Loader:
                 self.document.complain(
                     _find(section, ref), "a stage cannot " + ("read its own rows" if rows else "start from itself")
                 )
-            elif ref not in names and not Path(ref).expanduser().is_dir() and (rows or not _is_hub_id(ref)):
+            elif ref in names or _is_folder(ref) or _VARIABLE.search(ref) or (not rows and _is_hub_id(ref)):
+                continue
+            else:
                 hint = did_you_mean(ref, names) or _among(names)
                 kinds = (
                     "is not a section of this recipe or an existing folder"
@@ -389,7 +420,13 @@ def _find(section: Section, ref: str) -> KeyPath:
 
 def _is_hub_id(ref: str) -> bool:
     """Whether it has the form `organisation/name` and does not begin with an existing folder, as a path would."""
-    return _HUB_ID.fullmatch(ref) is not None and not Path(ref.split("/")[0]).is_dir()
+    return _HUB_ID.fullmatch(ref) is not None and not _is_folder(ref.split("/")[0])
+
+
+def _is_folder(ref: str) -> bool:
+    with suppress(OSError, RuntimeError):  # a name that is too long, an unknown user after ~
+        return Path(ref).expanduser().is_dir()
+    return False
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterable[KeyPath]:

@@ -119,6 +119,8 @@ class Translator:
             if message not in known:
                 known.append(message)
         for path, parts in messages.items():
+            if (*self.prefix, *path) in self.document.unreadable:
+                continue
             expected = [part.removeprefix("expected ") for part in parts if part.startswith("expected ")]
             rest = [part for part in parts if not part.startswith("expected ")]
             value = _get(raw, path)

@@ -1,8 +1,8 @@
 """Reads a recipe's YAML text with the place of every value, and applies overrides from the command line.
 
 Where YAML 1.1 is surprising, the rules of version 1.2 apply: `3e-3` is a number; `on`, `off`, `yes`, `no`, `12:30` and
-`2026-01-01` are words; `010` is ten. Keys given twice, tags and numbers that are not finite are errors. All errors of
-the text are collected before any is raised. No torch here.
+`2026-01-01` are words; `010` is ten. Keys given twice, tags, numbers that are not finite and a `#` that cuts a text are
+errors. All errors of the text are collected before any is raised. No torch here.
 """
 
 import difflib
@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from training.terminal import shown
+
 KeyPath: TypeAlias = tuple[str | int, ...]
 """The path of keys to a value: ("stages", "sft", "data", 0, "size")."""
 
@@ -24,6 +26,12 @@ _INT = re.compile(r"[-+]?[0-9](?:_?[0-9])*|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9](?:_?[0-9])*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_CUT = re.compile(r" #[^\s#]")
+_DEEPEST = 40
+_MOST_VALUES = 100_000
+_LARGEST_INT = 2**63
+_TOO_DEEP = f"more than {_DEEPEST} levels of keys and lists in each other"
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
@@ -48,6 +56,8 @@ class Document:
     value: Any = None
     places: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    unreadable: set[KeyPath] = field(default_factory=set)
+    """Values that the text does not give, so that nothing more is said about them."""
 
     def place(self, path: KeyPath) -> str:
         """The place of a value, or of the nearest enclosing value that the recipe gives."""
@@ -99,13 +109,18 @@ def read_document(path: Path) -> Document:
         line = error.object[: error.start].count(b"\n") + 1
         document.problems.append(Problem(line, f"{path}:{line}", "", "not UTF-8 text; save the file as UTF-8"))
         return document
-    except OSError as error:
-        document.problems.append(Problem(0, str(path), "", f"cannot be read: {error.strerror}"))
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        document.problems.append(Problem(0, str(path), "", f"cannot be read: {os_reason(error)}"))
         return document
     node = _compose(text, document, lambda line: f"{path}:{line}")
     if node is not None:
         document.value = _Reader(document, lambda line: f"{path}:{line}").read(node, ())
     return document
+
+
+def os_reason(error: OSError | ValueError) -> str:
+    """What is wrong, without the errno and the file's name."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def apply_override(document: Document, path: tuple[str, ...], text: str) -> None:
@@ -145,7 +160,7 @@ def apply_override(document: Document, path: tuple[str, ...], text: str) -> None
 
 
 def _key(holder: Any, part: str) -> str | int:
-    return int(part) if isinstance(holder, list) and part.isdigit() else part
+    return int(part) if isinstance(holder, list) and re.fullmatch("[0-9]{1,9}", part) else part
 
 
 def _is_entry(holder: list[Any], key: str | int) -> bool:
@@ -164,8 +179,9 @@ class _Words(yaml.SafeLoader):
 
 
 def _compose(text: str, document: Document, where: Callable[[int], str], key: str = "") -> yaml.Node | None:
-    loader = _Words(text)
+    loader = None
     try:
+        loader = _Words(text)
         return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -174,10 +190,15 @@ def _compose(text: str, document: Document, where: Callable[[int], str], key: st
         if where(line) == COMMAND_LINE:
             line, hint = -1, hint or "; put the value in quotes"
         document.problems.append(Problem(line, where(line), key, f"not valid YAML: {error.problem}{hint}"))
-    except yaml.YAMLError as error:
-        document.problems.append(Problem(0, where(1), key, f"not valid YAML: {error}"))
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        problem = f"not valid YAML: the character {shown(chr(error.character))} at position {error.position}"
+        document.problems.append(Problem(line if where(line) != COMMAND_LINE else -1, where(line), key, problem))
+    except RecursionError:
+        document.problems.append(Problem(0, where(1), key, f"not valid YAML: {_TOO_DEEP}"))
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return None
 
 
@@ -188,10 +209,16 @@ class _Reader:
         self.document = document
         self.where = where
         self.open: list[yaml.Node] = []  # the enclosing nodes: an alias to one of them would recurse for ever
+        self.count = 0
 
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
         if any(node is outer for outer in self.open):
-            self.document.complain(path, "refers to itself")
+            return self._unreadable(path, "refers to itself")
+        self.count += 1
+        if self.count >= _MOST_VALUES or len(self.open) >= _DEEPEST:
+            if self.count <= _MOST_VALUES:
+                many = f"the recipe has more than {_MOST_VALUES:,} values; an anchor that is used again counts again"
+                self._unreadable(path, many if self.count == _MOST_VALUES else _TOO_DEEP)
             return None
         self.open.append(node)
         try:
@@ -219,6 +246,9 @@ class _Reader:
                 continue
             line = key.start_mark.line + 1
             name = str(key.value)
+            if _NO_TEXT.search(name):
+                self.document.complain(path, f"the key {shown(name)} holds a character that no text has")
+                continue
             if name in lines:
                 message = f"given twice, first in line {lines[name]}"
                 self.document.problems.append(Problem(line, self.where(line), dotted((*path, name)), message))
@@ -250,19 +280,32 @@ class _Reader:
     def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         text = str(node.value)
         if node.tag != "tag:yaml.org,2002:str":
-            self.document.complain(path, f"the YAML tag {node.tag} is not read here; write the value without a tag")
-            return None
+            return self._unreadable(path, f"the YAML tag {node.tag} is not read here; write the value without a tag")
+        if _NO_TEXT.search(text):
+            return self._unreadable(path, f"{shown(text)} holds a character that no text has")
         if node.style is not None:  # quoted or a block: always text
             return text
         if text in _CONSTANTS or text.lower() in ("null", "true", "false"):
             return _CONSTANTS[text.lower()]
         if _INT.fullmatch(text):
             digits = text.replace("_", "")
-            return int(digits, 16 if "0x" in digits else 8 if "0o" in digits else 10)
+            base = 16 if "0x" in digits else 8 if "0o" in digits else 10
+            if len(digits) < 100 and abs(number := int(digits, base)) < _LARGEST_INT:
+                return number
+            return self._unreadable(path, f"a whole number of {len(digits)} digits is too large (below 2^63)")
         if _FLOAT.fullmatch(text):
             digits = text.replace("_", "")
-            number = math.nan if digits.lower() == ".nan" else float(digits.lower().replace(".inf", "inf"))
-            if not math.isfinite(number):
-                self.document.complain(path, f"{text} is not a finite number")
-            return number
+            value = math.nan if digits.lower() == ".nan" else float(digits.lower().replace(".inf", "inf"))
+            return value if math.isfinite(value) else self._unreadable(path, f"{text} is not a finite number")
+        mark = node.end_mark
+        if mark.buffer is not None and _CUT.match(mark.buffer, mark.pointer):
+            return self._unreadable(
+                path,
+                f"{text} ends here, since ` #` begins a comment in YAML: put the value in quotes if # belongs to it, "
+                "or a space behind the # if it does not",
+            )
         return text
+
+    def _unreadable(self, path: KeyPath, message: str) -> None:
+        self.document.complain(path, message)
+        self.document.unreadable.add(path)

@@ -83,9 +83,9 @@ def readable(
     if not found:
         return prompts
     for index, (_, why) in sorted(found.items())[:_LISTED]:
-        run.console.print(f"  {label}: {prompts[index].record.origin}: {why}", markup=False)
+        run.console.print(f"  {label}: {prompts[index].record.origin}: {why}")
     if len(found) > _LISTED:
-        run.console.print(f"  {label}: and {len(found) - _LISTED} more", markup=False)
+        run.console.print(f"  {label}: and {len(found) - _LISTED} more")
     reasons = {index: f"a gold answer that `{name}` cannot read" for index, (name, _) in found.items()}
     kept = prompts.without(reasons, lambda prompt: prompt.record.origin)
     run.account(label, kept, max_drop_fraction)

@@ -9,7 +9,6 @@ and writes its files. With several processes, each one has a `Run`; only the mai
 
 import argparse
 import importlib
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +27,12 @@ from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest
 from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
 from training import engines
-from training.engines.launch import is_main
+from training.engines.launch import check_environment, is_main
 from training.engines.protocol import Engine
 from training.inputs import present_soft_parents, stage_inputs
 from training.recipe import DATA_ROLE, Recipe, RecipeError, load_recipe
 from training.signals import Signals, Stopped
+from training.terminal import Screen, prepare, shown
 
 if TYPE_CHECKING:
     from data.config import SourceConfig
@@ -51,8 +51,6 @@ class Run:
     """One section of a recipe while its stage runs. `run_section` makes it, not the stage."""
 
     def __init__(self, recipe: Recipe, name: str, signals: Signals, engine: Engine) -> None:
-        from rich.console import Console
-
         self.recipe = recipe
         self.section = recipe.sections[name]
         self.config: Any = self.section.config  # the stage's own Config; each train.py names the type
@@ -60,7 +58,7 @@ class Run:
         self.dir = StageDir(recipe.run_dir / name)
         self.engine = engine
         self.is_main = engine.is_main
-        self.console = Console(quiet=not self.is_main, highlight=False)
+        self.console = Screen(quiet=not self.is_main)
         self.resumable = False
         self.signals = signals
         self._started = time.time()
@@ -124,7 +122,7 @@ class Run:
         Raises:
             DataError: more than `max_drop_fraction` of the rows was dropped, or none is left.
         """
-        self.console.print(f"  {label}: {rows.accounting.summary()}", markup=False)
+        self.console.print(f"  {label}: {rows.accounting.summary()}")
         rows.accounting.check(max_drop_fraction)
         self._data[label] = rows.accounting.metrics()
 
@@ -243,7 +241,7 @@ class Run:
         assert manifest is not None
         shown = {k: v for k, v in manifest.metrics.items() if isinstance(v, int | float) and not k.startswith("time/")}
         text = "  ".join(f"{key} {value:.4g}" for key, value in list(shown.items())[:6])
-        self.console.print(f"  published {self.dir.path}  {text}", markup=False, soft_wrap=True)
+        self.console.print(f"  published {self.dir.path}  {text}")
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
@@ -368,8 +366,9 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value, of the section or dotted from the top of the recipe")
     parser.add_argument("--section", help="which section, where several run this stage")
     options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    prepare()
     try:
+        check_environment()
         path, name = Path(options.recipe), options.section
         if name is None:
             name = choose_section(load_recipe(path), stage)
@@ -379,10 +378,11 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
         run_section(recipe, name)
     except UserError as error:
         kind = "" if isinstance(error, RecipeError | HandoffError) else f"{type(error).__name__}: "
-        print(f"{kind}{error}", file=sys.stderr)
+        if not error.said:
+            print(shown(f"{kind}{error}"), file=sys.stderr)
         sys.exit(2)
     except GateError as error:
-        print(str(error), file=sys.stderr)
+        print(shown(str(error)), file=sys.stderr)
         sys.exit(3)
     except Stopped as stopped:
         sys.exit(stopped.code)

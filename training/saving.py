@@ -62,8 +62,6 @@ class SavedStates:
             run.console.print(
                 f"  saved by {saved.words}, goes on with {now.words}: the same rows and the same batch at every "
                 "step; random numbers for dropout are drawn anew where the number of processes is another",
-                markup=False,
-                soft_wrap=True,
             )
         if state.lost:
             run.log(state.step, {"resumed_without": sorted(state.lost)})

@@ -114,7 +114,7 @@ def _models(run: Run, present: dict[str, Parent]) -> dict[str, Parent]:
     parents: dict[str, Parent] = {}
     for ref in config.models:
         if ref not in present:
-            run.console.print(f"  {ref}: not in this run, left out", markup=False)
+            run.console.print(f"  {ref}: not in this run, left out")
             continue
         parent = present[ref]
         if parent.kind != "causal_lm":
@@ -140,7 +140,6 @@ def _entries(run: Run, present: dict[str, Parent]) -> list[ScoreConfig]:
             run.console.print(
                 f"  score {entry.name}: left out, {', '.join(missing)} is not in this run"
                 + ("; wins are left out with it" if config.wins in entry.metrics.values() else ""),
-                markup=False,
             )
         else:
             entries.append(entry)

@@ -49,7 +49,7 @@ def train(run: Run) -> None:
     prompts = readable(run, config.scores, prompts, "prompts", config.max_drop_fraction)
     left_out = sorted(name for name in prompts.facts if name in _OWN)
     if left_out:
-        run.console.print(f"  columns of the prompts that the rows do not keep: {', '.join(left_out)}", markup=False)
+        run.console.print(f"  columns of the prompts that the rows do not keep: {', '.join(left_out)}")
 
     rewards = None
     if config.scores:
@@ -78,7 +78,7 @@ def train(run: Run) -> None:
     kept, dropped = choose(config, answers.stopped, total)
     for reason, count in dropped.items():
         if count:
-            run.console.print(f"  left out, {reason}: {count} of {len(completions)} answers", markup=False)
+            run.console.print(f"  left out, {reason}: {count} of {len(completions)} answers")
     if not kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         raise DataError(
@@ -111,7 +111,7 @@ def _answers(
     if run.is_main:
         journal.cut(lines[-1]["step"] if lines else None)
     if found:
-        run.console.print(f"  {len(found) // n} of {len(prompts)} prompts were answered before", markup=False)
+        run.console.print(f"  {len(found) // n} of {len(prompts)} prompts were answered before")
     if len(found) == n * len(prompts):
         return found
     model = Model.load(engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()

@@ -75,7 +75,7 @@ class Saves:
         if state is None:
             return Position(0, 0, self._t.kl_coef, 1.0, Watch(), Faults())
         self._load(state)
-        self._run.console.print(f"  resumes at iteration {state.step} of {self._t.iterations}", markup=False)
+        self._run.console.print(f"  resumes at iteration {state.step} of {self._t.iterations}")
         return _position(state)
 
     def judge(self, at: Position) -> Literal["go on", "back", "stop"]:
@@ -85,7 +85,7 @@ class Saves:
             return "go on"
         at.watch.alarms.append(f"iteration {at.iteration}: {found}")
         at.watch.divergent = 0
-        self._run.console.print(f"  {found}", markup=False)
+        self._run.console.print(f"  {found}")
         if self._guards.on_overoptimization == "warn":
             return "go on"
         best = self._best_state(at)
@@ -99,7 +99,7 @@ class Saves:
         at.watch.rollbacks += 1
         at.lr_factor /= 2
         at.kl_coef *= 2
-        self._run.console.print(f"  goes on from the policy of iteration {best.step}", markup=False)
+        self._run.console.print(f"  goes on from the policy of iteration {best.step}")
         return "back"
 
     def after_iteration(self, at: Position, looked: bool) -> None:
@@ -127,7 +127,7 @@ class Saves:
         if best is None:
             return at.iteration, at.measured
         self._load(best)
-        self._run.console.print(f"  keeps the policy of iteration {best.step} of {at.iteration}", markup=False)
+        self._run.console.print(f"  keeps the policy of iteration {best.step} of {at.iteration}")
         return best.step, _position(best).measured
 
     def _best_step(self, at: Position) -> int | None:

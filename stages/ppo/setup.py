@@ -107,9 +107,7 @@ def say_unused_loss(run: Run, policy: Model) -> None:
     if weight:
         run.console.print(
             f"  the loss that balances the experts of {type(policy.module).__name__} (router_aux_loss_coef "
-            f"{weight:g}) is not used by this stage",
-            markup=False,
-            soft_wrap=True,
+            f"{weight:g}) is not used by this stage"
         )
 
 

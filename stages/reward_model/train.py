@@ -117,7 +117,7 @@ def train(run: Run) -> None:
                 run.dir.manifest_path.unlink(missing_ok=True)
             write_json(run.dir.path / CARD, card.model_dump(mode="json"))
         for finding in card.findings:
-            run.console.print(f"  note: {run.section.name} {finding}", markup=False, soft_wrap=True)
+            run.console.print(f"  note: {run.section.name} {finding}")
         run.engine.barrier()
         if card.gate:
             raise GateError(refusal(run, card))

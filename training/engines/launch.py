@@ -11,9 +11,12 @@ Several processes run on the CPU only with this line; a GPU launch file on a mac
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import yaml
 
 from handoff.errors import UserError
 
@@ -52,6 +55,56 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
+
+
+def check_environment(launched: bool = True) -> None:
+    """Checks the variables by which a launcher tells a process its place among the others.
+
+    Variables that an earlier job left behind would have this process wait for others that nobody has started.
+
+    Args:
+        launched: whether a launcher may have started this process; a `baton` command is always one process.
+
+    Raises:
+        LaunchError: the variables contradict each other, or there is no launcher that could have set them.
+    """
+    given = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
+    told = ", ".join(f"{name}={value}" for name, value in given.items())
+    remedy = f"; if an earlier job left them behind: `unset {' '.join(given)}`"
+    wrong = [name for name, value in given.items() if not re.fullmatch("[0-9]{1,7}", value)]
+    if wrong:
+        raise LaunchError(f"the environment has {told}, and {wrong[0]} is not a number{remedy}")
+    count = world_size()
+    if not launched and count != 1:
+        raise LaunchError(
+            f"the environment has {told}, as in a process that a launcher started, and this command is one process. "
+            f"It starts its own launcher for `--launch <file>`{remedy}"
+        )
+    if count > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        raise LaunchError(f"the environment has {told} without {' and '.join(missing)}{remedy}")
+    if "WORLD_SIZE" in given and rank() >= count:
+        raise LaunchError(f"the environment has {told}: there is no process {rank()} among {count}{remedy}")
+
+
+def check_file(path: Path) -> None:
+    """Checks what accelerate would answer with a traceback. Raises LaunchError, naming line and key."""
+    example = "the repository's own are in recipes/launch/"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"--launch {path}: cannot be read ({error}); {example}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        line, problem = (mark.line + 1, error.problem) if mark is not None else (1, "too deep or not text")  # type: ignore[union-attr]
+        raise LaunchError(f"--launch {path}:{line}: not valid YAML: {problem}; {example}") from error
+    if not isinstance(content, dict) or "distributed_type" not in content:
+        raise LaunchError(f"--launch {path}: no accelerate configuration: it has no distributed_type; {example}")
+    for key in ("num_processes", "num_machines", "machine_rank"):
+        least = 0 if key == "machine_rank" else 1
+        value = content.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise LaunchError(f"--launch {path}: {key}: {value!r} is not a whole number of {least} or more")
 
 
 def _flag(name: str) -> bool:

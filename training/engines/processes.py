@@ -4,8 +4,11 @@ torch is imported inside functions, because an engine is chosen before torch is 
 """
 
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +24,21 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 # How long other processes wait while the main one works alone before training (hashing parents and data).
 PATIENCE = timedelta(days=1)
+_PATIENT_SECONDS = 15.0
+
+
+@contextmanager
+def _saying(seconds: float, words: str) -> Iterator[None]:
+    """Says, unless the body ends within `seconds`, for what this process waits."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    remedy = "if nothing else was started, unset WORLD_SIZE, RANK and LOCAL_RANK"
+    timer = threading.Timer(seconds, lambda: print(f"  {words} at {place}; {remedy}", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Processes:
@@ -105,7 +123,8 @@ class Processes:
             here = self.device
             if here.type == "cuda":
                 torch.cuda.set_device(here)
-            dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+            with _saying(_PATIENT_SECONDS, f"waits for the other {world_size() - 1} of {world_size()} processes"):
+                dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
         return True
 
     # ---- collectives: every process calls them, in the same order
@@ -150,6 +169,7 @@ class Processes:
             dist.broadcast_object_list(box, src=0, group=self._patient)
             found, error = box[0]
         if error is not None:
+            error.said = not self.is_main
             raise error
         return found  # type: ignore[return-value]
 
