@@ -17,6 +17,9 @@ from typing import Any
 from handoff.errors import HandoffError
 
 _CHUNK = 1 << 20
+# safetensors reports these only in an error's text.
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT,
+              errno.ENOTDIR, errno.EISDIR, errno.ESTALE)  # fmt: skip
 
 
 def sha256_file(path: Path) -> str:
@@ -149,6 +152,13 @@ def disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+
+
+def cannot_write(error: BaseException) -> bool:
+    """Whether a file could not be written because of its disk or folder: full, read-only, broken, gone or forbidden."""
+    if isinstance(error, OSError | HandoffError):
+        return isinstance(error, OSError)
+    return any(os.strerror(code) in str(error) for code in _OF_A_DISK)
 
 
 def human_bytes(count: int) -> str:
