@@ -1,6 +1,8 @@
 """Launch files: the requested engine, refused requests, and the resulting settings."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -298,3 +300,24 @@ def test_what_came_up_is_compared_with_what_was_asked(environment, gpus) -> None
     environment({**TWO, **REHEARSAL})
     with pytest.raises(LaunchError, match="asks for ddp"):
         check(2)
+
+
+def test_openmp_may_not_choose_the_number_of_threads_by_load(root: Path) -> None:
+    """Asked of the library that torch has loaded, in a process whose environment says otherwise."""
+    code = (
+        "import ctypes, re\n"
+        "START\n"
+        "import torch\n"
+        "torch.ones(2).sum()\n"
+        "path = re.search(r'\\S*/libgomp\\S*', open('/proc/self/maps').read()).group()\n"
+        "print(ctypes.CDLL(path).omp_get_dynamic())\n"
+    )
+    found = []
+    for start in ("pass", "from training import engines; engines.start()", "import baton.preload"):
+        command = [sys.executable, "-c", code.replace("START", start)]
+        environment = {**os.environ, "OMP_DYNAMIC": "TRUE"}
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"torch's OpenMP library cannot be asked here: {done.stderr[-200:]}")
+        found.append(done.stdout.strip())
+    assert found == ["1", "0", "0"]

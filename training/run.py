@@ -12,7 +12,7 @@ import importlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -134,11 +134,18 @@ class Run:
 
     # ---- what goes out
 
-    def rewind(self, step: int | None) -> None:
-        """Removes the lines after `step` from metrics.jsonl and samples.jsonl (None: all lines)."""
+    def rewind(self, step: int | None, seals: Mapping[str, Any] | None = None) -> None:
+        """Removes the lines after `step` from metrics.jsonl and samples.jsonl (None: all lines).
+
+        `seals`: what the method `seals` returned at `step`; a file that was damaged since then is named in the log.
+        """
         if self.is_main:
             for journal in (self._metrics, self._samples):
-                journal.cut(step)
+                journal.cut(step, (seals or {}).get(journal.path.name))
+
+    def seals(self) -> dict[str, Any]:
+        """{file: its seal} of metrics.jsonl and samples.jsonl, for `rewind`."""
+        return {journal.path.name: journal.seal() for journal in (self._metrics, self._samples)}
 
     def sync(self) -> None:
         """Writes all logged lines to the disk; called before a state is committed.
@@ -205,7 +212,15 @@ class Run:
             return done.hashes
 
         if self.is_main:
-            self.sync()
+            try:
+                self.sync()
+            except OSError as error:
+                if disk_is_full(error):
+                    raise
+                raise HandoffError(
+                    f"{error.filename}: cannot be written ({error.strerror}), nothing was published; mend that and run "
+                    "the same command again"
+                ) from error
             self.dir.publish(
                 None if write is None else written,
                 files=list(files),
