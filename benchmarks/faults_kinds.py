@@ -443,7 +443,7 @@ def tracker_fails(t: Trial) -> None:
     works = t.rng.random() < 0.4
     mode = "" if works else t.rng.choice(faults_wandb.MODES)
     path = os.pathsep.join([str(package.parent), *sys.path])
-    t.options(f"{t.section}.train.report_to=wandb", FAKE_WANDB=mode, PYTHONPATH=path)
+    t.options(f"{t.section}.train.report_to=wandb", FAKE_WANDB=mode, PYTHONPATH=path, WANDB_API_KEY="x" * 40)
     if t.rng.random() < 0.6:
         child = t.start()
         t.somewhere(child)

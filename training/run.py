@@ -165,13 +165,15 @@ class Run:
             self._mirror.wake()
 
     def mirror(self) -> None:
-        """Mirrors the lines to Weights & Biases from now on; called if `train.report_to` is wandb."""
+        """Mirrors the lines to Weights & Biases from now on, or says why not; called if `train.report_to` is wandb."""
         if not self.is_main:
             return
-        from training.tracker import WandbMirror
+        from training.tracker import WandbMirror, destination
 
-        name = f"{self.recipe.name}/{self.section.name}"
-        self._mirror = WandbMirror(self.dir.path, "baton", name, self.dir.run_id(), self.section.resolved)
+        given, words = destination("baton", f"{self.recipe.name}/{self.section.name}")
+        self.console.print(f"  {words}", markup=False, soft_wrap=True)
+        if given:
+            self._mirror = WandbMirror(self.dir.path, given, self.dir.run_id(), self.section.resolved)
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Adds lines to samples.jsonl: prompt, completion, score, and other values that the stage wants to show."""
