@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.config import StageSource
+from data.overlap import MOST_SHARED, check_held_out
 from data.shards import RowStore
 from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
@@ -103,14 +104,21 @@ class Run:
         encoder: "Encoder | None" = None,
         label: str | None = "data",
         max_drop_fraction: float = 1.0,
+        apart_from: "Rows[T] | None" = None,
+        most_shared: float = MOST_SHARED,
     ) -> "Rows[T]":
         """The rows of the sources, encoded once and stored under output_root. Every process calls it.
 
         Prints how many rows were used and dropped, and keeps the counts for the manifest under `label`. With label
         None it does neither, for rows that are counted elsewhere.
 
+        Args:
+            apart_from: the training rows, if these are held out.
+            most_shared: the largest share of these that may also be training rows.
+
         Raises:
-            DataError: a source cannot be read, more than `max_drop_fraction` of its rows was dropped, or none is left.
+            DataError: a source cannot be read, more than `max_drop_fraction` of its rows was dropped, or none is left;
+                or too many held-out rows are also training rows.
         """
         rows = self._store.open(self._located(sources), kind, encoder, self.recipe.data_root, self.seed)
         self._data.setdefault("fingerprints", {}).update(rows.fingerprints)
@@ -118,6 +126,10 @@ class Run:
             self.console.print(f"  {label}: {rows.accounting.summary()}", markup=False)
             rows.accounting.check(max_drop_fraction)
             self._data[label] = rows.accounting.metrics()
+        if apart_from is not None:
+            note = self.engine.on_main(lambda: check_held_out(apart_from, rows, most_shared, self.section.name))
+            if note:
+                self.console.print(f"  {note}", markup=False)
         return rows
 
     def _located(self, sources: Sequence["SourceConfig"]) -> "list[SourceConfig]":

@@ -34,10 +34,17 @@ def check_batch(run: Run, t: PPOTrainConfig) -> None:
         )
 
 
-def load_prompts(run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str) -> Rows[EncodedPrompt]:
-    """Encoded prompts; prompts that are too long are dropped and counted."""
+def load_prompts(
+    run: Run,
+    encoder: Encoder,
+    sources: Sequence[SourceConfig],
+    label: str,
+    apart_from: Rows[EncodedPrompt] | None = None,
+) -> Rows[EncodedPrompt]:
+    """Encoded prompts; prompts that are too long are dropped and counted. `apart_from`: as for `Run.rows`."""
     config: Config = run.config
-    return run.rows(sources, Prompts(config.max_prompt_length), encoder, label, config.max_drop_fraction)
+    kind = Prompts(config.max_prompt_length)
+    return run.rows(sources, kind, encoder, label, config.max_drop_fraction, apart_from=apart_from)
 
 
 class PromptStream:

@@ -88,7 +88,7 @@ def train(run: Run) -> None:
     prompts = load_prompts(run, encoder, config.data, "prompts")
     heldout: Sequence[EncodedPrompt] = []
     if config.eval_data:
-        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts")
+        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts", prompts)
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
     rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)
