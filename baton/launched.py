@@ -64,14 +64,15 @@ class LaunchedStage:
 def own_words(lines: Sequence[str], code: int) -> tuple[list[str], int]:
     """The last lines of a stage without those of its launcher, and the exit code of the process that failed first.
 
-    Output without a launcher's traceback is returned unchanged.
+    Output without a launcher's traceback is returned unchanged, and so is that of a launcher that failed by itself.
     """
     at = [n for n, line in enumerate(lines) if line == _TRACEBACK and _is_launchers(lines[n + 1 :])]
     if not at:
         return list(lines), code
     cause = _CAUSE.search("\n".join(lines[at[-1] :]))
-    if cause is not None:
-        code = -int(cause["signal"]) if cause["signal"] else int(cause["elastic"] or cause["status"])
+    if cause is None:  # the launcher failed by itself
+        return list(lines), code
+    code = -int(cause["signal"]) if cause["signal"] else int(cause["elastic"] or cause["status"])
     return [line for line in lines[: at[-1]] if _AGENT not in line], code
 
 

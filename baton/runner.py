@@ -34,6 +34,7 @@ from handoff.lock import RunLock
 from handoff.parent import known_hashes, open_dataset
 from handoff.previous import PREVIOUS
 from handoff.stage import StageDir
+from training.engines.launch_file import check_launch_file
 from training.inputs import stage_inputs
 from training.recipe import Recipe, Section
 from training.registry import Registry
@@ -207,6 +208,8 @@ def run_pipeline(
             raise UserError(f"--force {name}: this section is not among those to be run ({', '.join(names)})")
     if launch is not None and not launch.is_file():
         raise UserError(f"--launch {launch}: no such file; the repository's own are in recipes/launch/")
+    if launch is not None:
+        check_launch_file(launch)
     check_data(recipe, names)
     console = Console(highlight=False, emoji=False)
     if dry_run:

@@ -1,6 +1,7 @@
 """Engines: how the processes of a run train one model. Each engine has one file, and all share `protocol.Engine`.
 
     launch.py      which engine the launch file asks for
+    launch_file.py whether a launch file has mistakes
     protocol.py    the interface of an engine
     processes.py   collectives between the processes
     exchange.py    gathers tensors and trajectories of all processes on every process
