@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from handoff.errors import HandoffError
 
 _CHUNK = 1 << 20
+_SETTLED = 2.0  # seconds after which a file's change time differs from that of a later change
 # safetensors reports these only in an error's text.
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT,
               errno.ENOTDIR, errno.EISDIR, errno.ESTALE)  # fmt: skip
@@ -174,7 +176,8 @@ def human_bytes(count: int) -> str:
 class HashCache:
     """Keeps the SHA-256 of large foreign files between commands, by path, size, inode and change time.
 
-    Unlike the modification time, the change time cannot be set back, so a modified file is always hashed again.
+    Unlike the modification time, the change time cannot be set back, so a modified file is always hashed again. It has
+    a coarse unit on some file systems, so the hash of a file that was changed a moment ago is not kept.
     For foreign checkpoints, data files and encoded rows; a run's published files are hashed at every verification.
     """
 
@@ -194,8 +197,9 @@ class HashCache:
         if entry is not None and entry[:3] == seen:
             return str(entry[3])
         digest = sha256_file(path)
-        self._known[str(path)] = [*seen, digest]
-        self._changed = True
+        if time.time() - stat.st_ctime > _SETTLED:
+            self._known[str(path)] = [*seen, digest]
+            self._changed = True
         return digest
 
     def save(self) -> None:

@@ -1,6 +1,7 @@
 """What makes a stage stale: everything that its result depends on, and nothing else (training/inputs.py)."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+import data.shards
 from data.config import HubSource
+from data.errors import DataError
 from data.fingerprint import fingerprint
-from handoff.files import write_json
+from handoff.files import HashCache, write_json
 from reward.judge_config import JudgeConfig
 from tests.stage_chain import result, run_stage, stage_recipe
 from training.closure import function_fingerprint
@@ -143,6 +146,44 @@ def test_a_local_folder_under_a_hubs_name_counts_by_its_content(
     second = fingerprint(source, None)
     (tmp_path / "rows" / "data" / "train.jsonl").rename(tmp_path / "rows" / "train.jsonl")
     assert len({online, first, second, fingerprint(source, None)}) == 4
+
+
+def test_the_hash_of_a_file_that_was_just_changed_is_not_kept(tmp_path: Path) -> None:
+    """Within the unit of a file system's clock, another change would have the same time."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("a")
+    cache = HashCache(tmp_path / "hashes.json")
+    first = cache.sha256(path)
+    with path.open("r+") as file:  # the same size and inode
+        file.write("b")
+    os.utime(path)
+    assert cache.sha256(path) != first
+    cache.save()
+    assert not (tmp_path / "hashes.json").exists()
+
+
+def test_data_that_change_while_a_stage_reads_them_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "old words here"}\n' * 3)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: r\nstages: {tokenizer: {data: [{source: file, path: rows.jsonl, format: text}]}}\n")
+    loaded = load_recipe(
+        recipe, [f"output_root={tmp_path / 'runs'}", f"data_root={tmp_path}", "tokenizer.vocab_size=300"]
+    )
+    read = data.shards.read
+
+    def late(*arguments: Any) -> Any:
+        rows.write_text('{"text": "new words here"}\n' * 3)
+        return read(*arguments)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DataError, match=r"file:rows\.jsonl: has changed since the stage"),
+    ):
+        patch.setattr(data.shards, "read", late)
+        run_section(loaded, "tokenizer")
+    assert not (tmp_path / "runs" / ".rows").exists()
+    run_section(loaded, "tokenizer")
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.config import StageSource
+from data.errors import DataError
+from data.fingerprint import fingerprints
 from data.overlap import MOST_SHARED, check_held_out
 from data.shards import RowStore
 from handoff.errors import GateError, HandoffError, UserError
@@ -68,8 +70,8 @@ class Run:
         self._parents: dict[str, Parent] = {}
         self._datasets: dict[str, Dataset] = {}
         self._data: dict[str, Any] = {}
-        hashes = known_hashes(recipe.run_dir)
-        self._store = RowStore(recipe.output_root / ROWS, hashes.sha256, writes=self.is_main)
+        self._sha256 = known_hashes(recipe.run_dir).sha256
+        self._store = RowStore(recipe.output_root / ROWS, self._sha256, writes=self.is_main)
         self._metrics, self._samples = Journal(self.dir.metrics_path), Journal(self.dir.samples_path)
         self._mirror: Any = None
         self._on_close: list[Callable[[], None]] = []
@@ -118,9 +120,10 @@ class Run:
 
         Raises:
             DataError: a source cannot be read, more than `max_drop_fraction` of its rows was dropped, or none is left;
-                or too many held-out rows are also training rows.
+                a source has changed since the stage began; or too many held-out rows are also training rows.
         """
         rows = self._store.open(self._located(sources), kind, encoder, self.recipe.data_root, self.seed)
+        self.engine.on_main(lambda: self._check_unchanged(sources))
         self._data.setdefault("fingerprints", {}).update(rows.fingerprints)
         if label is not None:
             self.console.print(f"  {label}: {rows.accounting.summary()}", markup=False)
@@ -131,6 +134,14 @@ class Run:
             if note:
                 self.console.print(f"  {note}", markup=False)
         return rows
+
+    def _check_unchanged(self, sources: Sequence["SourceConfig"]) -> None:
+        """Raises DataError if a source has changed since the stage began. Its rows would be taken for the old ones."""
+        own = [source for source in sources if not isinstance(source, StageSource)]
+        for name, digest in fingerprints(own, self.recipe.data_root, self._sha256).items():
+            if digest not in self._inputs.data.values():
+                self._store.discard()
+                raise DataError(f"{name}: has changed since the stage began; run the same command again")
 
     def _located(self, sources: Sequence["SourceConfig"]) -> "list[SourceConfig]":
         """The sources. Those that are rows of a stage get that stage's folder and become parents in the manifest."""
