@@ -1,4 +1,5 @@
-"""A stage's directory: `begin` records the inputs and moves stale content away; `publish` commits the result.
+"""A stage's directory: `begin` records the inputs and moves stale content away, or content of the same inputs back;
+`publish` commits the result.
 
     <run>/<stage>/started.json   what the stage depends on (`Inputs`), written by `begin`
     <run>/<stage>/model/         the published model, moved into place by `publish`
