@@ -165,6 +165,8 @@ def _stage(stage: str, arguments: list[str], log: str, environment: dict[str, st
     """Runs the stage in the forked process."""
     os.setsid()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the server's OpenMP has read the variable already
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
