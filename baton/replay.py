@@ -21,13 +21,15 @@ from typing import Any
 
 from handoff.errors import UserError
 from handoff.files import check_writable, write_json
+from handoff.journal import Journal
 from handoff.manifest import EngineRecord, Inputs
 from handoff.parent import HASH_CACHE
 from handoff.stage import StageDir
 from handoff.state import State, StateStore
+from training.config import TrainConfig
 from training.engines.protocol import Engine
 from training.inputs import stage_inputs
-from training.recipe import Recipe, load_recipe
+from training.recipe import Recipe, Section, load_recipe
 from training.registry import Registry
 from training.run import ROWS, Run, run_section
 from training.signals import Signals
@@ -127,7 +129,8 @@ def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
     keys = Registry().declaration(section.stage).compared
     if not keys:
         raise UserError(f"{original.path}: the stage {section.stage} has no steps to take again")
-    line, state = _choose(original, keys[0], step)
+    line, last, state = _choose(original, keys[0], step)
+    recipe = _with_lines_as_logged(recipe, section, line["step"], last)
     logged = {key: line[key] for key in keys if key in line}
     check_writable(run_dir.absolute().parent)
     with tempfile.TemporaryDirectory(prefix=".replay-", dir=run_dir.absolute().parent) as folder:
@@ -153,14 +156,10 @@ def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
     )
 
 
-def _choose(original: StageDir, key: str, step: int) -> tuple[dict[str, Any], State]:
-    """The logged line that includes the step, and the state to start from. Raises UserError if either is missing."""
-    lines: list[dict[str, Any]] = []
-    if original.metrics_path.is_file():
-        with original.metrics_path.open("rb") as file:
-            # If the run was killed, the last line may be incomplete.
-            lines = [json.loads(line) for line in file if line.endswith(b"\n")]
-    lines = [line for line in lines if key in line]
+def _choose(original: StageDir, key: str, step: int) -> tuple[dict[str, Any], int, State]:
+    """The logged line that includes the step, the step of the line before it (0: none), and the state to start from.
+    Raises UserError if line or state is missing."""
+    lines = [line for line in Journal(original.metrics_path).lines() if key in line]
     store = StateStore(original.state_dir)
     there = f"steps with a line: {_listed([line['step'] for line in lines])}; states: {_listed(store.steps())}"
     line = next((line for line in lines if line["step"] >= step), None)
@@ -172,7 +171,20 @@ def _choose(original: StageDir, key: str, step: int) -> tuple[dict[str, Any], St
             f"{original.path}: no whole state is left from before step {step} ({there}); a step can be taken again "
             "from a state of an earlier one, and train.save_total_limit says how many are kept"
         )
-    return line, state
+    last = max((other["step"] for other in lines if other["step"] < line["step"]), default=0)
+    return line, last, state
+
+
+def _with_lines_as_logged(recipe: Recipe, section: Section, line: int, last: int) -> Recipe:
+    """The recipe with the `train.logging_steps` that the run had between the lines of steps `last` and `line`; it may
+    have been changed since then, or in an interruption."""
+    train = next((value for _, value in section.config if isinstance(value, TrainConfig)), None)
+    every = line - last
+    if train is None or last == (line - 1) // train.logging_steps * train.logging_steps or last % every:
+        return recipe
+    return load_recipe(
+        recipe.path, [*recipe.overrides, f"{section.name}.train.logging_steps={every}"], section=section.name
+    )
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -189,8 +201,10 @@ def _changes(original: StageDir, now: Inputs) -> list[str]:
         raise UserError(f"{original.started_path} cannot be read; restore it, or run the stage again")
     if now.continues(begun):
         return []
-    if now.model_copy(update={"code": begun.code}).continues(begun):
-        return [f"the code of stages/{now.recipe['stage']} is not that of the run any more"]
+    if now.model_copy(update={"code": begun.code, "functions": begun.functions}).continues(begun):
+        changed = [f"stages/{now.recipe['stage']}"] if now.code != begun.code else []
+        changed += [name for name in now.functions if now.functions[name] != begun.functions.get(name)]
+        return [f"the code of {name} is not that of the run any more" for name in changed]
     raise UserError(
         f"{original.path}: its step cannot be taken again, since this has changed: {'; '.join(now.differences(begun))}"
     )

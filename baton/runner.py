@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -32,9 +32,10 @@ from handoff.errors import UserError
 from handoff.files import check_writable
 from handoff.lock import RunLock
 from handoff.parent import known_hashes, open_dataset
+from handoff.previous import PREVIOUS
 from handoff.stage import StageDir
 from reward.check import Use, check_functions
-from training.engines.launch import check_file
+from training.engines.launch_file import check_launch_file
 from training.inputs import stage_inputs
 from training.recipe import Recipe, Section
 from training.registry import Registry
@@ -110,9 +111,11 @@ class Runner:
             for name in names:
                 found = standing(self.recipe, name, self.inputs_of)
                 if name in force:
-                    # A stage without a record of its start moves its old directory away and starts from scratch.
+                    # A stage without a record of its start moves its old directory away for good.
                     StageDir(self.recipe.run_dir / name).started_path.unlink(missing_ok=True)
                     found = Standing(name, State.STALE, ("forced",), found.manifest)
+                else:
+                    found = self._brought_back(found)
                 skipped = found.state is State.UP_TO_DATE
                 _say(self.console, names, name, f"{found}, skipped" if skipped else str(found))
                 if skipped:
@@ -121,6 +124,16 @@ class Runner:
                 if code:
                     return code
         return 0
+
+    def _brought_back(self, found: Standing) -> Standing:
+        """The standing after content of an earlier start with the same inputs, if there is any, was brought back."""
+        name = found.section
+        if found.state not in (State.STALE, State.NEW):
+            return found
+        if not StageDir(self.recipe.run_dir / name).bring_back(self.inputs_of(self.recipe, name)):
+            return found
+        back = standing(self.recipe, name, self.inputs_of)
+        return replace(back, reasons=(f"brought back from {PREVIOUS}", *back.reasons))
 
     def _stage(self, section: Section) -> int:
         start = self.start(self.recipe, section)
@@ -197,7 +210,7 @@ def run_pipeline(
     if launch is not None and not launch.is_file():
         raise UserError(f"--launch {launch}: no such file; the repository's own are in recipes/launch/")
     if launch is not None:
-        check_file(launch)
+        check_launch_file(launch)
     check_data(recipe, names)
     check_functions(reward_functions(recipe, names))
     console = Screen()

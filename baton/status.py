@@ -51,15 +51,18 @@ def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> S
     stage = StageDir(recipe.run_dir / name)
     manifest = stage.manifest()
     now = inputs_of(recipe, name)
+    aside = ("what an earlier start with this recipe made comes back",) if stage.has_aside(now) else ()
     if manifest is not None:
         changes = now.differences(manifest.inputs)
-        return Standing(name, State.STALE if changes else State.UP_TO_DATE, tuple(changes), manifest)
+        if not changes:
+            return Standing(name, State.UP_TO_DATE, (), manifest)
+        return Standing(name, State.STALE, (*changes, *aside), manifest)
     started = stage.started_inputs()
     if started is None:
-        return Standing(name, State.NEW)
+        return Standing(name, State.NEW, aside)
     changes = now.differences(started)
     if changes:
-        return Standing(name, State.STALE, ("was not finished", *changes))
+        return Standing(name, State.STALE, ("was not finished", *changes, *aside))
     return Standing(name, State.UNFINISHED, (_continuation(stage, recipe.sections[name].stage),))
 
 

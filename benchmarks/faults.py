@@ -27,8 +27,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.faults_kinds import KINDS, Broken, Trial, can_mount, check
+from benchmarks.faults_kinds import KINDS, can_mount
 from benchmarks.faults_setup import Scene, differences, prepare
+from benchmarks.faults_trial import Broken, Trial, check
 from handoff.files import hash_tree
 from handoff.verify import verify_run
 

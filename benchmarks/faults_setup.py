@@ -165,6 +165,8 @@ def _stage(stage: str, arguments: list[str], log: str, environment: dict[str, st
     """Runs the stage in the forked process."""
     os.setsid()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the server's OpenMP has read the variable already
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -286,7 +288,8 @@ def _content(path: Path) -> Any:
     if path.suffix == ".json":
         content = json.loads(path.read_bytes())
         if path.name == "state.json":
-            return content["extra"]  # the rest are the parts' hashes; a pickle's bytes may differ for equal content
+            # The rest are hashes of parts; `journals` are hashes of lines, which have times.
+            return {key: value for key, value in content["extra"].items() if key != "journals"}
         return content
     return None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
 from data.sources import source_files
-from handoff.files import canonical_hash, sha256_file
+from handoff.files import canonical_hash, list_files, sha256_file
 
 
 def label(source: SourceConfig) -> str:
@@ -29,7 +29,8 @@ def fingerprint(
     """(label, sha256 hex) of one source.
 
     The hash covers, for files and a stage's rows, names and bytes; for the world, its settings and the generator's
-    source files; for the hub, name, subset, split and revision (without one, changes on the hub go unnoticed).
+    source files; for the hub, name, subset, split and revision (without one, changes on the hub go unnoticed), and,
+    where the name is that of a local folder, which `datasets` reads too, the names and bytes of its files.
     `sha256` hashes a file; `HashCache.sha256` does not read an unchanged file again.
 
     Raises:
@@ -38,7 +39,12 @@ def fingerprint(
     if isinstance(source, WorldSource):
         return label(source), canonical_hash([source.model_dump(mode="json"), _world_code()])
     if isinstance(source, HubSource):
-        return label(source), canonical_hash([source.name, source.subset, source.hub_split, source.revision])
+        keys = [source.name, source.subset, source.hub_split, source.revision]
+        folder = Path(source.name)
+        if folder.is_dir():
+            files = {name: sha256(folder / name) for name in list_files(folder)}
+            return label(source), canonical_hash([*keys, files])
+        return label(source), canonical_hash(keys)
     return label(source), _files_hash(source, root, sha256)
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,10 @@ _CHUNK = 1 << 20
 _MAX_JSON = 64 << 20  # bytes
 _MAX_DEPTH = 100  # lists and objects inside each other
 _SURROGATE = re.compile(rb"\\u[dD][89abAB]")  # may begin half of a character
+_SETTLED = 2.0  # seconds after which a file's change time differs from that of a later change
+# safetensors reports these only in an error's text.
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT,
+              errno.ENOTDIR, errno.EISDIR, errno.ESTALE)  # fmt: skip
 
 
 def sha256_file(path: Path) -> str:
@@ -256,6 +261,13 @@ def disk_is_full(error: BaseException) -> bool:
     return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
+def cannot_write(error: BaseException) -> bool:
+    """Whether a file could not be written because of its disk or folder: full, read-only, broken, gone or forbidden."""
+    if isinstance(error, OSError | HandoffError):
+        return isinstance(error, OSError)
+    return any(os.strerror(code) in str(error) for code in _OF_A_DISK)
+
+
 def human_bytes(count: int) -> str:
     """1536 -> "1.5 KiB"."""
     size = float(count)
@@ -269,7 +281,8 @@ def human_bytes(count: int) -> str:
 class HashCache:
     """Keeps the SHA-256 of large foreign files between commands, by path, size, inode and change time.
 
-    Unlike the modification time, the change time cannot be set back, so a modified file is always hashed again.
+    Unlike the modification time, the change time cannot be set back, so a modified file is always hashed again. It has
+    a coarse unit on some file systems, so the hash of a file that was changed a moment ago is not kept.
     For foreign checkpoints, data files and encoded rows; a run's published files are hashed at every verification.
     """
 
@@ -290,8 +303,9 @@ class HashCache:
         if entry is not None and entry[:3] == seen:
             return str(entry[3])
         digest = sha256_file(path)
-        self._known[str(path)] = [*seen, digest]
-        self._changed = True
+        if time.time() - stat.st_ctime > _SETTLED:
+            self._known[str(path)] = [*seen, digest]
+            self._changed = True
         return digest
 
     def save(self) -> None:

@@ -62,6 +62,8 @@ class EngineRecord(_Record):
     zero_stage: int | None = None
     processes: int = 1
     device: str = "cpu"
+    threads: int | None = None
+    """Threads of one operation on a CPU, in the main process. Another number adds numbers in another order."""
 
     @property
     def label(self) -> str:
@@ -86,6 +88,8 @@ class Inputs(_Record):
     """{label of a source: fingerprint}."""
     code: str
     """Hash of the source files that the stage runs."""
+    functions: dict[str, str] = Field(default_factory=dict)
+    """{reward function of the user, `package.module:name`: hash of its source files}."""
     seed: int
     demands: dict[str, Any] = Field(default_factory=dict)
     """Thresholds that the result must reach to be published. They do not change the result; see `continues`."""
@@ -106,6 +110,7 @@ class Inputs(_Record):
         found += [f"data: {change}" for change in _named(old.data, self.data, " changed")]
         if old.code != self.code:
             found.append(f"code of stages/{self.recipe.get('stage') or '…'} changed")
+        found += [f"reward function {change}" for change in _named(old.functions, self.functions, " changed")]
         if old.seed != self.seed:
             found.append(f"seed {old.seed} → {self.seed}")
         return found

@@ -1,4 +1,5 @@
-"""A stage's directory: `begin` records the inputs and moves stale content away; `publish` commits the result.
+"""A stage's directory: `begin` records the inputs and moves stale content away, or content of the same inputs back;
+`publish` commits the result.
 
     <run>/<stage>/started.json   what the stage depends on (`Inputs`), written by `begin`
     <run>/<stage>/model/         the published model, moved into place by `publish`
@@ -20,6 +21,7 @@ from handoff.contract import check_model, check_rows, write_pad_token
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import (
+    cannot_write,
     check_free_space,
     check_writable,
     disk_is_full,
@@ -31,7 +33,7 @@ from handoff.files import (
     sha256_file,
     write_json,
 )
-from handoff.lock import LOCK_NAME, RunLock
+from handoff.lock import RunLock
 from handoff.manifest import (
     EngineRecord,
     Inputs,
@@ -44,9 +46,9 @@ from handoff.manifest import (
     sealed,
 )
 from handoff.parent import keep_hashes
+from handoff.previous import MANIFEST, STARTED, Previous, read_inputs
 from handoff.state import StateStore
 
-PREVIOUS = ".previous"
 MINIMUM_FREE = 64 << 20  # bytes; room for logs and metrics, whatever the model's size
 
 _WRITING, _NEXT, _OLD = ".writing", ".stage.json.next", ".old"
@@ -57,8 +59,8 @@ class StageDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest_path = path / "stage.json"
-        self.started_path = path / "started.json"
+        self.manifest_path = path / MANIFEST
+        self.started_path = path / STARTED
         self.model_dir = path / "model"
         self.data_dir = path / "data"
         self.state_dir = path / "state"
@@ -68,7 +70,8 @@ class StageDir:
         self._lock = RunLock(path, f"stage {path.name}")
         self._inputs: Inputs | None = None
         self._fresh = False  # whether `begin` wrote started.json
-        self._set_aside = False  # whether `begin` also moved earlier content away
+        self._previous = Previous(path)
+        self._set_aside: int | None = None  # number of the content that `begin` also moved away
 
     def manifest(self) -> Manifest | None:
         """The published manifest, or None. Raises HandoffError when it cannot be read."""
@@ -79,19 +82,18 @@ class StageDir:
     def begin(
         self,
         inputs: Inputs,
-        resume: bool = True,
         need_bytes: int = MINIMUM_FREE,
         origin: Mapping[str, Any] | None = None,
     ) -> bool:
         """Locks the directory for a start with `inputs`. Returns True if it resumes an earlier start with equal inputs,
         and keeps its content.
 
-        Otherwise the existing content moves to `<run>/.previous/<stage>` (one generation is kept), and the directory
-        starts empty. If a check fails, the disk is unchanged.
+        Otherwise the existing content moves to `<run>/.previous/<stage>`. If content of an earlier start with equal
+        inputs lies there, it moves back and is resumed; if not, the directory starts empty. If a check fails, the disk
+        is unchanged.
 
         Args:
             inputs: everything that the result depends on.
-            resume: if False, start again even if the inputs are equal.
             need_bytes: free space that the stage needs, in bytes.
             origin: where the recipe came from; the method `origin` returns it.
 
@@ -102,25 +104,17 @@ class StageDir:
         check_writable(self.path)
         self._check_disk()
         check_free_space(self.path, need_bytes, f"stage {self.path.name}")
-        try:
-            self._lock.acquire()
-        except OSError as error:
-            raise HandoffError(f"{self.path}: cannot be written to ({error.strerror})") from error
+        self._open()
         self._inputs = inputs
-        self._finish_setting_aside()
-        self._sweep()
-        if resume and self._started_with(inputs):
+        given = {"inputs": inputs.model_dump(mode="json"), "origin": dict(origin or {})}
+        if self._started_with(inputs) or self._bring_back(inputs):
+            started = read_json(self.started_path)
+            if started | given != started:  # keys without effect on the result may have changed
+                write_json(self.started_path, started | given)
             return True
         self._set_aside = self._put_aside()
-        write_json(
-            self.started_path,
-            {
-                "inputs": inputs.model_dump(mode="json"),
-                "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-                "run_id": uuid4().hex[:16],
-                "origin": dict(origin or {}),
-            },
-        )
+        begun, run_id = datetime.now(UTC).isoformat(timespec="seconds"), uuid4().hex[:16]
+        write_json(self.started_path, {**given, "begun": begun, "run_id": run_id})
         self._fresh = True
         return False
 
@@ -135,11 +129,25 @@ class StageDir:
 
     def started_inputs(self) -> Inputs | None:
         """The inputs of the last `begin`; None if there was none or its record is unreadable."""
-        if not self.started_path.exists():
-            return None
-        with suppress(ValueError, KeyError, TypeError):
-            return Inputs.model_validate(read_json(self.started_path)["inputs"])
-        return None
+        return read_inputs(self.started_path)
+
+    def has_aside(self, inputs: Inputs) -> bool:
+        """Whether content of an earlier start with equal inputs was set aside; the next `begin` brings it back."""
+        return self._previous.find(inputs) is not None
+
+    def bring_back(self, inputs: Inputs) -> bool:
+        """Brings content of an earlier start with equal inputs back, as `begin` does. Returns whether there was any.
+
+        Raises:
+            HandoffError: the directory is not writable or in use by another process.
+        """
+        if self._started_with(inputs) or not self.has_aside(inputs):
+            return False
+        self._open()
+        try:
+            return self._bring_back(inputs)
+        finally:
+            self._lock.release()
 
     def origin(self) -> dict[str, Any]:
         """The `origin` that `begin` recorded; empty if there was none."""
@@ -160,47 +168,41 @@ class StageDir:
         for path in self.path.glob(".*.tmp"):
             remove_tree(path)
 
-    @property
-    def _aside(self) -> Path:
-        return self.path.parent / PREVIOUS / self.path.name
-
-    @property
-    def _moving(self) -> Path:
-        return self.path.parent / PREVIOUS / f".{self.path.name}.moving"
-
-    def _content(self) -> list[Path]:
-        """All paths except the lock. stage.json comes first, so that half-moved content never counts as published."""
-        paths = [path for path in self.path.iterdir() if path.name != LOCK_NAME]
-        return sorted(paths, key=lambda path: (path != self.manifest_path, path.name))
-
     def _holds_only(self, *paths: Path) -> bool:
         """Whether the stage was started and the directory holds nothing but `paths`, and no saved state."""
         if not self.started_path.exists() or StateStore(self.state_dir).has_states():
             return False
-        return set(self._content()) <= {*paths, self.state_dir}
+        return set(self._previous.content()) <= {*paths, self.state_dir}
 
-    def _put_aside(self) -> bool:
-        if not self._content():
-            return False
+    def _open(self) -> None:
+        """Locks the directory, completes interrupted moves, and removes leftovers."""
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            raise HandoffError(f"{self.path}: cannot be written to ({error.strerror})") from error
+        self._previous.finish()
+        self._previous.rotate()
+        self._sweep()
+
+    def _put_aside(self) -> int | None:
+        """Empties the directory. Returns the number of the content in `.previous`, None if there was none to keep."""
+        content = self._previous.content()
+        if not content:
+            return None
         if self._holds_only(self.started_path, self.metrics_path, self.samples_path, self.tracker_dir):
-            # A start that produced nothing must not replace a previous generation.
-            for path in self._content():
+            # A start that produced nothing is not worth keeping.
+            for path in content:
                 remove_tree(path)
-            return False
-        self._moving.mkdir(parents=True, exist_ok=True)
-        self._finish_setting_aside()
-        return True
+            return None
+        return self._previous.put_aside()
 
-    def _finish_setting_aside(self) -> None:
-        """Completes the move to `.previous`. The target's temporary name shows a move that a killed `begin` started."""
-        if not self._moving.is_dir():
-            return
-        for path in self._content():
-            path.rename(self._moving / path.name)
-        fsync_path(self.path)
-        remove_tree(self._aside)
-        self._moving.rename(self._aside)
-        fsync_path(self._aside.parent)
+    def _bring_back(self, inputs: Inputs) -> bool:
+        number = self._previous.find(inputs)
+        if number is None:
+            return False
+        self._put_aside()
+        self._previous.bring_back(number)
+        return True
 
     # ---- publishing
 
@@ -236,7 +238,7 @@ class StageDir:
 
         Raises:
             HandoffError: the written model breaks the contract or has another encoding than `tokenizer`, or the disk
-                is full. The stage stays unfinished, or keeps its earlier publication.
+                is full or cannot be written. The stage stays unfinished, or keeps its earlier publication.
         """
         assert self._inputs == inputs, "publish must get the inputs that begin got"
         writing = self.path / _WRITING
@@ -270,11 +272,15 @@ class StageDir:
             # Written before the old publication is removed, so that no later step needs disk space.
             write_json(self.path / _NEXT, sealed(manifest))
         except Exception as error:  # `write` may raise any type of error for a full disk
-            remove_tree(writing)
-            if not disk_is_full(error):
+            if not cannot_write(error):
+                remove_tree(writing)
                 raise
+            with suppress(OSError):
+                remove_tree(writing)
+            why = "the disk is full" if disk_is_full(error) else f"it cannot be written ({error})"
+            mend = "free some space" if disk_is_full(error) else "mend that"
             raise HandoffError(
-                f"{self.path}: the disk is full, nothing was published; free some space and run the same command again"
+                f"{self.path}: {why}, nothing was published; {mend} and run the same command again"
             ) from error
         self._switch(writing if write else None, target)
         return manifest
@@ -339,6 +345,7 @@ class StageDir:
         if self.untouched:
             self._undo()
         else:
+            self._previous.rotate()
             keep_hashes(self.path.parent)
         self._lock.release()
         self._inputs = None
@@ -346,10 +353,5 @@ class StageDir:
     def _undo(self) -> None:
         remove_tree(self.state_dir)
         self.started_path.unlink()
-        if self._set_aside:
-            # stage.json comes last, so that half-restored content does not count as published.
-            for path in sorted(self._aside.iterdir(), key=lambda path: path.name == self.manifest_path.name):
-                path.rename(self.path / path.name)
-            remove_tree(self._aside)
-            with suppress(OSError):
-                self._aside.parent.rmdir()
+        if self._set_aside is not None:
+            self._previous.bring_back(self._set_aside)

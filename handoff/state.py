@@ -40,6 +40,8 @@ class State:
     extra: dict[str, Any]
     lost: dict[str, str] = field(default_factory=dict)
     """{part: what is wrong with it}; empty except in a state that `BrokenStates` offers."""
+    rotation: dict[str, Any] = field(default_factory=dict)
+    """`keep` and `protect` of its `commit`."""
 
 
 class BrokenStates(HandoffError):
@@ -90,7 +92,13 @@ class StateStore:
             parts = {
                 name: {"sha256": sha256_file(staged / name), "bytes": (staged / name).stat().st_size} for name in names
             }
-            manifest = {"format_version": FORMAT_VERSION, "step": step, "extra": dict(extra or {}), "parts": parts}
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "extra": dict(extra or {}),
+                "parts": parts,
+                "rotation": {"keep": keep, "protect": protect},
+            }
             write_json(staged / STATE_MANIFEST, {**manifest, "sha256": canonical_hash(manifest)})
             fsync_tree(staged)
         except OSError:
@@ -105,7 +113,10 @@ class StateStore:
             final.rename(replaced)
         staged.rename(final)
         fsync_path(self.directory)
-        self._rotate(step, keep, protect)
+        try:
+            self._rotate(step, keep, protect)
+        except OSError as error:
+            _log.warning("state %s is saved, but older ones cannot be removed: %s", final.name, error)
         return final
 
     def _rotate(self, newest: int, keep: int, protect: int | None) -> None:
@@ -206,7 +217,7 @@ class StateStore:
                 lost[name] = f"{file} has {size} bytes instead of {part['bytes']}"
             elif sha256_file(file) != part["sha256"]:
                 lost[name] = f"{file} was altered: it does not match its saved hash"
-        return State(step, path, manifest["extra"], lost)
+        return State(step, path, manifest["extra"], lost, manifest.get("rotation", {}))
 
     def _manifest(self, step: int, path: Path) -> dict[str, Any]:
         manifest_path = path / STATE_MANIFEST
@@ -222,8 +233,18 @@ class StateStore:
             raise HandoffError(f"{manifest_path} is of step {manifest['step']}, but its directory is of step {step}")
         return manifest
 
-    def clean(self) -> None:
-        """Removes the leftovers of interrupted saves."""
-        if self.directory.is_dir():
-            for path in self.directory.glob(".tmp-*"):
-                remove_tree(path)
+    def clean(self, newest: State | None) -> None:
+        """Removes what interrupted saves have left: unfinished states, and older ones that the save of the `newest`
+        state was to remove. None: there is no whole state, so all stay."""
+        if not self.directory.is_dir():
+            return
+        for path in self.directory.glob(".tmp-*"):
+            remove_tree(path)
+        # A damaged state after `newest` may still be restored by hand. After one that was being replaced, all is done.
+        if (
+            newest is not None
+            and newest.rotation
+            and newest.path == self._candidates()[0][1]
+            and newest.path.name.startswith("step-")
+        ):
+            self._rotate(newest.step, newest.rotation["keep"], newest.rotation["protect"])

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,20 @@ class JudgeConfig(BaseModel):
     """The options of the reward function `judge`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            "api_key_env",
+            "concurrency",
+            "timeout",
+            "retries",
+            "backoff",
+            "cache_dir",
+            "price_per_million_input",
+            "price_per_million_output",
+            "max_cost",
+        }
+    )
+    """The options on which a verdict does not depend."""
 
     base_url: str
     """The URL before `/chat/completions`: `https://api.openai.com/v1`, `http://localhost:8000/v1`, ..."""

@@ -1,6 +1,6 @@
 """The recipe's `vllm` section: how vLLM generates rollouts. No torch here."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,6 +13,10 @@ class VLLMConfig(BaseModel):
     """Sampling by vLLM instead of by the policy's own forward pass (docs/vllm.md)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {*_REQUESTS, "transfer", "weights_dir", "transfer_port", "gpu_memory_utilization", "tensor_parallel_size"}
+    )
+    """The keys on which the answers do not depend: where the server is, and how weights and requests reach it."""
 
     mode: Literal["server", "colocate"] = "server"
     """`server`: a vLLM server that you run, reached over HTTP. `colocate`: vLLM inside every training process, on the

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from data.config import SourceConfig
 from reward.config import RewardConfig
+from training.inputs import without_effect
 from training.recipe import TopLevel
 from training.recipe_errors import models_in
 from training.registry import Registry
@@ -31,6 +32,9 @@ For a recipe of your own, `baton config recipes/tiny.yaml` prints every value th
 An unknown key, a wrong type, a value out of range and a key that the stage would not read are errors: the message names
 the file, the line and the key that was meant, and nothing is started. Keys that begin with `x-` are yours, for notes
 and YAML anchors.
+
+† The result does not depend on this key: another value leaves a finished stage up to date, and lets an unfinished one
+resume.
 """
 FOOT = "Next: [the command line](commands.md)\n"
 SOURCES = models_in(SourceConfig)
@@ -76,7 +80,8 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
             continue
         inner = [found for found in models_in(field.annotation) if found not in SHARED]
         default = _default(field, nested=bool(inner))
-        cells = (f"`{prefix}{name}`", _cell(_kind(kinds[name], field)), default, _cell(said.get(name, "")))
+        mark = " †" if name in without_effect(model) else ""
+        cells = (f"`{prefix}{name}`{mark}", _cell(_kind(kinds[name], field)), default, _cell(said.get(name, "")))
         yield f"| {' | '.join(cells)} |"
         for found in inner:
             yield from _rows(found, f"{prefix}{name}.")

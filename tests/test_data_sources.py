@@ -244,6 +244,7 @@ def test_fingerprints_of_one_list_have_distinct_names():
 
 
 def test_a_file_that_has_not_changed_is_hashed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("handoff.files._SETTLED", -1.0)
     (tmp_path / "a.txt").write_text("one")
     source, cache = FileSource(source="file", path="a.txt"), HashCache(tmp_path / "hashes.json")
     first = fingerprint(source, tmp_path, cache.sha256)

@@ -1,6 +1,8 @@
 """Launch files: the requested engine, refused requests, and the resulting settings."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from training.engines import deepspeed, launch
 from training.engines.ddp import Ddp
 from training.engines.deepspeed import DeepSpeed
 from training.engines.fsdp2 import Fsdp2
-from training.engines.launch import LaunchError, Request, check_environment, check_file, requested
+from training.engines.launch import LaunchError, Request, check_environment, requested
 from training.engines.processes import _saying
 from training.engines.single import Single, accumulation_steps
 
@@ -118,32 +120,6 @@ def test_requests_that_are_refused(environment, gpus, variables: dict[str, str],
     environment(variables)
     with pytest.raises(LaunchError, match=message):
         engines.start()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "it has no distributed_type"),
-        ("- a\n", "it has no distributed_type"),
-        ("num_processes: 2\n", "it has no distributed_type"),
-        ("distributed_type: MULTI_GPU\n\tnum_processes: 2\n", r"x.yaml:2: not valid YAML: found character"),
-        (
-            "distributed_type: MULTI_GPU\nnum_processes: two\n",
-            "num_processes: 'two' is not a whole number of 1 or more",
-        ),
-        ("distributed_type: NO\nnum_machines: 0\n", "num_machines: 0 is not a whole number of 1 or more"),
-        ("[" * 2000, "x.yaml:1: not valid YAML"),
-    ],
-)
-def test_a_launch_file_that_cannot_be_used_names_line_or_key(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(LaunchError, match=message):
-        check_file(tmp_path / "x.yaml")
-
-
-def test_the_repositorys_launch_files_are_accepted(root: Path) -> None:
-    for path in (root / "recipes" / "launch").glob("*.yaml"):
-        check_file(path)
 
 
 PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -368,3 +344,24 @@ def test_what_came_up_is_compared_with_what_was_asked(environment, gpus) -> None
     environment({**TWO, **REHEARSAL})
     with pytest.raises(LaunchError, match="asks for ddp"):
         check(2)
+
+
+def test_openmp_may_not_choose_the_number_of_threads_by_load(root: Path) -> None:
+    """Asked of the library that torch has loaded, in a process whose environment says otherwise."""
+    code = (
+        "import ctypes, re\n"
+        "START\n"
+        "import torch\n"
+        "torch.ones(2).sum()\n"
+        "path = re.search(r'\\S*/libgomp\\S*', open('/proc/self/maps').read()).group()\n"
+        "print(ctypes.CDLL(path).omp_get_dynamic())\n"
+    )
+    found = []
+    for start in ("pass", "from training import engines; engines.start()", "import baton.preload"):
+        command = [sys.executable, "-c", code.replace("START", start)]
+        environment = {**os.environ, "OMP_DYNAMIC": "TRUE"}
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"torch's OpenMP library cannot be asked here: {done.stderr[-200:]}")
+        found.append(done.stdout.strip())
+    assert found == ["1", "0", "0"]

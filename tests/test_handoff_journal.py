@@ -100,7 +100,7 @@ def test_on_a_full_disk_lines_wait_and_none_is_torn(
         journal.append([{"step": step}, {"step": step, "eval": 1.0}])
         here = steps(journal) if journal.path.exists() else []
         assert here == list(itertools.chain(*([n, n] for n in range(1, len(here) // 2 + 1))))
-    assert caplog.text.count("no room to write to") == 1
+    assert caplog.text.count("no room to write to it") == 1
     with pytest.raises(OSError, match="No space left"):
         journal.sync()
     disk.room = 10_000
@@ -109,7 +109,81 @@ def test_on_a_full_disk_lines_wait_and_none_is_torn(
     assert steps(journal) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
 
 
-def test_errors_other_than_a_full_disk_are_raised(journal: Journal) -> None:
+def test_lines_of_a_file_that_cannot_be_written_wait_too(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
     journal.path.mkdir()
+    for step in (1, 2):
+        journal.append([{"step": step}])
+    assert caplog.text.count("metrics.jsonl: it cannot be written (Is a directory)") == 1
     with pytest.raises(IsADirectoryError):
-        journal.append([{"step": 1}])
+        journal.sync()
+    journal.path.rmdir()
+    journal.sync()
+    assert steps(journal) == [1, 2]
+
+
+def sealed_lines(journal: Journal, count: int) -> dict[str, Any]:
+    """A line for each of `count` steps, sealed, and two lines after that."""
+    journal.append([{"step": step, "loss": step / 7} for step in range(1, count + 1)])
+    seal = journal.seal()
+    journal.append([{"step": count}, {"step": count + 1}])
+    return seal
+
+
+def test_a_whole_file_is_cut_without_a_word(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    seal = sealed_lines(journal, 3)
+    journal.cut(3, seal)
+    assert steps(journal) == [1, 2, 3, 3] and not caplog.text  # a line of the same step may follow the seal
+    assert [path.name for path in journal.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"step": 2, "lo\n', b"\0" * 20 + b"\n", b"[2]\n", b'{"loss": 1}\n', b'{"step": "2"}\n', b"\xff\xfe\n",
+     b"[" * 100_000 + b"\n", b"\n"],
+    ids=["torn", "zeros", "list", "no step", "step is text", "not UTF-8", "deep", "empty"],
+)  # fmt: skip
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_damaged_line_costs_that_line_and_is_named(
+    journal: Journal, caplog: pytest.LogCaptureFixture, damage: bytes, sealed: bool
+) -> None:
+    seal = sealed_lines(journal, 4)
+    lines = journal.path.read_bytes().splitlines(keepends=True)
+    journal.path.write_bytes(b"".join([lines[0], damage, *lines[2:]]))
+    before = journal.path.read_bytes()
+    journal.cut(4, seal if sealed else None)
+    assert steps(journal) == [1, 3, 4, 4]
+    assert "metrics.jsonl cannot be read in line 2;" in caplog.text
+    assert journal.path.with_name("metrics.jsonl.damaged").read_bytes() == before
+    caplog.clear()
+    journal.cut(4)
+    assert not caplog.text
+
+
+def test_a_number_that_was_altered_is_noticed(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    seal = sealed_lines(journal, 3)
+    journal.path.write_bytes(journal.path.read_bytes().replace(b"0.28", b"0.38"))
+    journal.cut(3, seal)
+    assert "metrics.jsonl is not as it was when the state was saved" in caplog.text
+    assert steps(journal) == [1, 2, 3, 3]
+
+
+def test_a_deleted_and_a_shortened_file_are_noticed(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    seal = sealed_lines(journal, 3)
+    os.truncate(journal.path, 60)
+    journal.cut(3, seal)
+    assert "is not as it was" in caplog.text and steps(journal) == [1]
+    journal.path.unlink()
+    journal.cut(3, seal)
+    assert "metrics.jsonl is missing; its lines up to step 3 are lost" in caplog.text
+    assert not journal.path.exists()
+    caplog.clear()
+    journal.cut(0, Journal(journal.path).seal())  # nothing was written by then
+    assert not caplog.text
+
+
+def test_what_follows_a_damaged_line_is_not_read(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    """The answers of `generate` are its result: those after a damaged line are sampled again."""
+    journal.append([{"step": 1}, {"step": 2}, {"step": 3}])
+    journal.path.write_bytes(journal.path.read_bytes().replace(b'"step": 2', b'"step": ,2'))
+    assert journal.lines() == [{"step": 1}]
+    assert "line 2 cannot be read" in caplog.text

@@ -144,8 +144,31 @@ def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
     for _ in killed_before_each_change(begin_anew):
         check_stage(run)
         begin_anew()
-        assert hash_tree(run / ".previous" / "sft") == before
+        assert hash_tree(run / ".previous" / "sft") == {f"1/{name}": digest for name, digest in before.items()}
         restore(run, copy)
+
+
+@pytest.mark.slow
+def test_bringing_back_loses_nothing(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    for value, rate in ((1.0, 1.0), (2.0, 2.0)):
+        publish_value(copy, value, rate)
+    restore(run, copy)
+
+    def bring_back() -> None:
+        StageDir(run / "sft").bring_back(inputs(rate=1.0))
+
+    seen = set()
+    for _ in killed_before_each_change(bring_back):
+        seen.add(check_stage(run))
+        for rate, value in ((1.0, "1.0"), (2.0, "2.0"), (1.0, "1.0")):
+            stage = StageDir(run / "sft")
+            assert stage.begin(inputs(rate=rate)) is True
+            stage.close()
+            assert check_stage(run) == value
+        assert [path.name for path in (run / ".previous" / "sft").iterdir()] != []
+        restore(run, copy)
+    assert seen == {"2.0", "unfinished", "1.0"}
 
 
 @pytest.mark.slow
@@ -187,7 +210,9 @@ def test_committing_a_state(tmp_path: Path, step: int) -> None:
         found = store.latest()
         assert found is not None
         seen.add((found.path / "part").read_text())
-        store.clean()
+        store.clean(found)
+        # What the rotation did not reach is gone.
+        assert [path.name for path in state.iterdir()] == [found.path.name]
         save(state, 3, "third")
         assert [path.name for path in state.iterdir()] == ["step-3"]
         restore(state, copy)

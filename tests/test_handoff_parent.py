@@ -66,6 +66,7 @@ def test_opening_a_foreign_parent_writes_nothing(tmp_path: Path) -> None:
 def test_hashes_of_a_foreign_parent_are_kept_by_the_stage_that_leaves_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(handoff.files, "_SETTLED", -1.0)
     write_model(tmp_path / "llama")
     run = tmp_path / "run"
     stage = StageDir(run / "sft")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 import handoff.stage
 from handoff.errors import HandoffError
-from handoff.files import hash_tree, read_json
+from handoff.files import hash_tree
 from handoff.manifest import Manifest, ParentRecord
 from handoff.parent import open_dataset, open_parent
 from handoff.stage import StageDir
@@ -240,58 +240,6 @@ def test_the_same_inputs_resume(tmp_path: Path) -> None:
     stage.close()
     assert stage.begin(inputs(rate=0.1)) is True
     assert StateStore(stage.state_dir).latest() is not None
-    stage.close()
-
-
-@pytest.mark.parametrize("how", ["inputs", "resume", "record"])
-def test_other_inputs_set_the_old_content_aside(tmp_path: Path, how: str) -> None:
-    stage = published(tmp_path / "run" / "sft")
-    if how == "record":
-        stage.started_path.write_text("{")
-    before = hash_tree(stage.path)
-    given = inputs(rate=0.2) if how == "inputs" else inputs()
-    assert stage.begin(given, resume=how != "resume") is False
-    save_state(stage)
-    assert stage.started_inputs() == given
-    assert names(stage.path) == [".lock", "started.json", "state"]
-    aside = tmp_path / "run" / ".previous" / "sft"
-    assert {**hash_tree(aside), ".lock": before[".lock"]} == {**before}
-    stage.close()
-
-
-def test_one_earlier_generation_is_kept(tmp_path: Path) -> None:
-    for rate in (1, 2, 3):
-        stage = StageDir(tmp_path / "sft")
-        stage.begin(inputs(rate=rate))
-        publish(stage, given=inputs(rate=rate))
-        stage.close()
-    aside = read_json(tmp_path / ".previous" / "sft" / "started.json")
-    assert aside["inputs"]["recipe"]["rate"] == 2
-    assert names(tmp_path / ".previous") == ["sft"]
-
-
-def test_a_start_without_result_keeps_the_previous_generation(tmp_path: Path) -> None:
-    published(tmp_path / "sft")
-    for rate in (2, 3):
-        stage = StageDir(tmp_path / "sft")
-        stage.begin(inputs(rate=rate))
-        assert names(stage.path) == [".lock", "started.json"]
-        stage.metrics_path.write_text("{}\n")
-        StateStore(stage.state_dir).staging(1)
-        stage.close()
-    assert (tmp_path / ".previous" / "sft" / "stage.json").exists()
-    assert names(tmp_path / "sft") == [".lock", "metrics.jsonl", "started.json", "state"]
-
-
-def test_an_interrupted_setting_aside_is_completed(tmp_path: Path) -> None:
-    stage = published(tmp_path / "sft")
-    moving = tmp_path / ".previous" / ".sft.moving"
-    moving.mkdir(parents=True)
-    stage.manifest_path.rename(moving / "stage.json")
-    assert stage.begin(inputs()) is False  # the same inputs, but the content had been set aside
-    assert sorted(hash_tree(tmp_path / ".previous" / "sft")) == sorted(
-        ["stage.json", "started.json", *(f"model/{name}" for name in names(tmp_path / ".previous" / "sft" / "model"))]
-    )
     stage.close()
 
 

@@ -44,6 +44,45 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     assert steps(store) == ["step-10", "step-20"]
 
 
+def test_a_rotation_that_a_kill_prevented_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its protected state, and only while the newest state is whole."""
+    store = StateStore(tmp_path)
+    for step in (1, 2, 3):
+        save(store, step, keep=3)
+    staged = store.staging(4)
+    (staged / "model.safetensors").write_text("weights 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(StateStore, "_rotate", lambda *_: None)  # killed right before it
+        path = store.commit(4, staged, 1, {}, protect=2)
+    store.staging(5)
+    newest = store.latest()
+    store.clean(None)
+    assert steps(store) == ["step-1", "step-2", "step-3", "step-4"]
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(b"damaged")
+    store.clean(store.latest())
+    assert steps(store) == ["step-1", "step-2", "step-3", "step-4"]
+    (path / "model.safetensors").write_bytes(weights)
+    store.clean(newest)
+    assert steps(store) == ["step-2", "step-4"]
+
+
+def test_a_state_is_saved_even_if_an_older_one_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = StateStore(tmp_path)
+    save(store, 1)
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "step-1")
+
+    monkeypatch.setattr(StateStore, "_rotate", forbidden)
+    save(store, 2, keep=1)
+    assert "state step-2 is saved, but older ones cannot be removed" in caplog.text
+    found = store.latest()
+    assert found is not None and found.step == 2
+
+
 def test_later_states_of_an_abandoned_course_are_removed(tmp_path: Path) -> None:
     store = StateStore(tmp_path)
     for step in (1, 2, 3):
@@ -190,5 +229,5 @@ def test_staging_starts_empty_and_clean_removes_leftovers(tmp_path: Path) -> Non
     assert list(store.staging(5).iterdir()) == []
     (store.staging_path(5) / "half").write_text("x")
     assert store.latest() is not None
-    store.clean()
+    store.clean(store.latest())
     assert steps(store) == ["step-1"]

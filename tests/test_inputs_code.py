@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from training.inputs import code_files
+from training.closure import code_files
 from training.registry import Registry
 
 OURS = ("stages", "training", "rollout", "reward", "data", "handoff")

@@ -132,3 +132,14 @@ def test_every_key_is_read_by_code(root, stage):
     }
     # The loader reads `stage` from the text, since it decides which model reads the rest.
     assert unread - {f"{stage}.stage"} == set()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward_model", "dpo"])
+def test_a_training_of_no_steps_is_refused(stage, tmp_path):
+    """It would otherwise train as many steps as `num_train_epochs` needs."""
+    keys = {"stage": stage, "parent": "org/model", "data": [{"source": "world", "kind": "chats"}]}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"name": "r", "stages": {"s": {**keys, "train": {"max_steps": 0}}}}))
+    with pytest.raises(RecipeError, match=r"s\.train: max_steps 0 would train nothing: give at least 1, or -1"):
+        load_recipe(path)
+    load_recipe(path, ["s.train.max_steps=1"])

@@ -89,6 +89,22 @@ def test_steps_that_cannot_be_replayed_say_why(sft, monkeypatch, capsys):
         replay_step(stage_chain.runs() / "tiny", "tokenizer", 1)
 
 
+def test_other_logging_steps_than_the_runs_do_not_change_what_is_compared(tmp_path):
+    """The recipe's file was changed after the run, which leaves the stage up to date."""
+    path = tmp_path / "recipe.yaml"
+    recipe = yaml.safe_load(stage_chain.chain().read_text())
+    recipe["output_root"] = str(tmp_path)
+    recipe["stages"] = {"sft": recipe["stages"]["sft"] | {"parent": str(stage_chain.runs() / "tiny" / "pretrain")}}
+    recipe["stages"]["sft"]["train"] |= {"max_steps": 8, "save_steps": 3, "logging_steps": 2, "save_total_limit": 4}
+    path.write_text(yaml.safe_dump(recipe))
+    run_section(load_recipe(path), "sft")
+    for every in (1, 3, 8):
+        recipe["stages"]["sft"]["train"]["logging_steps"] = every
+        path.write_text(yaml.safe_dump(recipe))
+        found = replay_step(tmp_path / "tiny", "sft", 6)
+        assert (found.line, found.state) == (6, 3) and found.agrees, found.told()
+
+
 def test_an_altered_state_is_skipped(sft):
     part = sft / "sft" / "state" / "step-12" / "optimizer.safetensors"
     kept = part.read_bytes()

@@ -196,7 +196,38 @@ def test_force_runs_one_section_from_its_start(scene):
     assert scene.run(force=("leaf",)) == 0
     assert scene.started == ["leaf"]
     assert scene.line("leaf") == "stale: forced"
-    assert (scene.recipe().run_dir / ".previous" / "leaf" / "stage.json").exists()
+    assert (scene.recipe().run_dir / ".previous" / "leaf" / "1" / "stage.json").exists()
+    scene.run("leaf.effort=2")
+    assert scene.run() == 0
+    assert scene.started == []  # the forced result comes back, not the one before it
+
+
+def test_what_a_changed_recipe_set_aside_comes_back_with_the_recipe(scene):
+    scene.run()
+    changed = ("root.result=other",)
+    assert scene.run(*changed) == 0
+    assert scene.started == ["root", "leaf", "twig"]  # judge's own parents gave the same result
+    found = overview(scene.recipe())
+    assert "what an earlier start with this recipe made comes back" in found["root"].reasons
+    for overrides in ((), changed, ()):
+        assert scene.run(*overrides) == 0
+        assert scene.started == []
+        for name in ("root", "leaf", "twig"):
+            assert scene.line(name) == "up to date: brought back from .previous, skipped"
+    assert scene.run() == 0
+    assert scene.line("root") == "up to date, skipped"
+
+
+def test_the_states_of_an_interrupted_stage_come_back_with_the_recipe(scene):
+    recipe = scene.recipe()
+    directory = StageDir(recipe.run_dir / "root")
+    directory.begin(stage_inputs(recipe, "root"))
+    (directory.state_dir / "step-5").mkdir(parents=True)
+    directory.close()
+    assert scene.run("root.effort=3", to=("root",)) == 0
+    assert scene.run(to=("root",)) == 0
+    assert scene.line("root") == "unfinished: brought back from .previous; resumes from step 5"
+    assert scene.started == ["root"]
 
 
 def test_an_interrupted_stage_is_resumed(scene):

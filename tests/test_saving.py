@@ -1,6 +1,7 @@
 """Broken states and full disks (training/saving.py); the disk is a real tmpfs where one can be mounted."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from handoff.errors import HandoffError
+from handoff.stage import StageDir
 from handoff.state import StateStore
 from tests.stage_chain import lines_of, result, stage_recipe
 from training.config import OptimizerConfig
@@ -152,14 +154,21 @@ def test_too_small_a_disk_is_an_error_before_training(disk):
 def test_space_of_existing_states_counts_as_free(tmp_path, monkeypatch):
     """A run whose own states fill the disk can continue."""
     section, engine = SimpleNamespace(name="sft"), SimpleNamespace(on_main=lambda work: work())
-    run = SimpleNamespace(dir=SimpleNamespace(state_dir=tmp_path), section=section, engine=engine)
-    states = SavedStates(cast(Run, run), OptimizerConfig(save_total_limit=2))
+    stage = StageDir(tmp_path / "run" / "sft")
+    stage.state_dir.mkdir(parents=True)
+    states = SavedStates(cast(Run, SimpleNamespace(dir=stage, section=section, engine=engine)), OptimizerConfig())
     monkeypatch.setattr("handoff.files.free_bytes", lambda path: 150)
     for there in (0, 149):
-        (tmp_path / "step-1").write_bytes(b"x" * there)
-        with pytest.raises(HandoffError, match=r"needs 300 bytes|needs 151 bytes"):
+        (stage.state_dir / "step-1").write_bytes(b"x" * there)
+        with pytest.raises(HandoffError, match=r"needs (300|151) bytes, .* on another disk$"):
             states.check_room(3, 90, 30)
-    (tmp_path / "step-1").write_bytes(b"x" * 150)
+    (tmp_path / "run" / ".previous" / "dpo" / "1").mkdir(parents=True)
+    (tmp_path / "run" / ".previous" / "dpo" / "1" / "model").write_bytes(b"x" * 77)
+    with pytest.raises(
+        HandoffError, match=r"\.previous has 77 bytes of what earlier recipes made, which may be removed"
+    ):
+        states.check_room(3, 90, 30)
+    (stage.state_dir / "step-1").write_bytes(b"x" * 150)
     states.check_room(3, 90, 30)
 
 
@@ -249,3 +258,80 @@ def test_a_full_disk_for_a_required_file_is_a_user_error(tmp_path, monkeypatch):
     assert not (folder / "stage.json").exists() and (folder / "state" / "step-6").is_dir()
     run_section(recipe, "reward")
     assert (folder / "stage.json").exists()
+
+
+# ---- disks that cannot be written, damaged journals, threads
+
+
+def test_a_state_folder_that_cannot_be_written_costs_a_save(tmp_path, caplog, monkeypatch):
+    """The folder of states becomes a file before the second of three saves, and comes back before the third."""
+    recipe = stage_recipe("sft", tmp_path / "cut", *KEYS)
+    states, log = recipe.run_dir / "sft" / "state", Run.log
+
+    def logged(self, step, metrics):
+        if step == 3:
+            states.rename(states.with_name("away"))
+            states.write_text("")
+        if step == 5:
+            states.unlink()
+            states.with_name("away").rename(states)
+        log(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", logged)
+        run_section(recipe, "sft")
+    assert caplog.text.count("cannot save the state of step 4 (") == 1 and "step 6 (" not in caplog.text
+    assert "Make it possible to write to" in caplog.text
+    assert sorted(path.name for path in states.glob("step-*")) == ["step-2", "step-6"]
+    other = stage_recipe("sft", tmp_path / "whole", *KEYS)
+    run_section(other, "sft")
+    ours, theirs = result(recipe, "sft"), result(other, "sft")
+    assert ours.lines == theirs.lines
+    assert all(torch.equal(ours.weights[key], theirs.weights[key]) for key in theirs.weights)
+
+
+def test_a_model_that_cannot_be_written_is_a_user_error(tmp_path, monkeypatch):
+    recipe = stage_recipe("sft", tmp_path, *KEYS)
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("handoff.stage.fsync_tree", forbidden)
+        with pytest.raises(
+            HandoffError, match=r"sft: it cannot be written \(.*Permission denied.*nothing was published"
+        ):
+            run_section(recipe, "sft")
+    run_section(recipe, "sft")
+
+
+def test_a_damaged_and_a_deleted_journal_do_not_block_a_resume(tmp_path, caplog):
+    recipe = stage_recipe("sft", tmp_path / "cut", *KEYS)
+    folder = interrupted(recipe, "sft", 4)
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(b"".join([lines[0], b"\0" * 8 + b"\n", *lines[2:]]))
+    (folder / "samples.jsonl").unlink()
+    run_section(recipe, "sft")
+    assert "metrics.jsonl cannot be read in line 2;" in caplog.text
+    assert "samples.jsonl is missing; its lines up to step 4 are lost, the training is not" in caplog.text
+    other = stage_recipe("sft", tmp_path / "whole", *KEYS)
+    run_section(other, "sft")
+    ours, theirs = result(recipe, "sft"), result(other, "sft")
+    assert ours.lines == theirs.lines[:1] + theirs.lines[2:]
+    assert all(torch.equal(ours.weights[key], theirs.weights[key]) for key in theirs.weights)
+
+
+def test_a_changed_number_of_threads_is_said(tmp_path, capsys, monkeypatch):
+    recipe = stage_recipe("sft", tmp_path, *KEYS)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 5)
+        folder = interrupted(recipe, "sft", 4)
+    assert json.loads((folder / "state" / "step-4" / "state.json").read_text())["extra"]["engine"]["threads"] == 5
+    capsys.readouterr()
+    run_section(recipe, "sft")
+    now = torch.get_num_threads()
+    said = f"saved with 5 threads, goes on with {now}: numbers are added in another order"
+    assert capsys.readouterr().out.count(said) == 1
+    interrupted(stage_recipe("sft", tmp_path / "same", *KEYS), "sft", 4)
+    run_section(stage_recipe("sft", tmp_path / "same", *KEYS), "sft")
+    assert "threads" not in capsys.readouterr().out

@@ -33,7 +33,7 @@ class Scene:
         self.mirror = self.open()
 
     def open(self) -> WandbMirror:
-        return WandbMirror(self.folder, "baton", "tiny/sft", "abc123", {"learning_rate": 1.0})
+        return WandbMirror(self.folder, {"project": "baton", "name": "tiny/sft"}, "abc123", {"learning_rate": 1.0})
 
     def log(self, *steps: int, **more: float) -> None:
         """Writes a line for each step; its time differs each time it is written."""
@@ -235,8 +235,58 @@ def test_a_stage_keeps_its_run_id_when_it_is_resumed_and_has_another_when_it_beg
     assert begin(other) != first
 
 
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    """No settings for wandb, and no keys."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return monkeypatch
+
+
+def test_what_will_happen_is_said_and_the_environments_names_hold(environment, tmp_path):
+    given, words = tracker.destination("baton", "tiny/sft")
+    assert given == {} and "there is no key for api.wandb.ai: nothing is sent" in words
+    environment.setenv("WANDB_API_KEY", "x" * 40)
+    ours = {"project": "baton", "name": "tiny/sft"}
+    assert tracker.destination("baton", "tiny/sft") == (ours, "metrics go to wandb at api.wandb.ai, project baton")
+    environment.setenv("WANDB_PROJECT", "mine")
+    environment.setenv("WANDB_NAME", "first")
+    assert tracker.destination("baton", "tiny/sft")[0] == {"project": "mine", "name": "first"}
+    environment.setenv("WANDB_MODE", "disabled")
+    assert tracker.destination("baton", "tiny/sft")[0] == {}
+    environment.delenv("WANDB_API_KEY")
+    environment.setenv("WANDB_MODE", "offline")
+    given, words = tracker.destination("baton", "tiny/sft")
+    assert given["project"] == "mine" and words.endswith("(WANDB_MODE is offline)")
+
+
+def test_a_key_is_that_of_the_host(environment, tmp_path):
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert tracker.destination("baton", "x")[0]
+    environment.setenv("WANDB_BASE_URL", "https://wandb.example.org/api")
+    given, words = tracker.destination("baton", "x")
+    assert given == {} and "no key for wandb.example.org" in words and "secret" not in words
+    (tmp_path / "netrc").write_text("machine\n")
+    assert tracker.destination("baton", "x")[0] == {}
+
+
+def test_without_a_key_no_mirror_is_started(environment, micro_recipe, tmp_path, capsys):
+    run_dir = load_recipe(micro_recipe).run_dir
+    recipe = load_recipe(micro_recipe, [f"pretrain.parent={run_dir / 'tokenizer'}", f"output_root={tmp_path}"])
+    run = Run(recipe, "pretrain", Signals("pretrain"), engines.current())
+    run.mirror()
+    run.dir.path.mkdir(parents=True)
+    run.log(1, {"loss": 1.0})
+    run.close()
+    assert "nothing is sent" in capsys.readouterr().out
+    assert [path.name for path in run.dir.path.iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.slow
-def test_a_stage_is_mirrored_from_its_first_line_to_its_last(micro_recipe, tmp_path, scene):
+def test_a_stage_is_mirrored_from_its_first_line_to_its_last(micro_recipe, tmp_path, scene, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     run_dir = load_recipe(micro_recipe).run_dir
     keys = [f"pretrain.parent={run_dir / 'tokenizer'}", f"output_root={tmp_path}", "pretrain.train.report_to=wandb"]
     recipe = load_recipe(micro_recipe, [*keys, "pretrain.train.logging_steps=1"])

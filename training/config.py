@@ -17,10 +17,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     refused: ClassVar[Mapping[str, str]] = {}
     """Keys that users may expect but that are left out on purpose, with the reason and the alternative."""
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """The keys of this class on which the result does not depend (`training.inputs`); it depends on all others."""
 
 
 class OptimizerConfig(Strict):
     """Settings of the optimizer step under any engine, with the names of `transformers.TrainingArguments`."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            "per_device_train_batch_size",
+            "gradient_checkpointing",
+            "save_total_limit",
+            "resume",
+            "max_skipped_steps",
+            "grace_seconds",
+            "report_to",
+        }
+    )
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Sequences in one forward and backward pass of one process."""
@@ -61,13 +75,17 @@ class TrainConfig(OptimizerConfig):
     recipe takes the same steps on one process and on sixty-four.
     """
 
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {"per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"}
+    )
+
     global_batch_size: int = Field(default=32, ge=1)
     """Sequences (pairs, for preference stages) per optimizer step, over all processes and accumulation; a multiple of
     `per_device_train_batch_size` times the number of processes."""
     per_device_eval_batch_size: int = Field(default=16, ge=1)
     """Sequences in one forward pass of one process in evaluation."""
     max_steps: int = Field(default=-1, ge=-1)
-    """Optimizer steps; -1: as many as `num_train_epochs` needs."""
+    """Optimizer steps, at least 1; -1: as many as `num_train_epochs` needs."""
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the data; not read when `max_steps` is given."""
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "cosine"
@@ -84,6 +102,12 @@ class TrainConfig(OptimizerConfig):
     """Optimizer steps between two evaluations on held-out data; 0: only at the end."""
     save_steps: int = Field(default=0, ge=0)
     """Optimizer steps between two saved states; 0: every tenth of the run."""
+
+    @model_validator(mode="after")
+    def _trains(self) -> Self:
+        if self.max_steps == 0:
+            raise ValueError("max_steps 0 would train nothing: give at least 1, or -1 for `num_train_epochs`")
+        return self
 
 
 class MuonTrainConfig(TrainConfig):

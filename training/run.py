@@ -11,7 +11,7 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.config import StageSource
+from data.errors import DataError
+from data.fingerprint import fingerprints
+from data.overlap import MOST_SHARED, check_held_out
 from data.shards import RowStore
 from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
@@ -65,8 +68,8 @@ class Run:
         self._parents: dict[str, Parent] = {}
         self._datasets: dict[str, Dataset] = {}
         self._data: dict[str, Any] = {}
-        hashes = known_hashes(recipe.run_dir)
-        self._store = RowStore(recipe.output_root / ROWS, hashes.sha256, writes=self.is_main)
+        self._sha256 = known_hashes(recipe.run_dir).sha256
+        self._store = RowStore(recipe.output_root / ROWS, self._sha256, writes=self.is_main)
         self._metrics, self._samples = Journal(self.dir.metrics_path), Journal(self.dir.samples_path)
         self._mirror: Any = None
         self._on_close: list[Callable[[], None]] = []
@@ -101,19 +104,31 @@ class Run:
         encoder: "Encoder | None" = None,
         label: str | None = "data",
         max_drop_fraction: float = 1.0,
+        apart_from: "Rows[T] | None" = None,
+        most_shared: float = MOST_SHARED,
     ) -> "Rows[T]":
         """The rows of the sources, encoded once and stored under output_root. Every process calls it.
 
         Prints how many rows were used and dropped, and keeps the counts for the manifest under `label`. With label
         None it does neither, for rows that are counted elsewhere.
 
+        Args:
+            apart_from: the training rows, if these are held out.
+            most_shared: the largest share of these that may also be training rows.
+
         Raises:
-            DataError: a source cannot be read, more than `max_drop_fraction` of its rows was dropped, or none is left.
+            DataError: a source cannot be read, more than `max_drop_fraction` of its rows was dropped, or none is left;
+                a source has changed since the stage began; or too many held-out rows are also training rows.
         """
         rows = self._store.open(self._located(sources), kind, encoder, self.recipe.data_root, self.seed)
+        self.engine.on_main(lambda: self._check_unchanged(sources))
         self._data.setdefault("fingerprints", {}).update(rows.fingerprints)
         if label is not None:
             self.account(label, rows, max_drop_fraction)
+        if apart_from is not None:
+            note = self.engine.on_main(lambda: check_held_out(apart_from, rows, most_shared, self.section.name))
+            if note:
+                self.console.print(f"  {note}")
         return rows
 
     def account(self, label: str, rows: "Rows[T]", max_drop_fraction: float) -> None:
@@ -125,6 +140,14 @@ class Run:
         self.console.print(f"  {label}: {rows.accounting.summary()}")
         rows.accounting.check(max_drop_fraction)
         self._data[label] = rows.accounting.metrics()
+
+    def _check_unchanged(self, sources: Sequence["SourceConfig"]) -> None:
+        """Raises DataError if a source has changed since the stage began. Its rows would be taken for the old ones."""
+        own = [source for source in sources if not isinstance(source, StageSource)]
+        for name, digest in fingerprints(own, self.recipe.data_root, self._sha256).items():
+            if digest not in self._inputs.data.values():
+                self._store.discard()
+                raise DataError(f"{name}: has changed since the stage began; run the same command again")
 
     def _located(self, sources: Sequence["SourceConfig"]) -> "list[SourceConfig]":
         """The sources. Those that are rows of a stage get that stage's folder and become parents in the manifest."""
@@ -140,11 +163,18 @@ class Run:
 
     # ---- what goes out
 
-    def rewind(self, step: int | None) -> None:
-        """Removes the lines after `step` from metrics.jsonl and samples.jsonl (None: all lines)."""
+    def rewind(self, step: int | None, seals: Mapping[str, Any] | None = None) -> None:
+        """Removes the lines after `step` from metrics.jsonl and samples.jsonl (None: all lines).
+
+        `seals`: what the method `seals` returned at `step`; a file that was damaged since then is named in the log.
+        """
         if self.is_main:
             for journal in (self._metrics, self._samples):
-                journal.cut(step)
+                journal.cut(step, (seals or {}).get(journal.path.name))
+
+    def seals(self) -> dict[str, Any]:
+        """{file: its seal} of metrics.jsonl and samples.jsonl, for `rewind`."""
+        return {journal.path.name: journal.seal() for journal in (self._metrics, self._samples)}
 
     def sync(self) -> None:
         """Writes all logged lines to the disk; called before a state is committed.
@@ -164,13 +194,15 @@ class Run:
             self._mirror.wake()
 
     def mirror(self) -> None:
-        """Mirrors the lines to Weights & Biases from now on; called if `train.report_to` is wandb."""
+        """Mirrors the lines to Weights & Biases from now on, or says why not; called if `train.report_to` is wandb."""
         if not self.is_main:
             return
-        from training.tracker import WandbMirror
+        from training.tracker import WandbMirror, destination
 
-        name = f"{self.recipe.name}/{self.section.name}"
-        self._mirror = WandbMirror(self.dir.path, "baton", name, self.dir.run_id(), self.section.resolved)
+        given, words = destination("baton", f"{self.recipe.name}/{self.section.name}")
+        self.console.print(f"  {words}")
+        if given:
+            self._mirror = WandbMirror(self.dir.path, given, self.dir.run_id(), self.section.resolved)
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Adds lines to samples.jsonl: prompt, completion, score, and other values that the stage wants to show."""
@@ -211,7 +243,15 @@ class Run:
             return done.hashes
 
         if self.is_main:
-            self.sync()
+            try:
+                self.sync()
+            except OSError as error:
+                if disk_is_full(error):
+                    raise
+                raise HandoffError(
+                    f"{error.filename}: cannot be written ({error.strerror}), nothing was published; mend that and run "
+                    "the same command again"
+                ) from error
             self.dir.publish(
                 None if write is None else written,
                 files=list(files),

@@ -1,16 +1,28 @@
-"""Finds the saved states of a training run at its start and saves new ones; a full disk does not stop the training.
+"""Finds the saved states of a training run at its start and saves new ones; a disk that is full or cannot be written
+costs a saved state and does not stop the training.
 
 Trainer-based stages and the policy-gradient loop share this code. Every process calls each method.
 """
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handoff.files import check_free_space, disk_is_full, free_bytes, human_bytes, remove_tree, tree_bytes
+from handoff.errors import HandoffError
+from handoff.files import (
+    cannot_write,
+    check_free_space,
+    disk_is_full,
+    free_bytes,
+    human_bytes,
+    remove_tree,
+    tree_bytes,
+)
 from handoff.manifest import EngineRecord
+from handoff.previous import PREVIOUS
 from handoff.state import BrokenStates, State, StateStore
 from training.config import OptimizerConfig
 from training.engines import files
@@ -50,18 +62,26 @@ class SavedStates:
         run = self._run
 
         def found() -> State | None:
-            self._store.clean()
-            return self._found() if run.resumable else None
+            state = self._found() if run.resumable else None
+            self._store.clean(state if state is not None and not state.lost else None)
+            return state
 
         state = run.engine.on_main(found)
-        run.rewind(state.step if state is not None else None)
         if state is None:
+            run.rewind(None)
             return None
+        run.rewind(state.step, state.extra.get("journals"))
         saved, now = EngineRecord(**state.extra["engine"]), run.engine.record()
         if saved.words != now.words:
             run.console.print(
                 f"  saved by {saved.words}, goes on with {now.words}: the same rows and the same batch at every "
                 "step; random numbers for dropout are drawn anew where the number of processes is another",
+            )
+        if now.device == "cpu" and saved.threads not in (None, now.threads):
+            run.console.print(
+                f"  saved with {saved.threads} threads, goes on with {now.threads}: numbers are added in another "
+                "order, so the result differs in its last bits from that of an undisturbed run; with "
+                f"OMP_NUM_THREADS={saved.threads} it does not"
             )
         if state.lost:
             run.log(state.step, {"resumed_without": sorted(state.lost)})
@@ -111,7 +131,16 @@ class SavedStates:
             f"{self._run.section.name}: {states} saved states of {human_bytes(state_bytes)} (train.save_total_limit "
             f"{self._config.save_total_limit}, and one being written) and a model of {human_bytes(model_bytes)}"
         )
-        check_free_space(self._store.directory, need, what)
+        try:
+            check_free_space(self._store.directory, need, what)
+        except HandoffError as error:
+            previous = self._run.dir.path.parent / PREVIOUS
+            aside = tree_bytes(previous)
+            if not aside:
+                raise
+            raise HandoffError(
+                f"{error}; {previous} has {human_bytes(aside)} of what earlier recipes made, which may be removed"
+            ) from error
 
     def save(
         self,
@@ -122,7 +151,7 @@ class SavedStates:
         more: Callable[[Path], None] | None = None,
         protect: int | None = None,
     ) -> bool:
-        """Saves the state of `step`. Returns False if the disk has no room for it; the earlier states then stay.
+        """Saves the state of `step`. Returns False if it cannot be written; the earlier states then stay.
 
         Args:
             step: the step after which the state is saved; it names the state.
@@ -136,53 +165,55 @@ class SavedStates:
         staged = engine.from_main(self._staged(step) if engine.is_main else None)
         if staged is None:
             return False
-        full: Exception | None = None
-        # Both contain collectives, and only the main process notices a full disk. So it must call the second one even
-        # if the first has failed; otherwise the other processes would wait for it forever.
+        failed: Exception | None = None
+        # Both contain collectives, and only the main process writes. So it must call the second one even if the first
+        # has failed; otherwise the other processes would wait for it forever.
         for write in (partial(files.save_state, engine, model, optimizer), more):
             try:
                 if write is not None:
                     write(staged)
             except Exception as error:
-                if not disk_is_full(error):
+                if not cannot_write(error):
                     raise
-                full = full or error
+                failed = failed or error
         done = True
         try:
-            if full is not None:
-                raise full
+            if failed is not None:
+                raise failed
             if engine.is_main:
                 self._run.sync()
-                extra = {**extra, "engine": engine.record().model_dump()}
+                extra = {**extra, "engine": engine.record().model_dump(), "journals": self._run.seals()}
                 path = self._store.commit(step, staged, self._config.save_total_limit, extra, protect)
                 self._bytes = tree_bytes(path)
         except Exception as error:  # only on the main process
-            if not disk_is_full(error):
+            if not cannot_write(error):
                 raise
-            remove_tree(staged)
-            self._say_full(step, str(error))
+            with suppress(OSError):
+                remove_tree(staged)
+            self._say_failed(step, str(error), full=disk_is_full(error))
             done = False
         return engine.from_main(done)
 
     def _staged(self, step: int) -> Path | None:
-        """The folder to write the state into. None if the disk has no room, with a warning in the log."""
-        free = free_bytes(self._store.directory)
-        if free < self._bytes:
-            self._say_full(step, f"it takes {human_bytes(self._bytes)}, {human_bytes(free)} are free")
-            return None
+        """The folder to write the state into. None if it cannot be written, with a warning in the log."""
         try:
+            free = free_bytes(self._store.directory)
+            if free < self._bytes:
+                needed = f"it takes {human_bytes(self._bytes)}, {human_bytes(free)} are free"
+                self._say_failed(step, needed, full=True)
+                return None
             return self._store.staging(step)
         except OSError as error:
-            if not disk_is_full(error):
-                raise
-            self._say_full(step, str(error))
+            self._say_failed(step, str(error), full=disk_is_full(error))
             return None
 
-    def _say_full(self, step: int, why: str) -> None:
+    def _say_failed(self, step: int, why: str, *, full: bool) -> None:
         logger.warning(
-            "no room to save the state of step %d (%s): what was saved before stays, training goes on, the next save "
-            "tries again. Free some space on the disk of %s",
+            "%s the state of step %d (%s): what was saved before stays, training goes on, the next save tries again. "
+            "%s %s",
+            "no room to save" if full else "cannot save",
             step,
             why,
+            "Free some space on the disk of" if full else "Make it possible to write to",
             self._store.directory,
         )

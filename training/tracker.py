@@ -10,6 +10,8 @@ it, so wandb drops a repetition of a line that was sent but not recorded when th
 import fcntl
 import json
 import logging
+import netrc
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 FOLDER = "wandb"
 """Names in the stage's folder: wandb's own folder, and the two files of the mirror."""
@@ -32,12 +35,48 @@ _LOOK = 0.5  # seconds between two looks at metrics.jsonl
 logger = logging.getLogger(__name__)
 
 
+def destination(project: str, name: str) -> tuple[dict[str, str], str]:
+    """(the project and the run's name, as arguments of wandb.init; what will happen, for the user). Without arguments
+    nothing is sent.
+
+    What the environment sets (WANDB_PROJECT, WANDB_NAME) holds, and wandb reads it itself. It also reads WANDB_MODE,
+    WANDB_BASE_URL and the keys that are looked for here.
+    """
+    set_here = os.environ
+    given = {"project": set_here.get("WANDB_PROJECT") or project, "name": set_here.get("WANDB_NAME") or name}
+    mode = set_here.get("WANDB_MODE", "online").lower()
+    if mode == "disabled" or set_here.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return {}, "report_to is wandb, and the environment disables wandb: nothing is sent"
+    if mode in ("offline", "dryrun"):
+        return given, f"metrics are kept for wandb in the stage's folder {FOLDER}/ (WANDB_MODE is {mode})"
+    host = urlsplit(set_here.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    if not _has_key(host):
+        return {}, (
+            f"report_to is wandb, but there is no key for {host}: nothing is sent. Run `wandb login` or set "
+            "WANDB_API_KEY; a resumed stage then sends all lines. metrics.jsonl has everything"
+        )
+    return given, f"metrics go to wandb at {host}, project {given['project']}"
+
+
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    with suppress(OSError, netrc.NetrcParseError):
+        return host in netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).hosts
+    return False
+
+
 class WandbMirror:
     """The stage's side. The first line starts the process, so that a stage that fails earlier leaves nothing."""
 
-    def __init__(self, folder: Path, project: str, name: str, run_id: str, config: dict[str, Any]) -> None:
-        """`folder`: the stage's folder, with metrics.jsonl. `run_id`: wandb's run id, the same after a resume."""
-        self._settings = {"project": project, "name": name, "id": run_id, "config": config, "dir": str(folder)}
+    def __init__(self, folder: Path, given: dict[str, str], run_id: str, config: dict[str, Any]) -> None:
+        """
+        Args:
+            folder: the stage's folder, with metrics.jsonl.
+            given: project and name, from `destination`.
+            run_id: wandb's run id, the same after a resume.
+        """
+        self._settings = {**given, "id": run_id, "config": config, "dir": str(folder)}
         self._log = folder / FOLDER / "mirror.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._next_start = 0.0

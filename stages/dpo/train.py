@@ -53,7 +53,7 @@ def train(run: Run) -> None:
     heldout: Rows[Row] | None = None
     prompts: list[tuple[list[int], str]] = []
     if config.eval_data:
-        heldout = run.rows(config.eval_data, pairs, encoder, "held-out data", config.max_drop_fraction)
+        heldout = run.rows(config.eval_data, pairs, encoder, "held-out data", config.max_drop_fraction, apart_from=rows)
         prompts = questions(run, config.eval_data, Preference, encoder, config.eval_answers)
 
     # Model and trainer.

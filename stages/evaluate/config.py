@@ -1,6 +1,6 @@
 """The section of a recipe that the evaluation stage reads."""
 
-from typing import Literal, Self, TypeAlias
+from typing import ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,7 @@ class ScoreConfig(RewardConfig):
 class Config(StageConfig):
     """Evaluates all `models` on the same prompts; those that the run has not published are reported and left out."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset({"batch_size"})
     refused = dict.fromkeys(("reward",), "scores are a list: `scores: [{model: NAME, reencode: true}]`")
 
     models: list[str] = Field(min_length=1)

@@ -22,6 +22,7 @@ class Config(StageConfig):
     """Sampled answers to prompts, with scores, as rows for other sections: `data: [{source: stage, name: ...}]`."""
 
     publishes_rows: ClassVar[bool] = True
+    without_effect: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     parent: str
     """The model that answers."""

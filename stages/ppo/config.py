@@ -1,7 +1,7 @@
 """The section of a recipe that the policy-gradient stage reads: PPO, GRPO, RLOO and REINFORCE++ by `advantage`."""
 
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -168,6 +168,8 @@ class KLArguments(Strict):
 
 class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerConfig):
     """One iteration: sample `rollout_batch_size` answers, score them, then `num_ppo_epochs` passes over them."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"rollout_micro_batch_size", "save_iterations"})
 
     refused = dict.fromkeys(
         ("top_p", "top_k", "min_p"),

@@ -36,11 +36,20 @@ def check_batch(run: Run, t: PPOTrainConfig) -> None:
 
 
 def load_prompts(
-    run: Run, encoder: Encoder, sources: Sequence[SourceConfig], label: str, scores: Sequence[RewardConfig]
+    run: Run,
+    encoder: Encoder,
+    sources: Sequence[SourceConfig],
+    label: str,
+    scores: Sequence[RewardConfig],
+    apart_from: Rows[EncodedPrompt] | None = None,
 ) -> Rows[EncodedPrompt]:
-    """Encoded prompts; those that are too long, or whose gold answers cannot be read, are dropped and counted."""
+    """Encoded prompts; those that are too long, or whose gold answers cannot be read, are dropped and counted.
+
+    `apart_from`: as for `Run.rows`.
+    """
     config: Config = run.config
-    prompts = run.rows(sources, Prompts(config.max_prompt_length), encoder, label, config.max_drop_fraction)
+    kind = Prompts(config.max_prompt_length)
+    prompts = run.rows(sources, kind, encoder, label, config.max_drop_fraction, apart_from=apart_from)
     return readable(run, scores, prompts, label, config.max_drop_fraction)
 
 

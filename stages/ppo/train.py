@@ -90,7 +90,8 @@ def train(run: Run) -> None:
     prompts = load_prompts(run, encoder, config.data, "prompts", config.reward)
     heldout: Sequence[EncodedPrompt] = []
     if config.eval_data:
-        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts", [*config.reward, *config.monitor])
+        scores = [*config.reward, *config.monitor]
+        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts", scores, prompts)
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
     rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)

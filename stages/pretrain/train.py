@@ -53,7 +53,9 @@ def train(run: Run) -> None:
     blocks = rows.blocks(config.block_size)  # (N, T)
     windows, texts, heldout_bytes = None, None, 0
     if config.eval_data:
-        held = run.rows(config.eval_data, Documents(), encoder, "held-out data", config.max_drop_fraction)
+        held = run.rows(
+            config.eval_data, Documents(), encoder, "held-out data", config.max_drop_fraction, apart_from=rows
+        )
         windows, heldout_bytes = Windows(held.tokens, encoder.eos_id, config.block_size), held.facts["bytes"]
         texts = TextWindows(np.split(held.tokens, np.cumsum(held.lengths)[:-1]), encoder, config.block_size)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from trl import RewardConfig, RewardTrainer
 
+from data.overlap import MOST_SHARED, MOST_SHARED_BY_GATE
 from data.rows import Pairs
 from handoff.contract import check_same_encoding
 from handoff.errors import GateError
@@ -53,7 +54,11 @@ def train(run: Run) -> None:
     rows = run.rows(config.data, kind, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: list[Row] = []
     if config.eval_data:
-        heldout = list(run.rows(config.eval_data, kind, encoder, "held-out data", config.max_drop_fraction))
+        # A gate that is passed on training pairs would let every model pass.
+        most = MOST_SHARED_BY_GATE if "gate" in config.model_fields_set else MOST_SHARED
+        drop = config.max_drop_fraction
+        held = run.rows(config.eval_data, kind, encoder, "held-out data", drop, apart_from=rows, most_shared=most)
+        heldout = list(held)
 
     # Model and trainer. Members of an ensemble see the same data, each in its own order.
     if config.seed is not None:

@@ -41,7 +41,7 @@ def train(run: Run) -> None:
     heldout: Rows[Row] | None = None
     prompts: list[tuple[list[int], str]] = []
     if config.eval_data:
-        heldout = run.rows(config.eval_data, chats, encoder, "held-out data", config.max_drop_fraction)
+        heldout = run.rows(config.eval_data, chats, encoder, "held-out data", config.max_drop_fraction, apart_from=rows)
         prompts = questions(run, config.eval_data, Chat, encoder, config.eval_answers)
     data = PackedRows(rows, rows.lengths, config.max_length) if config.packing else rows
 

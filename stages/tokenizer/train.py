@@ -7,7 +7,7 @@ so that later training can use new markers without resizing the model.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from data.config import SourceConfig, WorldSource
-from data.records import Chat, Prompt, Text
+from data.records import Chat, Prompt, Record, Text
 from data.rows import Rows, Texts
 from data.template import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, STOP_TOKENS
 from stages.tokenizer.config import Config
@@ -28,7 +28,7 @@ def train(run: Run) -> None:
     """Runs the stage. Only the main process trains; the others wait for it."""
     config: Config = run.config
     rows = read_texts(run, config.data, "data")
-    heldout = read_texts(run, config.eval_data, "held-out data")
+    heldout = read_texts(run, config.eval_data, "held-out data", rows)
 
     started = time.perf_counter()
     tokenizer = PreTrainedTokenizerFast(
@@ -77,22 +77,32 @@ def wanted(source: SourceConfig) -> type[Text] | type[Chat] | type[Prompt]:
     return Text if source.format == "text" else Chat
 
 
-def read_texts(run: Run, sources: Sequence[SourceConfig], label: str) -> list[Rows[list[str]]]:
-    """Texts of documents and messages, in the order of the sources."""
+def read_texts(
+    run: Run,
+    sources: Sequence[SourceConfig],
+    label: str,
+    apart_from: Mapping[type[Record], Rows[list[str]]] | None = None,
+) -> dict[type[Record], Rows[list[str]]]:
+    """Texts of documents and messages, by type of record, in the order of the sources. `apart_from`: the training
+    texts, if these are held out."""
     kinds = [(kind, [source for source in sources if wanted(source) is kind]) for kind in (Text, Chat, Prompt)]
-    return [
-        run.rows(chosen, Texts(kind), label=f"{label} ({kind.__name__.lower()})") for kind, chosen in kinds if chosen
-    ]
+    return {
+        kind: run.rows(
+            chosen, Texts(kind), label=f"{label} ({kind.__name__.lower()})", apart_from=(apart_from or {}).get(kind)
+        )
+        for kind, chosen in kinds
+        if chosen
+    }
 
 
-def batches(rows: Sequence[Rows[list[str]]]) -> Iterator[list[str]]:
+def batches(rows: Mapping[type[Record], Rows[list[str]]]) -> Iterator[list[str]]:
     """All texts, read a batch at a time."""
-    texts = (text for part in rows for row in part for text in row)
+    texts = (text for part in rows.values() for row in part for text in row)
     while batch := list(islice(texts, _BATCH)):
         yield batch
 
 
-def train_bpe(run: Run, rows: Sequence[Rows[list[str]]], config: Config) -> Tokenizer:
+def train_bpe(run: Run, rows: Mapping[type[Record], Rows[list[str]]], config: Config) -> Tokenizer:
     """The BPE that the main process trains, on every process."""
     tokenizer = Tokenizer(models.BPE())
     parts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] * config.split_digits
@@ -106,7 +116,7 @@ def train_bpe(run: Run, rows: Sequence[Rows[list[str]]], config: Config) -> Toke
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        total = sum(int(part.lengths.sum()) for part in rows)
+        total = sum(int(part.lengths.sum()) for part in rows.values())
         with run.progress(total, "tokenizer") as advance:
 
             def counted() -> Iterator[list[str]]:

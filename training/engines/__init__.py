@@ -1,6 +1,7 @@
 """Engines: how the processes of a run train one model. Each engine has one file, and all share `protocol.Engine`.
 
     launch.py      which engine the launch file asks for
+    launch_file.py whether a launch file has mistakes
     protocol.py    the interface of an engine
     processes.py   collectives between the processes
     exchange.py    gathers tensors and trajectories of all processes on every process
@@ -32,6 +33,9 @@ def start() -> Engine:
         LaunchError: this machine lacks the GPUs, the compiler or a package; or the launch file has a setting that
             belongs in the recipe (precision, accumulation, clipping, compilation).
     """
+    os.environ["OMP_DYNAMIC"] = (
+        "FALSE"  # the number of threads, and so the result, must not depend on the machine's load
+    )
     if os.environ.get("CUDA_VISIBLE_DEVICES") == REHEARSAL:
         # Processes that share cores must not spin while they wait for one another.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

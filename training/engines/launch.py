@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from handoff.errors import UserError
 
 REHEARSAL = "-1,-1"
@@ -85,26 +83,6 @@ def check_environment(launched: bool = True) -> None:
         raise LaunchError(f"the environment has {told} without {' and '.join(missing)}{remedy}")
     if "WORLD_SIZE" in given and rank() >= count:
         raise LaunchError(f"the environment has {told}: there is no process {rank()} among {count}{remedy}")
-
-
-def check_file(path: Path) -> None:
-    """Checks what accelerate would answer with a traceback. Raises LaunchError, naming line and key."""
-    example = "the repository's own are in recipes/launch/"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise LaunchError(f"--launch {path}: cannot be read ({error}); {example}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        line, problem = (mark.line + 1, error.problem) if mark is not None else (1, "too deep or not text")  # type: ignore[union-attr]
-        raise LaunchError(f"--launch {path}:{line}: not valid YAML: {problem}; {example}") from error
-    if not isinstance(content, dict) or "distributed_type" not in content:
-        raise LaunchError(f"--launch {path}: no accelerate configuration: it has no distributed_type; {example}")
-    for key in ("num_processes", "num_machines", "machine_rank"):
-        least = 0 if key == "machine_rank" else 1
-        value = content.get(key, least)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise LaunchError(f"--launch {path}: {key}: {value!r} is not a whole number of {least} or more")
 
 
 def _flag(name: str) -> bool:

@@ -78,9 +78,15 @@ class Processes:
 
     def record(self) -> EngineRecord:
         """The engine's description for the manifest."""
+        import torch
+
         request = self.request
         return EngineRecord(
-            name=request.name, zero_stage=request.zero_stage, processes=request.processes, device=request.device
+            name=request.name,
+            zero_stage=request.zero_stage,
+            processes=request.processes,
+            device=request.device,
+            threads=torch.get_num_threads(),
         )
 
     # ---- which work this process does

@@ -1,0 +1,93 @@
+"""Checks a launch file before anything is started. accelerate itself answers a mistake in one with a traceback, and
+ignores a key that it does not know inside `deepspeed_config` or `fsdp_config`. No torch here."""
+
+from pathlib import Path
+from typing import Any
+
+from training.engines.launch import LaunchError
+from training.recipe_text import Document, KeyPath, did_you_mean, read_document
+
+RUN_BY_BATON = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
+"""The values of `distributed_type` that Baton runs."""
+WHOLE_NUMBERS = frozenset({"num_processes", "machine_rank", "num_machines", "main_process_port"})
+TEXTS = frozenset({"distributed_type", "gpu_ids", "main_process_ip", "rdzv_backend", "mixed_precision"})
+MAPPINGS = frozenset(
+    {"deepspeed_config", "fsdp_config", "dynamo_config", "fp8_config", "parallelism_config", "megatron_lm_config",
+     "mpirun_config"}
+)  # fmt: skip
+OTHERS = frozenset(
+    {"compute_environment", "use_cpu", "debug", "same_network", "main_training_function", "enable_cpu_affinity",
+     "downcast_bf16", "tpu_name", "tpu_zone", "tpu_use_cluster", "tpu_use_sudo", "command_file", "commands", "tpu_vm",
+     "tpu_env"}
+)  # fmt: skip
+OLD = frozenset({"fp16", "dynamo_backend"})
+"""Keys of earlier versions of accelerate, which it still reads."""
+DEEPSPEED = frozenset(
+    {"deepspeed_config_file", "zero_stage", "offload_optimizer_device", "offload_param_device",
+     "offload_optimizer_nvme_path", "offload_param_nvme_path", "gradient_accumulation_steps", "gradient_clipping",
+     "zero3_init_flag", "zero3_save_16bit_model", "deepspeed_hostfile", "deepspeed_exclusion_filter",
+     "deepspeed_inclusion_filter", "deepspeed_multinode_launcher", "deepspeed_moe_layer_cls_names"}
+)  # fmt: skip
+FSDP = frozenset(
+    {"fsdp_version", "fsdp_offload_params", "fsdp_min_num_params", "fsdp_sharding_strategy",
+     "fsdp_reshard_after_forward", "fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap",
+     "fsdp_backward_prefetch", "fsdp_state_dict_type", "fsdp_forward_prefetch", "fsdp_use_orig_params",
+     "fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states", "fsdp_activation_checkpointing",
+     "fsdp_activation_checkpointing_offload"}
+)  # fmt: skip
+
+
+def check_launch_file(path: Path) -> None:
+    """Raises LaunchError with every mistake found, each with its line and key."""
+    document = read_document(path)
+    if not document.problems:
+        if isinstance(document.value, dict):
+            _check(document, document.value)
+        else:
+            document.complain((), "is empty" if document.value is None else "must hold keys: distributed_type, ...")
+    if document.problems:
+        found = "\n".join(str(problem) for problem in sorted(set(document.problems)))
+        raise LaunchError(f"{found}\nrecipes/launch/ has launch files that work")
+
+
+def _check(document: Document, keys: dict[str, Any]) -> None:
+    known = WHOLE_NUMBERS | TEXTS | MAPPINGS | OTHERS | OLD
+    for name, value in keys.items():
+        if name not in known:
+            document.complain((name,), f"accelerate has no such key{did_you_mean(name, known)}")
+        elif name in WHOLE_NUMBERS and type(value) is not int:
+            document.complain((name,), f"expected a whole number, not {value!r}")
+        elif name in TEXTS and not isinstance(value, str):
+            document.complain((name,), f"expected text, not {value!r}; put it in quotes")
+        elif name in MAPPINGS and not isinstance(value, dict | None):
+            document.complain((name,), f"expected keys and values, not {value!r}")
+    for name, inner in (("deepspeed_config", DEEPSPEED), ("fsdp_config", FSDP)):
+        value = keys.get(name)
+        for key in value if isinstance(value, dict) else ():
+            # In fsdp_config, `version` means fsdp_version.
+            if key not in inner and f"fsdp_{key}" not in inner:
+                document.complain((name, key), f"accelerate has no such key{did_you_mean(key, inner)}")
+    _check_kind(document, keys)
+
+
+def _check_kind(document: Document, keys: dict[str, Any]) -> None:
+    def say(key: str, message: str) -> None:
+        path: KeyPath = (key,) if key in keys else ()
+        document.complain(path, message, key)
+
+    kind = keys.get("distributed_type")
+    if kind not in RUN_BY_BATON:
+        what = "missing" if kind is None else f"Baton does not run {kind}"
+        hint = did_you_mean(str(kind), RUN_BY_BATON) or f"; there are {', '.join(RUN_BY_BATON)}"
+        say("distributed_type", what + hint)
+    if keys.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        say("compute_environment", "Baton runs on LOCAL_MACHINE")
+    processes = keys.get("num_processes", 1 if kind == "NO" else None)
+    if processes is None:
+        say("num_processes", "missing: how many processes are started, over all machines")
+    elif type(processes) is int and processes < 1:
+        say("num_processes", f"{processes} processes cannot be started")
+    gpus = keys.get("gpu_ids", "all")
+    alone = isinstance(gpus, str) and gpus != "all" and "," not in gpus
+    if kind == "MULTI_GPU" and alone and keys.get("num_machines", 1) in (0, 1):
+        say("gpu_ids", f"MULTI_GPU needs two GPUs or more on one machine, and this names {gpus!r} alone")
