@@ -134,7 +134,6 @@ PRIVATE: tuple[PrivateName, ...] = (
     PrivateName(_ZERO12, "update_lp_params", (), "copies loaded weights to where the forward pass reads"),
     PrivateName(_ZERO3, "_reassign_or_swap_out_partitioned_parameters", ("args", "kwargs"), "the same"),
     PrivateName(_ZERO3, "checkpoint_event_prologue", (), "the same"),
-    PrivateName(_ZERO3, "checkpoint_event_epilogue", (), "the same"),
     PrivateName(_ZERO3, "fp32_partitioned_groups_flat", None, "float32 weights and moments"),
     PrivateName(_ZERO3, "sub_group_to_group_id", None, "the same"),
     PrivateName("deepspeed.runtime.zero.partition_parameters:Init", "ds_shape", None, "shape of a whole parameter"),
@@ -228,11 +227,12 @@ def writing_zero(zero: Any, stage3: bool) -> Iterator[None]:
         yield
         zero.update_lp_params()
         return
-    zero.checkpoint_event_prologue()  # releases the parameters that ZeRO-3 keeps whole
+    # This releases the small parameters that ZeRO-3 keeps whole. The next forward pass gathers them again, as the first
+    # one does: DeepSpeed then notices weights that another module than their own uses, such as the head's.
+    zero.checkpoint_event_prologue()
     yield
     for number in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(number)
-    zero.checkpoint_event_epilogue()
 
 
 @contextmanager
