@@ -233,6 +233,7 @@ def writing_zero(zero: Any, stage3: bool) -> Iterator[None]:
     yield
     for number in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(number)
+    zero.invalidate_secondary_tensor()
 
 
 @contextmanager
