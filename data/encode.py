@@ -26,7 +26,7 @@ from data.records import Message, Prompt
 from data.rendering import CLOCK, Renderer
 from data.template import CHAT_TEMPLATE
 from data.turns import Chatted, EarlierTurns, OwnTurns, Rendered, TemplateTurns, Turns
-from handoff.encoding import tokenizer_fingerprint
+from handoff.encoding import named_template, tokenizer_fingerprint
 from handoff.files import canonical_hash
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Encoder:
         self._backend.no_padding()
         self._backend.no_truncation()
         if tokenizer.eos_token_id is None:
-            raise DataError(f"{tokenizer.name_or_path}: no eos_token; name one in the tokenizer's tokenizer_config.json")
+            raise DataError(
+                f"{tokenizer.name_or_path}: no eos_token; name one in the tokenizer's tokenizer_config.json"
+            )
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -81,8 +83,16 @@ class Encoder:
             self.stop_ids = list(dict.fromkeys([*stop, self.eos_id]))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, pad_id: int | None = None) -> "Encoder":
-        """Loads the tokenizer in `folder`; `pad_id`, if given, replaces the tokenizer's own pad token.
+    def from_pretrained(
+        cls, folder: str | Path, pad_id: int | None = None, chat_template: str | None = None
+    ) -> "Encoder":
+        """Loads the tokenizer in `folder`.
+
+        Args:
+            folder: its directory.
+            pad_id: replaces the tokenizer's own pad token, if given.
+            chat_template: which of the tokenizer's chat templates is used, where it has several; by default the one
+                named `default`.
 
         Raises DataError as the constructor does.
         """
@@ -95,6 +105,10 @@ class Encoder:
             )
         if pad_id is not None and tokenizer.pad_token_id != pad_id:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+        if chat_template is not None:
+            tokenizer.chat_template = named_template(Path(folder), chat_template)
+        elif isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = _default_template(tokenizer.chat_template, folder)
         return cls(tokenizer)
 
     @property
@@ -265,6 +279,15 @@ class EncodedPrompt:
 
     ids: list[int]
     record: Prompt
+
+
+def _default_template(named: dict[str, str], folder: str | Path) -> str:
+    if "default" not in named:
+        raise DataError(
+            f"{folder}: the tokenizer has several chat templates ({', '.join(sorted(named))}) and none named default; "
+            "choose one with the recipe's key chat_template"
+        )
+    return named["default"]
 
 
 def _or_raise(result: T | RowRefused) -> T:

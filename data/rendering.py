@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import RowRefused, TemplateFailed
-from data.template_worker import SECONDS
+from data.template_worker import MEMORY
+
+SECONDS = 10.0
+"""Processor time for rendering one conversation."""
 
 Turn = dict[str, Any]
 """A message as templates see it: `role` and `content`."""
@@ -66,6 +69,7 @@ class Renderer:
         request = {
             "template": self._template,
             "variables": self._variables,
+            "seconds": SECONDS,
             "clock": CLOCK.now().isoformat(),
             "conversations": [[list(turns), generation] for turns, generation in conversations],
         }
@@ -102,8 +106,8 @@ class _Worker:
                 return answers
             ended = self._end()
         if ended == -signal.SIGPROF:
-            raise TemplateFailed(f"it needs more than {SECONDS} seconds of processor time for one conversation")
-        raise TemplateFailed(f"it ended the process that renders it (exit code {ended})")
+            raise TemplateFailed(f"it needs more than {SECONDS:g} seconds for one conversation")
+        raise TemplateFailed(f"the process that renders it, with {MEMORY >> 20} MiB of memory, ended with code {ended}")
 
     def close(self) -> None:
         """Ends the process."""
@@ -129,9 +133,8 @@ class _Worker:
         """Ends the process, unless it has ended. Returns its exit code."""
         if self._process is None:
             return None
-        with self._process as process:
-            with suppress(BrokenPipeError):
-                process.communicate()  # closes its standard input, at which it ends
+        with self._process as process, suppress(BrokenPipeError):
+            process.communicate()  # closes its standard input, at which it ends
         self._process = None
         return process.returncode
 

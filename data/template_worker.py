@@ -24,8 +24,6 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-SECONDS = 10
-"""Processor time for one conversation."""
 MEMORY = 1 << 30
 """Bytes of address space of the process."""
 LENGTH = 1 << 24
@@ -35,7 +33,7 @@ LENGTH = 1 << 24
 class _Generation(Extension):
     """`{% generation %}` marks answers for other programs; what is inside is rendered as it is."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The statements inside the tag, with a scope of their own as in transformers."""
@@ -46,8 +44,8 @@ class _Generation(Extension):
 class _PlainNamespace(Namespace):
     """A namespace without names that begin with an underscore. Its attributes are the template's values alone."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805 - a template may name a value `self`
-        values = dict(*args[1:], **kwargs)
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        values = dict(*args[1:], **kwargs)  # one of them may be named `self`
         for name in values:
             _check_name(name)
         Namespace.__init__(args[0], values)
@@ -130,7 +128,9 @@ def main() -> None:
         request = json.loads(line)
         answers = []
         for messages, generation in request["conversations"]:
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process, also inside a long C function
+            signal.setitimer(
+                signal.ITIMER_PROF, request["seconds"]
+            )  # its signal ends the process, also inside a long C function
             answers.append(_render(request, messages, generation))
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answers) + "\n")

@@ -191,8 +191,8 @@ class TemplateTurns:
         return [self._turn(message.role, message.content) for message in messages]
 
     def _learn(self) -> None:
-        """Finds out how the template wraps an answer, from one question and its answer, each a mark."""
-        self._question, self._mark = chr(_MARKS[0]), chr(_MARKS[1])
+        """Finds out how the template wraps an answer, from one question and a mark as its answer."""
+        self._question, self._mark = "qxprobeqx", chr(_MARKS[0])
         question = lambda: [self._turn("user", self._question)]  # noqa: E731
         probes = lambda: [  # noqa: E731
             (question(), False),
@@ -231,8 +231,8 @@ class TemplateTurns:
     def _whole(self, messages: Sequence[Message]) -> Chatted:
         """The conversation as the template renders it, as one row.
 
-        Where the template leaves the thought out even of the last answer, that answer is written after the generation
-        prompt instead: a model that is prompted to think would otherwise learn from an answer without a thought.
+        Where the template leaves the thought out even of the last answer, or puts an empty one before it, that answer
+        is written after the generation prompt instead, as the model generates it.
         """
         places = [i for i, message in enumerate(messages) if message.role == "assistant"]
         turns = self._turns(messages)
@@ -252,7 +252,9 @@ class TemplateTurns:
         notes: Counter[str] = Counter()
         said, (start, end) = messages[places[-1]].content, answers[-1]
         if _thought_is_lost(said, whole[start:end]):
-            notes["answers whose thought the chat template leaves out; written after its generation prompt"] += 1
+            notes[
+                "answers whose thought the chat template leaves out or doubles; written after its generation prompt"
+            ] += 1
             answers = [span for span in answers[:-1] if prompts[-1].startswith(whole[: span[1]])]
             whole = prompts[-1] + self._generated(said)
             answers.append((len(prompts[-1]), len(whole)))
@@ -340,8 +342,11 @@ class TemplateTurns:
 
 
 def _thought_is_lost(content: str, said: str) -> bool:
+    """Whether a template has left the thought of an answer out, or has put an empty one before it."""
     thought = _THOUGHT.search(content)
-    return thought is not None and thought.group(1).strip() not in said
+    if thought is None:
+        return False
+    return thought.group(1).strip() not in said or said.count("</think>") > content.count("</think>")
 
 
 def _shared(a: str, b: str) -> int:

@@ -32,8 +32,8 @@ def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
 
     Raises:
         HandoffError: the files include a pickle or code, or request remote code; a tensor is truncated or empty; the
-            tokenizer is missing; the pad token is missing or unusable; there are more token ids than embedding rows;
-            or generation_config.json lacks stop ids.
+            tokenizer is missing; there are more token ids than embedding rows; or generation_config.json lacks stop
+            ids.
     """
     for name in list_files(model_dir):
         if Path(name).suffix in PICKLES or Path(name).suffix == ".py":

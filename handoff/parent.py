@@ -6,11 +6,12 @@ Only a parent's safetensors, JSON, jinja and text files are read, whoever made i
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from handoff.contract import check_foreign
+from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import HashCache, canonical_hash, changed_files, list_files
 from handoff.manifest import Kind, Manifest, ParentRecord, TokenizerRecord, read_manifest
@@ -46,6 +47,8 @@ class Parent:
     tokenizer: TokenizerRecord
     files: dict[str, str]
     """{path relative to `path`: SHA-256} of the parent's files."""
+    chat_template: str | None = None
+    """Which of the tokenizer's chat templates is used, if the recipe chooses one."""
 
     def record(self) -> ParentRecord:
         """The parent's entry in the manifest of a stage that starts from it."""
@@ -71,7 +74,9 @@ class Dataset:
         return ParentRecord(path=str(self.path), fingerprint=made.fingerprint, name=made.name, files=made.files)
 
 
-def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True) -> Parent:
+def open_parent(
+    ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True, chat_template: str | None = None
+) -> Parent:
     """Opens `ref` and checks that a stage may start from it, before any weights are loaded.
 
     Args:
@@ -79,6 +84,7 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
         run_dir: the run's directory.
         kinds: kinds that the stage can start from.
         verify: hash every published file again and compare with the manifest; one process of a run is enough.
+        chat_template: which of the tokenizer's chat templates is used; by default the one named `default`.
 
     Raises:
         HandoffError: the parent is missing (the message gives the command that makes it), unfinished, of the wrong
@@ -96,6 +102,9 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
         raise HandoffError(f"{directory} is {_WORDS[parent.kind]}; the parent must be {wanted}")
     if manifest is not None and verify:
         _check_unaltered(directory, manifest)
+    if chat_template is not None:
+        record = read_tokenizer(parent.model_dir, choose_pad=manifest is None, template=chat_template)
+        parent = replace(parent, tokenizer=record, chat_template=chat_template)
     return parent
 
 

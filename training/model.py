@@ -273,6 +273,8 @@ class Model:
         config.save_pretrained(path)
         source = Path(self.encoder.tokenizer.name_or_path)
         copy_tokenizer(source, path)
+        if self.parent is not None and self.parent.chat_template is not None:
+            (path / "chat_template.jinja").write_text(self.encoder.tokenizer.chat_template, encoding="utf-8")
         generation_config(source, self.encoder).save_pretrained(path)
 
     def _check(self, path: Path) -> None:
@@ -326,7 +328,7 @@ def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dty
 
 def load_encoder(parent: Parent) -> Encoder:
     """The parent's tokenizer and chat template, with the pad token of the parent's tokenizer record."""
-    return Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)
+    return Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id, parent.chat_template)
 
 
 def check_vocabulary(module: PreTrainedModel, parent: Parent) -> None:
