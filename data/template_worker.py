@@ -14,7 +14,7 @@ import signal
 import sys
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
@@ -33,7 +33,7 @@ LENGTH = 1 << 24
 class _Generation(Extension):
     """`{% generation %}` marks answers for other programs; what is inside is rendered as it is."""
 
-    tags = frozenset({"generation"})
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The statements inside the tag, with a scope of their own as in transformers."""

@@ -193,20 +193,14 @@ class TemplateTurns:
     def _learn(self) -> None:
         """Finds out how the template wraps an answer, from one question and a mark as its answer."""
         self._question, self._mark = "qxprobeqx", chr(_MARKS[0])
-        question = lambda: [self._turn("user", self._question)]  # noqa: E731
-        probes = lambda: [  # noqa: E731
-            (question(), False),
-            (question(), True),
-            ([*question(), self._turn("assistant", self._mark)], False),
-        ]
         try:
-            asked, prompt, whole = self._render(probes())
+            asked, prompt, whole = self._probe()
             shown = self._question in prompt and self._mark in whole
         except RowRefused:
             shown = False
         if not shown:  # templates of models that see images want lists of parts
             self._parts = True
-            asked, prompt, whole = self._render(probes())
+            asked, prompt, whole = self._probe()
         self._prompt, self._answered = prompt, whole
         context = self._common(asked, prompt)
         shared = self._common(prompt, whole)
@@ -227,6 +221,12 @@ class TemplateTurns:
         self._lead = whole[shared:place]
         header = max((match.end() for match in self._special.finditer(self._lead)), default=0)
         self.shape = AnswerShape(self._lead[:header], self._lead[header:], rest[: stop.start()], stop.group())
+
+    def _probe(self) -> list[str]:
+        """The question, the question as a prompt, and the answered question."""
+        question = [self._turn("user", self._question)]
+        answered = [*question, self._turn("assistant", self._mark)]
+        return self._render([(question, False), (question, True), (answered, False)])
 
     def _whole(self, messages: Sequence[Message]) -> Chatted:
         """The conversation as the template renders it, as one row.
