@@ -235,7 +235,7 @@ class Encoder:
     def _learn(self, template: str) -> Turns:
         if template == CHAT_TEMPLATE:
             return OwnTurns()
-        self._renderer = Renderer(template, {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()})
+        self._renderer = Renderer(template, self.tokenizer.special_tokens_map)
         try:
             return TemplateTurns(self._renderer, self._special)
         except DataError as error:

@@ -50,13 +50,17 @@ CLOCK = Clock()
 class Renderer:
     """One chat template with the tokenizer's special tokens."""
 
-    def __init__(self, template: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, template: str, special_tokens: Mapping[str, Any]) -> None:
         """
         Args:
             template: the source.
-            variables: names that the template may use, e.g. `bos_token`.
+            special_tokens: names that the template may use, e.g. `bos_token`, and their texts or lists of texts.
         """
-        self._template, self._variables = template, dict(variables)
+        self._template = template
+        self._variables = {
+            name: [str(token) for token in value] if isinstance(value, list) else str(value)
+            for name, value in special_tokens.items()
+        }
         self.reads_clock = "strftime_now" in template
 
     def __call__(self, conversations: Sequence[tuple[Sequence[Turn], bool]]) -> list[str]:

