@@ -235,7 +235,9 @@ def write_rows(
             rows = []
             for record, result in zip(batch, kind.encode(batch, encoder, notes, facts), strict=True):
                 if isinstance(result, TemplateFailed):
-                    raise DataError(f"{record.origin}: the chat template fails: {result.reason}")
+                    assert encoder is not None
+                    where = encoder.tokenizer.name_or_path
+                    raise DataError(f"{record.origin}: the chat template of {where} fails: {result.reason}")
                 if isinstance(result, RowRefused):
                     dropped.add(count, result, record.origin)
                 else:
