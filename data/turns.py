@@ -39,8 +39,8 @@ _MARKS = range(0xE000, 0xF900)
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as text, and where its answers are: from the first character that the model generates to the end
-    of the stop token."""
+    """A conversation as text, and where its trained answers are: from the first character that the model generates to
+    the end of the stop token."""
 
     text: str
     answers: list[tuple[int, int]]
@@ -104,7 +104,7 @@ class OwnTurns:
         parts, length, answers = [BOS], len(BOS), []
         for message in messages:
             header, said = f"<|{message.role}|>", message.content + END
-            if message.role == "assistant":
+            if message.role == "assistant" and message.trained:
                 answers.append((length + len(header), length + len(header) + len(said)))
             parts += [header, said]
             length += len(header) + len(said)
@@ -143,20 +143,15 @@ class TemplateTurns:
         whole = self._whole(messages)
         row, notes = whole.rows[0], whole.notes
         places = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        turns = self._turns(messages)
-        before = self._render([(turns[: place + 1], False) for place in places[:-1]])
-        changed = [
-            i
-            for i, (place, text, (start, end)) in enumerate(zip(places[:-1], before, row.answers[:-1], strict=True))
-            if not text.startswith(row.text[:end]) or _thought_is_lost(messages[place].content, row.text[start:end])
-        ]
+        trained = {i for i, place in enumerate(places) if messages[place].trained}
+        changed = self._changed(messages, places, row, trained)
         if not changed:
-            return whole
+            return Chatted([_only(row, trained)], notes)
         if earlier == "strip":
             notes["answers of earlier turns trained as the chat template rewrites them (earlier_turns: strip)"] += len(
                 changed
             )
-            return whole
+            return Chatted([_only(row, trained)], notes)
         forks = {}
         for i in changed:
             fork = self._whole(messages[: places[i] + 1])
@@ -164,12 +159,12 @@ class TemplateTurns:
             forks[i] = Rendered(fork.rows[0].text, fork.rows[0].answers[-1:])
         if earlier == "fork":
             notes["rows added for answers that the chat template rewrites later (earlier_turns: fork)"] += len(changed)
-            kept = [span for i, span in enumerate(row.answers) if i not in changed]
-            return Chatted([*forks.values(), Rendered(row.text, kept)], notes)
+            rest = _only(row, trained - set(changed))
+            return Chatted([*forks.values(), *([rest] if rest.answers else [])], notes)
         notes["answers of earlier turns as the model generates them, unlike the template (earlier_turns: keep)"] += len(
             changed
         )
-        return Chatted([self._kept(row, forks)], notes)
+        return Chatted([_only(self._kept(row, forks), trained)], notes)
 
     def answer(self, text: str) -> Rendered:
         """As `Turns.answer`."""
@@ -255,12 +250,25 @@ class TemplateTurns:
             notes[
                 "answers whose thought the chat template leaves out or doubles; written after its generation prompt"
             ] += 1
-            answers = [span for span in answers[:-1] if prompts[-1].startswith(whole[: span[1]])]
+            if len(answers) > 1 and not prompts[-1].startswith(whole[: answers[-2][1]]):
+                raise RowRefused("the chat template leaves a thought out, and changes the turns before it")
             whole = prompts[-1] + self._generated(said)
-            answers.append((len(prompts[-1]), len(whole)))
+            answers[-1] = (len(prompts[-1]), len(whole))
         elif not whole.startswith(prompts[-1]):
             notes["answers that the chat template puts behind another text than its own prompt for them"] += 1
         return Chatted([Rendered(whole, answers)], notes)
+
+    def _changed(self, messages: Sequence[Message], places: list[int], row: Rendered, trained: set[int]) -> list[int]:
+        """The trained answers of earlier turns that the template renders in another way while they are the last."""
+        turns = self._turns(messages)
+        earlier = [i for i in range(len(places) - 1) if i in trained]
+        found = []
+        for i, text in zip(earlier, self._render([(turns[: places[i] + 1], False) for i in earlier]), strict=True):
+            start, end = row.answers[i]
+            said = row.text[start:end]
+            if not text.startswith(row.text[:end]) or _thought_is_lost(messages[places[i]].content, said):
+                found.append(i)
+        return found
 
     def _start(self, whole: str, last: int, text: int) -> int:
         """Where the model begins to generate the answer whose text is at `text`; the answer before it ends at `last`.
@@ -339,6 +347,10 @@ class TemplateTurns:
         length = _shared(a, b)
         cuts = (m.start() for text in (a, b) for m in self._special.finditer(text) if m.start() < length < m.end())
         return min(cuts, default=length)
+
+
+def _only(row: Rendered, chosen: set[int]) -> Rendered:
+    return Rendered(row.text, [span for i, span in enumerate(row.answers) if i in chosen])
 
 
 def _thought_is_lost(content: str, said: str) -> bool:

@@ -4,6 +4,8 @@ import functools
 import os
 import re
 import string
+from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from data.records import Chat, Message, Origin, Preference
 from data.rendering import CLOCK, Renderer
 from data.rows import Chats, Pairs
 from tests.row_sets import encode
-from tests.test_data_encode import CHATML, CORPUS, make_tokenizer
+from tests.test_data_encode import CHATML, CORPUS, make_tokenizer, own
 
 TEMPLATES = {path.stem: path.read_text() for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*"))}
 del TEMPLATES["README"]
@@ -265,6 +267,18 @@ def test_thoughts_of_earlier_turns_are_a_choice(name):
         for ids, mask in rows[: 1 if choice == "fork" else 0]:
             assert ids[: len(made.prompt(turns[:1]))] == made.prompt(turns[:1]) and not any(mask[:3])
     assert thoughts == {"strip": [[0, 1]], "keep": [[1, 1]], "fork": [[1], [1]]}
+
+
+@pytest.mark.parametrize("choice", ["strip", "keep", "fork"])
+def test_an_answer_that_is_not_to_be_trained_on_is_context(choice):
+    turns = messages("several turns")
+    turns = tuple(replace(m, trained=m.content != "apple, pear") for m in turns)
+    for made in (own(), encoder(CHATML), encoder(TEMPLATES["qwen3"])):
+        notes = Counter()
+        (rows,) = made.chats([turns], choice, notes)
+        said = "".join(run for row in rows for run in runs(made, *row))
+        assert "apple, pear" not in said and "apple, fig" in said and "café" in said
+        assert sum(notes.values()) == (made.tokenizer.chat_template == TEMPLATES["qwen3"])
 
 
 # ---- templates with mistakes
