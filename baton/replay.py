@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from handoff.errors import UserError
-from handoff.files import check_writable, write_json
+from handoff.files import check_writable, read_json, write_json
 from handoff.journal import Journal
 from handoff.manifest import EngineRecord, Inputs
 from handoff.parent import HASH_CACHE
@@ -138,7 +138,8 @@ def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
         _copy(run_dir.absolute(), copied.run_dir, name, state)
         inputs = stage_inputs(copied, name)
         changes = _changes(original, inputs)
-        write_json(StageDir(copied.run_dir / name).started_path, {"inputs": inputs.model_dump(mode="json")})
+        started = {**read_json(original.started_path), "inputs": inputs.model_dump(mode="json")}
+        write_json(StageDir(copied.run_dir / name).started_path, started)
         again: dict[str, Any] = {}
         try:
             run_section(copied, name, partial(_Replay, line["step"], keys[0]))

@@ -1,12 +1,13 @@
 """The encoder: turns records into token ids and loss masks. Every stage encodes text with it.
 
-Three rules make the tokens of training equal to those of generation, with any chat template:
+Three rules make the tokens of training equal to those of generation and to transformers' own, with any chat template:
 
-1. A conversation is split into contexts and answers (data/turns.py), and each part is encoded separately. So the ids of
-   a prompt are always a prefix of the ids of the answered conversation: no token spans the border, and the mask
-   (exactly the answers and their stop tokens) follows from the parts without a search for tokens.
-2. Answers and documents are encoded with special tokens switched off: there `<|end|>` is seven characters of text, not
-   a stop token. A message with such text is refused, because in a rendered conversation it could forge a turn.
+1. A conversation is rendered whole and cut into tokens at once, as `apply_chat_template` does it. Where the answers are
+   in the text is known from its structure (data/turns.py), and the tokens' offsets carry that over to the mask, which
+   is exactly the answers and their stop tokens.
+2. A message with the text of a special token is refused, because in a rendered conversation it could forge a turn. A
+   document may have it: documents are encoded with special tokens switched off, so there `<|end|>` is seven characters
+   of text.
 3. Only the template adds special tokens, so a beginning-of-sequence token appears once or not at all.
 
 data/rows.py makes the rows that a stage trains on from records.
@@ -14,23 +15,29 @@ data/rows.py makes the rows that a stage trains on from records.
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from data.errors import DataError, RowRefused
 from data.records import Message, Prompt
+from data.rendering import CLOCK, Renderer
 from data.template import CHAT_TEMPLATE
-from data.turns import OwnTurns, Split, TemplateTurns, Turns
-from handoff.encoding import tokenizer_fingerprint
+from data.turns import Chatted, EarlierTurns, OwnTurns, Rendered, TemplateTurns, Turns
+from handoff.encoding import named_template, tokenizer_fingerprint
 from handoff.files import canonical_hash
 from handoff.gate import named_errors
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
+M = TypeVar("M")
+Encoded: TypeAlias = tuple[list[int], list[bool]]
+"""Ids, and a mask that is true at the tokens of answers and at their stop tokens."""
 
 
 class Encoder:
@@ -42,49 +49,59 @@ class Encoder:
         `stop_ids`: those that the model declares (its tokenizer record). Generation ends at these too.
 
         Raises:
-            DataError: no pad or end token, pad equal to end, or a chat template that cannot be trained on.
+            DataError: no end token, or a chat template that cannot be trained on.
         """
         from tokenizers import Tokenizer
+        from tokenizers.processors import Sequence as Sequential
 
         self.tokenizer = tokenizer
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
         self._backend.no_truncation()
-        if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-            missing = "eos_token" if tokenizer.eos_token_id is None else "pad_token"
+        if tokenizer.eos_token_id is None:
             raise DataError(
-                f"{tokenizer.name_or_path}: no {missing}; name one in the tokenizer's tokenizer_config.json"
-            )
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:
-            raise DataError(
-                f"{tokenizer.name_or_path}: pad_token and eos_token are both {tokenizer.eos_token!r}, so a model would "
-                "never learn to stop; name another token of the vocabulary as pad_token in tokenizer_config.json"
+                f"{tokenizer.name_or_path}: no eos_token; name one in the tokenizer's tokenizer_config.json"
             )
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = tokenizer.pad_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        """Fills rows up. Masks and lengths say what is padding, never this id, so it may be the end token's."""
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         """All ids, including those of added tokens, are below it; a model has at least as many embedding rows."""
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or "(?!)")
         starts = self._backend.encode("").ids
         self._document_start = [i for i in starts if i == self.bos_id]
+        # Some post-processors cut spaces off the tokens' offsets. They add special tokens, too, but none to what is
+        # encoded here.
+        self._backend.post_processor = Sequential([])
         self._turns: Turns | None = None
+        self._renderer: Renderer | None = None
         self._header: list[int] = []
         stop: list[int] = []
         if tokenizer.chat_template is not None:
-            own = tokenizer.chat_template == CHAT_TEMPLATE
-            self._turns = OwnTurns() if own else TemplateTurns(self._render, self._special)
-            shape = self._turns.shape
-            self._header, stop = self._encode([shape.header, shape.stop], special=True)
+            self._turns = self._learn(tokenizer.chat_template)
+            self._header, stop = (self._ids(text) for text in (self._turns.shape.header, self._turns.shape.stop))
         self.stop_ids: list[int] = list(dict.fromkeys([*stop, self.eos_id, *stop_ids]))
         """Generation ends at any of these; the first is the one that ends an answer. Rollouts, evaluation and chat
         read them here, and they are published in generation_config.json."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, pad_id: int | None = None, stop_ids: Sequence[int] = ()) -> "Encoder":
-        """Loads the tokenizer in `folder`; `pad_id`, if given, replaces the tokenizer's own pad token. `stop_ids` as in
-        the constructor.
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        pad_id: int | None = None,
+        stop_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ) -> "Encoder":
+        """Loads the tokenizer in `folder`.
+
+        Args:
+            folder: its directory.
+            pad_id: replaces the tokenizer's own pad token, if given.
+            stop_ids: as in the constructor.
+            chat_template: which of the tokenizer's chat templates is used, where it has several; by default the one
+                named `default`.
 
         Raises DataError as the constructor does.
         """
@@ -100,6 +117,10 @@ class Encoder:
             )
         if pad_id is not None and tokenizer.pad_token_id != pad_id:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+        if chat_template is not None:
+            tokenizer.chat_template = named_template(Path(folder), chat_template)
+        elif isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = _default_template(tokenizer.chat_template, folder)
         return cls(tokenizer, stop_ids)
 
     @property
@@ -114,6 +135,7 @@ class Encoder:
                 "template": tokenizer.chat_template,
                 "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
                 "ids": [self.bos_id, self.eos_id, self.pad_id, *self.stop_ids],
+                "clock": CLOCK.now().isoformat() if self._renderer is not None and self._renderer.reads_clock else None,
                 "tokenizers": version("tokenizers"),
             }
         )
@@ -122,16 +144,16 @@ class Encoder:
         """Ids of the conversation and of the next answer's header. Raises DataError if it cannot be expressed."""
         return _or_raise(self.prompts([messages])[0])
 
-    def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids of the conversation, and a mask that is true at the tokens of answers and at their stop tokens.
+    def chat(self, messages: Sequence[Message]) -> Encoded:
+        """The conversation as the template renders it, and the mask.
 
-        The ids end with the last answer's stop token. Raises DataError if the template cannot express the conversation.
+        The ids are those of `apply_chat_template`. Raises DataError if the template cannot express the conversation.
         """
-        return _or_raise(self.chats([messages])[0])
+        return _or_raise(self.chats([messages])[0])[0]
 
     def answer(self, text: str) -> list[int]:
-        """Ids of a completion and its stop token; `prompt(m) + answer(t)` equals `chat` of `m` answered with `t`."""
-        return self.answers([text])[0]
+        """Ids of a completion and its stop token, as the model generates them after a prompt."""
+        return _or_raise(self.answers([text])[0])
 
     def document(self, text: str) -> list[int]:
         """Ids of a text and the end token, after a beginning token if the tokenizer starts texts with one."""
@@ -158,16 +180,62 @@ class Encoder:
 
     def prompts(self, batch: Sequence[Sequence[Message]]) -> list[list[int] | RowRefused]:
         """`prompt` for many conversations at once; the result for one that cannot be expressed is its RowRefused."""
-        return [r if isinstance(r, RowRefused) else r[0] for r in self._conversations(batch, generation=True)]
+        turns = self._require_template()
+        texts = [self._checked(messages, turns.prompt) for messages in batch]
+        ids = iter(self._encode([text for text in texts if isinstance(text, str)], special=True))
+        return [text if isinstance(text, RowRefused) else next(ids) for text in texts]
 
-    def chats(self, batch: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]] | RowRefused]:
-        """`chat` for many conversations at once; the result for one that cannot be expressed is its RowRefused."""
-        return self._conversations(batch, generation=False)
+    def chats(
+        self,
+        batch: Sequence[Sequence[Message]],
+        earlier: EarlierTurns = "strip",
+        notes: Counter[str] | None = None,
+    ) -> list[list[Encoded] | RowRefused]:
+        """The rows of many conversations; the result for one that cannot be expressed is its RowRefused.
 
-    def answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """`answer` for many texts at once."""
+        Args:
+            earlier: what becomes of answers that the template changes when later turns follow (see data/turns.py).
+                With `fork`, a conversation may have several rows.
+            notes: counts for the user of what was changed; added to.
+        """
+        turns = self._require_template()
+        chats = [self._checked(messages, lambda m: turns.chat(m, earlier)) for messages in batch]
+        rows = [row for chat in chats if isinstance(chat, Chatted) for row in chat.rows]
+        encoded = iter(self._masked(rows))
+        results: list[list[Encoded] | RowRefused] = []
+        for chat in chats:
+            if isinstance(chat, RowRefused):
+                results.append(chat)
+                continue
+            results.append([next(encoded) for _ in chat.rows])
+            if notes is not None:
+                notes.update(chat.notes)
+        return results
+
+    def answers(self, texts: Sequence[str]) -> list[list[int] | RowRefused]:
+        """`answer` for many texts at once; the result for one that cannot be expressed is its RowRefused.
+
+        An answer is encoded behind the end of a prompt and not by itself, since some tokenizers begin a text in another
+        way than they continue one. Only a text that spells a special token, which a model can do in ordinary tokens, is
+        encoded by itself.
+        """
+        turns = self._require_template()
+        answers = [self._spelled(text) if self.refusal(text) else self._rendered(text, turns.answer) for text in texts]
+        encodings = iter(self._encodings([answer for answer in answers if isinstance(answer, Rendered)]))
+        return [self._said(next(encodings), answer) if isinstance(answer, Rendered) else answer for answer in answers]
+
+    def _said(self, encoding: "Encoding", answer: Rendered) -> list[int]:
+        ((start, end),) = answer.answers
+        first, last = _tokens(encoding, start, end)
+        if encoding.offsets[first][0] < start:
+            # The first token would have characters of the prompt, which the model does not generate again.
+            return self._ids(self._require_template().shape.stop + answer.text[start:end])[1:]
+        return encoding.ids[first : last + 1]
+
+    def _spelled(self, text: str) -> list[int]:
         shape = self._require_template().shape
-        return [self._closed(ids) for ids in self._encode([shape.said(text) for text in texts], special=False)]
+        (ids,) = self._encode([f"{shape.before}{text}{shape.after}"], special=False)
+        return [*self._header, *ids, self.stop_ids[0]]
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """`document` for many texts at once."""
@@ -186,45 +254,37 @@ class Encoder:
             )
         return self._turns
 
-    def _conversations(
-        self, batch: Sequence[Sequence[Message]], generation: bool
-    ) -> list[tuple[list[int], list[bool]] | RowRefused]:
-        splits = [self._split(messages, generation) for messages in batch]
-        usable = [s for s in splits if isinstance(s, Split)]
-        contexts = iter(self._encode([text for s in usable for text in s.contexts], special=True))
-        answers = iter(self._encode([text for s in usable for text in s.answers], special=False))
-        results: list[tuple[list[int], list[bool]] | RowRefused] = []
-        for messages, split in zip(batch, splits, strict=True):
-            if isinstance(split, RowRefused):
-                results.append(split)
-                continue
-            ids: list[int] = []
-            mask: list[bool] = []
-            trained = [message.trained for message in messages if message.role == "assistant"]
-            for turn in range(len(split.contexts)):
-                context = next(contexts)
-                ids += context
-                mask += [False] * len(context)
-                if turn < len(split.answers):
-                    answer = self._closed(next(answers))
-                    ids += answer
-                    mask += [trained[turn]] * len(answer)
-            results.append((ids, mask))
-        return results
+    def _learn(self, template: str) -> Turns:
+        if template == CHAT_TEMPLATE:
+            return OwnTurns()
+        self._renderer = Renderer(template, self.tokenizer.special_tokens_map)
+        try:
+            return TemplateTurns(self._renderer, self._special)
+        except DataError as error:
+            raise DataError(f"{self.tokenizer.name_or_path}: {error}") from error
 
-    def _split(self, messages: Sequence[Message], generation: bool) -> Split | RowRefused:
-        turns = self._require_template()
+    def _checked(self, messages: Sequence[Message], render: Callable[[Sequence[Message]], T]) -> T | RowRefused:
         for message in messages:
             refusal = self.refusal(message.content)
             if refusal:
                 return refusal
+        return self._rendered(messages, render)
+
+    def _rendered(self, given: M, render: Callable[[M], T]) -> T | RowRefused:
         try:
-            return turns.split(messages, generation)
+            return render(given)
         except RowRefused as refusal:
             return refusal
 
-    def _closed(self, answer: list[int]) -> list[int]:
-        return [*self._header, *answer, self.stop_ids[0]]
+    def _masked(self, rows: Sequence[Rendered]) -> list[Encoded]:
+        return [(e.ids, _mask(e, row.answers)) for e, row in zip(self._encodings(rows), rows, strict=True)]
+
+    def _encodings(self, rows: Sequence[Rendered]) -> "list[Encoding]":
+        self._backend.encode_special_tokens = False
+        return self._backend.encode_batch([row.text for row in rows], add_special_tokens=False)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._encode([text], special=True)[0]
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         """`special`: whether a special token's text is encoded as that token or as ordinary text."""
@@ -233,16 +293,6 @@ class Encoder:
         encoded = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(distinct, encoded, strict=True)}
         return [ids[text] for text in texts]
-
-    def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except TemplateError as error:
-            raise RowRefused(f"the chat template refuses it: {error}") from error
-        assert isinstance(text, str)
-        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +303,37 @@ class EncodedPrompt:
     record: Prompt
 
 
+def _default_template(named: dict[str, str], folder: str | Path) -> str:
+    if "default" not in named:
+        raise DataError(
+            f"{folder}: the tokenizer has several chat templates ({', '.join(sorted(named))}) and none named default; "
+            "choose one with the recipe's key chat_template"
+        )
+    return named["default"]
+
+
 def _or_raise(result: T | RowRefused) -> T:
     if isinstance(result, RowRefused):
         raise result
     return result
+
+
+def _mask(encoding: "Encoding", answers: Sequence[tuple[int, int]]) -> list[bool]:
+    """True at the tokens of `answers`, which are places in the text."""
+    mask = [False] * len(encoding)
+    for start, end in answers:
+        first, last = _tokens(encoding, start, end)
+        mask[first : last + 1] = [True] * (last + 1 - first)
+    return mask
+
+
+def _tokens(encoding: "Encoding", start: int, end: int) -> tuple[int, int]:
+    """The first and last token of an answer. A token with characters of the answer and of what comes before it belongs
+    to the answer."""
+    first = next(token for place in range(start, end) if (token := encoding.char_to_token(place)) is not None)
+    last = encoding.char_to_token(end - 1)
+    assert last is not None, "an answer ends with its stop token"
+    # Tokens without a character of the text, such as the space that some tokenizers put first.
+    while first and (chars := encoding.token_to_chars(first - 1)) is not None and chars[0] >= start:
+        first -= 1
+    return first, last

@@ -14,3 +14,8 @@ class RowRefused(DataError):
         """`reason` is part of a metric's name; `mend` says what the user can do, where that is not plain."""
         super().__init__(f"{reason}; {mend}" if mend else reason)
         self.reason, self.mend = reason, mend
+
+
+class TemplateFailed(RowRefused):
+    """A chat template with a mistake of its own, or that needs too much time or memory. Code that reads many rows stops
+    and names the row, because the next rows would meet the same mistake."""

@@ -14,6 +14,7 @@ from data.accounting import Accounting
 from data.encode import EncodedPrompt, Encoder
 from data.errors import DataError, RowRefused
 from data.records import Chat, Message, Origin, Preference, Prompt, Record, Text
+from data.turns import EarlierTurns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,8 +54,8 @@ class Kind(Generic[T]):
 
     def encode(
         self, records: Sequence[Any], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
-    ) -> Iterator[Row | RowRefused]:
-        """Yields each record's row, or the reason why it is dropped.
+    ) -> Iterator[Row | list[Row] | RowRefused]:
+        """Yields each record's row or rows, or the reason why it is dropped.
 
         Args:
             notes: counts for the user (see `Accounting.notes`); added to.
@@ -103,33 +104,39 @@ class Chats(Kind[Row]):
 
     `truncation` decides about rows with more than `max_length` tokens. `drop`: drop and count them. `error`: raise.
     `keep_end`: cut off the beginning (but keep a beginning token), so that the last answer and its stop token remain.
+    `earlier_turns` decides about answers that the chat template changes when later turns follow (data/turns.py).
     """
 
     max_length: int
     truncation: Truncation
+    earlier_turns: EarlierTurns = "strip"
     want = Chat
     columns: ClassVar[dict[str, Column]] = {"input_ids": "ids", "mask": "flags"}
 
     def encode(
         self, records: Sequence[Chat], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
-    ) -> Iterator[Row | RowRefused]:
-        """Yields ids, and a mask of the supervised ones."""
+    ) -> Iterator[list[Row] | RowRefused]:
+        """Yields ids, and a mask of the supervised ones. A conversation is dropped if one of its rows is too long."""
         assert encoder is not None
-        for record, result in zip(records, encoder.chats([r.messages for r in records]), strict=True):
+        chats = encoder.chats([r.messages for r in records], self.earlier_turns, notes)
+        for record, result in zip(records, chats, strict=True):
             if isinstance(result, RowRefused):
                 yield result
                 continue
-            ids, mask = result
-            assert any(mask), f"{record.origin}: a chat without an answer"
-            if len(ids) > self.max_length:
-                if self.truncation != "keep_end":
-                    yield _too_long(record, len(ids), self.max_length, self.truncation)
-                    continue
-                notes["rows whose beginning was cut to max_length"] += 1
-                head = 1 if ids[0] == encoder.bos_id else 0
-                ids = ids[:head] + ids[len(ids) - self.max_length + head :]
-                mask = [False] * head + mask[len(mask) - self.max_length + head :]
-            yield {"input_ids": ids, "mask": mask}
+            long = max(len(ids) for ids, _ in result)
+            if long > self.max_length and self.truncation != "keep_end":
+                yield _too_long(record, long, self.max_length, self.truncation)
+                continue
+            yield [self._row(ids, mask, encoder, notes) for ids, mask in result]
+
+    def _row(self, ids: list[int], mask: list[bool], encoder: Encoder, notes: Counter[str]) -> Row:
+        assert any(mask), "a chat without an answer"
+        if len(ids) > self.max_length:
+            notes["rows whose beginning was cut to max_length"] += 1
+            head = 1 if ids[0] == encoder.bos_id else 0
+            ids = ids[:head] + ids[len(ids) - self.max_length + head :]
+            mask = [False] * head + mask[len(mask) - self.max_length + head :]
+        return {"input_ids": ids, "mask": mask}
 
     def length(self, row: Row) -> int:
         """Tokens of a conversation."""
@@ -164,12 +171,11 @@ class Pairs(Kind[Row]):
         rejecteds = encoder.answers([r.rejected for r in records])
         for record, prompt, chosen, rejected in zip(records, prompts, chosens, rejecteds, strict=True):
             refusal = encoder.refusal(record.chosen) or encoder.refusal(record.rejected)
-            if isinstance(prompt, RowRefused):
-                yield prompt
+            refused = next((part for part in (prompt, refusal, chosen, rejected) if isinstance(part, RowRefused)), None)
+            if refused is not None:
+                yield refused
                 continue
-            if refusal is not None:
-                yield refusal
-                continue
+            assert isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list)
             if chosen == rejected:
                 yield RowRefused("chosen and rejected are the same tokens")
                 continue

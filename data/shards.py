@@ -29,7 +29,7 @@ from uuid import uuid4
 from data.accounting import Accounting
 from data.config import SourceConfig
 from data.encode import Encoder
-from data.errors import DataError, RowRefused
+from data.errors import DataError, RowRefused, TemplateFailed
 from data.fingerprint import fingerprints
 from data.load import mixture_order, read
 from data.records import Chat, Origin, Preference, Prompt, Record, Text
@@ -234,12 +234,17 @@ def write_rows(
         for batch in _batches(records):
             rows = []
             for record, result in zip(batch, kind.encode(batch, encoder, notes, facts), strict=True):
+                if isinstance(result, TemplateFailed):
+                    assert encoder is not None
+                    where = encoder.tokenizer.name_or_path
+                    raise DataError(f"{record.origin}: the chat template of {where} fails: {result.reason}")
                 if isinstance(result, RowRefused):
                     dropped.add(count, result, record.origin)
                 else:
-                    rows.append(result)
-                    lengths.append(kind.length(result))
-                    places.append(count)
+                    for row in result if isinstance(result, list) else [result]:
+                        rows.append(row)
+                        lengths.append(kind.length(row))
+                        places.append(count)
                 count += 1
             writer.add(rows)
     if not lengths and dropped.shortest:

@@ -34,8 +34,7 @@ def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
 
     Raises:
         HandoffError: the gate refuses a file; the files include a pickle or code; a tensor is empty; the tokenizer is
-            missing; the pad token is missing or unusable; there are more token ids than embedding rows; or
-            generation_config.json lacks stop ids.
+            missing; there are more token ids than embedding rows; or generation_config.json lacks stop ids.
     """
     for name in list_files(model_dir):
         if Path(name).suffix in PICKLES or Path(name).suffix == ".py":

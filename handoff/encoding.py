@@ -8,16 +8,16 @@ When several files name an id:
 - bos, eos: the tokenizer's. The model's eos (config.json) counts only where the tokenizer names none.
 - stop ids: generation_config.json's eos_token_id, one or a list. Without it: eos, and the token with which the chat
   template ends a turn (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, ...) if it is a special token of the vocabulary.
-- pad: the tokenizer's, unless it is missing or equal to eos, as in many published base models. Since training masks
-  padding, a model whose pad is eos would never learn to stop. Then pad is generation_config.json's pad_token_id, or,
-  for a foreign checkpoint without one, an unused special token: one named for padding, a reserved one, or the unknown
-  token. A byte-level vocabulary without a spare token (GPT-2) needs one more embedding row. The user has to add it;
-  the error says how.
+- pad: the tokenizer's, unless it is missing or equal to eos, as in many published base models. Then it is
+  generation_config.json's pad_token_id, or, for a foreign checkpoint without one, an unused special token: one named
+  for padding, a reserved one, or the unknown token. Where there is none (GPT-2, SmolLM2), it is eos. Nothing here
+  depends on it: masks and lengths say what is padding. A pad of its own is taken where there is one, since other
+  programs look for the last token that is no padding.
 """
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,19 @@ class _Files:
     template: str | None
 
 
-def read_tokenizer(model_dir: Path, *, choose_pad: bool = False) -> TokenizerRecord:
+def read_tokenizer(model_dir: Path, *, choose_pad: bool = False, template: str | None = None) -> TokenizerRecord:
     """The record of the tokenizer in `model_dir`.
 
     Args:
         choose_pad: use a spare token if pad is missing or equal to eos (foreign checkpoints).
+        template: which of the tokenizer's chat templates; by default the one named `default`.
 
     Raises:
-        HandoffError: no tokenizer.json, no eos, a named token that the vocabulary lacks, or no usable pad.
+        HandoffError: no tokenizer.json, no eos, a named token that the vocabulary lacks, or no template of that name.
     """
     files = _read(model_dir)
+    if template is not None:
+        files = replace(files, template=named_template(model_dir, template))
     ids = _token_ids(files.tokenizer)
     bos_id = _special_id(files, ids, "bos_token")
     eos_id = _special_id(files, ids, "eos_token")
@@ -106,6 +109,17 @@ def declared_pad_id(model_dir: Path) -> int | None:
     return _special_id(files, _token_ids(files.tokenizer), "pad_token")
 
 
+def named_template(model_dir: Path, name: str) -> str:
+    """One of the tokenizer's chat templates. Raises HandoffError, with the names that there are, if there is none."""
+    named = _named_templates(model_dir, _optional(model_dir / "tokenizer_config.json"))
+    if name not in named:
+        raise HandoffError(
+            f"{model_dir} has no chat template named {name}"
+            + (f"; chat_template chooses one of: {', '.join(sorted(named))}" if named else ", and none with a name")
+        )
+    return named[name]
+
+
 def generation_stop_ids(model_dir: Path) -> list[int]:
     """eos_token_id of generation_config.json, ascending; empty when the file or the key is absent."""
     return _id_list(_optional(model_dir / "generation_config.json").get("eos_token_id"))
@@ -145,9 +159,16 @@ def _template(model_dir: Path, tokenizer_config: dict[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+    return _named_templates(model_dir, tokenizer_config).get("default") if isinstance(template, list) else template
+
+
+def _named_templates(model_dir: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """{name: template} where a tokenizer has several: in a list (until transformers 4.51), or in files."""
+    listed = tokenizer_config.get("chat_template")
+    named = {entry["name"]: entry["template"] for entry in listed} if isinstance(listed, list) else {}
+    for path in sorted((model_dir / "additional_chat_templates").glob("*.jinja")):
+        named[path.stem] = path.read_text(encoding="utf-8")
+    return named
 
 
 def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
@@ -206,7 +227,7 @@ def _pad_id(
     for pad_id in (declared, files.generation_config.get("pad_token_id")):
         if pad_id is not None and pad_id != eos_id:
             return int(pad_id)
-    fault = "no pad token" if declared is None else "pad = eos"
+    fault = "no pad token" if declared is None else "the pad token is the end token"
     if choose:
         taken = {eos_id, bos_id, *stop_ids}
         spare = [
@@ -221,9 +242,4 @@ def _pad_id(
                         "%s: %s; padding with its unused token %r (id %d)", files.directory, fault, text, token_id
                     )
                     return token_id
-    raise HandoffError(
-        f"{files.directory}: {fault}, and a model padded with its end token does not learn to stop. "
-        + ("It has no spare special token either; add one, and a row to the model, once: " if choose else "Fix: ")
-        + "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}); model.resize_token_embeddings(len(tokenizer)); "
-        "then save_pretrained both into a new directory and name that as parent"
-    )
+    return eos_id

@@ -50,7 +50,7 @@ class TokenizerRecord(_Record):
     bos_id: int | None
     eos_id: int
     pad_id: int
-    """Never `eos_id`, so that padding cannot be mistaken for the end."""
+    """Equal to `eos_id` where the vocabulary has no other token for it."""
     stop_ids: list[int]
     """Every token that ends an answer, in ascending order."""
 
@@ -155,6 +155,8 @@ class Manifest(_Record):
     stage: str
     """The stage package that made it, e.g. "sft"."""
     kind: Kind
+    begun: str = ""
+    """When the stage was started first, UTC, ISO 8601: the time that chat templates have seen, also after a resume."""
     created: str
     """UTC, ISO 8601."""
     parents: dict[str, ParentRecord] = Field(default_factory=dict)

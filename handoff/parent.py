@@ -6,11 +6,12 @@ Whoever made a parent, only the files that the gate lets through are read (hando
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from handoff.contract import check_foreign, check_published
+from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import HashCache, canonical_hash, changed_files, list_files, shown
 from handoff.gate import loaded_files
@@ -46,6 +47,8 @@ class Parent:
     tokenizer: TokenizerRecord
     files: dict[str, str]
     """{path relative to `path`: SHA-256} of the parent's files."""
+    chat_template: str | None = None
+    """Which of the tokenizer's chat templates is used, if the recipe chooses one."""
 
     def record(self) -> ParentRecord:
         """The parent's entry in the manifest of a stage that starts from it."""
@@ -71,7 +74,9 @@ class Dataset:
         return ParentRecord(path=str(self.path), fingerprint=made.fingerprint, name=made.name, files=made.files)
 
 
-def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True) -> Parent:
+def open_parent(
+    ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True, chat_template: str | None = None
+) -> Parent:
     """Opens `ref` and checks that a stage may start from it, before any weights are loaded.
 
     Args:
@@ -80,6 +85,7 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
         kinds: kinds that the stage can start from.
         verify: hash every published file again, compare with the manifest, and check the contract, before a published
             model is loaded; one process of a run is enough. A foreign checkpoint is always checked.
+        chat_template: which of the tokenizer's chat templates is used; by default the one named `default`.
 
     Raises:
         HandoffError: the parent is missing (the message gives the command that makes it), unfinished, of the wrong
@@ -97,6 +103,9 @@ def open_parent(ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True
     if manifest is not None and verify:
         _check_unaltered(directory, manifest)
         check_published(parent.model_dir, parent.kind, parent.tokenizer)
+    if chat_template is not None:
+        record = read_tokenizer(parent.model_dir, choose_pad=manifest is None, template=chat_template)
+        parent = replace(parent, tokenizer=record, chat_template=chat_template)
     return parent
 
 

@@ -153,6 +153,10 @@ class StageDir:
         """The `origin` that `begin` recorded; empty if there was none."""
         return dict(read_json(self.started_path).get("origin", {}))
 
+    def begun(self) -> datetime:
+        """When the last `begin` that did not resume was called, in UTC. It is the time that chat templates see."""
+        return datetime.fromisoformat(read_json(self.started_path)["begun"])
+
     def run_id(self) -> str:
         """The run id for trackers: random, drawn by `begin` and kept when the stage resumes."""
         return str(read_json(self.started_path)["run_id"])
@@ -256,6 +260,7 @@ class StageDir:
                 name=name,
                 stage=stage,
                 kind=kind,
+                begun=self.begun().isoformat(),
                 created=datetime.now(UTC).isoformat(),
                 parents={role: self._relative(parent) for role, parent in parents.items()},
                 inputs=inputs,

@@ -131,12 +131,14 @@ class LearnedReward:
     ) -> list[list[int]]:
         """Rows of prompt and answer in the reward model's own tokens, encoded from the texts."""
         rows = []
-        answers = self._encoder.answers(completions)
-        for i, prompt in enumerate(self._encoder.prompts(prompts)):
+        encoded = zip(self._encoder.prompts(prompts), self._encoder.answers(completions), strict=True)
+        for i, (prompt, answer) in enumerate(encoded):
             if isinstance(prompt, RowRefused):
                 raise RewardError(f"reward model {self.name}: prompt {prompts[i][-1].content!r}: {prompt.reason}")
+            if isinstance(answer, RowRefused):
+                raise RewardError(f"reward model {self.name}: answer {completions[i]!r}: {answer.reason}")
             # A truncated answer must not look complete to the reward model, so it gets no stop token.
-            rows.append([*prompt, *(answers[i] if stopped[i] else answers[i][:-1])])
+            rows.append([*prompt, *(answer if stopped[i] else answer[:-1])])
         return rows
 
 

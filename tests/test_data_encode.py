@@ -10,6 +10,7 @@ from data.accounting import Accounting
 from data.encode import Encoder
 from data.errors import DataError
 from data.records import Chat, Message, Origin, Preference, Prompt, Text
+from data.rendering import Renderer
 from data.rows import Chats, Documents, Pairs, Prompts
 from data.template import BOS, CHAT_TEMPLATE, END, EOS, PAD, SPECIAL_TOKENS
 from data.turns import OwnTurns, TemplateTurns
@@ -135,10 +136,11 @@ def test_the_mask_is_the_answers_and_their_stop_tokens(messages):
 @given(conversations())
 def test_own_template_written_out_equals_the_template_rendered(messages):
     encoder = own()
-    by_rendering = TemplateTurns(encoder._render, encoder._special)
+    by_rendering = TemplateTurns(Renderer(CHAT_TEMPLATE, {}), encoder._special)
     assert by_rendering.shape == OwnTurns.shape
-    assert by_rendering.split(messages, False) == OwnTurns().split(messages, False)
-    assert by_rendering.split(messages[:-1], True) == OwnTurns().split(messages[:-1], True)
+    assert by_rendering.chat(messages, "strip") == OwnTurns().chat(messages, "strip")
+    assert by_rendering.prompt(messages[:-1]) == OwnTurns().prompt(messages[:-1])
+    assert by_rendering.answer(messages[-1].content) == OwnTurns().answer(messages[-1].content)
     assert encoder.chat(messages)[0] == render(encoder, messages)
 
 
@@ -154,11 +156,10 @@ def test_the_mask_under_foreign_templates(name, stop, bos):
         expected = [a.strip() if name == "llama3" else a for a in answers]
         assert supervised(encoder, ids, mask) == "".join(answer + stop for answer in expected)
         assert ids.count(encoder.bos_id) == bos
-        assert encoder.prompt(messages[:-1]) + encoder.answer(answers[-1]) == ids
+        said = encoder.prompt(messages[:-1]) + encoder.answer(answers[-1])
+        assert said == ids[: len(said)] and not any(mask[len(said) :])
         assert encoder.decode(encoder.answer(answers[-1])) == expected[-1]
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        text = encoder.tokenizer.apply_chat_template(turns, tokenize=False)
-        assert text.startswith(encoder.tokenizer.decode(ids, skip_special_tokens=False))
+        assert ids == render(encoder, messages)
 
     check()
     assert encoder.stop_ids == [encoder.tokenizer.convert_tokens_to_ids(stop), encoder.eos_id]
@@ -174,25 +175,37 @@ def test_what_a_template_puts_around_an_answer_is_said_by_the_model_and_cut_from
         encoder = foreign(name)
         ids, mask = encoder.chat(messages)
         assert supervised(encoder, ids, mask) == text
-        assert ids == render(encoder, messages)[: len(ids)]
+        assert ids == render(encoder, messages)
         answer = encoder.answer("pear")
-        assert encoder.prompt(messages[:1]) + answer == ids and encoder.decode(answer) == "pear"
+        said = encoder.prompt(messages[:1]) + answer
+        assert said == ids[: len(said)] and encoder.decode(answer) == "pear"
         # An answer that is still being said shows nothing of what surrounds it.
         assert all("pear".startswith(encoder.decode(answer[:n]).strip()) for n in range(len(answer) + 1))
 
 
-def test_a_template_that_rewrites_earlier_turns_drops_the_row_but_can_be_prompted():
-    encoder, counts = foreign("thinking"), Accounting()
-    messages = tuple(Message(role, text) for role, text in zip(["user", "assistant"] * 2, "abcd"))
-    single = Chat(messages[:2], Origin("x", 1))
-    counts.read(2)
-    rows = encode(Chats(100, "drop"), [single, Chat(messages, Origin("x", 2))], encoder, counts)
-    assert len(rows) == 1
-    assert counts.dropped == {"the chat template rewrites earlier turns": 1}
-    with pytest.raises(DataError, match="rewrites earlier turns"):
-        encoder.chat(messages)
-    prompt = encoder.tokenizer.decode(encoder.prompt(messages[:3]))
-    assert prompt.endswith("assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+def test_what_a_template_changes_in_earlier_turns_is_a_choice():
+    encoder = foreign("thinking")
+    messages = tuple(Message(role, text) for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True))
+    thought, end = "<think>\n\n</think>\n\n", "<|im_end|>"
+    ids = encoder.chat(messages)[0]
+    assert ids == render(encoder, messages)
+    found = {}
+    for choice in ("strip", "keep", "fork"):
+        counts = Accounting()
+        counts.read(2)
+        records = [Chat(messages, Origin("x", 1)), Chat(messages[:2], Origin("x", 2))]
+        rows = encode(Chats(100, "drop", choice), records, encoder, counts)
+        assert counts.rows_used == 2 and not counts.dropped
+        assert sum(n for note, n in counts.notes.items() if f"(earlier_turns: {choice})" in note) == 1
+        found[choice] = [supervised(encoder, r["input_ids"], [i != -100 for i in r["labels"]]) for r in rows]
+        assert found[choice].pop() == f"{thought}b{end}"  # the conversation with one answer
+        if choice != "keep":
+            assert list(rows)[-2]["input_ids"] == ids
+        if choice == "fork":
+            assert rows[0]["input_ids"] == render(encoder, messages[:2])
+    assert found["strip"] == [f"b{end}{thought}d{end}"]
+    assert found["keep"] == [f"{thought}b{end}{thought}d{end}"]
+    assert found["fork"] == [f"{thought}b{end}", f"{thought}d{end}"]
 
 
 def test_a_row_that_the_template_refuses_is_dropped_with_its_words():
@@ -219,10 +232,8 @@ def test_special_tokens_are_refused_in_messages_and_plain_text_elsewhere():
 def test_tokenizers_that_cannot_be_trained_with():
     names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     special = list(SPECIAL_TOKENS)
-    with pytest.raises(DataError, match="no pad_token"):
-        Encoder(make_tokenizer(special, CHAT_TEMPLATE, bos_token=BOS, eos_token=EOS))
-    with pytest.raises(DataError, match=r"both '<\|eos\|>'"):
-        Encoder(make_tokenizer(special, CHAT_TEMPLATE, **names | {"pad_token": EOS}))
+    with pytest.raises(DataError, match="no eos_token"):
+        Encoder(make_tokenizer(special, CHAT_TEMPLATE, bos_token=BOS, pad_token=PAD))
     with pytest.raises(DataError, match="no special token after an answer"):
         Encoder(make_tokenizer(special, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}", **names))
     with pytest.raises(DataError, match="renders a question differently once it is answered"):
@@ -231,6 +242,15 @@ def test_tokenizers_that_cannot_be_trained_with():
     assert documents_only.decode(documents_only.document("pear")) == "pear"
     with pytest.raises(DataError, match="no chat template"):
         documents_only.prompt((Message("user", "a"),))
+
+
+def test_padding_needs_no_token_of_its_own():
+    special = list(SPECIAL_TOKENS)
+    for pad in ({}, {"pad_token": EOS}):
+        encoder = Encoder(make_tokenizer(special, CHAT_TEMPLATE, bos_token=BOS, eos_token=EOS, **pad))
+        assert encoder.pad_id == encoder.eos_id
+        messages = (Message("user", "a"), Message("assistant", "b"))
+        assert encoder.chat(messages) == own().chat(messages)
 
 
 def test_a_document_begins_as_the_tokenizer_begins_texts():

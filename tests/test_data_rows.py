@@ -100,6 +100,7 @@ def test_the_key_changes_with_what_rows_depend_on_and_with_nothing_else(tmp_path
         key(seed=1),
         key(kind=Chats(65, "drop")),
         key(kind=Chats(64, "keep_end")),
+        key(kind=Chats(64, "drop", "fork")),
         key(kind=Questions(Chat)),
         key(kind=Questions(Preference)),
         key(kind=Texts(Chat), encoder=None),

@@ -170,16 +170,38 @@ def test_a_pad_that_the_tokenizer_names_stays_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "tokenizer_config.json").read_bytes() == before
 
 
-def test_without_any_spare_token_the_error_says_how_to_add_one(tmp_path: Path) -> None:
+def test_without_any_spare_token_a_model_pads_with_its_end_token(tmp_path: Path) -> None:
     write_model(tmp_path, special=GPT2, bos="<|endoftext|>", eos="<|endoftext|>", pad=None, stops=None, template=None)
-    with pytest.raises(HandoffError, match=r"no pad token.*no spare.*resize_token_embeddings"):
-        check_foreign(tmp_path)
+    _, record = check_foreign(tmp_path)
+    assert record.pad_id == record.eos_id
+    write_pad_token(tmp_path, record)
+    write(tmp_path / "generation_config.json", {"eos_token_id": record.stop_ids, "pad_token_id": record.pad_id})
+    assert check_model(tmp_path, "causal_lm") == record
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
 
 
-def test_a_published_model_never_has_pad_equal_to_eos(tmp_path: Path) -> None:
-    write_model(tmp_path, pad="<|eos|>")  # although there is a reserved token
-    with pytest.raises(HandoffError, match="pad = eos"):
-        check_model(tmp_path, "causal_lm")
+# ---- chat templates with names
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_named_chat_template_is_chosen(tmp_path: Path, in_files: bool) -> None:
+    write_model(tmp_path, template=None)
+    default = read_tokenizer(tmp_path)
+    named = {"rag": "{{ messages[0].content }}<|end|>", "plain": "{{ messages | length }}"}
+    if in_files:
+        (tmp_path / "additional_chat_templates").mkdir()
+        for name, template in named.items():
+            (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(template)
+    else:
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        listed = [{"name": name, "template": template} for name, template in named.items()]
+        write(tmp_path / "tokenizer_config.json", {**config, "chat_template": listed})
+    assert read_tokenizer(tmp_path) == default  # there is no template named default
+    chosen = read_tokenizer(tmp_path, template="rag")
+    (tmp_path / "chat_template.jinja").write_text(named["rag"])  # as a stage publishes it
+    assert read_tokenizer(tmp_path) == chosen != default
+    with pytest.raises(HandoffError, match="no chat template named rga; chat_template chooses one of: plain, rag"):
+        read_tokenizer(tmp_path, template="rga")
 
 
 # ---- violations

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 import handoff.stage
 from handoff.errors import HandoffError
-from handoff.files import hash_tree
+from handoff.files import hash_tree, read_json, write_json
 from handoff.manifest import Manifest, ParentRecord
 from handoff.parent import open_dataset, open_parent
 from handoff.stage import StageDir
@@ -236,9 +236,11 @@ def test_rows_that_cannot_be_read_are_not_published(tmp_path: Path, files: dict[
 def test_the_same_inputs_resume(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "run" / "sft")
     assert stage.begin(inputs(rate=0.1)) is False
+    write_json(stage.started_path, {**read_json(stage.started_path), "begun": "2026-02-03T04:05:06+00:00"})
     save_state(stage)
     stage.close()
     assert stage.begin(inputs(rate=0.1)) is True
+    assert stage.begun().isoformat() == "2026-02-03T04:05:06+00:00"  # of the first start
     assert StateStore(stage.state_dir).latest() is not None
     stage.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from data.packing import PackedRows
 from data.records import Message
 from handoff.errors import HandoffError
 from handoff.parent import open_parent
+from handoff.stage import StageDir
 from stages.sft.train import Collator
 from tests.stage_chain import chain, foreign_checkpoint, run_stage, runs, stage_recipe
 from training import engines
@@ -20,7 +22,7 @@ from training.config import ModelArguments
 from training.measure import token_losses
 from training.model import Model, load_encoder
 from training.recipe import RecipeError, load_recipe
-from training.run import run_section
+from training.run import Run, run_section
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,75 @@ def test_data_that_cannot_be_used_is_refused(overrides, error, message, tmp_path
 
 
 @pytest.mark.slow
+def with_template(folder: Path, template: str | dict[str, str]) -> Path:
+    """A foreign checkpoint with another chat template, or with several by name, that pads with its end token."""
+    foreign_checkpoint(folder)
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:  # no spare one is left
+        token["special"] = token["content"] not in (
+            "<|pad|>",
+            "<|reserved_2|>",
+            *(f"<|reserved_{n}|>" for n in (3, 4, 5, 6, 7)),
+        )
+    named = (
+        [{"name": name, "template": text} for name, text in template.items()]
+        if isinstance(template, dict)
+        else template
+    )
+    settings = {**config, "chat_template": named, "pad_token": config["eos_token"]}
+    settings.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+QUICK = ("train.max_steps=1", "eval_answers=0", "eval_data=[]")
+PLAIN = (
+    "{% for m in messages %}<|reserved_0|>{{ m.role }}: {{ m.content }}<|reserved_1|>{% endfor %}"
+    "{% if add_generation_prompt %}<|reserved_0|>assistant: {% endif %}"
+)
+
+
+def test_a_chosen_chat_template_is_published_alone(tmp_path):
+    foreign = with_template(tmp_path / "foreign", {"plain": PLAIN, "loud": PLAIN.replace("m.role", "m.role | upper")})
+    with pytest.raises(
+        DataError, match=r"several chat templates \(loud, plain\) and none named default.*chat_template"
+    ):
+        run_stage("sft", tmp_path, f"parent={foreign}", *QUICK)
+    with pytest.raises(HandoffError, match="no chat template named quiet; chat_template chooses one of: loud, plain"):
+        run_stage("sft", tmp_path, f"parent={foreign}", "chat_template=quiet", *QUICK)
+    run = run_stage("sft", tmp_path, f"parent={foreign}", "chat_template=loud", *QUICK)
+    published = open_parent(str(run.folder), tmp_path, {"causal_lm"})
+    encoder = load_encoder(published)
+    assert encoder.pad_id == encoder.eos_id == published.tokenizer.pad_id
+    assert "USER: hello" in encoder.tokenizer.decode(encoder.prompt([Message("user", "hello")]))
+    again = run_stage("dpo", tmp_path, f"parent={run.folder}", "max_length=64", "train.max_steps=1", "eval_data=[]")
+    assert again.manifest.tokenizer == run.manifest.tokenizer
+
+
+def test_a_resume_renders_with_the_clock_of_the_first_start(tmp_path):
+    foreign = with_template(tmp_path / "foreign", "{{ strftime_now('%d %b %Y') }}" + PLAIN)
+    recipe = stage_recipe("sft", tmp_path, f"parent={foreign}", *QUICK)
+    seen = []
+
+    class Watched(Run):
+        def rows(self, *args, **options):
+            rows = super().rows(*args, **options)
+            seen.append(args[2].tokenizer.decode(rows[0]["input_ids"]))
+            return rows
+
+    run_section(recipe, "sft", Watched)
+    started = recipe.run_dir / "sft" / "started.json"
+    content = json.loads(started.read_text())
+    assert content["begun"] == StageDir(started.parent).manifest().begun
+    started.write_text(json.dumps({**content, "begun": "2026-02-03T23:59:59+00:00"}))
+    run_section(recipe, "sft", Watched)
+    assert "03 Feb 2026" not in seen[0] and "03 Feb 2026" in seen[1]
+    assert StageDir(started.parent).manifest().begun == "2026-02-03T23:59:59+00:00"
+
+
 def test_a_foreign_checkpoint_is_tuned_with_its_own_tokenizer_and_template(tmp_path):
     foreign = foreign_checkpoint(tmp_path / "foreign")
     run = run_stage("sft", tmp_path / "runs", f"parent={foreign}", "train.max_steps=60", "max_new_tokens=24")

@@ -191,6 +191,9 @@ class TrainedStageConfig(StageConfig):
 
     parent: str
     """A section of this recipe, a checkpoint directory, or a model id of the hub."""
+    chat_template: str | None = None
+    """Which of the parent's chat templates to use, by name, where its tokenizer has several; by default the one named
+    `default`. What the stage publishes has this one."""
     data: list[SourceConfig] = Field(min_length=1)
     """Training data."""
     eval_data: list[SourceConfig] = Field(default_factory=list)

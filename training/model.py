@@ -268,6 +268,8 @@ class Model:
         config.save_pretrained(path)
         source = Path(self.encoder.tokenizer.name_or_path)
         copy_tokenizer(source, path)
+        if self.parent is not None and self.parent.chat_template is not None:
+            (path / "chat_template.jinja").write_text(self.encoder.tokenizer.chat_template, encoding="utf-8")
         generation_config(source, self.encoder).save_pretrained(path)
 
     def _check(self, path: Path) -> None:
@@ -321,7 +323,8 @@ def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dty
 
 def load_encoder(parent: Parent) -> Encoder:
     """The parent's tokenizer and chat template, with pad token and stop ids of the parent's tokenizer record."""
-    return Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id, parent.tokenizer.stop_ids)
+    tokenizer = parent.tokenizer
+    return Encoder.from_pretrained(parent.model_dir, tokenizer.pad_id, tokenizer.stop_ids, parent.chat_template)
 
 
 def check_vocabulary(module: PreTrainedModel, parent: Parent) -> None:

@@ -22,6 +22,7 @@ from data.config import StageSource
 from data.errors import DataError
 from data.fingerprint import fingerprints
 from data.overlap import MOST_SHARED, check_held_out
+from data.rendering import CLOCK
 from data.shards import RowStore
 from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
@@ -75,17 +76,22 @@ class Run:
         self._on_close: list[Callable[[], None]] = []
 
     def begin(self, inputs: Inputs) -> None:
-        """Locks the stage's directory. Afterwards `resumable` says whether an earlier start had the same inputs."""
+        """Locks the stage's directory, and stops the clock of chat templates at the time of its first start.
+
+        Afterwards `resumable` says whether an earlier start had the same inputs.
+        """
         self._inputs = inputs
         origin = {"recipe": str(self.recipe.path.absolute()), "overrides": list(self.recipe.overrides)}
         self.resumable = self.engine.on_main(lambda: self.dir.begin(inputs, origin=origin))
+        CLOCK.freeze(self.engine.on_main(self.dir.begun))
 
     # ---- what comes in
 
     def parent(self, role: str = "parent", kinds: frozenset[str] = frozenset({"causal_lm"})) -> Parent:
         """Opens that role's parent. The main process hashes its files and checks its contract. Raises HandoffError."""
         ref = self.section.parents[role]
-        opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, set(kinds)))
+        template = self.section.resolved.get("chat_template") if role == "parent" else None
+        opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, set(kinds), chat_template=template))
         self._parents[role] = opened
         return opened
 
@@ -318,6 +324,7 @@ class Run:
         """Calls the functions given to `on_close`, then closes the mirror and unlocks the stage's directory."""
         for call in self._on_close:
             call()
+        CLOCK.freeze(None)
         if self._mirror is not None:
             self._mirror.close()
         if self.is_main:

@@ -26,6 +26,9 @@ class Config(StageConfig):
 
     parent: str
     """The model that answers."""
+    chat_template: str | None = None
+    """Which of the parent's chat templates to use, by name, where its tokenizer has several; by default the one named
+    `default`."""
     data: list[SourceConfig] = Field(min_length=1)
     """Prompts."""
     num_generations: int = Field(default=4, ge=1)

@@ -262,6 +262,9 @@ class Config(StageConfig):
 
     parent: str
     """The policy to start from; its frozen copy is the reference."""
+    chat_template: str | None = None
+    """Which of the parent's chat templates to use, by name, where its tokenizer has several; by default the one named
+    `default`. What the stage publishes has this one."""
     advantage: Literal["gae", "group", "leave_one_out", "global_baseline"] = "gae"
     """`gae`: PPO with a critic. `group`: GRPO. `leave_one_out`: RLOO. `global_baseline`: REINFORCE++."""
     reward: list[RewardConfig] = Field(min_length=1)

@@ -4,6 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from data.turns import EarlierTurns
 from training.config import MuonTrainConfig, TrainedStageConfig
 from training.declaration import LOSS, STOP_RATE, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
 
@@ -21,6 +22,11 @@ DECLARATION = Declaration(
 class Config(TrainedStageConfig):
     """Instruction tuning on conversations; only answers and their stop tokens enter the loss."""
 
+    earlier_turns: EarlierTurns = "strip"
+    """For chat templates that change an answer once later turns follow it (Qwen3 leaves its thought out, GPT-OSS ends
+    it with another token). `strip`: train each conversation as the template renders it, with all answers. `keep`: with
+    the answers as the model generates them, unlike the template. `fork`: as the template renders it, and once more for
+    each answer that is changed, up to that answer: the most exact, with more tokens. Other templates: no difference."""
     packing: bool = False
     """Pack several conversations into one row of `max_length` tokens, without attention between them. Faster on GPUs
     with long rows; on a CPU, `group_by_length` is faster."""

@@ -36,7 +36,7 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
 
     # Data: conversations as ids and labels, packed or not.
-    chats = Chats(config.max_length, config.truncation)
+    chats = Chats(config.max_length, config.truncation, config.earlier_turns)
     rows = run.rows(config.data, chats, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: Rows[Row] | None = None
     prompts: list[tuple[list[int], str]] = []
