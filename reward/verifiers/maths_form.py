@@ -159,7 +159,8 @@ _NAME = re.compile(
     r"[^+\-*/=<>|^0-9,]{1,40}|\([A-Za-z](?:,\s*[A-Za-z]){1,4}\)|[A-Za-z]{1,3}\s*\([^()]{1,30}\)|\|[^|0-9]{1,20}\|"
 )
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|\^\s*\{\s*-1\s*\}|'")
-_SUM = re.compile(r"[A-Za-z0-9+\-\s/_{}]*[A-Za-z][A-Za-z0-9+\-\s/_{}]*")
+_TERM = r"[A-Za-z](?:_(?:\{\w+\}|\w))?"
+_SUM = re.compile(rf"{_TERM}(?:\s*[-+/]?\s*{_TERM}){{0,9}}")
 _PLAIN_WORD = re.compile(
     r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z]{2,}|[A-Z][a-z]+|yes|no|odd)(?![A-Za-z])|[^\W\d_A-Za-z\u0370-\u03ff]"
 )
