@@ -65,7 +65,7 @@ class LaunchedStage:
 def own_words(lines: Sequence[str], code: int) -> tuple[list[str], int]:
     """The last lines of a stage without those of its launcher, and the exit code of the process that failed first.
 
-    Output without a launcher's traceback is returned unchanged, and so is that of a launcher that failed by itself.
+    Output without a launcher's traceback is returned unchanged. Of a launcher that failed by itself, its error stays.
     """
     at = [n for n, line in enumerate(lines) if line == _TRACEBACK and _is_launchers(lines[n + 1 :])]
     if not at:
