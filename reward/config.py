@@ -20,7 +20,8 @@ class RewardConfig(BaseModel):
     name: str = Field(default="", min_length=1)
     """Name under which its scores are logged, unique in the list; by default the model's or the function's name."""
     weight: float = 1.0
-    """Factor in the sum. A learned reward is normalised first: mean 0, standard deviation 1 on held-out answers."""
+    """Factor in the sum. A learned reward is normalised first: mean 0, standard deviation 1 on held-out answers. One of
+    a model that was trained elsewhere is taken as it is."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"

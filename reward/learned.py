@@ -6,11 +6,14 @@ Positions come from the attention mask, never from a search for the padding toke
 padding side, on the batch, or on the padding token (Transformers' own head looks for the last non-pad token).
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from data.encode import Encoder
 from data.errors import RowRefused
@@ -18,7 +21,10 @@ from data.records import Message
 from handoff.contract import check_same_encoding
 from handoff.errors import HandoffError
 from handoff.parent import Parent
+from handoff.window import model_window
 from reward.functions import RewardError
+
+_log = logging.getLogger(__name__)
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -28,13 +34,36 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     return body
 
 
+class _ReadByMask:
+    """Mixed into a sequence classifier by `read_by_mask`."""
+
+    def forward(
+        self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **keys: Any
+    ) -> SequenceClassifierOutput:
+        """Scores (B, 1) as `logits`, for rows (B, T) padded on either side; without a mask, rows without padding."""
+        hidden = backbone(self)(input_ids=input_ids, attention_mask=attention_mask, **keys).last_hidden_state
+        scores = self.score(hidden)  # (B, T, 1)
+        last = _last(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        return SequenceClassifierOutput(logits=scores[torch.arange(len(last), device=last.device), last])
+
+
+def read_by_mask(model: PreTrainedModel) -> PreTrainedModel:
+    """The sequence classifier, changed to read its score at the last token of the attention mask.
+
+    transformers looks for the last token that is not the padding token. Where a model pads with its end token, that is
+    the token before a row's end.
+    """
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (_ReadByMask, kind), {})
+    return model
+
+
 def last_token_scores(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     """Scores (B,) fp32 of rows (B, T) padded on either side."""
     hidden = _hidden(model, input_ids, attention_mask, position_ids)
-    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = torch.where(attention_mask.bool(), columns, -1).amax(-1)  # (B,)
+    last = _last(attention_mask)
     return _head(model, hidden[torch.arange(len(last), device=last.device), last])
 
 
@@ -75,27 +104,53 @@ def token_scores(
     return scores
 
 
-def statistics(parent: Parent) -> tuple[float, float]:
-    """Mean and standard deviation of a reward model's scores on held-out answers. Raises HandoffError if the manifest
-    has none."""
+def statistics(parent: Parent) -> tuple[float, float] | None:
+    """Mean and standard deviation of a reward model's scores on held-out answers, which its stage has measured; None
+    for a model that was trained elsewhere."""
     found = parent.manifest.extra if parent.manifest is not None else {}
     if not {"reward_mean", "reward_std"} <= found.keys():
-        raise HandoffError(
-            f"{parent.path}: no reward_mean and reward_std in stage.json; train the reward model with this pipeline"
-        )
+        return None
     return found["reward_mean"], found["reward_std"]
 
 
 class LearnedReward:
-    """A published reward model, with the mean and standard deviation that its stage measured on held-out answers."""
+    """A reward model, with the mean and standard deviation that its stage measured on held-out answers.
 
-    def __init__(self, parent: Parent, model: PreTrainedModel, policy: Parent, *, reencode: bool) -> None:
-        """Raises HandoffError if the encodings differ without `reencode`, or if the statistics are missing."""
+    The scores of a model that was trained elsewhere are taken as they are; the recipe's `weight` can scale them.
+    """
+
+    def __init__(
+        self, parent: Parent, model: PreTrainedModel, policy: Parent, *, reencode: bool, member: bool = False
+    ) -> None:
+        """
+        Args:
+            parent: the reward model.
+            model: its module.
+            policy: the model whose answers are scored.
+            reencode: encode the answers' texts with the reward model's own tokenizer.
+            member: whether it belongs to an ensemble, whose members must have statistics to be comparable.
+
+        Raises:
+            HandoffError: the encodings differ without `reencode`, or the statistics of a member are missing.
+        """
         if not reencode:
             check_same_encoding(policy, parent, "the reward model reads the policy's tokens; set `reencode: true`")
-        self.mean, self.std = statistics(parent)
+        known = statistics(parent)
+        if known is None:
+            if member:
+                raise HandoffError(
+                    f"{parent.path}: no reward_mean and reward_std in stage.json, so its scores cannot be compared "
+                    "with those of the other members of the ensemble; name it as a `model:` of its own with a `weight`"
+                )
+            _log.warning(
+                "%s was trained elsewhere, so the mean and deviation of its scores are not known: they are taken as "
+                "they are. The entry's `weight` scales them",
+                parent.name,
+            )
+        self.mean, self.std = known or (0.0, 1.0)
         self.model = model
         self.name = parent.name
+        self._window = model_window(parent.model_dir)
         self._encoder = Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)
         self._reencode = reencode
 
@@ -139,7 +194,19 @@ class LearnedReward:
                 raise RewardError(f"reward model {self.name}: answer {completions[i]!r}: {answer.reason}")
             # A truncated answer must not look complete to the reward model, so it gets no stop token.
             rows.append([*prompt, *(answer if stopped[i] else answer[:-1])])
+            if self._window is not None and len(rows[-1]) > self._window.tokens:
+                raise RewardError(
+                    f"reward model {self.name}: prompt {prompts[i][-1].content!r} and its answer are {len(rows[-1])} "
+                    f"of its tokens, more than its window of {self._window.tokens} ({self._window.key}); lower "
+                    "max_prompt_length or the maximum length of an answer"
+                )
         return rows
+
+
+def _last(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The last attended column of each row, (B,)."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return torch.where(attention_mask.bool(), columns, -1).amax(-1)
 
 
 def _hidden(

@@ -151,13 +151,31 @@ def test_a_prompt_that_the_reward_models_template_refuses(parents, tmp_path):
     )
 
 
-def test_a_checkpoint_without_statistics_is_refused_whatever_its_pad(parents, tmp_path):
-    """Also a foreign one whose tokenizer names no pad token, for which the hand-off has chosen one."""
+def test_scores_of_a_model_from_elsewhere_are_taken_as_they_are(parents, tmp_path, caplog):
+    """Also of one whose tokenizer names no pad token, for which the hand-off has chosen one."""
     foreign = tmp_path / "foreign"
     shutil.copytree(parents["a"].model_dir, foreign)
     config = read_json(foreign / "tokenizer_config.json")
     write_json(foreign / "tokenizer_config.json", {k: v for k, v in config.items() if k != "pad_token"})
     parent = open_parent(str(foreign), tmp_path, {"reward_model"})
     assert Encoder.from_pretrained(foreign, parent.tokenizer.pad_id).pad_id == parent.tokenizer.pad_id
-    with pytest.raises(HandoffError, match="no reward_mean and reward_std"):
-        LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
+    own = LearnedReward(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=True)
+    raw = LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
+    assert "trained elsewhere" in caplog.text
+    found = answers(parents["policy"])
+    rows = (found.prompts, found.texts, found.prompt_ids, found.ids, found.stopped)
+    assert raw(*rows) == pytest.approx([own.mean + own.std * value for value in own(*rows)], abs=1e-5)
+    with pytest.raises(HandoffError, match="cannot be compared with those of the other members of the ensemble"):
+        LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True, member=True)
+
+
+def test_a_row_that_exceeds_a_reward_models_own_window_is_named(parents, tmp_path):
+    """Encoded again, a text may have more tokens than the policy's; a learned position beyond the last is an error."""
+    short = tmp_path / "short"
+    shutil.copytree(parents["a"].model_dir, short)
+    write_json(short / "config.json", read_json(short / "config.json") | {"max_position_embeddings": 12})
+    parent = open_parent(str(short), tmp_path, {"reward_model"})
+    found = answers(parents["policy"])
+    learned = LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
+    with pytest.raises(RewardError, match=r"more than its window of 12 \(max_position_embeddings\)"):
+        learned(found.prompts, found.texts, found.prompt_ids, found.ids, found.stopped)

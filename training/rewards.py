@@ -1,6 +1,6 @@
 """Rewards for the stages that score answers (ppo, generate, evaluate): loads them and shares the work."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from data.encode import EncodedPrompt
@@ -43,7 +43,8 @@ def load_rewards(
         frozen: the models of these scorers; new ones are added.
 
     Raises:
-        HandoffError: a reward model reads a policy's tokens (no `reencode`), but encodes text differently.
+        HandoffError: a reward model reads a policy's tokens (no `reencode`), but encodes text differently; or a member
+            of an ensemble does not say the mean and deviation of its scores.
         RewardError: an unknown function, an argument that it does not have, or a column that the prompts do not have.
     """
     for entry in entries:
@@ -53,7 +54,9 @@ def load_rewards(
             parent = open_model(ref)
             model = Model.load(engine, parent, "reward", load_encoder(parent), arguments, bf16=bf16).freeze()
             frozen.append(model)
-            learned[ref] = LearnedReward(parent, model.module, policies[0], reencode=entry.reencode)
+            learned[ref] = LearnedReward(
+                parent, model.module, policies[0], reencode=entry.reencode, member=entry.models is not None
+            )
             for policy in policies[1:]:
                 if not entry.reencode:
                     check_same_encoding(policy, parent, f"{ref} reads the policies' tokens; set `reencode: true`")
@@ -90,6 +93,12 @@ def readable(
     kept = prompts.without(reasons, lambda prompt: prompt.record.origin)
     run.account(label, kept, max_drop_fraction)
     return kept
+
+
+def token_readers(entries: Iterable[RewardConfig], open_model: Callable[[str], Parent]) -> list[Parent]:
+    """The reward models that read the policies' own tokens, so that answers have to fit their windows too."""
+    refs = dict.fromkeys(ref for entry in entries if not entry.reencode for ref in entry.references)
+    return [open_model(ref) for ref in refs]
 
 
 def column_names(prompts: Sequence[EncodedPrompt]) -> set[str]:
