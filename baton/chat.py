@@ -24,6 +24,7 @@ from handoff.errors import UserError
 from handoff.manifest import Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
+from handoff.window import window
 from training.registry import Registry
 from training.terminal import Screen, shown
 
@@ -139,9 +140,9 @@ class Speaker:
 
 
 def _context(config: "PretrainedConfig") -> int:
-    """The model's number of positions; some architectures have no limit."""
-    known = config.get_text_config().to_dict()
-    return next((int(known[key]) for key in ("max_position_embeddings", "n_positions") if known.get(key)), 1 << 30)
+    """The model's window; some architectures have no limit."""
+    found = window(config.to_dict())
+    return 1 << 30 if found is None else found.tokens
 
 
 def open_models(target: Path, names: Sequence[str]) -> list[Parent]:

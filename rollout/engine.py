@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from data.sampling import uniform
 from handoff.errors import GateError
+from handoff.window import window
 from rollout.attention import Decode, Shared
 from rollout.errors import RolloutError
 from rollout.forward import Runner, Source, attached, reason_against
@@ -106,13 +107,13 @@ def _ignore_progress(count: int) -> None:
 
 
 def _check_window(model: PreTrainedModel, prompts: Sequence[Sequence[int]], spec: SamplingSpec) -> None:
-    window = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    found = window(model.config.to_dict())
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     length = len(prompts[longest])
-    if window is not None and length + spec.max_new_tokens > window:
+    if found is not None and length + spec.max_new_tokens > found.tokens:
         raise RolloutError(
             f"prompt {longest} has {length} tokens; with max_new_tokens {spec.max_new_tokens} that is more than "
-            f"the model's window of {window} (max_position_embeddings); shorten the prompt or lower max_new_tokens"
+            f"the model's window of {found.tokens} ({found.key}); shorten the prompt or lower max_new_tokens"
         )
     check_positions(model, length + spec.max_new_tokens)
 

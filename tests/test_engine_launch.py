@@ -18,7 +18,7 @@ from training.engines.deepspeed import DeepSpeed
 from training.engines.fsdp2 import Fsdp2
 from training.engines.launch import LaunchError, Request, check_environment, requested
 from training.engines.processes import _saying
-from training.engines.single import Single, accumulation_steps
+from training.engines.single import Single, micro_batch
 
 ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -220,24 +220,17 @@ def test_build_lock_is_removed_only_when_it_is_free(tmp_path: Path, folder: str)
 
 
 @pytest.mark.parametrize(
-    ("total", "each", "processes", "steps"), [(32, 8, 1, 4), (32, 8, 2, 2), (32, 8, 4, 1), (6, 3, 2, 1)]
+    ("total", "at_most", "processes", "rows"),
+    [(32, 8, 1, 8), (32, 8, 4, 8), (32, 8, 8, 4), (30, 8, 2, 5), (8, 8, 2, 4), (14, 4, 2, 1), (64, 8, 64, 1)],
 )
-def test_accumulation(total: int, each: int, processes: int, steps: int) -> None:
-    assert accumulation_steps(total, each, processes) == steps
+def test_the_micro_batch_is_the_largest_that_divides(total: int, at_most: int, processes: int, rows: int) -> None:
+    assert micro_batch(total, at_most, processes) == rows
 
 
-@pytest.mark.parametrize(
-    ("total", "each", "processes", "message"),
-    [
-        (32, 8, 8, r"not a multiple of 64 .*8 × 8 processes\): take train.per_device_train_batch_size=4"),
-        (30, 8, 2, r"not a multiple of 16 .*take train.per_device_train_batch_size=5"),
-        (32, 1, 3, r"take a train.global_batch_size that is a multiple of 3 processes"),
-        (4, 1, 8, r"multiple of 8 processes"),
-    ],
-)
-def test_batches_that_do_not_divide(total: int, each: int, processes: int, message: str) -> None:
-    with pytest.raises(LaunchError, match=message):
-        accumulation_steps(total, each, processes)
+@pytest.mark.parametrize(("total", "processes"), [(32, 3), (4, 8)])
+def test_a_batch_that_processes_cannot_share_is_refused(total: int, processes: int) -> None:
+    with pytest.raises(LaunchError, match=f"global_batch_size that is a multiple of {processes}"):
+        micro_batch(total, 1, processes)
 
 
 def test_precision() -> None:

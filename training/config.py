@@ -37,7 +37,8 @@ class OptimizerConfig(Strict):
     )
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
-    """Sequences in one forward and backward pass of one process."""
+    """Maximum number of sequences in one forward and backward pass of one process. Where it does not divide a process's
+    share of the batch, the largest smaller number that does is taken."""
     learning_rate: float = Field(default=1e-4, ge=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -81,7 +82,7 @@ class TrainConfig(OptimizerConfig):
 
     global_batch_size: int = Field(default=32, ge=1)
     """Sequences (pairs, for preference stages) per optimizer step, over all processes and accumulation; a multiple of
-    `per_device_train_batch_size` times the number of processes."""
+    the number of processes."""
     per_device_eval_batch_size: int = Field(default=16, ge=1)
     """Sequences in one forward pass of one process in evaluation."""
     max_steps: int = Field(default=-1, ge=-1)
@@ -184,6 +185,10 @@ class StageConfig(Strict):
             for row, entry in enumerate(entries)
             if isinstance(entry, RewardConfig)
         }
+
+    def optimizer_steps(self) -> TrainConfig | None:
+        """The section's `train:`, if its optimizer steps take rows of the data; otherwise None."""
+        return next((value for _, value in self if isinstance(value, TrainConfig)), None)
 
 
 class TrainedStageConfig(StageConfig):

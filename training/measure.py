@@ -14,6 +14,8 @@ from data.config import SourceConfig
 from data.encode import Encoder
 from data.records import Chat, Preference
 from data.rows import Questions
+from handoff.parent import Parent
+from handoff.window import model_window
 from rollout.engine import generate
 from rollout.sampling import SamplingSpec
 
@@ -143,12 +145,31 @@ def window_nats(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def questions(
-    run: "Run", sources: Sequence[SourceConfig], want: type[Chat] | type[Preference], encoder: Encoder, count: int
+    run: "Run",
+    sources: Sequence[SourceConfig],
+    want: type[Chat] | type[Preference],
+    encoder: Encoder,
+    count: int,
+    parent: Parent,
+    max_new_tokens: int,
 ) -> list[tuple[list[int], str]]:
-    """Prompts for `greedy_answers`: (ids, text to show) of the questions in the first `count` held-out records."""
+    """Prompts for `greedy_answers`: (ids, text to show) of the questions in the first `count` held-out records.
+
+    Questions after which an answer does not fit the parent's window are left out, which is said.
+    """
     if not count:
         return []
-    return [(ids, text) for ids, text in run.rows(sources, Questions(want), encoder, label=None)[:count] if ids]
+    asked = [(ids, text) for ids, text in run.rows(sources, Questions(want), encoder, label=None)[:count] if ids]
+    found = model_window(parent.model_dir)
+    if found is None:
+        return asked
+    fitting = [(ids, text) for ids, text in asked if len(ids) + max_new_tokens <= found.tokens]
+    if len(fitting) < len(asked):
+        run.console.print(
+            f"  {len(asked) - len(fitting)} of {len(asked)} held-out questions are not answered: with max_new_tokens "
+            f"{max_new_tokens} they exceed the window of {parent.name}, {found.tokens} tokens",
+        )
+    return fitting
 
 
 def greedy_answers(

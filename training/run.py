@@ -11,7 +11,7 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -27,9 +27,10 @@ from data.shards import RowStore
 from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
 from handoff.journal import Journal
-from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest
+from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest, TokenizerRecord
 from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
+from handoff.window import model_window
 from training import engines
 from training.engines.launch import check_environment, is_main
 from training.engines.protocol import Engine
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from data.encode import Encoder
     from data.rows import Kind as RowKind
     from data.rows import Rows
-    from training.model import Written
+    from training.model import Model, Written
 
 T = TypeVar("T")
 ROWS = ".rows"
@@ -67,6 +68,7 @@ class Run:
         self.signals = signals
         self._started = time.time()
         self._parents: dict[str, Parent] = {}
+        self._tokenizer: TokenizerRecord | None = None
         self._datasets: dict[str, Dataset] = {}
         self._data: dict[str, Any] = {}
         self._sha256 = known_hashes(recipe.run_dir).sha256
@@ -74,6 +76,22 @@ class Run:
         self._metrics, self._samples = Journal(self.dir.metrics_path), Journal(self.dir.samples_path)
         self._mirror: Any = None
         self._on_close: list[Callable[[], None]] = []
+
+    def check_batch(self) -> None:
+        """Checks, before any data is read, that the processes can share a training batch; says what each one takes.
+
+        Raises:
+            LaunchError: the batch is not a multiple of the number of processes.
+        """
+        train = self.config.optimizer_steps()
+        if train is None:
+            return
+        rows, asked = self.engine.micro_batch(train), train.per_device_train_batch_size
+        if rows < asked:
+            self.console.print(
+                f"  train.per_device_train_batch_size is {rows} here, not {asked}: the largest number that divides "
+                f"each process's share of train.global_batch_size, {train.global_batch_size // self.engine.data_world}",
+            )
 
     def begin(self, inputs: Inputs) -> None:
         """Locks the stage's directory, and stops the clock of chat templates at the time of its first start.
@@ -88,7 +106,12 @@ class Run:
     # ---- what comes in
 
     def parent(self, role: str = "parent", kinds: frozenset[str] = frozenset({"causal_lm"})) -> Parent:
-        """Opens that role's parent. The main process hashes its files and checks its contract. Raises HandoffError."""
+        """Opens that role's parent. The main process hashes its files and checks its contract. Raises HandoffError.
+
+        A role that was opened before is returned as it was then.
+        """
+        if role in self._parents:
+            return self._parents[role]
         ref = self.section.parents[role]
         template = self.section.resolved.get("chat_template") if role == "parent" else None
         opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, set(kinds), chat_template=template))
@@ -167,7 +190,46 @@ class Run:
             located.append(source)
         return located
 
+    def within_window(self, parents: Iterable[Parent], key: str, asked: int, answer: int = 0) -> int:
+        """`asked` tokens, or what the models' windows leave if that is less, which is said. Longer rows are handled as
+        those are that exceed the recipe's number.
+
+        Args:
+            parents: the models that read the rows.
+            key: the recipe's key of `asked`, for the message.
+            asked: tokens of a row, or of a prompt.
+            answer: tokens that come after it.
+
+        Raises:
+            RecipeError: the answer alone fills a window.
+        """
+        least = asked
+        for parent in parents:
+            found = model_window(parent.model_dir)
+            if found is None or found.tokens - answer >= least:
+                continue
+            least = found.tokens - answer
+            place = f"the window of {parent.name}, {found.tokens} tokens ({found.key} in its config.json)"
+            if least < 1:
+                raise RecipeError(
+                    f"{self.recipe.path}: {self.section.name}: answers of {answer} tokens leave no room for a prompt "
+                    f"in {place}; allow fewer tokens of an answer"
+                )
+            rest = f" less the {answer} of an answer" if answer else ""
+            self.console.print(f"  {key} is {least} here, not {asked}: {place}{rest}")
+        return least
+
     # ---- what goes out
+
+    def rehearse(self, kind: Kind, model: "Model") -> None:
+        """Publishes the model without weights, checks the result, and removes it. Every process calls it before
+        training, so that nothing is trained that could not be published.
+
+        Raises:
+            HandoffError: it cannot be published; the message names the file to mend.
+        """
+        expected = self._parents["parent"].tokenizer
+        self._tokenizer = self.engine.on_main(lambda: self.dir.rehearse(model.rehearse, kind, expected))
 
     def rewind(self, step: int | None, seals: Mapping[str, Any] | None = None) -> None:
         """Removes the lines after `step` from metrics.jsonl and samples.jsonl (None: all lines).
@@ -181,6 +243,16 @@ class Run:
     def seals(self) -> dict[str, Any]:
         """{file: its seal} of metrics.jsonl and samples.jsonl, for `rewind`."""
         return {journal.path.name: journal.seal() for journal in (self._metrics, self._samples)}
+
+    def logged(self) -> list[int]:
+        """The numbers of lines in metrics.jsonl and samples.jsonl, for `keep`."""
+        return [journal.count() for journal in (self._metrics, self._samples)]
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Removes the lines after those that `logged` counted."""
+        if self.is_main:
+            for journal, count in zip((self._metrics, self._samples), counts, strict=True):
+                journal.keep(count)
 
     def sync(self) -> None:
         """Writes all logged lines to the disk; called before a state is committed.
@@ -276,7 +348,7 @@ class Run:
                 versions={package: version(package) for package in _PACKAGES},
                 metrics=metrics,
                 extra=extra or {},
-                tokenizer=self._parents["parent"].tokenizer if "parent" in self._parents else None,
+                tokenizer=self._tokenizer,
             )
             self._announce(self.dir.manifest())
         elif write is not None:
@@ -357,11 +429,11 @@ def _run_section(
 ) -> None:
     _quiet_libraries()
     section = recipe.sections[name]
-    inputs = engine.on_main(lambda: stage_inputs(recipe, name))
     run = make(recipe, name, signals, engine)
     together = False
     try:
-        run.begin(inputs)
+        run.check_batch()
+        run.begin(engine.on_main(lambda: stage_inputs(recipe, name)))
         train = importlib.import_module(f"stages.{section.stage}.train").train
         train(run)
     except UserError:

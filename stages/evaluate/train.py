@@ -34,7 +34,7 @@ from stages.evaluate.tables import Answered
 from training.measure import TextWindows
 from training.model import Model, load_encoder
 from training.recipe import RecipeError
-from training.rewards import Scorer, load_rewards, readable
+from training.rewards import Scorer, load_rewards, readable, token_readers
 from training.run import Run
 
 
@@ -47,7 +47,10 @@ def train(run: Run) -> None:
 
     # The prompts are encoded for each model by its own encoder: a foreign model keeps its own template.
     first = load_encoder(next(iter(parents.values())))
-    prompts = run.rows(config.data, Prompts(config.max_prompt_length), first, "prompts")
+    readers = [*parents.values(), *token_readers(entries, lambda ref: present[ref])]
+    longest = run.within_window(readers, "max_prompt_length", config.max_prompt_length, config.max_new_tokens)
+    context = run.within_window(parents.values(), "context_length", config.context_length)
+    prompts = run.rows(config.data, Prompts(longest), first, "prompts")
     prompts = readable(run, entries, prompts, "prompts", max_drop_fraction=1.0)
     documents = run.rows(config.text, Texts(Text), label="documents") if config.text else None
     column, keys = _groups(run, prompts)
@@ -65,7 +68,11 @@ def train(run: Run) -> None:
                 answered[name] = _answer(run, module, encoder, ids, advance)
                 if documents is not None:
                     texts = [text for texts in documents for text in texts]
-                    bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, config)}
+                    bits_per_byte[name] = {
+                        "value": _bits_per_byte(
+                            module, encoder, texts, config.model_copy(update={"context_length": context})
+                        )
+                    }
             del model, module
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
             # Look the parent up by fingerprint: a model of another run may have a parent of the same name.

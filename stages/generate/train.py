@@ -28,7 +28,7 @@ from rollout.positions import check_positions
 from rollout.sampling import Completion, SamplingSpec
 from stages.generate.config import DECLARATION, Config
 from training.model import Model, load_encoder
-from training.rewards import Scorer, load_rewards, readable
+from training.rewards import Scorer, load_rewards, readable, token_readers
 from training.run import Run
 
 # Columns of the prompts that the rows do not keep: those that the rows have themselves, and `label`, which a reader of
@@ -43,9 +43,13 @@ def train(run: Run) -> None:
     config: Config = run.config
     parent = run.parent("parent")
     encoder = load_encoder(parent)
-    prompts = run.rows(
-        config.data, Prompts(config.max_prompt_length), encoder, "prompts", max_drop_fraction=config.max_drop_fraction
-    )
+
+    def opened(ref: str) -> Parent:
+        return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
+
+    readers = [parent, *token_readers(config.scores, opened)]
+    longest = run.within_window(readers, "max_prompt_length", config.max_prompt_length, config.max_new_tokens)
+    prompts = run.rows(config.data, Prompts(longest), encoder, "prompts", max_drop_fraction=config.max_drop_fraction)
     prompts = readable(run, config.scores, prompts, "prompts", config.max_drop_fraction)
     left_out = sorted(name for name in prompts.facts if name in _OWN)
     if left_out:
@@ -53,10 +57,6 @@ def train(run: Run) -> None:
 
     rewards = None
     if config.scores:
-
-        def opened(ref: str) -> Parent:
-            return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
-
         frozen: list[Model] = []
         composition = load_rewards(
             run.engine,

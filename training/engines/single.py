@@ -126,19 +126,22 @@ class Single(Processes):
 
     # ---- stages with an upstream trainer
 
+    def micro_batch(self, train: "TrainConfig") -> int:
+        """Rows of one forward pass of one process in training. Raises LaunchError as the function `micro_batch`."""
+        return micro_batch(train.global_batch_size, train.per_device_train_batch_size, self.data_world)
+
     def training_arguments(self, train: "TrainConfig") -> dict[str, Any]:
         """The arguments of `transformers.TrainingArguments` that depend on the engine or that it needs.
 
         Raises:
-            LaunchError: the global batch size is not divisible, or the precision is not available.
+            LaunchError: the processes cannot share the global batch evenly, or the precision is not available.
         """
         cpu = self.request.device == "cpu"
+        rows = self.micro_batch(train)
         return {
-            "per_device_train_batch_size": train.per_device_train_batch_size,
+            "per_device_train_batch_size": rows,
             "per_device_eval_batch_size": train.per_device_eval_batch_size,
-            "gradient_accumulation_steps": accumulation_steps(
-                train.global_batch_size, train.per_device_train_batch_size, self.data_world
-            ),
+            "gradient_accumulation_steps": train.global_batch_size // (rows * self.data_world),
             "max_grad_norm": train.max_grad_norm,
             "bf16": self._bf16(train.bf16),
             "torch_compile": self.choose_compile(train.torch_compile),
@@ -387,26 +390,19 @@ class Single(Processes):
                 trim(0)
 
 
-def accumulation_steps(global_batch_size: int, per_device: int, processes: int) -> int:
-    """Number of forward passes of one process in one optimizer step.
+def micro_batch(global_batch_size: int, at_most: int, processes: int) -> int:
+    """Rows of one forward pass of one process: the largest number up to `at_most` by which the batch can be divided.
 
     Raises:
-        LaunchError: the global batch size is not a multiple of `per_device * processes`.
+        LaunchError: the global batch size is not a multiple of the number of processes.
     """
-    at_once = per_device * processes
-    if global_batch_size % at_once:
-        share, rest = divmod(global_batch_size, processes)
-        fits = [n for n in range(1, min(per_device, share) + 1) if share % n == 0] if not rest else []
-        remedy = (
-            f"take train.per_device_train_batch_size={fits[-1]}"
-            if fits
-            else f"take a train.global_batch_size that is a multiple of {processes} processes"
-        )
+    share, rest = divmod(global_batch_size, processes)
+    if rest:
         raise LaunchError(
-            f"train.global_batch_size is {global_batch_size}, which is not a multiple of {at_once} "
-            f"(train.per_device_train_batch_size {per_device} × {processes} processes): {remedy}"
+            f"train.global_batch_size is {global_batch_size}, which {processes} processes cannot share evenly: "
+            f"take a train.global_batch_size that is a multiple of {processes}, or start fewer processes"
         )
-    return global_batch_size // at_once
+    return max(rows for rows in range(1, min(at_most, share) + 1) if share % rows == 0)
 
 
 def torch_optimizer(optimizer: Any) -> Any:
