@@ -33,19 +33,28 @@ def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
     """Checks a model that a stage is about to publish, and returns its tokenizer's record.
 
     Raises:
-        HandoffError: the gate refuses a file; the files include a pickle or code; a tensor is empty; the tokenizer is
-            missing; there are more token ids than embedding rows; or generation_config.json lacks stop ids.
+        HandoffError: what `check_files` refuses; a tensor is empty; or there are more token ids than embedding rows.
+    """
+    check_directory(model_dir)
+    tokenizer = check_files(model_dir, kind)
+    if kind != "tokenizer":
+        _check_weights(model_dir, tokenizer)
+    return tokenizer
+
+
+def check_files(model_dir: Path, kind: Kind) -> TokenizerRecord:
+    """As `check_model`, without the weights.
+
+    Raises:
+        HandoffError: the files include a pickle or code; the tokenizer is missing; or generation_config.json lacks stop
+            ids.
     """
     for name in list_files(model_dir):
         if Path(name).suffix in PICKLES or Path(name).suffix == ".py":
             raise HandoffError(
                 f"{shown(model_dir / name)}: a published model must not contain pickles or code; save safetensors only"
             )
-    check_directory(model_dir)
     tokenizer = read_tokenizer(model_dir)
-    if kind == "tokenizer":
-        return tokenizer
-    _check_weights(model_dir, tokenizer)
     if kind == "causal_lm":
         stops = generation_stop_ids(model_dir)
         if not stops:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from handoff.contract import check_model, check_rows, write_pad_token
+from handoff.contract import check_files, check_model, check_rows, write_pad_token
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import (
@@ -236,7 +236,7 @@ class StageDir:
                 {file: SHA-256} of files that it hashed while writing, or None. `write` is None if the stage makes
                 neither model nor rows.
             files: names of other files in the stage's directory that are published too, e.g. results.json.
-            tokenizer: the record that the written model must have, usually its parent's.
+            tokenizer: the record that the written model must have: what `rehearse` returned.
 
         The other arguments are the manifest's fields.
 
@@ -290,6 +290,46 @@ class StageDir:
         self._switch(writing if write else None, target)
         return manifest
 
+    def rehearse(self, write: Callable[[Path], None], kind: Kind, expected: TokenizerRecord | None) -> TokenizerRecord:
+        """Writes a publication without weights, checks it as `publish` will, and removes it.
+
+        Called before training. Returns the record of the tokenizer that `publish` will find: that of the parent, and
+        the ids that end an answer in the chat template among its stop ids.
+
+        Args:
+            write: writes everything but the weights into the empty directory that it receives.
+            kind: kind of the publication.
+            expected: the parent's record.
+
+        Raises:
+            HandoffError: what would be published breaks the contract, has another encoding than `expected`, or cannot
+                be written.
+        """
+        writing = self.path / _WRITING
+        try:
+            remove_tree(writing)
+            writing.mkdir()
+            write(writing)
+            write_pad_token(writing, read_tokenizer(writing))
+            record = check_files(writing, kind)
+        except OSError as error:
+            raise HandoffError(f"{writing}: cannot be written ({error.strerror}); nothing was trained") from error
+        finally:
+            remove_tree(writing)
+        if expected is not None:
+            if set(expected.stop_ids) < set(record.stop_ids):
+                more = {"stop_ids": record.stop_ids, "template_fingerprint": record.template_fingerprint}
+                expected = expected.model_copy(update=more)
+            self._check_encoding(expected, record)
+        return record
+
+    def _check_encoding(self, expected: TokenizerRecord, found: TokenizerRecord) -> None:
+        if found != expected:
+            raise HandoffError(
+                f"{self.path}: the encoding changed during training: it began with {expected.model_dump()}, "
+                f"but the model was written with {found.model_dump()}"
+            )
+
     def _written(
         self,
         writing: Path,
@@ -307,11 +347,8 @@ class StageDir:
             return None, hashes
         write_pad_token(writing, read_tokenizer(writing))
         record = check_model(writing, kind)
-        if expected is not None and record != expected:
-            raise HandoffError(
-                f"{self.path}: the encoding changed during training: it began with {expected.model_dump()}, "
-                f"but the model was written with {record.model_dump()}"
-            )
+        if expected is not None:
+            self._check_encoding(expected, record)
         fsync_tree(writing)
         return record, hashes
 

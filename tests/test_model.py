@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from baton.chat import Sampling, Speaker
 from data.encode import Encoder
@@ -22,11 +29,14 @@ from training import architecture, engines
 from training import model as model_module
 from training.config import ModelArguments
 from training.engines.single import Single
-from training.model import Model, check_vocabulary, copy_tokenizer, load_encoder
+from training.model import Model, check_vocabulary, load_encoder
+from training.model_files import copy_tokenizer
 from training.recipe import RecipeError
 
 ARGUMENTS = ModelArguments()
 ENGINE = engines.current()
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+KERNELS = ("flash_attention_2", "sdpa")
 
 
 def load(parent, role="policy", **keys):
@@ -65,7 +75,18 @@ def foreign(tmp_path):
     ],
 )
 def test_attention_is_chosen_by_what_is_there(requested, cuda, bf16, packages, expected):
-    assert architecture.choose_attention(requested, cuda=cuda, bf16=bf16, packages=packages) == expected
+    found = architecture.choose_attention(requested, cuda=cuda, bf16=bf16, packages=packages, supported=KERNELS)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("supported", "expected"), [((), "eager"), (("sdpa",), "sdpa"), (("flash_attention_2",), "flash_attention_2")]
+)
+def test_attention_is_one_that_the_architecture_has(supported, expected):
+    machine = {"cuda": True, "bf16": True, "packages": {"flash_attn"}, "supported": supported}
+    assert architecture.choose_attention("auto", **machine) == expected
+    with pytest.raises(RecipeError, match="this architecture has no"):
+        architecture.choose_attention("sdpa" if expected != "sdpa" else "flash_attention_2", **machine)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +94,7 @@ def test_attention_is_chosen_by_what_is_there(requested, cuda, bf16, packages, e
 )
 def test_flash_attention_where_it_cannot_run_is_refused(cuda, bf16, lacking):
     with pytest.raises(RecipeError, match=lacking):
-        architecture.choose_attention("flash_attention_2", cuda=cuda, bf16=bf16, packages=set())
+        architecture.choose_attention("flash_attention_2", cuda=cuda, bf16=bf16, packages=set(), supported=KERNELS)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +106,7 @@ def test_flash_attention_where_it_cannot_run_is_refused(cuda, bf16, lacking):
         ({"architecture": "llama", "vocab_size": 3}, "model.vocab_size: follows from the tokenizer"),
         ({"architecture": "llama", "hidden_size": "big"}, "llama refuses these values"),
         ({"architecture": "llama", "max_position_embeddings": 16}, "is 16, shorter than rows of 64 tokens"),
+        ({"architecture": "gpt2", "n_positions": 16}, "model.n_positions is 16, shorter than rows of 64 tokens"),
         ({"architecture": "clip"}, "is not a causal language model"),
     ],
 )
@@ -366,11 +388,47 @@ def test_a_reward_models_head_depends_on_the_seed_alone(name, encoder, tmp_path)
     assert 0.02 < heads[0].std().item() < 1
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_reward_model_that_pads_with_its_end_token_reads_the_end(side, foreign, tmp_path):
+    """transformers' own classifier would read the token before the end, since it takes the end for padding."""
+    model = load(open_parent(str(foreign), tmp_path, {"causal_lm"}), "reward").module.eval()
+    model.config.pad_token_id = 1
+    rows = [[5, 6, 7, 1], [5, 1], [9, 8, 7, 6, 1]]
+    padded = [[*row, *[1] * (5 - len(row))] if side == "right" else [*[1] * (5 - len(row)), *row] for row in rows]
+    mask = [[1] * len(row) + [0] * (5 - len(row)) for row in rows]
+    mask = mask if side == "right" else [line[::-1] for line in mask]
+    positions = (torch.tensor(mask).cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = model(torch.tensor(padded), attention_mask=torch.tensor(mask), position_ids=positions).logits
+        alone = [model(torch.tensor([row]), attention_mask=torch.ones(1, len(row))).logits[0] for row in rows]
+        body = [model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+    assert torch.allclose(found, torch.stack(alone), atol=1e-5)
+    assert torch.allclose(found, torch.stack([model.score(hidden) for hidden in body]), atol=1e-5)
+
+
 def test_an_architecture_without_a_reward_head_is_refused(foreign, tmp_path, monkeypatch):
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
-    monkeypatch.setattr(model_module, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", {})
-    with pytest.raises(HandoffError, match="no sequence classification for `llama`"):
+    monkeypatch.setattr(architecture, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", {})
+    with pytest.raises(HandoffError, match=r"no sequence classification, .* for `llama`"):
         load(parent, "reward")
+
+
+@pytest.mark.parametrize("architecture_of", ["clip", "unheard"])
+def test_an_architecture_without_a_language_model_is_refused(architecture_of, foreign, tmp_path):
+    parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
+    path = foreign / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": architecture_of}))
+    with pytest.raises(
+        HandoffError, match=f"transformers .* {architecture_of}|`{architecture_of}`|'{architecture_of}'"
+    ):
+        load(parent)
+
+
+def test_a_classifier_with_several_scores_is_no_reward_model(foreign, tmp_path):
+    config = LlamaConfig(**SIZES, vocab_size=500, num_labels=3, pad_token_id=2)
+    LlamaForSequenceClassification(config).save_pretrained(foreign)
+    with pytest.raises(HandoffError, match="gives 3 scores for a text; a reward model gives one"):
+        load(open_parent(str(foreign), tmp_path, {"reward_model"}), "reward")
 
 
 def test_tokenizer_files_are_copied_as_they_are(tokenizer_dir, tmp_path):

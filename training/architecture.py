@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from data.encode import Encoder
+from handoff.errors import HandoffError
 from handoff.gate import named_errors
 from handoff.parent import Parent
+from handoff.window import window
 from training.config import ModelArguments
 from training.recipe import RecipeError
 
@@ -31,7 +37,51 @@ _DECIDED = (
 )
 
 
-def choose_attention(requested: str, *, cuda: bool, bf16: bool, packages: Collection[str]) -> str:
+# What loading can turn into plain weights, by the quantisation's name in config.json.
+_DEQUANTISED: dict[str, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+
+
+def network(config: PretrainedConfig, *, scored: bool) -> type[PreTrainedModel] | None:
+    """The class that transformers loads for a configuration: a causal language model or, if `scored`, a sequence
+    classifier. None if it has no such class."""
+    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if scored else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    classes: tuple[type[PreTrainedModel], ...] = tuple(found) if isinstance(found, list | tuple) else (found,)
+    return next((kind for kind in classes if kind.__name__ in (config.architectures or ())), classes[0])
+
+
+def parent_network(parent: Parent, config: PretrainedConfig, *, scored: bool) -> type[PreTrainedModel]:
+    """`network`. Raises HandoffError if transformers has no such class."""
+    found = network(config, scored=scored)
+    if found is None:
+        lacking = "sequence classification, which a reward model needs," if scored else "causal language model"
+        raise HandoffError(f"{parent.path}: transformers has no {lacking} for `{config.model_type}`")
+    return found
+
+
+def dequantised(parent: Parent, config: PretrainedConfig) -> dict[str, Any]:
+    """The argument of `from_pretrained` with which quantised weights are loaded as plain ones; empty if they are plain.
+
+    Raises:
+        HandoffError: transformers cannot turn this quantisation into plain weights.
+    """
+    stored = config.to_dict().get("quantization_config")
+    if not stored:
+        return {}
+    method = str(stored.get("quant_method"))
+    if method not in _DEQUANTISED:
+        raise HandoffError(
+            f"{parent.path}: its weights are quantised ({method}); name the model from which it was made, or turn it "
+            "into plain weights once and save those in a directory"
+        )
+    return {"quantization_config": _DEQUANTISED[method](dequantize=True)}
+
+
+def choose_attention(
+    requested: str, *, cuda: bool, bf16: bool, packages: Collection[str], supported: Collection[str]
+) -> str:
     """The attention kernel with which to load a model.
 
     Args:
@@ -39,24 +89,33 @@ def choose_attention(requested: str, *, cuda: bool, bf16: bool, packages: Collec
         cuda: whether there is a CUDA device.
         bf16: whether the forward pass runs in bfloat16; FlashAttention does not support float32.
         packages: names of importable packages.
+        supported: kernels that the architecture can use besides `eager`.
 
     Raises:
-        RecipeError: FlashAttention was requested but cannot run.
+        RecipeError: the requested kernel cannot run, or the architecture cannot use it.
     """
     possible = cuda and bf16 and "flash_attn" in packages
     if requested == "auto":
-        return "flash_attention_2" if possible else "sdpa"
+        usable = [name for name in ("flash_attention_2", "sdpa") if name in supported]
+        return next((name for name in usable if possible or name != "flash_attention_2"), "eager")
+    if requested != "eager" and requested not in supported:
+        raise RecipeError(f"model_args.attn_implementation: this architecture has no {requested}; use auto or eager")
     if requested == "flash_attention_2" and not possible:
         lacking = "a CUDA GPU" if not cuda else "bf16: true" if not bf16 else "the package flash-attn"
         raise RecipeError(f"model_args.attn_implementation: flash_attention_2 needs {lacking}; use auto or sdpa")
     return requested
 
 
-def attention(arguments: ModelArguments, bf16: bool) -> str:
-    """`choose_attention` for this machine."""
+def attention(arguments: ModelArguments, bf16: bool, kind: type[PreTrainedModel]) -> str:
+    """`choose_attention` for this machine and a class of models."""
     packages = {"flash_attn"} if find_spec("flash_attn") is not None else set()
     cuda = torch.cuda.is_available()
-    return choose_attention(arguments.attn_implementation, cuda=cuda, bf16=bf16, packages=packages)
+    supported = [
+        name
+        for name, there in (("sdpa", kind._supports_sdpa), ("flash_attention_2", kind._supports_flash_attn))
+        if there
+    ]
+    return choose_attention(arguments.attn_implementation, cuda=cuda, bf16=bf16, packages=packages, supported=supported)
 
 
 def parent_config(parent: Parent) -> PretrainedConfig:
@@ -126,8 +185,7 @@ def model_config(keys: dict[str, Any], encoder: Encoder, context: int) -> Pretra
         config = kind(**given, **decided)
     except Exception as error:  # each class raises its own errors for invalid values
         raise RecipeError(f"model: {architecture} refuses these values: {error}") from error
-    if "max_position_embeddings" in fields and config.max_position_embeddings < context:
-        raise RecipeError(
-            f"model.max_position_embeddings is {config.max_position_embeddings}, shorter than rows of {context} tokens"
-        )
+    found = window(config.to_dict())
+    if found is not None and found.tokens < context:
+        raise RecipeError(f"model.{found.key} is {found.tokens}, shorter than rows of {context} tokens")
     return config

@@ -12,10 +12,8 @@ byte, and a generation_config.json with the stop ids.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -25,25 +23,26 @@ from typing import Any, Literal, Self
 import torch
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from data.encode import Encoder
 from handoff.errors import HandoffError
-from handoff.gate import TOKENIZER_FILES, named_errors
+from handoff.gate import named_errors
 from handoff.parent import Parent
 from handoff.weights import INDEX_NAME, weight_files
-from training.architecture import LOCAL, attention, parent_config, without_dropout
+from reward.learned import read_by_mask
+from training.architecture import LOCAL, attention, dequantised, network, parent_config, parent_network, without_dropout
 from training.config import ModelArguments, TrainedModelArguments
 from training.engines.files import write_tensors
 from training.engines.protocol import Engine
 from training.engines.single import Entry
+from training.model_files import in_words, warn, write_configuration
 from training.parent_weights import ParentWeights, layer_of, without_values
 
 Role = Literal["policy", "reference", "critic", "reward"]
@@ -85,6 +84,8 @@ class Model:
         self.dtype = module.dtype
         """Precision of the weights in memory."""
         self._class_name = type(module).__name__  # an engine may change the class
+        if role == "reward":
+            read_by_mask(module)
 
     @classmethod
     def load(
@@ -120,28 +121,46 @@ class Model:
             seed: seed of a new head.
 
         Raises:
-            HandoffError: the tokenizer has ids that the model has no embedding for, or transformers has no sequence
-                classification for the architecture.
+            HandoffError: the tokenizer has ids that the model has no embedding for, transformers does not have the
+                architecture or refuses its files, or its weights are quantised in a way that cannot be undone.
         """
         scored = role == "reward" or (role == "critic" and parent.kind == "reward_model")
-        keys: dict[str, Any] = {
+        config = parent_config(parent)
+        kind = parent_network(parent, config, scored=scored)
+        if parent.kind == "reward_model" and config.num_labels != 1:
+            raise HandoffError(
+                f"{parent.path}: it gives {config.num_labels} scores for a text; a reward model gives one"
+            )
+        plain = dequantised(parent, config)
+        keys: dict[str, Any] = plain | {
             "dtype": dtype,
-            "attn_implementation": attention(arguments, bf16),
+            "config": config,
+            "attn_implementation": attention(arguments, bf16, kind),
             "experts_implementation": None,
             "use_safetensors": True,
             **LOCAL,
         }
         loader: Any = AutoModelForCausalLM
-        keys["config"] = parent_config(parent)
         if scored:
-            _check_classification(parent, keys["config"])
-            loader, keys["config"].num_labels = AutoModelForSequenceClassification, 1
+            loader, config.num_labels = AutoModelForSequenceClassification, 1
         if engine.splits:
+            if plain:
+                raise HandoffError(
+                    f"{parent.path}: its weights are quantised, and an engine that shards reads plain ones alone; load "
+                    "and save it once with transformers (`dequantize=True`), and name that directory"
+                )
             keys["device_map"] = "meta"
         with engine.loading(), named_errors(parent.model_dir):
             module, found = loader.from_pretrained(parent.model_dir, output_loading_info=True, **keys)
         new_head = scored and parent.kind != "reward_model"
         _check_complete(parent, set(found["missing_keys"]), "score." if new_head else None)
+        if plain:  # what is published has plain weights under their plain names
+            vars(module).pop("_weight_conversions")
+        if type(module.config) is not type(config):
+            warn(
+                f"{parent.path}: of this model, only the part that reads and writes text is loaded, trained and "
+                "published; its other parts and their processor's files are left out"
+            )
         check_vocabulary(module, parent)
         later: ParentWeights | None = None
         if engine.splits:
@@ -169,9 +188,11 @@ class Model:
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """A causal language model with random weights, drawn from torch's global generator."""
+        kind = network(config, scored=False)
+        assert kind is not None, "`model_config` makes configurations of causal language models"
         with engine.loading():
             module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention(arguments, bf16)
+                config, dtype=dtype, attn_implementation=attention(arguments, bf16, kind)
             )
         return cls(engine, module, "policy", encoder, arguments, None)
 
@@ -261,16 +282,38 @@ class Model:
         self._check(path)
         return Written(hashes, tally.share())
 
+    def rehearse(self, path: Path) -> None:
+        """Writes what `write` will write besides the weights, and loads it with the names and shapes of the weights.
+
+        Called on one process before training, so that what could not be published is known before it is trained.
+
+        Args:
+            path: an existing, empty directory.
+
+        Raises:
+            HandoffError: a file cannot be saved, or the names do not load; the message names the parent's file.
+        """
+        source = self.encoder.tokenizer.name_or_path
+        groups = self._published(self.engine.weights(self.module), "")
+        tensors = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for group in groups for e in group}
+        self._write_configuration(path)
+        try:
+            config = AutoConfig.from_pretrained(path, **LOCAL)
+            kind: Any = network(config, scored=self.role == "reward")
+            assert kind is not None, f"transformers has no such model for {type(config).__name__}"
+            with self.engine.loading():
+                _, found = kind.from_pretrained(
+                    None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True
+                )
+        except Exception as error:  # each class raises its own errors
+            raise HandoffError(f"{source}: its model cannot be published: {in_words(error)}") from error
+        wrong = {key: sorted(map(str, names))[:3] for key, names in found.items() if names}
+        if wrong:
+            raise HandoffError(f"{source}: the weights do not load under the names that they are saved by: {wrong}")
+
     def _write_configuration(self, path: Path) -> None:
-        config = deepcopy(self.module.config)
-        config.dtype, config.architectures = torch.float32, [self._class_name]
-        vars(config).pop("auto_map", None)  # the code that it names is not published
-        config.save_pretrained(path)
-        source = Path(self.encoder.tokenizer.name_or_path)
-        copy_tokenizer(source, path)
-        if self.parent is not None and self.parent.chat_template is not None:
-            (path / "chat_template.jinja").write_text(self.encoder.tokenizer.chat_template, encoding="utf-8")
-        generation_config(source, self.encoder).save_pretrained(path)
+        template = None if self.parent is None else self.parent.chat_template
+        write_configuration(path, self.module.config, self._class_name, self.encoder, template)
 
     def _check(self, path: Path) -> None:
         loader: Any = AutoModelForSequenceClassification if self.role == "reward" else AutoModelForCausalLM
@@ -335,11 +378,6 @@ def check_vocabulary(module: PreTrainedModel, parent: Parent) -> None:
         raise HandoffError(f"{parent.path}: the tokenizer has {size} ids, the model only {rows} embeddings")
 
 
-def _check_classification(parent: Parent, config: PretrainedConfig) -> None:
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise HandoffError(f"{parent.path}: transformers has no sequence classification for `{config.model_type}`")
-
-
 def _check_complete(parent: Parent, missing: set[str], drawn: str | None) -> None:
     """Raises HandoffError for weights that the files lack; transformers would draw them. `drawn`: their prefix here."""
     lacking = sorted(name for name in missing if drawn is None or not name.startswith(drawn))
@@ -359,24 +397,6 @@ def _draw_head(head: torch.nn.Module, seed: int) -> None:
 
 
 # ---- files
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files byte for byte. Loading and saving them could change their hashes."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-def generation_config(model_dir: Path, encoder: Encoder) -> GenerationConfig:
-    """The directory's generation settings, if it has any, with the encoder's stop ids, pad and bos."""
-    here = (model_dir / "generation_config.json").is_file()
-    with named_errors(model_dir / "generation_config.json"):
-        config = GenerationConfig.from_pretrained(model_dir, local_files_only=True) if here else GenerationConfig()
-    config.eos_token_id = sorted(encoder.stop_ids)
-    config.pad_token_id = encoder.pad_id
-    config.bos_token_id = encoder.bos_id
-    return config
 
 
 def _files(entries: Sequence[Entry]) -> dict[str, list[Entry]]:

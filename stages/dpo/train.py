@@ -48,13 +48,15 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
 
     # Data: pairs as ids.
-    pairs = Pairs(config.max_length, config.truncation)
+    pairs = Pairs(run.within_window([parent], "max_length", config.max_length), config.truncation)
     rows = run.rows(config.data, pairs, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: Rows[Row] | None = None
     prompts: list[tuple[list[int], str]] = []
     if config.eval_data:
         heldout = run.rows(config.eval_data, pairs, encoder, "held-out data", config.max_drop_fraction, apart_from=rows)
-        prompts = questions(run, config.eval_data, Preference, encoder, config.eval_answers)
+        prompts = questions(
+            run, config.eval_data, Preference, encoder, config.eval_answers, parent, config.max_new_tokens
+        )
 
     # Model and trainer.
     smoothed = config.label_smoothing > 0
@@ -74,6 +76,7 @@ def train(run: Run) -> None:
     model = Model.load(
         run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bool(args.bf16)
     )
+    run.rehearse("causal_lm", model)
     run.console.print(f"  the reference reads {len(rows) + len(heldout or ())} pairs")
     kept = run.dir.state_dir / "pairs"
     drop_altered(run.engine, kept)

@@ -1,7 +1,7 @@
 """Builds the inputs of the loop: prompts, rewards, models, optimizer."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from stages.ppo.config import Config, PPOTrainConfig
 from training.model import Model
 from training.optimizer import decayed_names
 from training.recipe import RecipeError
-from training.rewards import load_rewards, readable
+from training.rewards import load_rewards, readable, token_readers
 from training.run import Run
 
 
@@ -35,22 +35,43 @@ def check_batch(run: Run, t: PPOTrainConfig) -> None:
         )
 
 
+def longest_prompt(run: Run, policy: Parent) -> int:
+    """Maximum tokens of a prompt: the recipe's, or fewer if an answer would not fit the window of the policy, or of
+    another model that reads its tokens."""
+    config: Config = run.config
+    opened = partial(_reward_model, run)
+    readers = [policy, *token_readers((*config.reward, *config.monitor), opened)]
+    if config.critic is not None:
+        readers.append(_critic_model(run, config.critic))
+    return run.within_window(readers, "max_prompt_length", config.max_prompt_length, config.train.max_completion_length)
+
+
 def load_prompts(
     run: Run,
     encoder: Encoder,
     sources: Sequence[SourceConfig],
     label: str,
+    longest: int,
     scores: Sequence[RewardConfig],
     apart_from: Rows[EncodedPrompt] | None = None,
 ) -> Rows[EncodedPrompt]:
-    """Encoded prompts; those that are too long, or whose gold answers cannot be read, are dropped and counted.
+    """Encoded prompts; those of more than `longest` tokens or with unreadable gold answers are dropped.
 
     `apart_from`: as for `Run.rows`.
     """
     config: Config = run.config
-    kind = Prompts(config.max_prompt_length)
+    kind = Prompts(longest)
     prompts = run.rows(sources, kind, encoder, label, config.max_drop_fraction, apart_from=apart_from)
     return readable(run, scores, prompts, label, config.max_drop_fraction)
+
+
+def _reward_model(run: Run, ref: str) -> Parent:
+    return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
+
+
+def _critic_model(run: Run, ref: str) -> Parent:
+    config: Config = run.config
+    return _reward_model(run, ref) if config.critic is None else run.parent("critic", frozenset({"reward_model"}))
 
 
 class PromptStream:
@@ -86,10 +107,7 @@ def make_rewards(
     `learned`: the scorers loaded so far, by reference. New ones are added to it, and their models to `frozen`.
     """
     config: Config = run.config
-
-    def opened(ref: str) -> Parent:
-        return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
-
+    opened = partial(_reward_model, run)
     return load_rewards(
         run.engine, entries, opened, [policy], prompts, config.model_args, bf16=bf16, learned=learned, frozen=frozen
     )
@@ -133,7 +151,7 @@ def make_critic(
     ref = config.critic_parent
     parent = policy
     if ref is not None:
-        parent = run.parent("critic" if config.critic is not None else f"reward:{ref}", frozenset({"reward_model"}))
+        parent = _critic_model(run, ref)
         check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
     model = Model.load(run.engine, parent, "critic", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
     critic = Critic(model.module)
@@ -142,7 +160,8 @@ def make_critic(
         weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
         head = model.module.get_submodule("score")
         assert isinstance(head, torch.nn.Linear)
-        critic.start_from_reward_head(head, *statistics(parent), weight)
+        mean, std = statistics(parent) or (0.0, 1.0)  # as LearnedReward takes them
+        critic.start_from_reward_head(head, mean, std, weight)
     return model, critic
 
 

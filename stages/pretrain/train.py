@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from data.rows import Documents
+from handoff.window import model_window
 from stages.pretrain.config import Config
 from training.architecture import model_config
 from training.isolation import IsolationCheck
@@ -48,6 +49,12 @@ def train(run: Run) -> None:
         except RecipeError as error:
             raise RecipeError(f"{run.recipe.path}: {run.section.name}.{error}") from error
 
+    elif (found := model_window(parent.model_dir)) is not None and found.tokens < config.block_size:
+        raise RecipeError(
+            f"{run.recipe.path}: {run.section.name}.block_size is {config.block_size}, more than the window of "
+            f"{parent.name}, {found.tokens} tokens ({found.key} in its config.json); take block_size={found.tokens}"
+        )
+
     # Data: blocks of tokens; held-out documents as windows that score every token once.
     rows = run.rows(config.data, Documents(), encoder, max_drop_fraction=config.max_drop_fraction)
     blocks = rows.blocks(config.block_size)  # (N, T)
@@ -69,6 +76,7 @@ def train(run: Run) -> None:
             torch.nn.init.normal_(model.module.get_input_embeddings().get_parameter("weight"), std=config.embedding_std)
     else:
         model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=args.bf16)
+    run.rehearse("causal_lm", model)
     parameters = model.parameters()
     run.console.print(f"  {parameters / 1e6:.2f} M parameters, {blocks.size:,} tokens in rows of {config.block_size}")
     collate = Collator(encoder.eos_id if config.isolate_documents else None)

@@ -50,7 +50,8 @@ def train(run: Run) -> None:
     others = {ref: open_member(run, ref, parent) for ref in config.ensemble_with}
 
     # Data: pairs of whole conversations.
-    kind = Pairs(config.max_length, config.truncation)
+    longest = run.within_window([parent, *others.values()], "max_length", config.max_length)
+    kind = Pairs(longest, config.truncation)
     rows = run.rows(config.data, kind, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: list[Row] = []
     if config.eval_data:
@@ -77,6 +78,7 @@ def train(run: Run) -> None:
         bf16=bool(args.bf16),
         seed=run.seed,
     )
+    run.rehearse("reward_model", model)
     trainer = Trainer(
         model=model.module,
         args=args,
@@ -202,7 +204,6 @@ def open_member(run: Run, ref: str, parent: Parent) -> Parent:
     """Opens a reward model to compare with, before training starts. Raises HandoffError if it is not comparable."""
     member = run.parent(f"ensemble:{ref}", frozenset({"reward_model"}))
     check_same_encoding(parent, member, "they are compared on the same tokens; leave it out of `ensemble_with`")
-    statistics(member)
     return member
 
 
@@ -224,7 +225,7 @@ def measure_ensemble(
         with member.freeze().whole() as module:
             raw = score(module, [answers[i] for i in mine], parent.tokenizer.pad_id).tolist()
         found = np.array(run.engine.join(zip(mine, raw, strict=True)))
-        mean, std = statistics(parent)
+        mean, std = statistics(parent) or (found.mean(), found.std())
         members[ref] = (found - mean) / std
     pairs = len(answers) // 2
     return agreement({name: (values[:pairs], values[pairs:]) for name, values in members.items()})

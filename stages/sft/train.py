@@ -36,19 +36,21 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
 
     # Data: conversations as ids and labels, packed or not.
-    chats = Chats(config.max_length, config.truncation, config.earlier_turns)
+    longest = run.within_window([parent], "max_length", config.max_length)
+    chats = Chats(longest, config.truncation, config.earlier_turns)
     rows = run.rows(config.data, chats, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: Rows[Row] | None = None
     prompts: list[tuple[list[int], str]] = []
     if config.eval_data:
         heldout = run.rows(config.eval_data, chats, encoder, "held-out data", config.max_drop_fraction, apart_from=rows)
-        prompts = questions(run, config.eval_data, Chat, encoder, config.eval_answers)
-    data = PackedRows(rows, rows.lengths, config.max_length) if config.packing else rows
+        prompts = questions(run, config.eval_data, Chat, encoder, config.eval_answers, parent, config.max_new_tokens)
+    data = PackedRows(rows, rows.lengths, longest) if config.packing else rows
 
     # Model and trainer.
     args = arguments(SFTConfig, run, len(data), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     dtype = trained_dtype(run.engine, config.model_args)
     model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=bool(args.bf16))
+    run.rehearse("causal_lm", model)
     collate = Collator(encoder.pad_id)
     trainer = Trainer(
         model=model.module,

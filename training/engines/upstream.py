@@ -53,6 +53,14 @@ PRIVATE: tuple[PrivateName, ...] = (
     PrivateName(
         "transformers:PreTrainedModel", "_no_split_modules", None, "the classes of layers to shard as one unit"
     ),
+    PrivateName("transformers:PreTrainedModel", "_supports_sdpa", None, "the attention that an architecture has"),
+    PrivateName("transformers:PreTrainedModel", "_supports_flash_attn", None, "the same"),
+    PrivateName(
+        "transformers.core_model_loading",
+        "_weight_conversions",
+        None,
+        "removed from a model whose quantised weights were loaded as plain ones, which it would save as quantised",
+    ),
     PrivateName(
         "transformers:PretrainedConfig",
         "_attn_implementation",
