@@ -90,6 +90,17 @@ class Journal:
             damaged.name,
         )
 
+    def count(self) -> int:
+        """The number of lines in the file."""
+        return len(self.lines())
+
+    def keep(self, count: int) -> None:
+        """Removes the lines after the first `count`."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                kept = sum(len(line) for _, line in zip(range(count), file, strict=False))
+            os.truncate(self.path, kept)
+
     def lines(self) -> list[dict[str, Any]]:
         """The lines of the file up to the first that cannot be read, such as a last line that a kill has torn."""
         if not self.path.exists():

@@ -131,8 +131,8 @@ def test_a_save_on_request_goes_on(tmp_path, monkeypatch):
     whole = run_stage("sft", tmp_path / "whole", *keys)
     at_step(monkeypatch, 3, signal.SIGUSR1)
     asked = run_stage("sft", tmp_path / "asked", *keys)
-    assert states(whole.folder) == ["step-5"]
-    assert states(asked.folder) == ["step-3", "step-5"]
+    assert states(whole.folder) == ["step-5", "step-6"]
+    assert states(asked.folder) == ["step-3", "step-5", "step-6"]
     assert asked.lines == whole.lines
 
 

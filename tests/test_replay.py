@@ -32,8 +32,8 @@ def baton(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose SFT has lines at 4, 8, 12 and 14, and states of 6 and 12."""
-    keys = ["train.max_steps=14", "train.logging_steps=4", "train.save_steps=6"]
+    """The folder of a run whose SFT has lines at 4, 8, 12 and 14, and states of 6, 12 and 14."""
+    keys = ["train.max_steps=14", "train.logging_steps=4", "train.save_steps=6", "train.save_total_limit=3"]
     return stage_chain.run_stage("sft", tmp_path_factory.mktemp("replay"), *keys).folder.parent
 
 

@@ -177,7 +177,7 @@ def test_space_of_existing_states_counts_as_free(tmp_path, monkeypatch):
 def test_a_disk_that_is_full_for_a_while_costs_states_and_nothing_else(
     name, where, micro_recipe, disk, tmp_path, monkeypatch, caplog
 ):
-    """The second of three saves finds no space; the first state stays until the third."""
+    """The second of the saves finds no space; the first state stays until the third."""
     if name == "sft":
         recipe = stage_recipe("sft", disk, *KEYS, "train.save_total_limit=1")
         other = stage_recipe("sft", tmp_path / "other", *KEYS, "train.save_total_limit=1")
@@ -210,7 +210,7 @@ def test_a_disk_that_is_full_for_a_while_costs_states_and_nothing_else(
         run_section(recipe, name)
     assert "no room to save the state of step 4" in caplog.text and "step 6 (" not in caplog.text
     folder = recipe.run_dir / name
-    assert [path.name for path in (folder / "state").glob("*step-*")] == ["step-6"]
+    assert [path.name for path in (folder / "state").glob("*step-*")] == ["step-7"]
     run_section(other, name)
     assert lines_of(folder) == lines_of(other.run_dir / name)
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, other.run_dir / name))
@@ -239,6 +239,49 @@ def test_a_full_disk_at_the_end_loses_nothing(disk, tmp_path, monkeypatch):
     ours, theirs = result(recipe, "sft"), result(other, "sft")
     assert ours.lines == theirs.lines
     assert all(torch.equal(ours.weights[key], theirs.weights[key]) for key in theirs.weights)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_a_publication_that_fails_costs_no_training(name, micro_recipe, tmp_path, monkeypatch):
+    """The next start finds the trained weights: it takes no step, and its files are those of an undisturbed run."""
+    if name == "ppo":
+        published = micro_recipe.parent / "runs" / "micro"
+        keys = ["ppo.train.iterations=3", "ppo.train.save_iterations=9", f"ppo.parent={published / 'sft'}"]
+        keys.append(f'ppo.reward=[{{"model": "{published / "reward"}"}}]')
+        recipe, other = (load_recipe(micro_recipe, [f"output_root={tmp_path / root}", *keys]) for root in "ab")
+    else:
+        recipe, other = (
+            stage_recipe(name, tmp_path / root, "train.max_steps=3", "train.save_steps=9") for root in "ab"
+        )
+    folder = recipe.run_dir / name
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.model.write_tensors", denied)
+        with pytest.raises((PermissionError, HandoffError)):
+            run_section(recipe, name)
+    assert not (folder / "stage.json").exists() and (folder / "state" / "step-3").is_dir()
+
+    def trained(*_, **__):
+        raise AssertionError("a step was taken again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.trainer.StageTrainer.compute_loss", trained)
+        patch.setattr("stages.ppo.train._loss", trained)
+        run_section(recipe, name)
+    run_section(other, name)
+    assert lines_of(folder) == lines_of(other.run_dir / name)
+    for file in ("samples.jsonl", "model/model.safetensors"):
+        assert (folder / file).exists() == (other.run_dir / name / file).exists()
+        if (folder / file).exists():
+            assert (folder / file).read_bytes() == (other.run_dir / name / file).read_bytes()
+    first, second = (StageDir(path).manifest() for path in (folder, other.run_dir / name))
+    assert first is not None and second is not None
+    assert {key: value for key, value in first.metrics.items() if not key.startswith("time/")} == {
+        key: value for key, value in second.metrics.items() if not key.startswith("time/")
+    }
 
 
 def test_a_full_disk_for_a_required_file_is_a_user_error(tmp_path, monkeypatch):

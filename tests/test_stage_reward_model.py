@@ -157,7 +157,7 @@ def test_another_gate_costs_no_training(tmp_path, monkeypatch):
         Trainer, "training_step", lambda self, *args, **keys: steps.append(1) or original(self, *args, **keys)
     )
     cards = []
-    for gate, published, trained in ((1.0, False, 20), (0.0, True, 10), (1.0, False, 10)):
+    for gate, published, trained in ((1.0, False, 20), (0.0, True, 0), (1.0, False, 0)):
         recipe = stage_recipe("reward", tmp_path, f"gate.min_accuracy={gate}", "train.save_steps=10")
         stage = StageDir(recipe.run_dir / "reward")
         steps.clear()

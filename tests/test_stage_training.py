@@ -81,7 +81,7 @@ def test_the_split_into_micro_batches_changes_nothing(name, tmp_path):
 
 @pytest.mark.parametrize("place", ["while its parts are written", "at the commit"])
 def test_a_full_disk_costs_one_state_and_no_training(place, tmp_path, monkeypatch, caplog):
-    """The second of three saves fails; the first stays until the third has replaced it."""
+    """The second of the saves fails; the first stays until the third has replaced it."""
     seen = []
     if place == "at the commit":
         commit = StateStore.commit
@@ -106,7 +106,7 @@ def test_a_full_disk_costs_one_state_and_no_training(place, tmp_path, monkeypatc
     keys = ("train.save_steps=2", "train.max_steps=7", "train.save_total_limit=1")
     run = run_stage("sft", tmp_path, *keys)
     assert seen and "no room to save the state of step 4" in caplog.text
-    assert [p.name for p in (run.folder / "state").iterdir() if p.name.startswith("step-")] == ["step-6"]
+    assert [p.name for p in (run.folder / "state").iterdir() if p.name.startswith("step-")] == ["step-7"]
     assert not list((run.folder / "state").glob(".tmp-step-*"))
 
 

@@ -28,6 +28,10 @@ class Order(Protocol):
         """The rows of an optimizer step, counted from 0 over all epochs."""
 
 
+class Finished(Exception):
+    """Raised in place of a step where a resumed training has no step left."""
+
+
 class CalledBack(Protocol):
     """What the callbacks need from a trainer; `training.trainer.StageTrainer` has it. Upstream's attributes are Any."""
 
@@ -54,6 +58,7 @@ class FlowCallback(TrainerCallback):
 
     Raises:
         Stopped: a signal asked the stage to end; raised after the step, when a state was saved or could not be saved.
+        Finished: the resumed state is that of the last step.
     """
 
     def __init__(self, trainer: CalledBack) -> None:
@@ -66,6 +71,8 @@ class FlowCallback(TrainerCallback):
     ) -> None:
         # Only now is the model wrapped, so that the engine can check it.
         self._trainer.run.engine.adopt(self._trainer)
+        if state.global_step >= state.max_steps:
+            raise Finished
         if state.global_step == 0:
             self._trainer.evaluate()
         self._trainer.run.signals.finish_steps(self._trainer.train_config.grace_seconds)
@@ -86,15 +93,15 @@ class FlowCallback(TrainerCallback):
         if not last and eval_steps and state.global_step % eval_steps == 0:
             control.should_evaluate = True
         # While steps are being skipped, the weights may be broken. Saving them would delete older, good states.
-        due = control.should_save or self._postponed
+        # The last state keeps what was trained if the evaluation or the publication that follows fails.
+        due = control.should_save or self._postponed or last
         self._postponed = due and self._trainer.faults.in_a_row > 0
         self._stop, save = self._trainer.run.signals.asked(self._trainer.run.engine.largest)
-        # After the last step no state is needed: publishing follows and writes the same weights.
-        control.should_save = not last and ((due and not self._postponed) or bool(self._stop) or save)
+        control.should_save = (due and not self._postponed) or bool(self._stop) or save
         control.should_log = control.should_log or last
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._stop:
+        if self._stop and state.global_step < state.max_steps:
             run = self._trainer.run
             saved = (run.dir.state_dir / f"step-{state.global_step}").is_dir()
             raise run.signals.stopped(self._stop, f"step {state.global_step}", saved)

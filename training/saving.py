@@ -71,6 +71,7 @@ class SavedStates:
             run.rewind(None)
             return None
         run.rewind(state.step, state.extra.get("journals"))
+        run.keep(state.extra["lines"])  # evaluation and publication log lines of the last step after its state
         saved, now = EngineRecord(**state.extra["engine"]), run.engine.record()
         if saved.words != now.words:
             run.console.print(
@@ -182,7 +183,12 @@ class SavedStates:
                 raise failed
             if engine.is_main:
                 self._run.sync()
-                extra = {**extra, "engine": engine.record().model_dump(), "journals": self._run.seals()}
+                extra = {
+                    **extra,
+                    "engine": engine.record().model_dump(),
+                    "journals": self._run.seals(),
+                    "lines": self._run.logged(),
+                }
                 path = self._store.commit(step, staged, self._config.save_total_limit, extra, protect)
                 self._bytes = tree_bytes(path)
         except Exception as error:  # only on the main process

@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from data.sampling import shuffled
 from handoff.state import State
-from training.callbacks import AverageCallback, FlowCallback, MetricsCallback, ProgressCallback
+from training.callbacks import AverageCallback, Finished, FlowCallback, MetricsCallback, ProgressCallback
 from training.config import MuonTrainConfig, TrainConfig
 from training.engines import files, finite
 from training.faults import Faults
@@ -219,8 +220,8 @@ def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
         own: fields of `kind` that the stage sets.
 
     Raises:
-        LaunchError: the global batch is not a multiple of what all processes take in one pass, Muon is set under an
-            engine that shards, or the engine refuses another value.
+        LaunchError: the processes cannot share the global batch evenly, Muon is set under an engine that shards, or the
+            engine refuses another value.
     """
     config: TrainConfig = run.config.train
     if isinstance(config, MuonTrainConfig):
@@ -310,7 +311,8 @@ def fit(
     transformers.set_seed(run.seed)
     with run.progress(trainer.args.max_steps, run.section.name) as advance:
         trainer.add_callback(ProgressCallback(advance))
-        trainer.train(resume_from_checkpoint=None if state is None else _place(trainer, state.step))
+        with suppress(Finished):
+            trainer.train(resume_from_checkpoint=None if state is None else _place(trainer, state.step))
 
 
 def _place(trainer: StageTrainer, step: int) -> str:

@@ -109,14 +109,13 @@ class Saves:
             Stopped: a signal requested a stop.
         """
         run = self._run
-        if at.iteration == self._t.iterations:
-            return
+        last = at.iteration == self._t.iterations  # its state keeps what was trained if the publication fails
         improved = looked and self._guards.keep == "best" and self._best_step(at) == at.iteration
         # While steps are being skipped, the weights may be bad, and saving them would delete older, good states.
-        due = at.iteration % self._every == 0 and not at.faults.in_a_row
+        due = (last or at.iteration % self._every == 0) and not at.faults.in_a_row
         stop, asked = run.signals.asked(run.engine.largest)
         saved = bool(improved or due or stop or asked) and self._save(at)
-        if stop:
+        if stop and not last:
             raise run.signals.stopped(stop, f"iteration {at.iteration}", saved)
 
     def restore_best(self, at: Position) -> tuple[int, dict[str, float]]:

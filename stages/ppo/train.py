@@ -62,6 +62,7 @@ from stages.ppo.setup import (
     load_policy,
     load_prompts,
     load_reference,
+    longest_prompt,
     make_critic,
     make_optimizer,
     make_rewards,
@@ -87,11 +88,12 @@ def train(run: Run) -> None:
     engine.set_up(t, embedding_shape(parent.model_dir)[1])
     bf16 = engine.bf16
     encoder = load_encoder(parent)
-    prompts = load_prompts(run, encoder, config.data, "prompts", config.reward)
+    most = longest_prompt(run, parent)
+    prompts = load_prompts(run, encoder, config.data, "prompts", most, config.reward)
     heldout: Sequence[EncodedPrompt] = []
     if config.eval_data:
         scores = [*config.reward, *config.monitor]
-        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts", scores, prompts)
+        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts", most, scores, prompts)
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
     rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)
@@ -100,6 +102,7 @@ def train(run: Run) -> None:
     # Models.
     dtype = trained_dtype(engine, config.model_args)
     policy = load_policy(run, parent, encoder, dtype, bf16)
+    run.rehearse("causal_lm", policy)
     critic_model, critic = make_critic(run, parent, encoder, dtype, bf16)
     reference = load_reference(policy, bf16)
     longest = max(len(prompt.ids) for prompt in (*prompts, *heldout))
