@@ -11,7 +11,7 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +30,6 @@ from handoff.journal import Journal
 from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest, TokenizerRecord
 from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
-from handoff.window import model_window
 from training import engines
 from training.engines.launch import check_environment, is_main
 from training.engines.protocol import Engine
@@ -189,35 +188,6 @@ class Run:
                 source = source.at(rows.data_dir)
             located.append(source)
         return located
-
-    def within_window(self, parents: Iterable[Parent], key: str, asked: int, answer: int = 0) -> int:
-        """`asked` tokens, or what the models' windows leave if that is less, which is said. Longer rows are handled as
-        those are that exceed the recipe's number.
-
-        Args:
-            parents: the models that read the rows.
-            key: the recipe's key of `asked`, for the message.
-            asked: tokens of a row, or of a prompt.
-            answer: tokens that come after it.
-
-        Raises:
-            RecipeError: the answer alone fills a window.
-        """
-        least = asked
-        for parent in parents:
-            found = model_window(parent.model_dir)
-            if found is None or found.tokens - answer >= least:
-                continue
-            least = found.tokens - answer
-            place = f"the window of {parent.name}, {found.tokens} tokens ({found.key} in its config.json)"
-            if least < 1:
-                raise RecipeError(
-                    f"{self.recipe.path}: {self.section.name}: answers of {answer} tokens leave no room for a prompt "
-                    f"in {place}; allow fewer tokens of an answer"
-                )
-            rest = f" less the {answer} of an answer" if answer else ""
-            self.console.print(f"  {key} is {least} here, not {asked}: {place}{rest}")
-        return least
 
     # ---- what goes out
 

@@ -26,6 +26,7 @@ from handoff.files import changed_files, hash_tree, read_json, remove_tree, writ
 from stages.dpo.config import Config
 from stages.dpo.loss import alarms, pair_metrics
 from training.engines.protocol import Engine
+from training.limits import within_window
 from training.measure import greedy_answers, measure_rows, questions
 from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
@@ -48,7 +49,7 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
 
     # Data: pairs as ids.
-    pairs = Pairs(run.within_window([parent], "max_length", config.max_length), config.truncation)
+    pairs = Pairs(within_window(run, [parent], "max_length", config.max_length), config.truncation)
     rows = run.rows(config.data, pairs, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: Rows[Row] | None = None
     prompts: list[tuple[list[int], str]] = []

@@ -31,6 +31,7 @@ from rollout.sampling import Completion, SamplingSpec
 from stages.evaluate import tables
 from stages.evaluate.config import Answering, Config, ScoreConfig
 from stages.evaluate.tables import Answered
+from training.limits import within_window
 from training.measure import TextWindows
 from training.model import Model, load_encoder
 from training.recipe import RecipeError
@@ -48,8 +49,8 @@ def train(run: Run) -> None:
     # The prompts are encoded for each model by its own encoder: a foreign model keeps its own template.
     first = load_encoder(next(iter(parents.values())))
     readers = [*parents.values(), *token_readers(entries, lambda ref: present[ref])]
-    longest = run.within_window(readers, "max_prompt_length", config.max_prompt_length, config.max_new_tokens)
-    context = run.within_window(parents.values(), "context_length", config.context_length)
+    longest = within_window(run, readers, "max_prompt_length", config.max_prompt_length, config.max_new_tokens)
+    context = within_window(run, parents.values(), "context_length", config.context_length)
     prompts = run.rows(config.data, Prompts(longest), first, "prompts")
     prompts = readable(run, entries, prompts, "prompts", max_drop_fraction=1.0)
     documents = run.rows(config.text, Texts(Text), label="documents") if config.text else None

@@ -27,6 +27,7 @@ from rollout.engine import generate
 from rollout.positions import check_positions
 from rollout.sampling import Completion, SamplingSpec
 from stages.generate.config import DECLARATION, Config
+from training.limits import within_window
 from training.model import Model, load_encoder
 from training.rewards import Scorer, load_rewards, readable, token_readers
 from training.run import Run
@@ -48,7 +49,7 @@ def train(run: Run) -> None:
         return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
 
     readers = [parent, *token_readers(config.scores, opened)]
-    longest = run.within_window(readers, "max_prompt_length", config.max_prompt_length, config.max_new_tokens)
+    longest = within_window(run, readers, "max_prompt_length", config.max_prompt_length, config.max_new_tokens)
     prompts = run.rows(config.data, Prompts(longest), encoder, "prompts", max_drop_fraction=config.max_drop_fraction)
     prompts = readable(run, config.scores, prompts, "prompts", config.max_drop_fraction)
     left_out = sorted(name for name in prompts.facts if name in _OWN)

@@ -18,6 +18,7 @@ from reward.learned import LearnedReward, statistics
 from rollout import ragged
 from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
+from training.limits import within_window
 from training.model import Model
 from training.optimizer import decayed_names
 from training.recipe import RecipeError
@@ -43,7 +44,9 @@ def longest_prompt(run: Run, policy: Parent) -> int:
     readers = [policy, *token_readers((*config.reward, *config.monitor), opened)]
     if config.critic is not None:
         readers.append(_critic_model(run, config.critic))
-    return run.within_window(readers, "max_prompt_length", config.max_prompt_length, config.train.max_completion_length)
+    return within_window(
+        run, readers, "max_prompt_length", config.max_prompt_length, config.train.max_completion_length
+    )
 
 
 def load_prompts(

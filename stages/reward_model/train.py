@@ -26,6 +26,7 @@ from reward.learned import score, statistics
 from stages.reward_model.card import Row, agreement, make_card, pair_metrics, spoilt_answers
 from stages.reward_model.config import Config
 from stages.reward_model.schema import Card, Ensemble
+from training.limits import within_window
 from training.measure import measure_rows
 from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
@@ -50,7 +51,7 @@ def train(run: Run) -> None:
     others = {ref: open_member(run, ref, parent) for ref in config.ensemble_with}
 
     # Data: pairs of whole conversations.
-    longest = run.within_window([parent, *others.values()], "max_length", config.max_length)
+    longest = within_window(run, [parent, *others.values()], "max_length", config.max_length)
     kind = Pairs(longest, config.truncation)
     rows = run.rows(config.data, kind, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: list[Row] = []

@@ -19,6 +19,7 @@ from data.records import Chat
 from data.rows import Chats, Row, Rows
 from stages.sft.config import Config
 from training.isolation import IsolationCheck
+from training.limits import within_window
 from training.measure import greedy_answers, measure_rows, questions, token_losses
 from training.model import Model, load_encoder, trained_dtype
 from training.run import Run
@@ -36,7 +37,7 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
 
     # Data: conversations as ids and labels, packed or not.
-    longest = run.within_window([parent], "max_length", config.max_length)
+    longest = within_window(run, [parent], "max_length", config.max_length)
     chats = Chats(longest, config.truncation, config.earlier_turns)
     rows = run.rows(config.data, chats, encoder, max_drop_fraction=config.max_drop_fraction)
     heldout: Rows[Row] | None = None
