@@ -36,7 +36,8 @@ from tests.hostile_models import Mutation, mutations, write_good
 from tests.test_upstream import SOURCES
 from training import engines
 from training.config import ModelArguments
-from training.model import Model, generation_config, load_encoder
+from training.model import Model, load_encoder
+from training.model_files import generation_config
 
 ENGINE = engines.current()
 SECONDS = 120  # for one directory; only a hang takes so long

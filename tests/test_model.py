@@ -258,6 +258,27 @@ def test_experts_that_are_held_as_one_tensor_are_published_one_by_one(encoder, t
         assert torch.equal(loaded(ids).logits, model.module.eval()(ids).logits)
 
 
+def test_two_runs_of_a_mixture_of_experts_on_two_threads_are_equal(encoder):
+    """Without a fixed order of addition their gradients differ in the last bits."""
+    keys = WIDE | {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 4, "hidden_size": 64}
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(False)  # a test before this one may have had experts
+    try:
+        model = build(encoder, architecture="qwen3_moe", **keys).module
+        assert torch.are_deterministic_algorithms_enabled()
+        torch.set_num_threads(2)
+        ids = torch.randint(0, 200, (16, 64), generator=torch.Generator().manual_seed(0))
+        grads = []
+        for _ in range(3):
+            model.zero_grad()
+            model(ids).logits.square().mean().backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
 def test_the_share_of_changed_weights_is_counted_while_they_are_written(foreign, tmp_path):
     parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
     model = load(parent)

@@ -140,6 +140,18 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def add_in_order(config: PretrainedConfig, device: torch.device) -> None:
+    """Lets torch add numbers in a fixed order if the model is a mixture of experts on a CPU.
+
+    Several experts read one token, so their gradients are added at one place. With two threads or more, torch does that
+    in any order, and two equal runs would differ in their last bits.
+    """
+    experts = [value for key, value in config.get_text_config().to_dict().items() if "experts" in key]
+    if device.type == "cpu" and any(isinstance(value, int) and value > 1 for value in experts):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def type_of_config(architecture: str) -> type[PretrainedConfig]:
     """The configuration class of a `model_type` of transformers. Raises RecipeError."""
     if architecture not in CONFIG_MAPPING:

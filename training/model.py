@@ -37,7 +37,16 @@ from handoff.gate import named_errors
 from handoff.parent import Parent
 from handoff.weights import INDEX_NAME, weight_files
 from reward.learned import read_by_mask
-from training.architecture import LOCAL, attention, dequantised, network, parent_config, parent_network, without_dropout
+from training.architecture import (
+    LOCAL,
+    add_in_order,
+    attention,
+    dequantised,
+    network,
+    parent_config,
+    parent_network,
+    without_dropout,
+)
 from training.config import ModelArguments, TrainedModelArguments
 from training.engines.files import write_tensors
 from training.engines.protocol import Engine
@@ -86,6 +95,7 @@ class Model:
         self._class_name = type(module).__name__  # an engine may change the class
         if role == "reward":
             read_by_mask(module)
+        add_in_order(module.config, engine.device)
 
     @classmethod
     def load(
@@ -303,7 +313,7 @@ class Model:
             assert kind is not None, f"transformers has no such model for {type(config).__name__}"
             with self.engine.loading():
                 _, found = kind.from_pretrained(
-                    None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True
+                    None, config=config, state_dict=tensors, device_map="meta", output_loading_info=True, **LOCAL
                 )
         except Exception as error:  # each class raises its own errors
             raise HandoffError(f"{source}: its model cannot be published: {in_words(error)}") from error
