@@ -152,6 +152,14 @@ def add_in_order(config: PretrainedConfig, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def name_experts(config: PretrainedConfig) -> None:
+    """Lets TRL's loss find the number of experts where an architecture calls it `num_local_experts`."""
+    own = config.get_text_config()
+    if hasattr(own, "num_local_experts") and not hasattr(own, "num_experts"):
+        kind = type(own)
+        kind.attribute_map = {**kind.attribute_map, "num_experts": "num_local_experts"}
+
+
 def type_of_config(architecture: str) -> type[PretrainedConfig]:
     """The configuration class of a `model_type` of transformers. Raises RecipeError."""
     if architecture not in CONFIG_MAPPING:

@@ -42,6 +42,7 @@ from training.architecture import (
     add_in_order,
     attention,
     dequantised,
+    name_experts,
     network,
     parent_config,
     parent_network,
@@ -96,6 +97,7 @@ class Model:
         if role == "reward":
             read_by_mask(module)
         add_in_order(module.config, engine.device)
+        name_experts(module.config)
 
     @classmethod
     def load(
