@@ -101,10 +101,15 @@ class _Worker:
             process = self._running()
             assert process.stdin is not None and process.stdout is not None
             line = ""
-            with suppress(BrokenPipeError):
+            try:
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
+            except BrokenPipeError:
+                pass
+            except BaseException:  # interrupted: the next request must not get this one's answer
+                self._end()
+                raise
             if line.endswith("\n"):
                 answers: list[dict[str, str]] = json.loads(line)
                 return answers

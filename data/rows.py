@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, Ty
 
 from data.accounting import Accounting
 from data.encode import EncodedPrompt, Encoder
-from data.errors import DataError, RowRefused
+from data.errors import DataError, RowRefused, TemplateFailed
 from data.records import Chat, Message, Origin, Preference, Prompt, Record, Text
 from data.turns import EarlierTurns
 
@@ -251,6 +251,8 @@ class Questions(Kind[tuple[list[int], str]]):
         assert encoder is not None
         asked = [record.messages[:-1] if isinstance(record, Chat) else record.prompt for record in records]
         for messages, ids in zip(asked, encoder.prompts(asked), strict=True):
+            if isinstance(ids, TemplateFailed):
+                raise DataError(f"the chat template of {encoder.tokenizer.name_or_path} fails: {ids.reason}")
             yield {"ids": [] if isinstance(ids, RowRefused) else ids, "text": messages[-1].content}
 
     def length(self, row: Row) -> int:

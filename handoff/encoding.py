@@ -200,7 +200,7 @@ def _id_list(value: Any) -> list[int]:
 
 
 def _first(value: Any) -> int | None:
-    first: int | None = value[0] if isinstance(value, list) else value
+    first: int | None = next(iter(value), None) if isinstance(value, list) else value
     return first
 
 
@@ -224,9 +224,9 @@ def _pad_id(
 ) -> int:
     declared = _special_id(files, ids, "pad_token")
     # generation_config.json comes second: a stage that starts from such a parent publishes its pad there.
-    for pad_id in (declared, files.generation_config.get("pad_token_id")):
+    for pad_id in (declared, _first(files.generation_config.get("pad_token_id"))):
         if pad_id is not None and pad_id != eos_id:
-            return int(pad_id)
+            return pad_id
     fault = "no pad token" if declared is None else "the pad token is the end token"
     if choose:
         taken = {eos_id, bos_id, *stop_ids}

@@ -91,8 +91,11 @@ class Journal:
         )
 
     def count(self) -> int:
-        """The number of lines in the file."""
-        return len(self.lines())
+        """The number of whole lines in the file, whether they can be read or not."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            return sum(line.endswith(b"\n") for line in file)
 
     def keep(self, count: int) -> None:
         """Removes the lines after the first `count`."""

@@ -48,7 +48,7 @@ def window(config: Mapping[str, Any]) -> Window | None:
 
 def model_window(model_dir: Path) -> Window | None:
     """The window of the model in a directory."""
-    return window(read_json(model_dir / "config.json"))
+    return window(read_json(model_dir / "config.json", infinity=True))
 
 
 def _scaled(config: Mapping[str, Any], tokens: int) -> int:

@@ -252,7 +252,7 @@ def read_reply(content: bytes, redact: Callable[[str], str] = str) -> Reply:
         said = message.get("content") or ""
         parts = [said] if isinstance(said, str) else [part.get("text") or "" for part in said]
         usage = body.get("usage") or {}
-        billed = "prompt_tokens" in usage and "completion_tokens" in usage
+        billed = usage.get("prompt_tokens") is not None and usage.get("completion_tokens") is not None
         return Reply(
             text=redact(whole("".join(parts))),
             finish=redact(whole(str(finish)))[:_SHOWN],

@@ -193,13 +193,18 @@ class LearnedReward:
             if isinstance(answer, RowRefused):
                 raise RewardError(f"reward model {self.name}: answer {completions[i]!r}: {answer.reason}")
             # A truncated answer must not look complete to the reward model, so it gets no stop token.
-            rows.append([*prompt, *(answer if stopped[i] else answer[:-1])])
-            if self._window is not None and len(rows[-1]) > self._window.tokens:
-                raise RewardError(
-                    f"reward model {self.name}: prompt {prompts[i][-1].content!r} and its answer are {len(rows[-1])} "
-                    f"of its tokens, more than its window of {self._window.tokens} ({self._window.key}); lower "
-                    "max_prompt_length or the maximum length of an answer"
+            row = [*prompt, *(answer if stopped[i] else answer[:-1])]
+            if self._window is not None and len(row) > self._window.tokens:
+                # An answer's length in these tokens is known only now, so a run must not end here.
+                _log.warning(
+                    "reward model %s: a prompt and its answer are %d of its tokens; it reads the last %d (%s)",
+                    self.name,
+                    len(row),
+                    self._window.tokens,
+                    self._window.key,
                 )
+                row = row[-self._window.tokens :]
+            rows.append(row)
         return rows
 
 

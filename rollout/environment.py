@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.encode import EncodedPrompt, Encoder
-from data.errors import RowRefused
+from data.errors import RowRefused, TemplateFailed
 from data.records import Message, Prompt
 from rollout.errors import RolloutError
 from rollout.sampling import Completion
@@ -107,6 +107,8 @@ class _Conversation:
             return False
         try:
             read = self._read(step.messages)
+        except TemplateFailed:
+            raise
         except RowRefused:
             self._end = "refused"
             return False

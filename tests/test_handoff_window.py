@@ -3,7 +3,7 @@
 import pytest
 from transformers import CONFIG_MAPPING
 
-from handoff.window import window
+from handoff.window import model_window, window
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,10 @@ def test_scaled_positions_reach_as_far_as_their_scaling(key, scaling, tokens):
 def test_the_text_part_of_a_model_of_images_counts():
     found = window({"max_position_embeddings": 7, "text_config": {"max_position_embeddings": 32}})
     assert found is not None and (found.tokens, found.key) == (32, "max_position_embeddings")
+
+
+def test_a_configuration_with_infinity_has_a_window(tmp_path):
+    """transformers writes `Infinity` for Mamba 2 and its hybrids, although it is not JSON."""
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64, "time_step_limit": [0.0, Infinity]}')
+    found = model_window(tmp_path)
+    assert found is not None and found.tokens == 64

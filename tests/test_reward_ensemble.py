@@ -169,13 +169,17 @@ def test_scores_of_a_model_from_elsewhere_are_taken_as_they_are(parents, tmp_pat
         LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True, member=True)
 
 
-def test_a_row_that_exceeds_a_reward_models_own_window_is_named(parents, tmp_path):
-    """Encoded again, a text may have more tokens than the policy's; a learned position beyond the last is an error."""
+def test_of_a_row_that_exceeds_a_reward_models_own_window_the_end_is_read(parents, tmp_path, caplog):
+    """Encoded again, a text may have more tokens than the policy's. The answer is sampled by then: no run ends here."""
     short = tmp_path / "short"
     shutil.copytree(parents["a"].model_dir, short)
     write_json(short / "config.json", read_json(short / "config.json") | {"max_position_embeddings": 12})
     parent = open_parent(str(short), tmp_path, {"reward_model"})
     found = answers(parents["policy"])
     learned = LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
-    with pytest.raises(RewardError, match=r"more than its window of 12 \(max_position_embeddings\)"):
-        learned(found.prompts, found.texts, found.prompt_ids, found.ids, found.stopped)
+    rows = learned._reencoded(found.prompts, found.texts, found.stopped)
+    whole = LearnedReward(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=True)
+    wanted = whole._reencoded(found.prompts, found.texts, found.stopped)
+    assert max(map(len, wanted)) > 12
+    assert rows == [row[-12:] for row in wanted]
+    assert "it reads the last 12 (max_position_embeddings)" in caplog.text

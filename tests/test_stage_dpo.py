@@ -13,8 +13,9 @@ from data.rows import Pairs
 from handoff.parent import open_parent
 from stages.dpo.loss import alarms, pair_metrics
 from stages.dpo.train import Trainer, on_disk
+from tests.launching import launched
 from tests.row_sets import encode
-from tests.stage_chain import chain, run_stage, runs
+from tests.stage_chain import chain, lines_of, run_stage, runs, stage_recipe
 from training import engines
 from training.config import ModelArguments
 from training.model import Model, load_encoder
@@ -183,3 +184,17 @@ def test_truncation_keeps_the_answer_and_its_stop():
     row = encode(Pairs(24, "keep_end"), [record], encoder, accounting)[0]
     assert row["chosen_ids"] == encoder.answer("cat") and row["chosen_ids"][-1] == encoder.stop_ids[0]
     assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["cpu2_zero2", "cpu2_zero3"])
+def test_the_reference_of_a_sharded_run_is_the_parent(launch, root, tmp_path):
+    """Before the first step the policy equals the reference, so the loss is ln 2."""
+    keys = ["train.max_steps=1", "eval_answers=0"]
+    recipe = stage_recipe("dpo", tmp_path, *keys)
+    parent = f"parent={runs() / 'tiny' / 'sft'}"
+    done = launched(root, launch, "stages.dpo", chain(), f"output_root={tmp_path}", parent, *keys)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    first = lines_of(recipe.run_dir / "dpo")[0]
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-3)

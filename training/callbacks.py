@@ -61,8 +61,9 @@ class FlowCallback(TrainerCallback):
         Finished: the resumed state is that of the last step.
     """
 
-    def __init__(self, trainer: CalledBack) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: CalledBack, check: Callable[[], None]) -> None:
+        """`check`: called once the model is wrapped and filled, before anything is measured."""
+        self._trainer, self._check = trainer, check
         self._stop = 0
         self._postponed = False
 
@@ -73,6 +74,7 @@ class FlowCallback(TrainerCallback):
         self._trainer.run.engine.adopt(self._trainer)
         if state.global_step >= state.max_steps:
             raise Finished
+        self._check()
         if state.global_step == 0:
             self._trainer.evaluate()
         self._trainer.run.signals.finish_steps(self._trainer.train_config.grace_seconds)

@@ -4,10 +4,10 @@ transformers separates packed rows by their positions, which restart at 0 (`data
 some ignore the positions, and some carry a state across the border without any error.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from training.recipe import RecipeError
 
@@ -20,27 +20,25 @@ _LENGTH = 8  # tokens of each row of the trial
 _ROUNDING, _ROUNDING_BF16 = 1e-4, 0.02
 
 
-class IsolationCheck(TrainerCallback):
-    """Raises RecipeError when training begins, if the rows of `key` would see each other."""
-
-    def __init__(self, run: "Run", trainer: "StageTrainer", key: str) -> None:
-        """`key`: the recipe's key, whose mend is `false`."""
-        self._run, self._trainer, self._key = run, trainer, key
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine = self._run.engine
-        with engine.whole(self._trainer.model_wrapped) as model:
-            fault = leak(model)
-        if fault is not None:
-            raise RecipeError(
-                f"{self._run.recipe.path}: {self._run.section.name}.{self._key}: {type(model).__name__} does not keep "
-                f"packed rows apart: {fault}; set {self._key}: false"
-            )
+def check_packing(run: "Run", trainer: "StageTrainer", key: str | None) -> None:
+    """Raises RecipeError if rows would see each other that the recipe's `key` packs. Does nothing without a key."""
+    if key is None:
+        return
+    with run.engine.whole(trainer.model_wrapped) as model:
+        fault = leak(model, trainer.args.bf16)
+    if fault is not None:
+        raise RecipeError(
+            f"{run.recipe.path}: {run.section.name}.{key}: {type(model).__name__} does not keep packed rows apart: "
+            f"{fault}; set {key}: false"
+        )
 
 
 @torch.no_grad()
-def leak(model: PreTrainedModel) -> str | None:
-    """How one of two packed rows reaches the other, which must not depend on it; None if it does not."""
+def leak(model: PreTrainedModel, bf16: bool = False) -> str | None:
+    """How one of two packed rows reaches the other, which must not depend on it; None if it does not.
+
+    `bf16`: the trainer has wrapped the forward pass in autocast.
+    """
     size = model.config.get_text_config(decoder=True).vocab_size
     rows = torch.arange(3 * _LENGTH, device=model.device).view(3, _LENGTH) * 7 % size
     positions = torch.arange(_LENGTH, device=model.device).repeat(2)[None]
@@ -61,6 +59,6 @@ def leak(model: PreTrainedModel) -> str | None:
     finally:
         model.train(was_training)
     moved = ((one - other).abs().max() / one.std()).item()
-    if moved > (_ROUNDING_BF16 if half or model.dtype != torch.float32 else _ROUNDING):
+    if moved > (_ROUNDING_BF16 if half or bf16 or model.dtype != torch.float32 else _ROUNDING):
         return f"other tokens in one move the other's logits by {moved:.2g} of their standard deviation"
     return None

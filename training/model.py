@@ -184,7 +184,9 @@ class Model:
         if scored:
             module.config.pad_token_id = parent.tokenizer.pad_id
         if new_head:
-            _draw_head(module.get_submodule("score"), seed)
+            head = _draw_head(module.get_submodule("score"), seed)
+            if later is not None:
+                later.own["score.weight"] = head
         module = module if dropout else without_dropout(module)
         return cls(engine, module, role, encoder, arguments, parent, later)
 
@@ -222,6 +224,14 @@ class Model:
         self.fill(self.module)
         return self
 
+    def read(self) -> None:
+        """Reads the parent's weights into the plain module, for a trainer that computes with it before it is prepared.
+
+        `fill` follows all the same: preparing may round the weights.
+        """
+        if self._later is not None:
+            self._later.read_into(self.module)
+
     def fill(self, prepared: Any, part: str = "", of: str = "") -> None:
         """Reads the parent's weights into a model that `load` left without them. Every process calls it.
 
@@ -241,7 +251,6 @@ class Model:
             return
         read, prefix, inner = self._later, f"{part}." if part else "", f"{of}." if of else ""
         names = {entry.name for entry in self.engine.weights(prepared) if entry.name.startswith(prefix)}
-        names -= {name for name in names if name.removeprefix(prefix).startswith("score.")}
         self.engine.load_weights(prepared, names, lambda name: read(inner + name.removeprefix(prefix)))
         self._later = None
 
@@ -402,10 +411,12 @@ def _check_complete(parent: Parent, missing: set[str], drawn: str | None) -> Non
 
 
 @torch.no_grad()
-def _draw_head(head: torch.nn.Module, seed: int) -> None:
+def _draw_head(head: torch.nn.Module, seed: int) -> torch.Tensor:
+    """Draws the head's weights. Returns a copy of them."""
     weight = head.get_parameter("weight")  # (1, H)
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
     weight.copy_(drawn / (weight.shape[1] + 1) ** 0.5)
+    return weight.detach().clone()
 
 
 # ---- files
@@ -458,7 +469,7 @@ class ChangeTally:
             return
         with safe_open(self._files[name], "pt") as file:
             before = file.get_tensor(name)
-        if before.shape == now.shape:
+        if before.shape == now.shape and before.element_size() > 1:  # one byte: a quantised weight without its scale
             now = now.detach().to("cpu", torch.float32)
             self._changed += int((before.to(self._dtype).float() != now).sum())
             self._total += now.numel()

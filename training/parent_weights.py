@@ -35,6 +35,8 @@ class ParentWeights:
                 self._places |= dict.fromkeys(file.keys(), path)
         for stored, name in upstream.names_in_memory(skeleton, self._conversions, self._places).items():
             self._groups.setdefault(layer_of(name), []).append(stored)
+        self.own: dict[str, torch.Tensor] = {}
+        """Tensors that the model has instead of the parent's, such as a new head."""
         self._layer: str | None = None
         self._held: Mapping[str, torch.Tensor] = {}
 
@@ -44,6 +46,8 @@ class ParentWeights:
         Raises:
             HandoffError: the parent has no such tensor.
         """
+        if name in self.own:
+            return self.own[name]
         tied = self._skeleton.all_tied_weights_keys
         aliases = {name, tied.get(name), *(left_out for left_out, kept in tied.items() if kept == name)} - {None}
         for alias in sorted(aliases, key=lambda alias: alias != name):
@@ -53,11 +57,14 @@ class ParentWeights:
                 return found[alias]
         raise HandoffError(f"{self._parent.path}: the weight files have no weights for {name}")
 
-    def read_into(self, module: PreTrainedModel, part: str) -> None:
-        """Reads the parameters of the submodule `part` of a model that is whole."""
-        for name, parameter in module.get_submodule(part).named_parameters(part):
-            with torch.no_grad():
-                parameter.copy_(self(name))
+    def read_into(self, module: PreTrainedModel, part: str = "") -> None:
+        """Reads parameters and buffers of a model that is whole; `part`: of this submodule only."""
+        kept = module.state_dict().keys()
+        found = module.get_submodule(part)
+        with torch.no_grad():
+            for name, tensor in [*found.named_parameters(part), *found.named_buffers(part)]:
+                if name in kept:
+                    tensor.copy_(self(name))
 
     def _read(self, layer: str) -> Mapping[str, torch.Tensor]:
         if layer != self._layer:

@@ -31,6 +31,7 @@ from training.callbacks import AverageCallback, Finished, FlowCallback, MetricsC
 from training.config import MuonTrainConfig, TrainConfig
 from training.engines import files, finite
 from training.faults import Faults
+from training.isolation import check_packing
 from training.optimizer import muon_adamw
 from training.saving import SavedStates
 
@@ -272,7 +273,12 @@ def quiet() -> None:
 
 
 def fit(
-    run: "Run", trainer: StageTrainer, model: "Model", order: StepOrder, hold_out: Callable[[], dict[str, float]]
+    run: "Run",
+    trainer: StageTrainer,
+    model: "Model",
+    order: StepOrder,
+    hold_out: Callable[[], dict[str, float]],
+    packed: str | None = None,
 ) -> None:
     """Trains, starting from the newest whole state if there is one.
 
@@ -282,8 +288,10 @@ def fit(
         model: the model that is trained.
         order: the rows of each step.
         hold_out: measures the current model on held-out data; called before the first step and every `eval_steps`.
+        packed: the recipe's key that packs rows which must not see each other.
 
     Raises:
+        RecipeError: the network does not keep packed rows apart.
         HandoffError: there are saved states but none is whole, or the disk has too little room for new ones.
         GateError: loss or gradient was not finite in too many steps in a row.
         Stopped: a signal asked the stage to end, and it tried to save its state.
@@ -303,7 +311,7 @@ def fit(
         trainer._total_train_tokens = state.extra["tokens"]
         run.console.print(f"  resuming after step {state.step}")
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(FlowCallback(trainer))
+    trainer.add_callback(FlowCallback(trainer, lambda: check_packing(run, trainer, packed)))
     trainer.add_callback(MetricsCallback(trainer))
     trainer.add_callback(trainer.average)
     # A first start may use random numbers before this point (for DPO's reference) where a later start reads the result

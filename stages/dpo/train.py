@@ -78,6 +78,7 @@ def train(run: Run) -> None:
         run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bool(args.bf16)
     )
     run.rehearse("causal_lm", model)
+    model.read()  # TRL computes the reference's log-probabilities while it sets up
     run.console.print(f"  the reference reads {len(rows) + len(heldout or ())} pairs")
     kept = run.dir.state_dir / "pairs"
     drop_altered(run.engine, kept)

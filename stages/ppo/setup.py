@@ -5,6 +5,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from data.config import SourceConfig
 from data.encode import EncodedPrompt, Encoder
@@ -18,6 +19,7 @@ from reward.learned import LearnedReward, statistics
 from rollout import ragged
 from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
+from training.engines.protocol import Engine
 from training.limits import within_window
 from training.model import Model
 from training.optimizer import decayed_names
@@ -117,18 +119,40 @@ def make_rewards(
 
 
 def load_policy(run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool) -> Model:
-    """The parent's model, without dropout; it computes rows without padding if its architecture supports that."""
+    """The parent's model, without dropout."""
     config: Config = run.config
-    model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
-    ragged.enable(model.module)
-    return model
+    return Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
 
 
 def load_reference(policy: Model, bf16: bool) -> Model:
     """The frozen reference of a policy, set up to compute rows as the policy does."""
-    reference = policy.reference(bf16)
-    ragged.enable(reference.module)
-    return reference.freeze()
+    reference = policy.reference(bf16).freeze()
+    with reference.whole() as module:
+        ragged.enable(module)
+    return reference
+
+
+def fill(engine: Engine, prepared: nn.Module, policy: Model, critic: Model | None, heads: dict[str, Tensor]) -> None:
+    """Gives the prepared policy and critic the values that an engine which shards did not load before.
+
+    Then both compute rows without padding, if their architecture supports that.
+
+    Args:
+        engine: the engine that prepared them.
+        prepared: the wrapped `ActorCritic`.
+        policy: the policy's model.
+        critic: the model whose body the critic has.
+        heads: {name in `ActorCritic`: value} of the critic's head.
+    """
+    policy.fill(prepared, "policy")
+    if critic is not None:
+        critic.fill(prepared, "critic.body", of=critic.module.base_model_prefix)
+    if engine.splits:
+        engine.load_weights(prepared, heads.keys(), heads.__getitem__)
+    with engine.whole(prepared) as actor:
+        ragged.enable(actor.policy)
+        if actor.critic is not None:
+            ragged.enable(actor.critic.body)
 
 
 def say_unused_loss(run: Run, policy: Model) -> None:
@@ -158,7 +182,6 @@ def make_critic(
         check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
     model = Model.load(run.engine, parent, "critic", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
     critic = Critic(model.module)
-    ragged.enable(critic.body)
     if ref is not None:
         weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
         head = model.module.get_submodule("score")

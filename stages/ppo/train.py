@@ -59,6 +59,7 @@ from stages.ppo.saves import Saves
 from stages.ppo.setup import (
     PromptStream,
     check_batch,
+    fill,
     load_policy,
     load_prompts,
     load_reference,
@@ -110,12 +111,13 @@ def train(run: Run) -> None:
     say_unused_loss(run, policy)
     if t.gradient_checkpointing:
         policy.module.gradient_checkpointing_enable()
-    padded_rows = not ragged.enabled(policy.module)
     actor_critic = ActorCritic(policy.module, critic)
+    heads = {
+        name: value.clone() for name, value in actor_critic.state_dict().items() if name.startswith("critic.head.")
+    }
     model, optimizer = engine.prepare(actor_critic, make_optimizer(actor_critic, t))
-    policy.fill(model, "policy")
-    if critic_model is not None:
-        critic_model.fill(model, "critic.body", of=critic_model.module.base_model_prefix)
+    fill(engine, model, policy, critic_model, heads)
+    padded_rows = not ragged.enabled(policy.module)
     vllm = None
     if config.vllm is not None:
         vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main, engine.data_world)

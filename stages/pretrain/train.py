@@ -20,7 +20,6 @@ from data.rows import Documents
 from handoff.window import model_window
 from stages.pretrain.config import Config
 from training.architecture import model_config
-from training.isolation import IsolationCheck
 from training.measure import TextWindows, measure_rows, token_losses, window_nats
 from training.model import Model, load_encoder, trained_dtype
 from training.recipe import RecipeError
@@ -98,9 +97,7 @@ def train(run: Run) -> None:
             "mean_token_accuracy": found["correct"].sum() / tokens,
         }
 
-    if config.isolate_documents:
-        trainer.add_callback(IsolationCheck(run, trainer, "isolate_documents"))
-    fit(run, trainer, model, order, hold_out)
+    fit(run, trainer, model, order, hold_out, packed="isolate_documents" if config.isolate_documents else None)
 
     metrics = trainer.evaluate() | {
         "parameters": parameters,

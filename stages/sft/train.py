@@ -18,7 +18,6 @@ from data.packing import PackedRows
 from data.records import Chat
 from data.rows import Chats, Row, Rows
 from stages.sft.config import Config
-from training.isolation import IsolationCheck
 from training.limits import within_window
 from training.measure import greedy_answers, measure_rows, questions, token_losses
 from training.model import Model, load_encoder, trained_dtype
@@ -71,9 +70,7 @@ def train(run: Run) -> None:
         metrics = {"loss": found["nats"].sum() / tokens, "mean_token_accuracy": found["correct"].sum() / tokens}
         return metrics | greedy_answers(run, trainer, encoder, prompts, config.max_new_tokens)
 
-    if config.packing:
-        trainer.add_callback(IsolationCheck(run, trainer, "packing"))
-    fit(run, trainer, model, order, hold_out)
+    fit(run, trainer, model, order, hold_out, packed="packing" if config.packing else None)
 
     metrics = trainer.evaluate()
     write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731

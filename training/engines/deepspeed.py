@@ -109,14 +109,17 @@ class DeepSpeed(Splitting):
 
     def freeze(self, model: "torch.nn.Module") -> "torch.nn.Module":
         """As `Single.freeze`."""
-        frozen = super().freeze(model)
-        if self._zero3:
-            import deepspeed
+        if not self._zero3:
+            return super().freeze(model)
+        import deepspeed
 
-            self.group()
-            # Shards the parameters of an existing module in place.
-            config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-            deepspeed.zero.Init(module=frozen, config_dict_or_path=config, dtype=next(frozen.parameters()).dtype)
+        self.group()
+        frozen = model.eval().requires_grad_(False)
+        # Shards the parameters of an existing module in place, each as soon as it has been moved to the device.
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        deepspeed.zero.Init(module=frozen, config_dict_or_path=config, dtype=next(frozen.parameters()).dtype)
+        for buffer in frozen.buffers():
+            buffer.data = buffer.data.to(self.device)
         return frozen
 
     def _put(self, tensor: Any, whole: "torch.Tensor") -> None:

@@ -72,7 +72,7 @@ class Fsdp2(Splitting):
         from torch.distributed.fsdp import fully_shard
 
         self.group()
-        frozen = super().freeze(model)
+        frozen = model.eval().requires_grad_(False)  # `fully_shard` moves it to the device one unit at a time
         for layer in upstream.layers(frozen):
             fully_shard(layer)
         fully_shard(frozen)

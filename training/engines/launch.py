@@ -72,6 +72,8 @@ def check_environment(launched: bool = True) -> None:
     wrong = [name for name, value in given.items() if not re.fullmatch("[0-9]{1,7}", value)]
     if wrong:
         raise LaunchError(f"the environment has {told}, and {wrong[0]} is not a number{remedy}")
+    if given and "WORLD_SIZE" not in given:
+        raise LaunchError(f"the environment has {told} without WORLD_SIZE{remedy}")
     count = world_size()
     if not launched and count != 1:
         raise LaunchError(
