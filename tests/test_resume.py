@@ -87,7 +87,7 @@ KILLS = {
     "sft": ("sft", (4, 16), [], ONE_AND_TWO),
     "reward": ("reward", (2, 8), [], ONE_AND_TWO),
     "dpo": ("dpo", (2, 8), [], ONE_AND_TWO),
-    "ppo": ("ppo", (3, 6), [], (1, 2, 3)),  # with three, the order in which DDP adds numbers up begins to matter
+    "ppo": ("ppo", (3, 6), [], (1, 2, 4)),  # with more than two, the order in which DDP adds numbers matters
     "grpo": ("grpo", (3, 6), [], ONE_AND_TWO),
     "rloo": ("grpo", (3, 6), RLOO, (1,)),
     "global_baseline": ("grpo", (3, 6), BASELINE, (1,)),

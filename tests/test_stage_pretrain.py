@@ -188,9 +188,3 @@ def test_muon_is_refused_where_an_engine_cuts_matrices(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "start", lambda: DeepSpeed(Request("deepspeed", 3, 1, "cpu")))
     with pytest.raises(LaunchError, match="muon steps whole matrices, and deepspeed cuts them"):
         run_section(recipe, "pretrain")
-
-
-def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
-    recipe = stage_recipe("pretrain", tmp_path, "train.per_device_train_batch_size=3")
-    with pytest.raises(LaunchError, match=r"8.*3"):
-        run_section(recipe, "pretrain")

@@ -97,14 +97,14 @@ def test_packing_and_padding_learn_the_same(tmp_path):
     padded = run_stage(
         "sft", tmp_path / "padded", *keys, "train.global_batch_size=200", "train.per_device_train_batch_size=50"
     )
-    # Packed into rows of 4096 tokens, the 200 conversations are few rows; one step takes all of them.
-    rows = padded.of("num_tokens")[0] / 4096
+    # Packed into rows as long as the model's window, the 200 conversations are few rows; one step takes all of them.
+    rows = padded.of("num_tokens")[0] / 2048
     packed = run_stage(
         "sft",
         tmp_path / "packed",
         *keys,
         "packing=true",
-        "max_length=4096",
+        "max_length=2048",
         f"train.global_batch_size={math.ceil(rows)}",
         "train.per_device_train_batch_size=1",
     )

@@ -185,16 +185,12 @@ class Single(Processes):
         self._accelerator = Accelerator(
             cpu=self.request.device == "cpu" and not self.splits,
             mixed_precision="bf16" if self._bf16(train.bf16, width) else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(backend=self._backend, timeout=TIMEOUT), *self._handlers()],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=self._backend, timeout=TIMEOUT)],
             **self._accelerator_arguments(train),
         )
 
     def _accelerator_arguments(self, train: "OptimizerConfig") -> dict[str, Any]:
         return {}
-
-    def _handlers(self) -> list[Any]:
-        """Further `kwargs_handlers` of the Accelerator."""
-        return []
 
     @property
     def bf16(self) -> bool:
