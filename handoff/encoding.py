@@ -166,6 +166,9 @@ def _named_templates(model_dir: Path, tokenizer_config: dict[str, Any]) -> dict[
     """{name: template} where a tokenizer has several: in a list (until transformers 4.51), or in files."""
     listed = tokenizer_config.get("chat_template")
     named = {entry["name"]: entry["template"] for entry in listed} if isinstance(listed, list) else {}
+    own = model_dir / "chat_template.jinja"
+    if own.is_file():  # transformers calls it so
+        named["default"] = own.read_text(encoding="utf-8")
     for path in sorted((model_dir / "additional_chat_templates").glob("*.jinja")):
         named[path.stem] = path.read_text(encoding="utf-8")
     return named

@@ -250,6 +250,7 @@ def _download(ref: str) -> Path:
 
     try:
         # `*/*` leaves out subdirectories, which hold other formats of the same weights (fnmatch's * matches slashes).
+        snapshot_download(ref, allow_patterns=["additional_chat_templates/*.jinja"])
         return Path(snapshot_download(ref, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "consolidated*"]))
     except GatedRepoError as error:
         raise HandoffError(

@@ -200,7 +200,8 @@ def test_a_named_chat_template_is_chosen(tmp_path: Path, in_files: bool) -> None
     chosen = read_tokenizer(tmp_path, template="rag")
     (tmp_path / "chat_template.jinja").write_text(named["rag"])  # as a stage publishes it
     assert read_tokenizer(tmp_path) == chosen != default
-    with pytest.raises(HandoffError, match="no chat template named rga; chat_template chooses one of: plain, rag"):
+    assert read_tokenizer(tmp_path, template="default") == chosen
+    with pytest.raises(HandoffError, match="no chat template named rga; chat_template chooses one of: default, plain"):
         read_tokenizer(tmp_path, template="rga")
 
 

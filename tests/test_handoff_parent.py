@@ -104,16 +104,17 @@ def test_a_missing_directory_is_an_error(tmp_path: Path, ref: str) -> None:
 
 def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path / "snapshot")
-    asked = {}
+    asked: list[tuple[str, list[str]]] = []
 
-    def download(ref: str, **options: list[str]) -> str:
-        asked[ref] = options
+    def download(ref: str, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
+        asked.append((ref, allow_patterns))
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     parent = open_parent("org/model-1.5b", tmp_path / "run", CAUSAL)
     assert (parent.name, parent.path) == ("org/model-1.5b", tmp_path / "snapshot")
-    assert asked["org/model-1.5b"]["allow_patterns"] == ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+    templates = ["additional_chat_templates/*.jinja"]
+    assert asked == [(parent.name, templates), (parent.name, ["*.safetensors", "*.json", "*.jinja", "*.txt"])]
 
 
 def test_an_unreachable_hub_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
