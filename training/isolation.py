@@ -4,7 +4,7 @@ transformers separates packed rows by their positions, which restart at 0 (`data
 some ignore the positions, and some carry a state across the border without any error.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,19 +13,21 @@ from training.recipe import RecipeError
 
 if TYPE_CHECKING:
     from training.run import Run
-    from training.trainer import StageTrainer
 
 _LENGTH = 8  # tokens of each row of the trial
 # Largest difference, in standard deviations, that is rounding: experts compute tokens in groups, whose sizes matter.
 _ROUNDING, _ROUNDING_BF16 = 1e-4, 0.02
 
 
-def check_packing(run: "Run", trainer: "StageTrainer", key: str | None) -> None:
-    """Raises RecipeError if rows would see each other that the recipe's `key` packs. Does nothing without a key."""
+def check_packing(run: "Run", wrapped: Any, bf16: bool, key: str | None) -> None:
+    """Raises RecipeError if rows would see each other that the recipe's `key` packs. Does nothing without a key.
+
+    `wrapped`: the model that the trainer has prepared; `bf16`: as for `leak`.
+    """
     if key is None:
         return
-    with run.engine.whole(trainer.model_wrapped) as model:
-        fault = leak(model, trainer.args.bf16)
+    with run.engine.whole(wrapped) as model:
+        fault = leak(model, bf16)
     if fault is not None:
         raise RecipeError(
             f"{run.recipe.path}: {run.section.name}.{key}: {type(model).__name__} does not keep packed rows apart: "

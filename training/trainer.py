@@ -311,7 +311,9 @@ def fit(
         trainer._total_train_tokens = state.extra["tokens"]
         run.console.print(f"  resuming after step {state.step}")
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(FlowCallback(trainer, lambda: check_packing(run, trainer, packed)))
+    trainer.add_callback(
+        FlowCallback(trainer, lambda: check_packing(run, trainer.model_wrapped, trainer.args.bf16, packed))
+    )
     trainer.add_callback(MetricsCallback(trainer))
     trainer.add_callback(trainer.average)
     # A first start may use random numbers before this point (for DPO's reference) where a later start reads the result
