@@ -125,8 +125,8 @@ def test_the_published_model_equals_the_trained_one(name, tmp_path, monkeypatch)
     kept = {}
     module = "reward_model" if name == "reward" else name
 
-    def remember(run, trainer, *others):
-        fit(run, trainer, *others)
+    def remember(run, trainer, *others, **named):
+        fit(run, trainer, *others, **named)
         kept["model"] = trainer.model.eval()
 
     monkeypatch.setattr(f"stages.{module}.train.fit", remember)
