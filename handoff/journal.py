@@ -90,19 +90,11 @@ class Journal:
             damaged.name,
         )
 
-    def count(self) -> int:
-        """The number of whole lines in the file, whether they can be read or not."""
-        if not self.path.exists():
-            return 0
-        with self.path.open("rb") as file:
-            return sum(line.endswith(b"\n") for line in file)
-
-    def keep(self, count: int) -> None:
-        """Removes the lines after the first `count`."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                kept = sum(len(line) for _, line in zip(range(count), file, strict=False))
-            os.truncate(self.path, kept)
+    def end_at(self, seal: Mapping[str, Any]) -> None:
+        """Removes what was logged after the file was sealed, unless it has been damaged since."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        if len(content) > seal["bytes"] and _seal(content[: seal["bytes"]]) == dict(seal):
+            os.truncate(self.path, seal["bytes"])
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of the file up to the first that cannot be read, such as a last line that a kill has torn."""

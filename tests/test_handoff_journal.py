@@ -134,6 +134,12 @@ def test_a_whole_file_is_cut_without_a_word(journal: Journal, caplog: pytest.Log
     journal.cut(3, seal)
     assert steps(journal) == [1, 2, 3, 3] and not caplog.text  # a line of the same step may follow the seal
     assert [path.name for path in journal.path.parent.iterdir()] == ["metrics.jsonl"]
+    journal.end_at(seal)
+    assert steps(journal) == [1, 2, 3]
+    journal.append([{"step": 3}])
+    journal.path.write_bytes(b" " + journal.path.read_bytes())  # damaged: what can be read of it stays
+    journal.end_at(seal)
+    assert steps(journal) == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize(

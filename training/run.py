@@ -204,25 +204,21 @@ class Run:
     def rewind(self, step: int | None, seals: Mapping[str, Any] | None = None) -> None:
         """Removes the lines after `step` from metrics.jsonl and samples.jsonl (None: all lines).
 
-        `seals`: what the method `seals` returned at `step`; a file that was damaged since then is named in the log.
+        `seals`: what the method `seals` returned at `step`. Lines of the same step that were logged after that, by
+        the evaluation and the publication at the end, are removed too. A file that was damaged since is named in the
+        log.
         """
-        if self.is_main:
-            for journal in (self._metrics, self._samples):
-                journal.cut(step, (seals or {}).get(journal.path.name))
+        if not self.is_main:
+            return
+        for journal in (self._metrics, self._samples):
+            seal = None if seals is None else seals[journal.path.name]
+            journal.cut(step, seal)
+            if seal is not None:
+                journal.end_at(seal)
 
     def seals(self) -> dict[str, Any]:
         """{file: its seal} of metrics.jsonl and samples.jsonl, for `rewind`."""
         return {journal.path.name: journal.seal() for journal in (self._metrics, self._samples)}
-
-    def logged(self) -> list[int]:
-        """The numbers of lines in metrics.jsonl and samples.jsonl, for `keep`."""
-        return [journal.count() for journal in (self._metrics, self._samples)]
-
-    def keep(self, counts: Sequence[int]) -> None:
-        """Removes the lines after those that `logged` counted."""
-        if self.is_main:
-            for journal, count in zip((self._metrics, self._samples), counts, strict=True):
-                journal.keep(count)
 
     def sync(self) -> None:
         """Writes all logged lines to the disk; called before a state is committed.

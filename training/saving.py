@@ -70,8 +70,7 @@ class SavedStates:
         if state is None:
             run.rewind(None)
             return None
-        run.rewind(state.step, state.extra.get("journals"))
-        run.keep(state.extra["lines"])  # evaluation and publication log lines of the last step after its state
+        run.rewind(state.step, state.extra["journals"])
         saved, now = EngineRecord(**state.extra["engine"]), run.engine.record()
         if saved.words != now.words:
             run.console.print(
@@ -187,7 +186,6 @@ class SavedStates:
                     **extra,
                     "engine": engine.record().model_dump(),
                     "journals": self._run.seals(),
-                    "lines": self._run.logged(),
                 }
                 path = self._store.commit(step, staged, self._config.save_total_limit, extra, protect)
                 self._bytes = tree_bytes(path)
