@@ -19,7 +19,7 @@ from typing import Any
 
 from data.encode import EncodedPrompt, Encoder
 from data.errors import DataError
-from data.rows import Prompts
+from data.rows import Prompts, Rows
 from handoff.journal import Journal
 from handoff.parent import Parent
 from reward.compose import Answers
@@ -101,7 +101,7 @@ def train(run: Run) -> None:
 
 
 def _answers(
-    run: Run, parent: Parent, encoder: Encoder, prompts: Sequence[EncodedPrompt], journal: Journal
+    run: Run, parent: Parent, encoder: Encoder, prompts: Rows[EncodedPrompt], journal: Journal
 ) -> list[Completion]:
     """`num_generations` answers to each prompt, grouped by prompt, in the prompts' order."""
     config: Config = run.config
@@ -119,7 +119,7 @@ def _answers(
     truncation = {"top_k": config.top_k, "top_p": config.top_p}
     spec = SamplingSpec.of(encoder, config.max_new_tokens, temperature=config.temperature, **truncation)
     size = max(1, _CHUNK * config.batch_size * engine.data_world // n)  # prompts
-    check_positions(model.module, max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens)
+    check_positions(model.module, int(prompts.lengths.max()) + config.max_new_tokens)
     with model.whole() as module, run.progress(n * len(prompts), "generate") as advance:
         advance(len(found))
         for start in range(len(found) // n, len(prompts), size):

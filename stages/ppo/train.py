@@ -91,10 +91,12 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
     most = longest_prompt(run, parent)
     prompts = load_prompts(run, encoder, config.data, "prompts", most, config.reward)
+    longest = int(prompts.lengths.max())
     heldout: Sequence[EncodedPrompt] = []
     if config.eval_data:
         scores = [*config.reward, *config.monitor]
-        heldout = load_prompts(run, encoder, config.eval_data, "held-out prompts", most, scores, prompts)
+        held = load_prompts(run, encoder, config.eval_data, "held-out prompts", most, scores, prompts)
+        heldout, longest = held, max(longest, int(held.lengths.max()))
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
     rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)
@@ -106,7 +108,6 @@ def train(run: Run) -> None:
     run.rehearse("causal_lm", policy)
     critic_model, critic = make_critic(run, parent, encoder, dtype, bf16)
     reference = load_reference(policy, bf16)
-    longest = max(len(prompt.ids) for prompt in (*prompts, *heldout))
     check_positions(policy.module, longest + t.max_completion_length)
     say_unused_loss(run, policy)
     if t.gradient_checkpointing:
