@@ -181,7 +181,7 @@ def test_bits_per_byte_are_those_of_the_harness(width, micro_recipe):
         with torch.no_grad():
             logp = torch.log_softmax(model(torch.tensor([read])).logits[0].double(), -1)[-len(scored) :]
         nats -= logp[range(len(scored)), scored].sum().item()
-    found = _bits_per_byte(model, encoder, texts, config(context_length=width, batch_size=3))
+    found = _bits_per_byte(model, encoder, texts, width, 3)
     assert found == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-5)
 
 

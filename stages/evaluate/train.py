@@ -53,7 +53,8 @@ def train(run: Run) -> None:
     context = within_window(run, parents.values(), "context_length", config.context_length)
     prompts = run.rows(config.data, Prompts(longest), first, "prompts")
     prompts = readable(run, entries, prompts, "prompts", max_drop_fraction=1.0)
-    documents = run.rows(config.text, Texts(Text), label="documents") if config.text else None
+    documents = run.rows(config.text, Texts(Text), label="documents") if config.text else ()
+    texts = [text for part in documents for text in part]
     column, keys = _groups(run, prompts)
     scorers = _scorers(run, entries, present, list(parents.values()), prompts)
 
@@ -67,13 +68,8 @@ def train(run: Run) -> None:
             model = Model.load(run.engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
             with model.whole() as module:
                 answered[name] = _answer(run, module, encoder, ids, advance)
-                if documents is not None:
-                    texts = [text for texts in documents for text in texts]
-                    bits_per_byte[name] = {
-                        "value": _bits_per_byte(
-                            module, encoder, texts, config.model_copy(update={"context_length": context})
-                        )
-                    }
+                if texts:
+                    bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, context, config.batch_size)}
             del model, module
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
             # Look the parent up by fingerprint: a model of another run may have a parent of the same name.
@@ -272,13 +268,15 @@ def _logprobs(
 
 
 @torch.no_grad()
-def _bits_per_byte(model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], config: Config) -> float:
-    """−Σ log2 p(token) / bytes, over the windows of `TextWindows`."""
+def _bits_per_byte(
+    model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], context: int, batch_size: int
+) -> float:
+    """−Σ log2 p(token) / bytes, over the windows of `TextWindows`, each of `context` tokens."""
     nats = 0.0
-    windows = TextWindows(encoder.documents(texts), encoder, config.context_length)
+    windows = TextWindows(encoder.documents(texts), encoder, context)
     check_positions(model, int(windows.lengths.max()))
-    for start in range(0, len(windows), config.batch_size):
-        batch = windows.collate(windows[start : start + config.batch_size])
+    for start in range(0, len(windows), batch_size):
+        batch = windows.collate(windows[start : start + batch_size])
         labels = batch["shift_labels"].to(model.device)
         logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
         logp = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
