@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, PretrainedConfig
 
-import training.model
+import training.parent_weights
 from handoff.contract import check_foreign
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError, UserError
@@ -69,7 +69,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         raise AssertionError("it hangs")
 
     monkeypatch.setattr(builtins, "input", asked)
-    monkeypatch.setattr(training.model, "safe_open", opened)
+    monkeypatch.setattr(training.parent_weights, "safe_open", opened)
     monkeypatch.setattr(transformers.modeling_utils, "safe_open", opened)
     previous = signal.signal(signal.SIGALRM, alarm)
     signal.alarm(SECONDS)

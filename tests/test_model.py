@@ -1,5 +1,6 @@
 """training/model.py and architecture.py: what is loaded for a role, built from a recipe, written."""
 
+import doctest
 import json
 import shutil
 from dataclasses import replace
@@ -25,7 +26,7 @@ from handoff.files import sha256_file
 from handoff.parent import open_parent
 from rollout.sampling import SamplingSpec
 from tests.stage_chain import chain, foreign_checkpoint, runs
-from training import architecture, engines
+from training import architecture, engines, parent_weights
 from training import model as model_module
 from training.config import ModelArguments
 from training.engines.single import Single
@@ -458,3 +459,7 @@ def test_tokenizer_files_are_copied_as_they_are(tokenizer_dir, tmp_path):
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     assert "generation_config.json" not in names
     assert isinstance(AutoTokenizer.from_pretrained(tmp_path), PreTrainedTokenizerFast)
+
+
+def test_the_example_in_a_docstring():
+    assert doctest.testmod(parent_weights) == (0, 1)

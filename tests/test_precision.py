@@ -10,7 +10,8 @@ from tests import stage_chain
 from training.config import TrainedModelArguments
 from training.engines.deepspeed import DeepSpeed
 from training.engines.launch import LaunchError, Request
-from training.model import ChangeTally, trained_dtype
+from training.model import trained_dtype
+from training.parent_weights import ChangeTally
 from training.recipe import RecipeError, load_recipe
 from training.run import run_section
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,7 +34,7 @@ from data.encode import Encoder
 from handoff.errors import HandoffError
 from handoff.gate import named_errors
 from handoff.parent import Parent
-from handoff.weights import INDEX_NAME, weight_files
+from handoff.weights import INDEX_NAME
 from reward.learned import read_by_mask
 from training.architecture import (
     LOCAL,
@@ -53,7 +52,7 @@ from training.engines.files import write_tensors
 from training.engines.protocol import Engine
 from training.engines.single import Entry
 from training.model_files import in_words, warn, write_configuration
-from training.parent_weights import ParentWeights, layer_of, without_values
+from training.parent_weights import ChangeTally, ParentWeights, layer_of, without_values
 
 Role = Literal["policy", "reference", "critic", "reward"]
 
@@ -328,7 +327,7 @@ class Model:
                 )
         except Exception as error:  # each class raises its own errors
             raise HandoffError(f"{source}: its model cannot be published: {in_words(error)}") from error
-        wrong = {key: sorted(map(str, names))[:3] for key, names in found.items() if names}
+        wrong = _not_loaded(found)
         if wrong:
             raise HandoffError(f"{source}: the weights do not load under the names that they are saved by: {wrong}")
 
@@ -340,7 +339,7 @@ class Model:
         loader: Any = AutoModelForSequenceClassification if self.role == "reward" else AutoModelForCausalLM
         with self.engine.loading():
             _, found = loader.from_pretrained(path, device_map="meta", output_loading_info=True, **LOCAL)
-        wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
+        wrong = _not_loaded(found)
         assert not wrong, f"{path} does not load as it was saved: {wrong}"
 
     def _published(self, entries: Sequence[Entry], prefix: str) -> list[list[Entry]]:
@@ -372,6 +371,11 @@ class Model:
             return held.pop(name)
 
         return [Entry(name, value.dtype, tuple(value.shape), partial(whole, name)) for name, value in wanted.items()]
+
+
+def _not_loaded(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{what is wrong: names}, from the information that transformers gives about loading; empty if all is well."""
+    return {key: sorted(map(str, names))[:3] for key, names in found.items() if names}
 
 
 def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dtype:
@@ -445,38 +449,6 @@ def _write_index(path: Path, files: Mapping[str, Sequence[Entry]]) -> None:
         "weight_map": {entry.name: name for name, entries in files.items() for entry in entries},
     }
     (path / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-class ChangeTally:
-    """Counts how many of the parent's weights training has changed, one tensor at a time.
-
-    Tensors that the parent does not have under the same name, such as a new head, do not count. Without tied
-    embeddings, the embeddings of tokens that occur in no row stay unchanged.
-    """
-
-    def __init__(self, parent: Parent | None, dtype: torch.dtype) -> None:
-        self._dtype = dtype  # loading rounded the parent's weights to this type, which does not count as a change
-        self._changed = self._total = 0
-        self._files: dict[str, Path] = {}
-        if parent is not None and parent.kind != "tokenizer":
-            for path in weight_files(parent.model_dir):
-                with safe_open(path, "pt") as file:
-                    self._files |= dict.fromkeys(file.keys(), path)
-
-    def see(self, name: str, now: torch.Tensor) -> None:
-        """Compares one whole tensor."""
-        if name not in self._files:
-            return
-        with safe_open(self._files[name], "pt") as file:
-            before = file.get_tensor(name)
-        if before.shape == now.shape and before.element_size() > 1:  # one byte: a quantised weight without its scale
-            now = now.detach().to("cpu", torch.float32)
-            self._changed += int((before.to(self._dtype).float() != now).sum())
-            self._total += now.numel()
-
-    def share(self) -> float | None:
-        """The changed share of the weights that could be compared; None if there were none."""
-        return self._changed / self._total if self._total else None
 
 
 def _watched(tally: ChangeTally, entry: Entry) -> "Callable[[], torch.Tensor]":

@@ -1,4 +1,5 @@
-"""Reads a parent's weights one layer at a time, under the names and in the form that the model has in memory."""
+"""Reads a parent's weights one layer at a time, under the names and in the form that the model has in memory, and
+compares them with those that training has made."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -28,11 +29,8 @@ class ParentWeights:
         """`skeleton`: the parent's model on torch's meta device; it stays there."""
         self._parent, self._skeleton = parent, skeleton
         self._conversions = upstream.weight_conversions(skeleton)
-        self._places: dict[str, Path] = {}  # of each tensor in the files
+        self._places = _places(parent)
         self._groups: dict[str, list[str]] = {}  # {layer: its tensors in the files}
-        for path in weight_files(parent.model_dir):
-            with safe_open(path, "pt") as file:
-                self._places |= dict.fromkeys(file.keys(), path)
         for stored, name in upstream.names_in_memory(skeleton, self._conversions, self._places).items():
             self._groups.setdefault(layer_of(name), []).append(stored)
         self.own: dict[str, torch.Tensor] = {}
@@ -78,6 +76,43 @@ class ParentWeights:
                 self._held = upstream.converted(self._skeleton, self._conversions, pieces)
             self._layer = layer
         return self._held
+
+
+class ChangeTally:
+    """Counts how many of the parent's weights training has changed, one tensor at a time.
+
+    Tensors that the parent does not have under the same name, such as a new head, do not count. Without tied
+    embeddings, the embeddings of tokens that occur in no row stay unchanged.
+    """
+
+    def __init__(self, parent: Parent | None, dtype: torch.dtype) -> None:
+        self._dtype = dtype  # loading rounded the parent's weights to this type, which does not count as a change
+        self._changed = self._total = 0
+        self._files = {} if parent is None or parent.kind == "tokenizer" else _places(parent)
+
+    def see(self, name: str, now: torch.Tensor) -> None:
+        """Compares one whole tensor."""
+        if name not in self._files:
+            return
+        with safe_open(self._files[name], "pt") as file:
+            before = file.get_tensor(name)
+        if before.shape == now.shape and before.element_size() > 1:  # one byte: a quantised weight without its scale
+            now = now.detach().to("cpu", torch.float32)
+            self._changed += int((before.to(self._dtype).float() != now).sum())
+            self._total += now.numel()
+
+    def share(self) -> float | None:
+        """The changed share of the weights that could be compared; None if there were none."""
+        return self._changed / self._total if self._total else None
+
+
+def _places(parent: Parent) -> dict[str, Path]:
+    """{tensor: its file} of the parent's weights."""
+    places: dict[str, Path] = {}
+    for path in weight_files(parent.model_dir):
+        with safe_open(path, "pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    return places
 
 
 def layer_of(name: str) -> str:
