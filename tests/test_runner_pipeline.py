@@ -218,12 +218,17 @@ def test_what_a_changed_recipe_set_aside_comes_back_with_the_recipe(scene):
     assert scene.line("root") == "up to date, skipped"
 
 
-def test_the_states_of_an_interrupted_stage_come_back_with_the_recipe(scene):
-    recipe = scene.recipe()
+def interrupt(recipe, *steps):
+    """Leaves the stage `root` as a start leaves it that was killed after it had saved states of these steps."""
     directory = StageDir(recipe.run_dir / "root")
     directory.begin(stage_inputs(recipe, "root"))
-    (directory.state_dir / "step-5").mkdir(parents=True)
+    for step in steps:
+        (directory.state_dir / f"step-{step}").mkdir(parents=True)
     directory.close()
+
+
+def test_the_states_of_an_interrupted_stage_come_back_with_the_recipe(scene):
+    interrupt(scene.recipe(), 5)
     assert scene.run("root.effort=3", to=("root",)) == 0
     assert scene.run(to=("root",)) == 0
     assert scene.line("root") == "unfinished: brought back from .previous; resumes from step 5"
@@ -231,22 +236,13 @@ def test_the_states_of_an_interrupted_stage_come_back_with_the_recipe(scene):
 
 
 def test_an_interrupted_stage_is_resumed(scene):
-    recipe = scene.recipe()
-    directory = StageDir(recipe.run_dir / "root")
-    directory.begin(stage_inputs(recipe, "root"))
-    for step in (5, 10):
-        (directory.state_dir / f"step-{step}").mkdir(parents=True)
-    directory.close()
+    interrupt(scene.recipe(), 5, 10)
     assert scene.run(to=("root",)) == 0
     assert scene.line("root") == "unfinished: resumes from step 10"
 
 
 def test_an_interrupted_stage_with_a_changed_recipe_starts_anew(scene):
-    recipe = scene.recipe()
-    directory = StageDir(recipe.run_dir / "root")
-    directory.begin(stage_inputs(recipe, "root"))
-    (directory.state_dir / "step-5").mkdir(parents=True)
-    directory.close()
+    interrupt(scene.recipe(), 5)
     assert scene.run("root.effort=3", to=("root",)) == 0
     assert scene.line("root") == "stale: was not finished; recipe: effort 1 → 3"
 
