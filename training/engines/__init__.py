@@ -33,9 +33,8 @@ def start() -> Engine:
         LaunchError: this machine lacks the GPUs, the compiler or a package; or the launch file has a setting that
             belongs in the recipe (precision, accumulation, clipping, compilation).
     """
-    os.environ["OMP_DYNAMIC"] = (
-        "FALSE"  # the number of threads, and so the result, must not depend on the machine's load
-    )
+    # The number of threads, and so the result, must not depend on the machine's load.
+    os.environ["OMP_DYNAMIC"] = "FALSE"
     if os.environ.get("CUDA_VISIBLE_DEVICES") == REHEARSAL:
         # Processes that share cores must not spin while they wait for one another.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
