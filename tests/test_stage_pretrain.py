@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import Encoder
-from stages.evaluate.config import Config
 from stages.evaluate.train import _bits_per_byte
 from stages.pretrain.train import Collator, Windows
 from tests.stage_chain import chain, run_stage, runs, stage_recipe
@@ -75,10 +74,7 @@ def test_bits_per_byte_are_those_of_the_evaluation(isolated, tmp_path):
     folder = run.folder / "model"
     model, encoder = AutoModelForCausalLM.from_pretrained(folder), Encoder.from_pretrained(folder)
     texts = [json.loads(line)["text"] for line in (runs().parent / "held_documents.jsonl").read_text().splitlines()]
-    config = Config(
-        stage="evaluate", models=["pretrain"], data=[{"source": "world", "kind": "prompts"}], context_length=48
-    )
-    expected = _bits_per_byte(model, encoder, texts, config)
+    expected = _bits_per_byte(model, encoder, texts, 48, 8)
     assert run.manifest.metrics["eval_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
