@@ -53,10 +53,10 @@ report: setup  ## one HTML page about the run
 	$(BIN)/baton report $(RECIPE)
 chat: setup  ## talk to the newest aligned model
 	$(BIN)/baton chat $(RECIPE)
-test: setup  ## all tests
-	$(BIN)/python -m pytest
+test: setup  ## all tests, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test-fast: setup  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 lint: setup  ## format, lint, types and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import typer
 
 from handoff.errors import GateError, UserError
 from training.terminal import Screen, lost, prepare, shown
+from training.threads import settle
 
 app = typer.Typer(
     name="baton",
@@ -182,6 +183,7 @@ def chat(
 def main() -> NoReturn:
     """Entry point of the console script. For a user's mistake it prints a message, not a traceback, and exits."""
     prepare()
+    settle()
     code: str | int | None
     try:
         code = app(standalone_mode=False)

@@ -7,8 +7,6 @@ import os
 
 # Makes torch count GPUs through NVML. By default it would initialise CUDA, which is then unusable in a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-# As in training.engines.start; OpenMP reads it once, when torch is loaded.
-os.environ["OMP_DYNAMIC"] = "FALSE"
 
 import accelerate
 import datasets

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import faults_wandb
-from benchmarks.faults_setup import LIMIT, PARENTS, SECTIONS, Child
-from benchmarks.faults_trial import Trial, check
+from benchmarks.faults_hostile import HOSTILE
+from benchmarks.faults_setup import IDLE, PARENTS, SECTIONS, Child, Patience
+from benchmarks.faults_trial import Broken, Trial, check
 from handoff.manifest import read_manifest
 
 TRAINED = tuple(name for name in SECTIONS if name != "tokenizer")
@@ -94,10 +95,22 @@ def kill_the_pipeline(t: Trial) -> None:
     (os.killpg if everything else os.kill)(runner.pid, signal.SIGKILL)
     t.same_states = everything  # a stage whose runner died stops itself (baton/worker.py)
     runner.wait()
-    deadline = time.monotonic() + LIMIT
-    while (code := start().wait(LIMIT)) == 2 and "in use by" in (t.root / "baton.log").read_text()[-1000:]:
-        check(time.monotonic() < deadline, "the stage of the killed runner never released its folder")
+    attempts = 0
+    while (code := _ended(start())) == 2 and "in use by" in (t.root / "baton.log").read_text()[-1000:]:
+        attempts += 1
+        check(attempts < 60, "the stage of the killed runner never released its folder")
     check(code == 0, f"baton run ended with {code}: {(t.root / 'baton.log').read_text()[-1000:]}")
+
+
+def _ended(runner: "subprocess.Popen[bytes]") -> int:
+    """Waits for the exit code of `baton run`. Its stages are other processes, so it may wait for long itself."""
+    stages = Patience(runner.pid, idle=2 * IDLE)
+    while runner.poll() is None:
+        time.sleep(0.01)
+        if stages.hung():
+            runner.kill()
+            raise Broken("baton run hung")
+    return runner.returncode
 
 
 # ---- the disk
@@ -243,6 +256,21 @@ def damaged_parent(t: Trial) -> None:
     t.finish()
 
 
+def hostile_parent(t: Trial) -> None:
+    """The parent is a hostile directory: it is refused by name, and none of its programs has run."""
+    t.prepare()
+    folder, mark = t.root / "hostile", t.root / "mark"
+    name = t.rng.choice(sorted(HOSTILE))
+    shutil.copytree(t.run / PARENTS[t.section][0] / "model", folder)
+    HOSTILE[name](folder, mark)
+    t.options(f"{t.section}.parent={folder}")
+    t.hit = True
+    t.refused(str(folder))
+    check(not mark.exists(), f"{name}: its program has run")
+    t.options()
+    t.finish()
+
+
 # ---- two at once, and signals
 
 
@@ -371,6 +399,7 @@ KINDS = {
     "damaged journal": Kind(damaged_journal),
     "changed threads": Kind(changed_threads),
     "damaged parent": Kind(damaged_parent),
+    "hostile parent": Kind(hostile_parent, ("sft", "reward", "dpo", "ppo", "grpo")),
     "second copy": Kind(second_copy),
     "stale lock": Kind(stale_lock),
     "preempted": Kind(preempted),

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -106,11 +107,30 @@ PARENTS = {
     "ppo": ("sft", "reward"),
     "grpo": ("sft",),
 }
-LIMIT = 120.0
-"""Seconds after which a stage that should have ended counts as hanging."""
+IDLE, BUSY = 300.0, 900.0
+"""A stage counts as hanging when it has used no processor time for IDLE seconds, or BUSY seconds of it in all."""
 
 
 # ---- stages as processes
+
+
+class Patience:
+    """Tells a process that hangs from one that is slow, by its processor time, whatever the load of the machine."""
+
+    def __init__(self, pid: int, idle: float = IDLE, busy: float = BUSY) -> None:
+        self._pid, self._idle, self._busy = pid, idle, busy
+        self._used, self._since = 0.0, time.monotonic()
+
+    def hung(self) -> bool:
+        """Whether the process has hung until now; False once it has ended."""
+        try:
+            times = psutil.Process(self._pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return False
+        used, now = times.user + times.system, time.monotonic()
+        if used - self._used > 0.05:
+            self._used, self._since = used, now
+        return used > self._busy or now - self._since > self._idle
 
 
 class Child:
@@ -127,6 +147,7 @@ class Child:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        self.patience = Patience(self.pid)
 
     @property
     def running(self) -> bool:
@@ -138,17 +159,18 @@ class Child:
         if self._process.is_alive():
             os.kill(self.pid, signum)
 
-    def wait(self, seconds: float = LIMIT) -> int:
+    def wait(self) -> int:
         """Waits for its exit code, negative for a signal. A hanging process is killed.
 
         Raises:
-            TimeoutError: it did not end within `seconds`.
+            TimeoutError: it hung.
         """
-        self._process.join(seconds)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
-            raise TimeoutError(f"did not end within {seconds:.0f} s")
+        while self._process.exitcode is None:
+            self._process.join(1.0)
+            if self._process.exitcode is None and self.patience.hung():
+                self._process.kill()
+                self._process.join()
+                raise TimeoutError("it hung")
         return self._process.exitcode
 
     def kill(self) -> None:

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from training.threads import settle
+
+settle()
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = """
 name: micro
@@ -41,6 +44,12 @@ stages:
     train: {{iterations: 4, rollout_batch_size: 16, max_completion_length: 24, sample_iterations: 2, save_iterations: 2,
              learning_rate: 1.0e-3, adam_epsilon: 1.0e-4, per_device_train_batch_size: 4}}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: with two files at a time, a slow one at the end would run alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Launch files: the requested engine, refused requests, and the resulting settings."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from training.engines.fsdp2 import Fsdp2
 from training.engines.launch import LaunchError, Request, check_environment, requested
 from training.engines.processes import _saying
 from training.engines.single import Single, micro_batch
+from training.threads import SPIN_ROUNDS
 
 ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -339,22 +341,35 @@ def test_what_came_up_is_compared_with_what_was_asked(environment, gpus) -> None
         check(2)
 
 
-def test_openmp_may_not_choose_the_number_of_threads_by_load(root: Path) -> None:
-    """Asked of the library that torch has loaded, in a process whose environment says otherwise."""
-    code = (
-        "import ctypes, re\n"
-        "START\n"
-        "import torch\n"
-        "torch.ones(2).sum()\n"
-        "path = re.search(r'\\S*/libgomp\\S*', open('/proc/self/maps').read()).group()\n"
-        "print(ctypes.CDLL(path).omp_get_dynamic())\n"
-    )
-    found = []
-    for start in ("pass", "from training import engines; engines.start()", "import baton.preload"):
-        command = [sys.executable, "-c", code.replace("START", start)]
-        environment = {**os.environ, "OMP_DYNAMIC": "TRUE"}
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"torch's OpenMP library cannot be asked here: {done.stderr[-200:]}")
-        found.append(done.stdout.strip())
-    assert found == ["1", "0", "0"]
+COMMAND = """
+import sys
+from baton.cli import main
+sys.argv[1:] = ["--help"]
+try:
+    main()
+except SystemExit:
+    pass
+"""
+STARTS = ("pass", "from training import engines; engines.start()", COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("asked", "dynamic", "spins"),
+    [
+        ({"OMP_DYNAMIC": "TRUE"}, ("TRUE", "FALSE", "FALSE"), (None, SPIN_ROUNDS, SPIN_ROUNDS)),
+        ({"GOMP_SPINCOUNT": "77"}, ("FALSE", "FALSE", "FALSE"), (77, 77, 77)),
+        ({"OMP_WAIT_POLICY": "passive"}, ("FALSE", "FALSE", "FALSE"), (0, 0, 0)),
+    ],
+)
+def test_openmp_neither_counts_threads_by_load_nor_spins_for_long(root: Path, asked, dynamic, spins) -> None:
+    """As torch's OpenMP library says itself, when it is loaded."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    for start, number, rounds in zip(STARTS, dynamic, spins, strict=True):
+        command = [sys.executable, "-c", f"{start}\nimport torch"]
+        environment = {**kept, **asked, "OMP_DISPLAY_ENV": "VERBOSE"}
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+        said = dict(re.findall(r"(\w+) = '(\w+)'", done.stderr))
+        if "GOMP_SPINCOUNT" not in said:
+            pytest.skip(f"torch's OpenMP library is not GNU's: {done.stderr[-200:]}")
+        assert said["OMP_DYNAMIC"] == number
+        assert rounds is None or int(said["GOMP_SPINCOUNT"]) == rounds

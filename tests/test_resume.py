@@ -1,13 +1,13 @@
 """Exact resume: a killed and restarted stage equals an undisturbed one in every tensor of the weights and saved states,
 and in every logged value and sample; and a state that is not whole is refused by name.
 
-SIGKILL from outside, on one process and on two, falls at or after a given step. Where the exact line matters, an
-exception is raised there instead, in this process.
+SIGKILL from outside, on one process and on several, under every engine, falls at or after a given step. Where the
+exact line matters, an exception is raised there instead, in this process.
 """
 
+import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +21,8 @@ from handoff.stage import StageDir
 from handoff.state import StateStore
 from stages.ppo.sampler import Sampler
 from stages.ppo.saves import Saves
+from tests.conftest import ROOT
+from tests.launching import ranked, variables
 from training.engines.single import Single
 from training.recipe import load_recipe
 from training.run import run_section
@@ -41,20 +43,11 @@ def scene(tmp_path_factory) -> Scene:
 class Group:
     """The processes of one stage, as `accelerate launch` would start them."""
 
-    def __init__(self, scene: Scene, root: Path, section: str, processes: int, *overrides: str) -> None:
+    def __init__(self, scene: Scene, root: Path, section: str, members: list[dict[str, str]], *overrides: str) -> None:
+        """`members`: the variables of each process."""
         self.stage = root / "faults" / section
         self.log = root / "log"
-        environment = {}
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment |= {"CUDA_VISIBLE_DEVICES": "-1,-1"}
-        self.members = []
-        for rank in range(processes):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            self.members.append(scene.child(root, section, self.log, *overrides, **environment, **own))
+        self.members = [scene.child(root, section, self.log, *overrides, **member) for member in members]
 
     def killed_after(self, step: int) -> bool:
         """Sends SIGKILL once that step is logged. Returns False if it was too late or the stage ended by itself."""
@@ -77,53 +70,87 @@ def last_step(stage: Path) -> int:
     return int(lines[-1].split(b'"step": ')[1].split(b",")[0].split(b"}")[0]) if lines else 0
 
 
-RLOO = ["grpo.advantage=leave_one_out"]
-BASELINE = ["grpo.advantage=global_baseline"]
-ONE_AND_TWO = (1, 2)
-KILLS = {
-    # Steps after which to kill: one in the first epoch and one in the second; in RL, one in an iteration that follows a
-    # state and one in an iteration that does not.
-    "pretrain": ("pretrain", (4, 16), [], ONE_AND_TWO),
-    "sft": ("sft", (4, 16), [], ONE_AND_TWO),
-    "reward": ("reward", (2, 8), [], ONE_AND_TWO),
-    "dpo": ("dpo", (2, 8), [], ONE_AND_TWO),
-    "ppo": ("ppo", (3, 6), [], (1, 2, 4)),  # with more than two, the order in which DDP adds numbers matters
-    "grpo": ("grpo", (3, 6), [], ONE_AND_TWO),
-    "rloo": ("grpo", (3, 6), RLOO, (1,)),
-    "global_baseline": ("grpo", (3, 6), BASELINE, (1,)),
-}
+ENGINES = {"ddp": "cpu2", "zero2": "cpu2_zero2", "zero3": "cpu2_zero3", "fsdp2": "cpu2_fsdp2"}
+"""Engines with their launch files."""
+STEPS = {"pretrain": (4, 16), "sft": (4, 16), "reward": (2, 8), "dpo": (2, 8), "ppo": (3, 6), "grpo": (3, 6)}
+"""Steps after which to kill: one in the first epoch and one in the second; in RL, one in an iteration that follows a
+state and one in an iteration that does not."""
+VARIANTS = {"rloo": ["grpo.advantage=leave_one_out"], "global_baseline": ["grpo.advantage=global_baseline"]}
 
 
-@pytest.mark.parametrize(
-    ("case", "processes"), [(case, count) for case, (*_, counts) in KILLS.items() for count in counts]
-)
-def test_killed_twice_it_ends_as_if_it_had_not_been(scene, case, processes, tmp_path):
-    section, steps, overrides, _ = KILLS[case]
-    if processes == 1 and not overrides:
+def batch_of_three(section: str) -> list[str]:
+    """Batches that three processes can share."""
+    if section in ("ppo", "grpo"):
+        return [f"{section}.train.rollout_batch_size=12"]
+    return [f"{section}.train.global_batch_size=6", f"{section}.train.per_device_train_batch_size=1"]
+
+
+def killed_and_whole(scene: Scene, tmp_path: Path, section: str, engine: str, processes: int, keys: list[str]) -> None:
+    """Kills the section twice, starts it again, and compares it with an undisturbed run."""
+    overrides = list(keys) + (batch_of_three(section) if processes == 3 else [])
+    if engine != "ddp" and section == "pretrain":
+        overrides.append("pretrain.train.optim=adamw")  # Muon is not for engines that shard matrices
+    shared = variables(ROOT, ENGINES[engine]) if engine != "ddp" or processes > 1 else {}
+
+    def group(root: Path) -> Group:
+        return Group(scene, root, section, [shared | member for member in ranked(processes)], *overrides)
+
+    if not shared and not overrides:
         whole = scene.reference / section
     else:
         scene.copy(tmp_path / "whole", section)
-        group = Group(scene, tmp_path / "whole", section, processes, *overrides)
-        group.ends()
-        whole = group.stage
+        undisturbed = group(tmp_path / "whole")
+        undisturbed.ends()
+        whole = undisturbed.stage
     for attempt in range(5):  # on a slow machine, the stage may have ended before the step is seen
         root = tmp_path / f"killed{attempt}"
         scene.copy(root, section)
-        if all(Group(scene, root, section, processes, *overrides).killed_after(step) for step in steps):
+        if all(group(root).killed_after(step) for step in STEPS[section]):
             break
     else:
         pytest.fail("in five attempts it was never killed in time")
     assert not (root / "faults" / section / "stage.json").exists()
-    again = Group(scene, root, section, processes, *overrides)
+    again = group(root)
     again.ends()
     assert "resum" in again.log.read_text()
     assert differences(again.stage, whole) == []
 
 
+@pytest.mark.parametrize(
+    ("section", "engine", "processes"),
+    [
+        *((section, "ddp", count) for section in STEPS for count in (1, 2)),
+        ("sft", "ddp", 3),  # with more than two, the order in which DDP adds numbers matters
+        ("ppo", "ddp", 4),
+        ("reward", "zero2", 4),
+        ("ppo", "zero2", 2),
+        ("sft", "zero3", 3),
+        ("ppo", "zero3", 2),
+        ("dpo", "fsdp2", 2),
+        ("grpo", "fsdp2", 4),
+    ],
+)
+def test_killed_twice_it_ends_as_if_it_had_not_been(scene, section, engine, processes, tmp_path):
+    killed_and_whole(scene, tmp_path, section, engine, processes, [])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_so_do_other_advantages(scene, variant, tmp_path):
+    killed_and_whole(scene, tmp_path, "grpo", "ddp", 1, VARIANTS[variant])
+
+
+@pytest.mark.skipif("BATON_RESUME" not in os.environ, reason="an hour: set BATON_RESUME=all")
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("section", STEPS)
+def test_the_whole_matrix(scene, section, engine, processes, tmp_path):
+    killed_and_whole(scene, tmp_path, section, engine, processes, [])
+
+
 @pytest.mark.parametrize("section", ["sft", "ppo"])
 def test_two_runs_are_equal(scene, section, tmp_path):
     scene.copy(tmp_path, section)
-    group = Group(scene, tmp_path, section, 1)
+    group = Group(scene, tmp_path, section, [{}])
     group.ends()
     assert differences(group.stage, scene.reference / section) == []
 
@@ -135,7 +162,7 @@ def test_a_killed_tokenizer_is_trained_again(scene, tmp_path):
         time.sleep(0.001)
     child.kill()
     assert not (tmp_path / "faults" / "tokenizer" / "stage.json").exists()
-    again = Group(scene, tmp_path, "tokenizer", 1)
+    again = Group(scene, tmp_path, "tokenizer", [{}])
     again.ends()
     assert differences(again.stage, scene.reference / "tokenizer") == []
 

@@ -22,6 +22,7 @@ import os
 
 from training.engines.launch import REHEARSAL, leave_to_recipe, requested, world_size
 from training.engines.protocol import Engine
+from training.threads import settle
 
 
 def start() -> Engine:
@@ -33,12 +34,8 @@ def start() -> Engine:
         LaunchError: this machine lacks the GPUs, the compiler or a package; or the launch file has a setting that
             belongs in the recipe (precision, accumulation, clipping, compilation).
     """
-    # The number of threads, and so the result, must not depend on the machine's load.
-    os.environ["OMP_DYNAMIC"] = "FALSE"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == REHEARSAL:
-        # Processes that share cores must not spin while they wait for one another.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    elif world_size() == 1 and "LOCAL_RANK" not in os.environ:
+    settle()
+    if world_size() == 1 and "LOCAL_RANK" not in os.environ and os.environ.get("CUDA_VISIBLE_DEVICES") != REHEARSAL:
         # One process uses one GPU; otherwise transformers would split its batches over all visible ones.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     leave_to_recipe()
