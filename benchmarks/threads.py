@@ -31,7 +31,7 @@ def measured(settings: Mapping[str, str]) -> float:
     """Steps per second in a process with these variables."""
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     command = [sys.executable, str(Path(__file__).with_name("threads_step.py")), str(THREADS)]
-    done = subprocess.run(command, cwd=ROOT, env=kept | settings, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=kept | dict(settings), stdout=subprocess.PIPE, text=True, check=True)
     return float(1 / json.loads(done.stdout))
 
 
