@@ -131,6 +131,10 @@ class StageDir:
         """The inputs of the last `begin`; None if there was none or its record is unreadable."""
         return read_inputs(self.started_path)
 
+    def set_aside(self) -> Path | None:
+        """Where the last `begin` moved the content of an earlier start; None if there was nothing to keep."""
+        return None if self._set_aside is None else self._previous.folder / str(self._set_aside)
+
     def has_aside(self, inputs: Inputs) -> bool:
         """Whether content of an earlier start with equal inputs was set aside; the next `begin` brings it back."""
         return self._previous.find(inputs) is not None

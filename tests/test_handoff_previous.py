@@ -38,7 +38,9 @@ def test_other_inputs_set_the_old_content_aside(tmp_path: Path, how: str) -> Non
         stage.started_path.write_text("{")
     before = hash_tree(stage.path)
     given = inputs(rate=0.2) if how == "inputs" else inputs()
+    assert stage.set_aside() is None
     assert stage.begin(given) is False
+    assert stage.set_aside() == tmp_path / "run" / ".previous" / "sft" / "1"
     save_state(stage)
     assert stage.started_inputs() == given
     assert names(stage.path) == [".lock", "started.json", "state"]

@@ -364,6 +364,15 @@ def test_a_damaged_and_a_deleted_journal_do_not_block_a_resume(tmp_path, caplog)
     assert all(torch.equal(ours.weights[key], theirs.weights[key]) for key in theirs.weights)
 
 
+def test_a_start_that_sets_a_training_aside_says_so_and_why(tmp_path, capsys):
+    folder = interrupted(stage_recipe("sft", tmp_path, *KEYS), "sft", 2)
+    run_section(stage_recipe("sft", tmp_path, *KEYS, "train.learning_rate=0.003"), "sft")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "begins anew (recipe: train.learning_rate" in said and "→ 0.003)" in said
+    aside = folder.parent / ".previous" / "sft" / "1"
+    assert f"is kept in {aside}" in said and (aside / "state" / "step-2").is_dir()
+
+
 def test_a_changed_number_of_threads_is_said(tmp_path, capsys, monkeypatch):
     recipe = stage_recipe("sft", tmp_path, *KEYS)
     with monkeypatch.context() as patch:

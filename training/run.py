@@ -99,7 +99,11 @@ class Run:
         """
         self._inputs = inputs
         origin = {"recipe": str(self.recipe.path.absolute()), "overrides": list(self.recipe.overrides)}
+        earlier = self.dir.started_inputs()
         self.resumable = self.engine.on_main(lambda: self.dir.begin(inputs, origin=origin))
+        if (aside := self.dir.set_aside()) is not None:
+            why = "; ".join(inputs.differences(earlier)) if earlier is not None else "its record cannot be read"
+            self.console.print(f"  begins anew ({why}); the result of the earlier start is kept in {aside}")
         CLOCK.freeze(self.engine.on_main(self.dir.begun))
 
     # ---- what comes in
