@@ -47,9 +47,7 @@ def variables(root: Path, config: str) -> dict[str, str]:
 
 
 def ranked(processes: int) -> list[dict[str, str]]:
-    """The variables by which each process of a new group finds the others; none for a single process."""
-    if processes == 1:
-        return [{}]
+    """The variables by which each process of a new group finds the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

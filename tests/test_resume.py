@@ -90,12 +90,14 @@ def killed_and_whole(scene: Scene, tmp_path: Path, section: str, engine: str, pr
     overrides = list(keys) + (batch_of_three(section) if processes == 3 else [])
     if engine != "ddp" and section == "pretrain":
         overrides.append("pretrain.train.optim=adamw")  # Muon is not for engines that shard matrices
-    shared = variables(ROOT, ENGINES[engine]) if engine != "ddp" or processes > 1 else {}
+    alone = engine == "ddp" and processes == 1
+    shared = {} if alone else variables(ROOT, ENGINES[engine])
 
     def group(root: Path) -> Group:
-        return Group(scene, root, section, [shared | member for member in ranked(processes)], *overrides)
+        members = [{}] if alone else [shared | member for member in ranked(processes)]
+        return Group(scene, root, section, members, *overrides)
 
-    if not shared and not overrides:
+    if alone and not overrides:
         whole = scene.reference / section
     else:
         scene.copy(tmp_path / "whole", section)

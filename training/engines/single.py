@@ -167,6 +167,9 @@ class Single(Processes):
             LaunchError: the engine that started is not the one that the launch file asks for.
         """
         self._accelerator = trainer.accelerator
+        # The last batch of an epoch is full (`trainer.StepOrder`). accelerate takes it for a short one that was filled
+        # up for some processes, and would leave those out of the metrics.
+        trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
         self.check_model(trainer.model_wrapped)
 
     def held_rate_back(self, trainer: Any) -> bool:
