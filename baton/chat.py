@@ -21,6 +21,7 @@ from baton.runs import run_dir_of
 from data.errors import DataError
 from data.records import Message
 from handoff.errors import UserError
+from handoff.gguf import is_gguf
 from handoff.manifest import Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
@@ -154,7 +155,7 @@ def open_models(target: Path, names: Sequence[str]) -> list[Parent]:
         UserError: the target does not exist, or the run has no model to chat with.
         HandoffError: a model is missing, unfinished, altered, or not a language model.
     """
-    if target.is_dir() and _is_model(target):
+    if is_gguf(target) or (target.is_dir() and _is_model(target)):
         if names:
             raise UserError(f"{target} is one model; --model and --compare need a recipe or the folder of a run")
         return [open_parent(str(target.resolve()), Path("runs"), {"causal_lm"})]

@@ -15,10 +15,13 @@ from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import HashCache, canonical_hash, changed_files, list_files, shown
 from handoff.gate import loaded_files
+from handoff.gguf import is_gguf, unpacked
 from handoff.manifest import Kind, Manifest, ParentRecord, TokenizerRecord, read_manifest
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 HASH_CACHE = ".hashes.json"
+UNPACKED = ".unpacked"
+"""Folder under output_root with the models that came in one file."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WORDS = {
@@ -80,7 +83,7 @@ def open_parent(
     """Opens `ref` and checks that a stage may start from it, before any weights are loaded.
 
     Args:
-        ref: a section of the run, a directory, or a hub id (`organisation/name`), tried in this order.
+        ref: a section of the run, a directory or a GGUF file, or a hub id (`organisation/name`), tried in this order.
         run_dir: the run's directory.
         kinds: kinds that the stage can start from.
         verify: hash every published file again, compare with the manifest, and check the contract, before a published
@@ -233,6 +236,11 @@ def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:
         if directory.name in ("model", "data") and (directory.parent / "started.json").exists():
             directory = directory.parent
         return directory, directory.resolve().name
+    if directory.is_file():
+        if not is_gguf(directory):
+            raise HandoffError(f"{ref} is a file; a parent is a directory with a model, or a .gguf file")
+        digest = known_hashes(run_dir).sha256(directory)
+        return unpacked(directory.absolute(), run_dir.absolute().parent / UNPACKED, digest), directory.stem
     if "/" not in ref:
         raise HandoffError(
             f"{run_dir / ref} does not exist; {_how_to_make(run_dir / ref)} "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.smollm2 import checkpoint
+from tests.smollm2 import gguf_file
 from tests.stage_chain import chain, runs
 from training.recipe import load_recipe
 from training.run import run_section
@@ -83,10 +83,10 @@ def test_answers_that_a_model_was_taught_are_counted_right(tmp_path):
 
 def test_smollm2_on_gsm8k(tmp_path, tmp_path_factory, shared_data):
     """A real model of 135 M parameters on eight published rows; the count is made again from its answers."""
-    folder = checkpoint(tmp_path_factory.mktemp("smollm2"))
+    file = gguf_file(tmp_path_factory.mktemp("smollm2"))
     path = tmp_path / "gsm.yaml"
     path.write_text(
-        f"name: gsm\noutput_root: {tmp_path}\ndata_root: {shared_data}\nstages:\n  evaluate:\n    models: [{folder}]\n"
+        f"name: gsm\noutput_root: {tmp_path}\ndata_root: {shared_data}\nstages:\n  evaluate:\n    models: [{file}]\n"
         "    data: [{source: file, path: verifiable/gsm8k-train.jsonl.gz, limit: 8}]\n"
         "    scores: [{function: numeric_match, name: accuracy, on: greedy}]\n"
         "    max_new_tokens: 160\n    batch_size: 8\n"

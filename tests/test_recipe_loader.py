@@ -382,7 +382,7 @@ def test_an_unknown_parent_is_refused(mistakes, tmp_path, monkeypatch, ref, hint
     (tmp_path / "old").mkdir()  # so old/... is read as a path, not as a hub id
     (found,) = mistakes(bake(ref))
     assert found.startswith(
-        f"r.yaml:5: loaf.parent: {ref} is not a section of this recipe, an existing folder or a hub id"
+        f"r.yaml:5: loaf.parent: {ref} is not a section of this recipe, an existing folder or .gguf file, or a hub id"
     )
     assert hint in found
 

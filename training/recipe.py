@@ -29,6 +29,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from data.config import FileSource, StageSource
 from handoff.errors import UserError
+from handoff.gguf import is_gguf
 from training.config import StageConfig, Strict
 from training.recipe_errors import Translator
 from training.recipe_text import (
@@ -354,14 +355,20 @@ class _Loader:
                 self.document.complain(
                     _find(section, ref), "a stage cannot " + ("read its own rows" if rows else "start from itself")
                 )
-            elif ref in names or _is_folder(ref) or _VARIABLE.search(ref) or (not rows and _is_hub_id(ref)):
+            elif (
+                ref in names
+                or _is_folder(ref)
+                or _VARIABLE.search(ref)
+                or (not rows and (_is_hub_id(ref) or is_gguf(ref)))
+            ):
                 continue
             else:
                 hint = did_you_mean(ref, names) or _among(names)
                 kinds = (
                     "is not a section of this recipe or an existing folder"
                     if rows
-                    else "is not a section of this recipe, an existing folder or a hub id (organisation/name)"
+                    else "is not a section of this recipe, an existing folder or .gguf file, or a hub id "
+                    "(organisation/name)"
                 )
                 self.document.complain(_find(section, ref), f"{ref} {kinds}{hint}")
 

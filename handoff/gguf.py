@@ -1,0 +1,120 @@
+"""A parent in one GGUF file, unpacked once into a plain checkpoint directory that is opened like any other.
+
+A GGUF file holds weights, often quantised, with settings, tokenizer and chat template
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). transformers reads it by means of the package `gguf` and
+turns the weights back into float32, but it refuses to save what it has read; so the weights are written here.
+"""
+
+import importlib.util
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from handoff.errors import HandoffError
+from handoff.files import check_free_space, fsync_tree, human_bytes, read_json, remove_tree, shown, write_json
+from handoff.gate import named_errors
+
+SUFFIX = ".gguf"
+_DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+"""llama.cpp's names (src/llama-vocab.cpp) for: each digit alone, otherwise as GPT-2 splits."""
+_AS_GPT2 = frozenset({"gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion", "granite-docling", "gigachat", "mellum"})
+_FLOAT32 = 8  # at most as many times larger are float32 weights than quantised ones
+
+
+def is_gguf(ref: str | Path) -> bool:
+    """Whether it is the path of an existing GGUF file, by its name."""
+    with suppress(OSError, RuntimeError):  # a name that is too long, an unknown user after ~
+        path = Path(ref).expanduser()
+        return path.suffix == SUFFIX and path.is_file()
+    return False
+
+
+def unpacked(path: Path, store: Path, digest: str) -> Path:
+    """The directory with the file's model, which is written on the first call.
+
+    Args:
+        path: the GGUF file.
+        store: the directory below which unpacked models are kept.
+        digest: the file's SHA-256; the same content is unpacked once, whatever its name.
+
+    Raises:
+        HandoffError: it is no GGUF file, the package `gguf` is missing, transformers does not know its architecture, or
+            the disk has too little space.
+    """
+    folder = store / digest[:16]
+    if folder.is_dir():
+        return folder
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise HandoffError(f"{shown(path)} is not a GGUF file: it does not begin with the letters GGUF")
+    if importlib.util.find_spec("gguf") is None:
+        raise HandoffError(f"{shown(path)}: reading it needs a package: pip install 'baton-align[gguf]'")
+    size = path.stat().st_size
+    check_free_space(store, _FLOAT32 * size, f"unpacking {shown(path.name)} ({human_bytes(size)}) to float32 weights")
+    written = store / f".tmp-{folder.name}-{os.getpid()}"
+    try:
+        written.mkdir(parents=True)
+        with named_errors(path):
+            _convert(path, written)
+        fsync_tree(written)
+        if not folder.is_dir():  # another process may have been faster
+            written.rename(folder)
+    finally:
+        remove_tree(written)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Writes the model in float32, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+    del read.config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    plain.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    plain.save_pretrained(folder, state_dict=read.state_dict())
+    tokenizer.save_pretrained(folder)
+    _correct_tokenizer(folder / "tokenizer.json", plain.config.vocab_size, _split(path))
+
+
+def _split(path: Path) -> str | None:
+    """llama.cpp's name of the rule by which a byte-level tokenizer first splits a text; None for other tokenizers."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    kind, split = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    return str(split.contents()) if kind and split and kind.contents() == "gpt2" else None
+
+
+def _correct_tokenizer(path: Path, rows: int, split: str | None) -> None:
+    """Corrects what transformers wrote into tokenizer.json.
+
+    Its class for byte-level tokenizers adds `<|endoftext|>` where a vocabulary has no such token, and it does not know
+    every way to split a text.
+
+    Args:
+        path: the file.
+        rows: the number of the model's embeddings.
+        split: see `_split`.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    content = read_json(path, 1 << 30)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    if split in _DIGITS_APART:
+        digits = {"type": "Digits", "individual_digits": True}
+        words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, words]}
+    elif split is not None and split not in GGUF_PRE_TOKENIZER_SPLITS and split not in _AS_GPT2:
+        raise HandoffError(
+            f"its tokenizer splits texts by the rule {split!r}, which is not known here, so that the model would read "
+            "other tokens than it was trained on; name the directory from which the file was made"
+        )
+    write_json(path, content)
