@@ -101,6 +101,22 @@ def verify(target: RunArgument) -> None:
 
 
 @app.command()
+def clean(target: RunArgument) -> None:
+    """Remove results that a changed recipe has set aside, and what the next start makes again.
+
+    Encoded rows and unpacked GGUF files belong to all runs under the same output_root; none of these may be running.
+    """
+    from baton.clean import clean as remove
+    from baton.runs import run_dir_of
+    from handoff.files import human_bytes
+
+    for path, size in (removed := remove(run_dir_of(target))):
+        print(shown(f"removed {path} ({human_bytes(size)})"))
+    if not removed:
+        print("nothing to remove")
+
+
+@app.command()
 def replay(
     target: RunArgument,
     stage: Annotated[str, typer.Option(help="The section whose step it is.", show_default=False)],
