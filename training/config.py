@@ -32,6 +32,7 @@ class OptimizerConfig(Strict):
             "resume",
             "max_skipped_steps",
             "grace_seconds",
+            "ddp_timeout",
             "report_to",
         }
     )
@@ -65,6 +66,8 @@ class OptimizerConfig(Strict):
     """Consecutive optimizer steps that may be skipped (loss or gradient not finite) before the stage stops."""
     grace_seconds: float = Field(default=60.0, gt=0, le=3600)
     """Seconds for the current step or iteration to finish after a signal to stop; after that the process exits."""
+    ddp_timeout: float = Field(default=1800.0, ge=1)
+    """Seconds after which a process that waits for others in training ends with an error."""
     report_to: Literal["none", "wandb"] = "none"
     """Also mirror metrics.jsonl to Weights & Biases."""
 

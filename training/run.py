@@ -31,7 +31,9 @@ from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest, TokenizerRecor
 from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
 from training import engines
+from training.config import OptimizerConfig
 from training.engines.launch import check_environment, is_main
+from training.engines.lost import PeersLost, peers_lost
 from training.engines.protocol import Engine
 from training.inputs import present_soft_parents, stage_inputs
 from training.recipe import DATA_ROLE, Recipe, RecipeError, load_recipe
@@ -62,6 +64,9 @@ class Run:
         self.dir = StageDir(recipe.run_dir / name)
         self.engine = engine
         self.is_main = engine.is_main
+        train = getattr(self.config, "train", None)
+        if isinstance(train, OptimizerConfig):
+            engine.wait_at_most(train.ddp_timeout)
         self.console = Screen(quiet=not self.is_main)
         self.resumable = False
         self.signals = signals
@@ -410,6 +415,8 @@ def _run_section(
         run.refuse()
         raise
     except Exception as error:
+        if (lost := peers_lost(error)) is not None:
+            raise lost from error
         if not disk_is_full(error):
             raise
         raise HandoffError(
@@ -475,5 +482,8 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
         sys.exit(3)
     except Stopped as stopped:
         sys.exit(stopped.code)
+    except PeersLost as lost:
+        print(shown(f"{name}: {lost}"), file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:  # before the stage installed its signal handlers
         sys.exit(130)

@@ -6,6 +6,7 @@
     processes.py   collectives between the processes
     exchange.py    gathers tensors and trajectories of all processes on every process
     detect.py      which engine has actually started
+    lost.py        errors of collectives that lost their other processes
     finite.py      losses that are not finite
     single.py      one process; the other engines extend it
     splitting.py   the common base of the engines that shard parameters

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# A collective that takes longer fails. Slow work (tokenizing, compiling) never happens while others wait in one.
-TIMEOUT = timedelta(minutes=30)
 # How long other processes wait while the main one works alone before training (hashing parents and data).
 PATIENCE = timedelta(days=1)
 _PATIENT_SECONDS = 15.0
@@ -51,6 +49,14 @@ class Processes:
     def __init__(self, request: Request) -> None:
         self.request = request
         self._patient: Any = None
+        self._timeout = timedelta(minutes=30)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Sets after how long a collective fails whose other processes do not answer. Call it before the first one.
+
+        Slow work (tokenizing, hashing, compiling) never happens while others wait in a collective with this limit.
+        """
+        self._timeout = timedelta(seconds=seconds)
 
     @property
     def is_main(self) -> bool:
@@ -130,7 +136,7 @@ class Processes:
             if here.type == "cuda":
                 torch.cuda.set_device(here)
             with _saying(_PATIENT_SECONDS, f"waits for the other {world_size() - 1} of {world_size()} processes"):
-                dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+                dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=self._timeout)
         return True
 
     # ---- collectives: every process calls them, in the same order

@@ -22,6 +22,7 @@ class Engine(Protocol):
     """How the processes of one run train one model."""
 
     # ---- the processes
+    def wait_at_most(self, seconds: float) -> None: ...
     @property
     def is_main(self) -> bool: ...
     @property

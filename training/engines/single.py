@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from training.engines import finite
 from training.engines.detect import running
 from training.engines.launch import LaunchError, Request
-from training.engines.processes import TIMEOUT, Processes
+from training.engines.processes import Processes
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,7 @@ class Single(Processes):
             # With `use_cpu`, accelerate would wrap the model in plain DDP even if the engine shards.
             "use_cpu": cpu and not self.splits,
             "ddp_backend": self._backend,
-            "ddp_timeout": int(TIMEOUT.total_seconds()),
+            "ddp_timeout": int(self._timeout.total_seconds()),
             "ddp_find_unused_parameters": False,
             "dataloader_pin_memory": not cpu,
         }
@@ -188,7 +188,7 @@ class Single(Processes):
         self._accelerator = Accelerator(
             cpu=self.request.device == "cpu" and not self.splits,
             mixed_precision="bf16" if self._bf16(train.bf16, width) else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(backend=self._backend, timeout=TIMEOUT)],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=self._backend, timeout=self._timeout)],
             **self._accelerator_arguments(train),
         )
 

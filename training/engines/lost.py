@@ -1,0 +1,44 @@
+"""Errors of a collective whose other processes cannot be reached any more, in words that say who waited for what."""
+
+import re
+import socket
+import traceback
+from pathlib import Path
+
+from training.engines.launch import rank, world_size
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+# gloo raises plain RuntimeErrors; they begin with the place in its source, or name it.
+_GLOO = re.compile(r"gloo/transport/|Gloo|Connection closed by peer|Connection reset by peer")
+
+
+class PeersLost(Exception):
+    """Other processes ended, or did not answer in time."""
+
+
+def peers_lost(error: BaseException) -> PeersLost | None:
+    """The error in words, if it is of a collective that lost its other processes; otherwise None."""
+    if world_size() == 1 or not _is_of_a_collective(error):
+        return None
+    reason = " ".join(str(error).split())
+    reason = re.sub(r"^\[?\S*gloo/transport/\S+\]? *", "", reason)[:300]
+    return PeersLost(
+        f"process {rank()} of {world_size()} on {socket.gethostname()} waited for the other processes {_where(error)}: "
+        f"{reason}. If another process says why it ended, that is the cause. The same command goes on from the last "
+        "saved state"
+    )
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and _GLOO.search(str(error)) is not None)
+
+
+def _where(error: BaseException) -> str:
+    """The innermost function of this project in the error's traceback."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_relative_to(_ROOT) and ".venv" not in path.parts:
+            return f"in {frame.name} ({path.relative_to(_ROOT)}, line {frame.lineno})"
+    return "in a library's code"
