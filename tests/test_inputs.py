@@ -26,8 +26,7 @@ from training.run import run_section
 
 OPTIMIZER = {
     "per_device_train_batch_size", "gradient_checkpointing", "save_total_limit", "resume", "max_skipped_steps",
-    "grace_seconds",
-    "ddp_timeout", "report_to",
+    "grace_seconds", "ddp_timeout", "report_to",
 }  # fmt: skip
 TRAIN = {*OPTIMIZER, "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"}
 WITHOUT_EFFECT = {
