@@ -103,6 +103,8 @@ def changed(changes: list[tuple[tuple, str, object]]) -> str:
             old = holder[path[-1]]
         except (KeyError, IndexError, TypeError):  # an earlier change took the place away
             continue
+        if isinstance(holder, str):  # an earlier change put a text there
+            continue
         if how == "remove":
             del holder[path[-1]]
         elif how == "add" and isinstance(old, dict):
