@@ -12,8 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import faults
+from benchmarks.faults_hostile import HOSTILE
 from benchmarks.faults_kinds import KINDS
 from benchmarks.faults_setup import SECTIONS, differences
+from handoff.errors import UserError
+from handoff.parent import open_parent
+from tests.hostile_models import write_good
+from training.model import load_encoder
 from training.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -32,6 +37,15 @@ def test_a_round_of_faults_is_survived(root, tmp_path):
     assert (found["trials"], found["failures"], found["survived"], found["bytes_of_damage"]) == (TRIALS, 0, TRIALS, 0)
     assert sum(tally["trials"] for tally in found["by_fault"].values()) == TRIALS
     assert found["by_fault"].keys() == KINDS.keys() - set(found["left_out"])
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_each_hostile_parent_is_refused_by_name_and_runs_nothing(name, tmp_path):
+    folder, mark = write_good(tmp_path / "hostile"), tmp_path / "mark"
+    HOSTILE[name](folder, mark)
+    with pytest.raises(UserError, match=str(folder)):
+        load_encoder(open_parent(str(folder), tmp_path / "run", {"causal_lm"}))
+    assert not mark.exists()
 
 
 @pytest.fixture
