@@ -1,23 +1,26 @@
 """The DPO stage: the reference, the loss at the start, held-out metrics, alarms."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from safetensors.torch import load_file
 
 from data.accounting import Accounting
 from data.records import Message, Origin, Preference
 from data.rows import Pairs
 from handoff.parent import open_parent
+from stages.dpo import train
 from stages.dpo.loss import alarms, pair_metrics
-from stages.dpo.train import Trainer, on_disk
+from stages.dpo.train import PairRows
 from tests.launching import launched
 from tests.row_sets import encode
-from tests.stage_chain import chain, lines_of, run_stage, runs, stage_recipe
+from tests.stage_chain import chain, result, run_stage, runs, stage_recipe
 from training import engines
 from training.config import ModelArguments
+from training.engines.files import MODEL
 from training.model import Model, load_encoder
 from training.recipe import RecipeError, load_recipe
 
@@ -42,58 +45,73 @@ def test_policy_equals_reference_at_the_start(tmp_path):
 @pytest.mark.slow
 def test_the_references_log_probabilities_are_sums_over_the_answers_tokens(tmp_path):
     """Compared with a loop over single answers with the parent, without padding or other rows."""
-    run_stage("dpo", tmp_path, "train.max_steps=1")
-    folder = next(tmp_path.rglob("pairs")) / "eval"
-    rows = on_disk(engines.current(), [], folder)
-    (cache,) = folder.glob("cache-*.arrow")
-    cached = Dataset.from_file(str(cache))
+    heldout = []
+
+    class Kept(PairRows):
+        def __init__(self, rows):
+            super().__init__(rows)
+            heldout[:] = [self]  # the training pairs come first
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.dpo.train.PairRows", Kept)
+        run_stage("dpo", tmp_path, "train.max_steps=1")
+    (pairs,) = heldout
     engine = engines.current()
     model = Model.load(engine, parent(), "policy", load_encoder(parent()), ModelArguments()).module.eval()
-    assert len(rows) == len(cached) == 40
-    for row, logps in list(zip(rows, cached, strict=True))[::8]:
+    assert len(pairs) == 40
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs]
+    assert lengths == sorted(lengths, reverse=True) == list(pairs.lengths)
+    for row in pairs[::8]:
         for key in ("chosen", "rejected"):
             ids = torch.tensor([row["prompt_ids"] + row[f"{key}_ids"]])
             with torch.no_grad():
                 logp = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(-1, ids[0, 1:, None]).squeeze(-1)
             answer = logp[len(row["prompt_ids"]) - 1 :]
             assert len(answer) == len(row[f"{key}_ids"])
-            assert logps[f"ref_{key}_logps"] == pytest.approx(answer.sum().item(), abs=1e-4)
+            assert row[f"ref_{key}_logps"] == pytest.approx(answer.sum().item(), abs=1e-4)
 
 
 @pytest.mark.slow
 def test_the_reference_is_computed_once_and_found_again(tmp_path, monkeypatch):
     """A second start reads the first one's file; an altered file or another reference is computed again."""
     calls = []
-    compute = Trainer.compute_ref_log_probs
-    monkeypatch.setattr(Trainer, "compute_ref_log_probs", lambda self, *a: calls.append(1) or compute(self, *a))
+    compute = train.answer_logps
+
+    def counted(model, batch):
+        calls.append("ref_chosen_logps" not in batch)  # the reference's own pass reads pairs that do not have them
+        return compute(model, batch)
 
     class Stop(Exception):
         pass
 
-    def stop(run, *args):
-        run.log(0, {})  # a start that wrote nothing at all would be undone
+    def stop(*args):
         raise Stop
 
-    keys = ("train.max_steps=2",)
+    monkeypatch.setattr("stages.dpo.train.answer_logps", counted)
+    keys = ("train.max_steps=4", "train.save_steps=2")
     with monkeypatch.context() as patch:
-        patch.setattr("stages.dpo.train.fit", stop)
+        patch.setattr("stages.dpo.train.Trainer.training_step", stop)
         with pytest.raises(Stop):
             run_stage("dpo", tmp_path, *keys)
-    once = len(calls)
+    once = sum(calls)
     assert once > 0
     run = run_stage("dpo", tmp_path, *keys)
-    assert len(calls) == once
+    assert sum(calls) == once
     assert run.of("loss")[0] == pytest.approx(math.log(2), abs=1e-6)
 
+    # A run that goes on from a state computes them with the parent's weights, not with those of the state.
     (run.folder / "stage.json").unlink()
-    (cache,) = (run.folder / "state" / "pairs" / "train").glob("cache-*.arrow")
-    content = bytearray(cache.read_bytes())
-    content[len(content) // 2] ^= 16
-    cache.write_bytes(content)
-    assert run_stage("dpo", tmp_path, *keys).lines == run.lines
-    assert len(calls) == 2 * once
+    shutil.rmtree(run.folder / "state" / "step-4")
+    kept = run.folder / "state" / "pairs" / "reference.safetensors"
+    content = bytearray(kept.read_bytes())
+    content[-5] ^= 16
+    kept.write_bytes(content)
+    again = run_stage("dpo", tmp_path, *keys)
+    assert again.lines == run.lines
+    assert all(torch.equal(value, run.weights[name]) for name, value in again.weights.items())
+    assert sum(calls) == 2 * once
     run_stage("dpo", tmp_path, *keys, f"parent={runs() / 'tiny' / 'pretrain'}")
-    assert len(calls) == 3 * once
+    assert sum(calls) == 3 * once
 
 
 def logps(**arrays):
@@ -139,11 +157,25 @@ def test_the_held_out_loss_of_every_kind_by_hand():
 
 
 def test_alarms_name_what_went_wrong():
-    good = {"chosen_logratio_per_token": -0.1, "stop_rate": 1.0, "answer_tokens": 10.0}
+    good = {"eval_chosen_logratio_per_token": -0.1, "eval_stop_rate": 1.0, "eval_answer_tokens": 10.0}
     assert alarms(good, good) == []
-    assert "lost 0.90 nats a token" in alarms(good, good | {"chosen_logratio_per_token": -0.9})[0]
-    assert "grew from 10 to 25 tokens" in alarms(good, good | {"answer_tokens": 25.0})[0]
-    assert "fewer answers stop (1.00 before, 0.80 now)" in alarms(good, good | {"stop_rate": 0.8})[0]
+    assert "lost 0.90 nats a token" in alarms(good, good | {"eval_chosen_logratio_per_token": -0.9})[0]
+    assert "grew from 10 to 25 tokens" in alarms(good, good | {"eval_answer_tokens": 25.0})[0]
+    assert "fewer answers stop (1.00 before, 0.80 now)" in alarms(good, good | {"eval_stop_rate": 0.8})[0]
+
+
+@pytest.mark.slow
+def test_the_alarms_of_a_resumed_run_compare_the_same_measurements(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr("stages.dpo.train.alarms", lambda before, after: compared.append((before, after)) or [])
+    keys = ("train.save_steps=4", "train.eval_steps=2", "train.max_steps=6")
+    run = run_stage("dpo", tmp_path, *keys)
+    (run.folder / "stage.json").unlink()
+    shutil.rmtree(run.folder / "state" / "step-6")
+    run_stage("dpo", tmp_path, *keys)
+    (before, after), resumed = compared
+    assert resumed == (before, after)
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6) and after["eval_loss"] < math.log(2)
 
 
 @pytest.mark.slow
@@ -186,15 +218,34 @@ def test_truncation_keeps_the_answer_and_its_stop():
     assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 24
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run_stage("dpo", tmp_path_factory.mktemp("alone"), *LAUNCHED)
+
+
+# Evaluations and saved states right after them; no answers are generated between, so the model stays as it was read.
+LAUNCHED = (
+    "train.max_steps=2", "train.eval_steps=1", "train.save_steps=1", "train.adam_epsilon=1.0e-3", "eval_answers=0",
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["cpu2_zero2", "cpu2_zero3"])
-def test_the_reference_of_a_sharded_run_is_the_parent(launch, root, tmp_path):
+@pytest.mark.parametrize("launch", ["cpu2_zero2", "cpu2_zero3", "cpu2_fsdp2"])
+def test_a_sharded_run_trains_as_one_process_does(launch, alone, root, tmp_path):
     """Before the first step the policy equals the reference, so the loss is ln 2."""
-    keys = ["train.max_steps=1", "eval_answers=0"]
-    recipe = stage_recipe("dpo", tmp_path, *keys)
+    recipe = stage_recipe("dpo", tmp_path, *LAUNCHED)
     parent = f"parent={runs() / 'tiny' / 'sft'}"
-    done = launched(root, launch, "stages.dpo", chain(), f"output_root={tmp_path}", parent, *keys)
+    done = launched(root, launch, "stages.dpo", chain(), f"output_root={tmp_path}", parent, *LAUNCHED)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    first = lines_of(recipe.run_dir / "dpo")[0]
-    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-3)
+    found = result(recipe, "dpo")
+    assert found.lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found.lines[0]["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert [line["step"] for line in found.lines] == [line["step"] for line in alone.lines]
+    for key in ("loss", "grad_norm", "eval_loss", "eval_rewards/margins"):
+        assert found.of(key) == pytest.approx(alone.of(key), rel=1e-4, abs=1e-5), key
+    for key, value in found.weights.items():
+        torch.testing.assert_close(value, alone.weights[key], rtol=1e-4, atol=1e-5)
+    for step in (1, 2):
+        mine, theirs = (load_file(folder / "state" / f"step-{step}" / MODEL) for folder in (found.folder, alone.folder))
+        for key, value in mine.items():
+            torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5)

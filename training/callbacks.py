@@ -70,8 +70,6 @@ class FlowCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Only now is the model wrapped, so that the engine can check it.
-        self._trainer.run.engine.adopt(self._trainer)
         if state.global_step >= state.max_steps:
             raise Finished
         self._check()

@@ -210,7 +210,7 @@ class Model:
         return cls(engine, module, "policy", encoder, arguments, None)
 
     def reference(self, bf16: bool) -> "Model":
-        """A frozen model of this policy's parent, the reference for the KL and for DPO's log-ratios.
+        """A frozen model of this policy's parent, the reference for the KL.
 
         `bf16` as in `load`.
         """
@@ -222,14 +222,6 @@ class Model:
         self.engine.freeze(self.module)
         self.fill(self.module)
         return self
-
-    def read(self) -> None:
-        """Reads the parent's weights into the plain module, for a trainer that computes with it before it is prepared.
-
-        `fill` follows all the same: preparing may round the weights.
-        """
-        if self._later is not None:
-            self._later.read_into(self.module)
 
     def fill(self, prepared: Any, part: str = "", of: str = "") -> None:
         """Reads the parent's weights into a model that `load` left without them. Every process calls it.

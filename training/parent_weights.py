@@ -55,8 +55,8 @@ class ParentWeights:
                 return found[alias]
         raise HandoffError(f"{self._parent.path}: the weight files have no weights for {name}")
 
-    def read_into(self, module: PreTrainedModel, part: str = "") -> None:
-        """Reads parameters and buffers of a model that is whole; `part`: of this submodule only."""
+    def read_into(self, module: PreTrainedModel, part: str) -> None:
+        """Reads parameters and buffers of a submodule that is whole, the one named `part`."""
         kept = module.state_dict().keys()
         found = module.get_submodule(part)
         with torch.no_grad():

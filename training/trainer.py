@@ -108,6 +108,8 @@ class StageTrainer(Trainer):
     hold_out: Callable[[], dict[str, float]]
     faults: Faults
     average: AverageCallback
+    at_start: dict[str, float]
+    """The finite metrics of the first evaluation, before the first step; a resumed run has them, too."""
     # TRL's trainers count training tokens here and lose the count on a resume, so our states include it.
     _total_train_tokens: int = 0
     # TRL's trainers collect values here, whose averages go into the next line of metrics.jsonl.
@@ -129,6 +131,7 @@ class StageTrainer(Trainer):
         metrics = {f"eval_{key}": value for key, value in self.hold_out().items()}
         if metrics:
             self.run.log(self.state.global_step, metrics)
+            self.at_start = self.at_start or {key: value for key, value in metrics.items() if math.isfinite(value)}
         return metrics
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,6 +151,7 @@ class StageTrainer(Trainer):
             "tokens": self._total_train_tokens,
             "faults": asdict(self.faults),
             "sums": self.average.sums(),
+            "at_start": self.at_start,
         }
         states = files.rng_states(self.run.engine)
         self.saves.save(
@@ -158,6 +162,9 @@ class StageTrainer(Trainer):
             lambda path: files.write_rng(self.run.engine, path, states),
         )
 
+    def start_from_parent(self) -> None:
+        """Called when the prepared model has its parent's weights, before a saved state is loaded."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Does nothing: `_prepare_for_training` loads the state, once model and optimizer are wrapped."""
 
@@ -165,6 +172,8 @@ class StageTrainer(Trainer):
         """Upstream's preparation; then the saved state is loaded into the prepared model, optimizer and schedule."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]  # as above
         self.trained.fill(self.model_wrapped)
+        self.run.engine.adopt(self)
+        self.start_from_parent()
         state = self.resumed
         if state is not None:
             moments = files.OPTIMIZER not in state.lost
@@ -307,6 +316,7 @@ def fit(
         run.mirror()
     trainer.faults = Faults(**state.extra["faults"]) if state is not None else Faults()
     trainer.average = AverageCallback(trainer, state.extra["sums"] if state is not None else None)
+    trainer.at_start = state.extra["at_start"] if state is not None else {}
     if state is not None:
         trainer._total_train_tokens = state.extra["tokens"]
         run.console.print(f"  resuming after step {state.step}")
@@ -316,8 +326,8 @@ def fit(
     )
     trainer.add_callback(MetricsCallback(trainer))
     trainer.add_callback(trainer.average)
-    # A first start may use random numbers before this point (for DPO's reference) where a later start reads the result
-    # from the disk. Seeding here gives both the same random numbers from now on.
+    # A first start may have used random numbers where a later one reads what it left on the disk. Seeding here gives
+    # both the same random numbers from now on.
     transformers.set_seed(run.seed)
     with run.progress(trainer.args.max_steps, run.section.name) as advance:
         trainer.add_callback(ProgressCallback(advance))

@@ -58,23 +58,25 @@ def pair_metrics(
 
 
 def alarms(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Warnings about known failures of DPO, each with a remedy, from the metrics before and after training."""
+    """Warnings about known failures of DPO, each with a remedy, from the logged metrics before and after training."""
     found = []
-    drift = after["chosen_logratio_per_token"]
+    drift = after["eval_chosen_logratio_per_token"]
     if drift < _COLLAPSE:
         found.append(
             f"chosen answers lost {-drift:.2f} nats a token: the model pushes both answers down. Raise beta, lower the "
             "learning rate, train less, or add sft_weight (0.1 to 1)"
         )
-    if "stop_rate" in after:
-        if after["answer_tokens"] > _LONGER * before["answer_tokens"]:
+    if "eval_stop_rate" in after:
+        was, now = before["eval_answer_tokens"], after["eval_answer_tokens"]
+        if now > _LONGER * was:
             found.append(
-                f"answers grew from {before['answer_tokens']:.0f} to {after['answer_tokens']:.0f} tokens: length may "
-                "be what was learned. Compare the lengths of chosen and rejected answers in the data"
+                f"answers grew from {was:.0f} to {now:.0f} tokens: length may be what was learned. "
+                "Compare the lengths of chosen and rejected answers in the data"
             )
-        if after["stop_rate"] < before["stop_rate"] - _FEWER_STOPS:
+        was, now = before["eval_stop_rate"], after["eval_stop_rate"]
+        if now < was - _FEWER_STOPS:
             found.append(
-                f"fewer answers stop ({before['stop_rate']:.2f} before, {after['stop_rate']:.2f} now): train less, or "
-                "look for chosen answers that are cut off"
+                f"fewer answers stop ({was:.2f} before, {now:.2f} now): train less, or look "
+                "for chosen answers that are cut off"
             )
     return found

@@ -1,7 +1,7 @@
 """PyTorch's own sharding (`fully_shard`, FSDP2): shards weights, gradients and optimizer states layer by layer."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,29 @@ class Fsdp2(Splitting):
         super()._mix(mine.to_local(), theirs.to_local(), alpha)
 
     # ---- weights and optimizer
+
+    def weights(self, model: Any) -> list[Entry]:
+        """As `Single.weights`."""
+        self._reshard(model)
+        return super().weights(model)
+
+    def load_weights(self, model: Any, names: Collection[str], read: "Callable[[str], torch.Tensor]") -> None:
+        """As `Single.load_weights`."""
+        self._reshard(model)
+        super().load_weights(model, names, read)
+
+    def _trained_parameters(self, model: Any) -> "dict[str, torch.Tensor]":
+        self._reshard(model)
+        return super()._trained_parameters(model)
+
+    def _reshard(self, model: Any) -> None:
+        """Shards what the last forward pass has left whole: the root module, whose whole parameters are not the ones
+        that the optimizer steps, and whose memory is freed at any time."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in self.unwrapped(model).modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def _weight(self, name: str, tensor: Any) -> Entry:
         return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: self._full(tensor))

@@ -161,7 +161,7 @@ class Single(Processes):
         return "gloo" if self.request.device == "cpu" and self.request.processes > 1 else None
 
     def adopt(self, trainer: Any) -> None:
-        """Uses a transformers Trainer's accelerator. Call it in `on_train_begin`, when its model is wrapped.
+        """Uses a transformers Trainer's accelerator. Call it when its model is wrapped, before anything is computed.
 
         Raises:
             LaunchError: the engine that started is not the one that the launch file asks for.

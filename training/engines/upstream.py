@@ -128,6 +128,13 @@ PRIVATE: tuple[PrivateName, ...] = (
         ("dataset", "processing_class", "args", "dataset_name"),
         "replaced, since Baton's pairs are already encoded",
     ),
+    PrivateName("trl:DPOTrainer", "precompute_ref_logps", None, "TRL's loss reads the reference from the rows"),
+    PrivateName(
+        "trl.trainer.dpo_trainer",
+        "create_model_from_path",
+        ("model_id", "architecture", "kwargs"),
+        "switched off, so that TRL loads no reference; it has no option for rows that have the reference's numbers",
+    ),
     PrivateName("trl.models.utils", "add_hooks", ("model",), "generation under ZeRO-3, see `without_zero_hooks`"),
     PrivateName("trl.models.utils", "remove_hooks", ("model",), "the same"),
     PrivateName(
@@ -271,6 +278,23 @@ def without_zero_hooks(model: Any) -> Iterator[None]:
         yield
     finally:
         add_hooks(model)
+
+
+# ---- TRL
+
+
+@contextmanager
+def without_reference() -> Iterator[None]:
+    """Inside, a new DPOTrainer has no reference model. It would load a whole one in every process."""
+    from trl.trainer import dpo_trainer
+
+    place: Any = dpo_trainer
+    load = place.create_model_from_path
+    place.create_model_from_path = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        place.create_model_from_path = load
 
 
 # ---- FSDP2
