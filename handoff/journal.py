@@ -81,8 +81,7 @@ class Journal:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(kept)
         temporary.replace(self.path)
-        lines = ", ".join(str(number) for number in unread[:10]) + (", ..." if len(unread) > 10 else "")
-        what = f"cannot be read in line {lines}" if unread else "is not as it was when the state was saved"
+        what = f"cannot be read in line {_numbers(unread)}" if unread else "is not as it was when the state was saved"
         _log.warning(
             "%s %s; what can be read of it stays, the file as it was is %s, the training goes on",
             self.path,
@@ -97,18 +96,20 @@ class Journal:
             os.truncate(self.path, seal["bytes"])
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of the file up to the first that cannot be read, such as a last line that a kill has torn."""
+        """The lines that can be read. The log names the others, but not a last line that a kill has torn."""
         if not self.path.exists():
             return []
         found: list[dict[str, Any]] = []
+        unread: list[int] = []
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 line = _read(raw)
-                if line is None:
-                    if raw.endswith(b"\n"):
-                        _log.warning("%s, line %d cannot be read; it and all after it are left out", self.path, number)
-                    break
-                found.append(line)
+                if line is not None:
+                    found.append(line)
+                elif raw.endswith(b"\n"):
+                    unread.append(number)
+        if unread:
+            _log.warning("%s cannot be read in line %s; the other lines are used", self.path, _numbers(unread))
         return found
 
     def _write(self) -> None:
@@ -140,6 +141,10 @@ def _up_to(content: bytes, step: int) -> tuple[bytes, list[int]]:
             unread += waiting
             waiting = []
     return b"".join(kept), unread
+
+
+def _numbers(lines: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in lines[:10]) + (", ..." if len(lines) > 10 else "")
 
 
 def _read(raw: bytes) -> dict[str, Any] | None:

@@ -255,6 +255,44 @@ def test_an_interrupted_stage_goes_on_behind_the_finished_prompts(made, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("damage", ["no JSON", "another answer"])
+def test_a_damaged_line_costs_its_own_answers_alone(damage, made, tmp_path, monkeypatch, capsys):
+    recipe = recipe_at(tmp_path)
+    real = generate_train.generate
+
+    def interrupted(model, prompts, *rest):
+        if calls == [16, 16]:
+            raise KeyboardInterrupt
+        calls.append(len(prompts))
+        return real(model, prompts, *rest)
+
+    calls: list[int] = []
+    monkeypatch.setattr(generate_train, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_section(recipe, "generate")
+    journal = recipe.run_dir / "generate" / "answers.jsonl"
+    first, second = journal.read_text().splitlines(keepends=True)
+    if damage == "no JSON":
+        first = first.replace('"answers": [[', '"answers": [,[')
+    else:
+        line = json.loads(first)
+        line["answers"][0][0][0] ^= 1
+        first = json.dumps(line) + "\n"
+    journal.write_text(first + second)
+
+    # The next start is interrupted, too; then nothing but the missing prompts is answered.
+    calls = [16]
+    with pytest.raises(KeyboardInterrupt):
+        run_section(recipe, "generate")
+    assert "4 of 12 prompts were answered before" in capsys.readouterr().out
+    calls = []
+    run_section(recipe, "generate")
+    assert calls == [16]
+    assert "8 of 12 prompts were answered before" in capsys.readouterr().out
+    assert rows_of(recipe) == rows_of(made)
+
+
+@pytest.mark.slow
 def test_a_killed_stage_goes_on_and_publishes_the_same_rows(made, tmp_path, root):
     recipe = recipe_at(tmp_path)
     code = (

@@ -20,6 +20,7 @@ from typing import Any
 from data.encode import EncodedPrompt, Encoder
 from data.errors import DataError
 from data.rows import Prompts, Rows
+from handoff.files import canonical_hash
 from handoff.journal import Journal
 from handoff.parent import Parent
 from reward.compose import Answers
@@ -106,39 +107,54 @@ def _answers(
     """`num_generations` answers to each prompt, grouped by prompt, in the prompts' order."""
     config: Config = run.config
     n, engine = config.num_generations, run.engine
-    lines = journal.lines() if run.is_main else []
-    lines = engine.from_main(lines)
-    found = [Completion(ids, [], end) for line in lines for ids, end in line["answers"]]
-    if run.is_main:
-        journal.cut(lines[-1]["step"] if lines else None)
+    last, found = engine.from_main(_answered(journal, len(prompts), n) if run.is_main else (0, {}))
+    missing = [i for i in range(len(prompts)) if i not in found]
     if found:
-        run.console.print(f"  {len(found) // n} of {len(prompts)} prompts were answered before")
-    if len(found) == n * len(prompts):
-        return found
-    model = Model.load(engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
-    truncation = {"top_k": config.top_k, "top_p": config.top_p}
-    spec = SamplingSpec.of(encoder, config.max_new_tokens, temperature=config.temperature, **truncation)
-    size = max(1, _CHUNK * config.batch_size * engine.data_world // n)  # prompts
-    check_positions(model.module, int(prompts.lengths.max()) + config.max_new_tokens)
-    with model.whole() as module, run.progress(n * len(prompts), "generate") as advance:
-        advance(len(found))
-        for start in range(len(found) // n, len(prompts), size):
-            chunk = range(start, min(start + size, len(prompts)))
-            mine = [(i, j) for i in chunk if engine.owns(i) for j in range(n)]
-            made = generate(
-                module,
-                [prompts[i].ids for i, _ in mine],
-                spec,
-                [("generate", run.section.name, i, j) for i, j in mine],
-                run.seed,
-                config.batch_size,
-                advance,
-            )
-            ordered = engine.join((i * n + j, c) for (i, j), c in zip(mine, made, strict=True))
-            found += ordered
-            if run.is_main:
-                journal.append([{"step": chunk.stop, "answers": [[c.ids, c.end] for c in ordered]}])
-    return found
+        run.console.print(f"  {len(found)} of {len(prompts)} prompts were answered before")
+    if missing:
+        model = Model.load(engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
+        truncation = {"top_k": config.top_k, "top_p": config.top_p}
+        spec = SamplingSpec.of(encoder, config.max_new_tokens, temperature=config.temperature, **truncation)
+        size = max(1, _CHUNK * config.batch_size * engine.data_world // n)  # prompts
+        check_positions(model.module, int(prompts.lengths.max()) + config.max_new_tokens)
+        with model.whole() as module, run.progress(n * len(prompts), "generate") as advance:
+            advance(n * len(found))
+            for start in range(0, len(missing), size):
+                chunk = missing[start : start + size]
+                mine = [(i, j) for i in chunk if engine.owns(i) for j in range(n)]
+                made = generate(
+                    module,
+                    [prompts[i].ids for i, _ in mine],
+                    spec,
+                    [("generate", run.section.name, i, j) for i, j in mine],
+                    run.seed,
+                    config.batch_size,
+                    advance,
+                )
+                ordered = engine.join((i * n + j, c) for (i, j), c in zip(mine, made, strict=True))
+                found |= {i: ordered[place * n :][:n] for place, i in enumerate(chunk)}
+                last += len(chunk)
+                if run.is_main:
+                    answers = [[c.ids, c.end] for c in ordered]
+                    digest = canonical_hash([chunk, answers])
+                    journal.append([{"step": last, "prompts": chunk, "answers": answers, "sha256": digest}])
+    return [completion for i in range(len(prompts)) for completion in found[i]]
+
+
+def _answered(journal: Journal, prompts: int, n: int) -> tuple[int, dict[int, list[Completion]]]:
+    """(step of the last line, {prompt: its n answers}) from the lines that are whole. The others are cut out."""
+    lines = journal.lines()
+    last = lines[-1]["step"] if lines else None
+    journal.cut(last)
+    found: dict[int, list[Completion]] = {}
+    for line in lines:
+        sealed: Any = [line.get("prompts"), line.get("answers")]
+        if line.get("sha256") == canonical_hash(sealed):
+            chunk, answers = sealed
+            for place, i in enumerate(chunk):
+                found[i] = [Completion(ids, [], end) for ids, end in answers[place * n :][:n]]
+    assert all(i < prompts and len(made) == n for i, made in found.items()), "the journal is that of another recipe"
+    return last or 0, found
 
 
 def _flat(
