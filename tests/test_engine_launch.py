@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from training.engines import deepspeed, launch
 from training.engines.ddp import Ddp
 from training.engines.deepspeed import DeepSpeed
 from training.engines.fsdp2 import Fsdp2
-from training.engines.launch import LaunchError, Request, check_environment, requested
+from training.engines.launch import LaunchError, Request, check_environment, requested, say_error
 from training.engines.processes import _saying
 from training.engines.single import Single, micro_batch
 from training.threads import SPIN_ROUNDS
@@ -373,3 +374,32 @@ def test_openmp_neither_counts_threads_by_load_nor_spins_for_long(root: Path, as
             pytest.skip(f"torch's OpenMP library is not GNU's: {done.stderr[-200:]}")
         assert said["OMP_DYNAMIC"] == number
         assert rounds is None or int(said["GOMP_SPINCOUNT"]) == rounds
+
+
+# ---- errors
+
+
+def test_an_error_that_every_process_finds_is_printed_once(tmp_path, monkeypatch, capsys):
+    """The agent gives each process a file in one folder of the launch. An error of one process alone is printed too."""
+
+    def fails(number: int, text: str) -> str:
+        folder = tmp_path / "attempt_0" / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        say_error(text)
+        return capsys.readouterr().err
+
+    assert fails(1, "recipe.yaml: no key schön") == "recipe.yaml: no key schön\n"
+    assert fails(0, "recipe.yaml: no key schön") == ""
+    assert fails(2, "GPU 2 is not there") == "GPU 2 is not there\n"
+    for marker in (tmp_path / "attempt_0").glob("said-*"):
+        marker.write_text("")  # as a process leaves it that was killed before it printed
+    assert fails(0, "GPU 2 is not there") == "GPU 2 is not there\n"
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    say_error("alone")
+    say_error("alone")
+    assert capsys.readouterr().err == "alone\nalone\n"
+    shutil.rmtree(tmp_path / "attempt_0")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / "0" / "error.json"))
+    say_error("the launch is ending")
+    assert capsys.readouterr().err == "the launch is ending\n"

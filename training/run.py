@@ -32,7 +32,7 @@ from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_par
 from handoff.stage import StageDir
 from training import engines
 from training.config import OptimizerConfig
-from training.engines.launch import check_environment, is_main
+from training.engines.launch import check_environment, is_main, say_error
 from training.engines.lost import PeersLost, peers_lost
 from training.engines.protocol import Engine
 from training.inputs import present_soft_parents, stage_inputs
@@ -475,10 +475,10 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         kind = "" if isinstance(error, RecipeError | HandoffError) else f"{type(error).__name__}: "
         if not error.said:
-            print(shown(f"{kind}{error}"), file=sys.stderr)
+            say_error(shown(f"{kind}{error}"))
         sys.exit(2)
     except GateError as error:
-        print(shown(str(error)), file=sys.stderr)
+        say_error(shown(str(error)))
         sys.exit(3)
     except Stopped as stopped:
         sys.exit(stopped.code)

@@ -9,9 +9,12 @@ CUDA_VISIBLE_DEVICES, which hides every GPU; no other line of a launch file reac
 Several processes run on the CPU only with this line; a GPU launch file on a machine without a GPU is an error.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,6 +56,29 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
+
+
+def say_error(text: str) -> None:
+    """Prints an error to standard error, unless another process of this launch on this machine has printed the same.
+
+    The processes share the folder that torch's agent has made for this launch, and removes afterwards. The lock is held
+    until the text is printed: if a process is killed before that, the next one prints it.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    try:
+        file = (Path(own).parent.parent / f"said-{digest}").open("a+") if own else None
+    except OSError:  # the launch is ending
+        file = None
+    if file is None:
+        print(text, file=sys.stderr, flush=True)
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if not file.read():
+            print(text, file=sys.stderr, flush=True)
+            print("said", file=file, flush=True)
 
 
 def check_environment(launched: bool = True) -> None:
