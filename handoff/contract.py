@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from handoff.encoding import declared_pad_id, generation_stop_ids, read_tokenizer, token_text
 from handoff.errors import HandoffError
-from handoff.files import list_files, read_json, shown, write_json
+from handoff.files import list_files, quoted, read_json, write_json
 from handoff.gate import check_directory, loaded_files
 from handoff.manifest import Kind, TokenizerRecord
 from handoff.weights import embedding_shape
@@ -52,7 +52,7 @@ def check_files(model_dir: Path, kind: Kind) -> TokenizerRecord:
     for name in list_files(model_dir):
         if Path(name).suffix in PICKLES or Path(name).suffix == ".py":
             raise HandoffError(
-                f"{shown(model_dir / name)}: a published model must not contain pickles or code; save safetensors only"
+                f"{quoted(model_dir / name)}: a published model must not contain pickles or code; save safetensors only"
             )
     tokenizer = read_tokenizer(model_dir)
     if kind == "causal_lm":
@@ -144,7 +144,7 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
     check_directory(model_dir)
     has_weights = any(name.endswith(".safetensors") for name in loaded_files(model_dir))
     if not has_weights:
-        pickles = sorted(shown(path.name) for path in model_dir.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(quoted(path.name) for path in model_dir.iterdir() if path.suffix in PICKLES)
         if pickles:
             raise HandoffError(
                 f"{model_dir} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code "
@@ -237,6 +237,6 @@ def _kind(model_dir: Path) -> Kind:
             if name.endswith(ending):
                 return kind
     raise HandoffError(
-        f"{model_dir}: architectures in config.json is {shown(architectures)}; "
+        f"{model_dir}: architectures in config.json is {quoted(architectures)}; "
         "a parent is a causal language model or a sequence classifier (reward model)"
     )

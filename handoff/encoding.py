@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from handoff.errors import HandoffError
-from handoff.files import canonical_hash, read_json, shown
+from handoff.files import canonical_hash, quoted, read_json
 from handoff.gate import LIMITS
 from handoff.manifest import TokenizerRecord
 
@@ -191,7 +191,7 @@ def _special_id(files: _Files, ids: dict[str, int], role: str) -> int | None:
         return None
     text: str = value["content"] if isinstance(value, dict) else value
     if text not in ids:
-        raise HandoffError(f"{files.directory}: {role} {shown(repr(text))} is not in the vocabulary of tokenizer.json")
+        raise HandoffError(f"{files.directory}: {role} {quoted(repr(text))} is not in the vocabulary of tokenizer.json")
     return ids[text]
 
 

@@ -87,8 +87,8 @@ def write_json(path: Path, obj: Any) -> None:
     fsync_path(path.parent)
 
 
-def shown(name: object) -> str:
-    """A name or value from a file for a message: at most 1,000 characters, and what cannot be printed as
+def quoted(name: object) -> str:
+    """A name or value from a file as a message quotes it: at most 1,000 characters, and what cannot be printed as
     escapes."""
     text = str(name)
     text = text if len(text) <= 1000 else f"{text[:1000]}…"
@@ -109,7 +109,7 @@ def what_is_wrong_with(path: Path, folder: Path, limit: int | None = None) -> st
     root = Path(os.path.realpath(folder))
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(place) for place in allowed):
-        return f"is a link that leaves the folder, to {shown(target)}; put the file itself there"
+        return f"is a link that leaves the folder, to {quoted(target)}; put the file itself there"
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file; remove it, or put the file there"
     if limit is not None and status.st_size > limit:
@@ -124,11 +124,11 @@ def read_regular(path: Path, limit: int) -> bytes:
     """The bytes of a regular file. Raises HandoffError, without opening it, when it is something else or larger."""
     fault = what_is_wrong_with(path, Path(os.path.realpath(path)).parent, limit)
     if fault:
-        raise HandoffError(f"{shown(path)} {fault}")
+        raise HandoffError(f"{quoted(path)} {fault}")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise HandoffError(f"{shown(path)} cannot be read ({error.strerror}); allow it, or copy the file") from error
+        raise HandoffError(f"{quoted(path)} cannot be read ({error.strerror}); allow it, or copy the file") from error
 
 
 def read_json(path: Path, limit: int = _MAX_JSON, *, infinity: bool = False) -> Any:
@@ -148,22 +148,22 @@ def read_json(path: Path, limit: int = _MAX_JSON, *, infinity: bool = False) -> 
     def constant(name: str) -> float:
         if infinity and name != "NaN":
             return float(name)
-        raise HandoffError(f"{shown(path)} has the number {name}, which JSON does not have; write another value")
+        raise HandoffError(f"{quoted(path)} has the number {name}, which JSON does not have; write another value")
 
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=constant)
     except UnicodeDecodeError as error:
-        raise HandoffError(f"{shown(path)} is not UTF-8 (byte {error.start}): the file is damaged") from error
+        raise HandoffError(f"{quoted(path)} is not UTF-8 (byte {error.start}): the file is damaged") from error
     except json.JSONDecodeError as error:
         raise HandoffError(
-            f"{shown(path)}, line {error.lineno}: not JSON ({error.msg}): the file is damaged"
+            f"{quoted(path)}, line {error.lineno}: not JSON ({error.msg}): the file is damaged"
         ) from error
     except RecursionError as error:
         raise _too_deep(path) from error
     except HandoffError:
         raise
     except ValueError as error:  # Python reads no integer of more than 4,300 digits
-        raise HandoffError(f"{shown(path)} has an integer with thousands of digits: the file is damaged") from error
+        raise HandoffError(f"{quoted(path)} has an integer with thousands of digits: the file is damaged") from error
     level, depth = [found], 0
     while level := [
         inner
@@ -179,13 +179,13 @@ def read_json(path: Path, limit: int = _MAX_JSON, *, infinity: bool = False) -> 
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise HandoffError(
-                f"{shown(path)} has half of a character (a lone surrogate, \\ud800 to \\udfff): the file is damaged"
+                f"{quoted(path)} has half of a character (a lone surrogate, \\ud800 to \\udfff): the file is damaged"
             ) from error
     return found
 
 
 def _too_deep(path: Path) -> HandoffError:
-    return HandoffError(f"{shown(path)} has more than {_MAX_DEPTH} lists and objects inside each other: it is damaged")
+    return HandoffError(f"{quoted(path)} has more than {_MAX_DEPTH} lists and objects inside each other: it is damaged")
 
 
 def changed_files(directory: Path, expected: Mapping[str, str]) -> list[tuple[str, str]]:

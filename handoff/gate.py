@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from handoff.errors import HandoffError, UserError
-from handoff.files import disk_is_full, shown, what_is_wrong_with
+from handoff.files import disk_is_full, quoted, what_is_wrong_with
 from handoff.settings import check_settings
 from handoff.weights import INDEX_NAME, read_tensors, weight_files
 
@@ -69,13 +69,13 @@ def loaded_files(model_dir: Path) -> dict[str, Path]:
     try:
         names = sorted(path.name for path in model_dir.iterdir())
     except OSError as error:
-        raise HandoffError(f"{shown(model_dir)} cannot be read ({error.strerror})") from error
+        raise HandoffError(f"{quoted(model_dir)} cannot be read ({error.strerror})") from error
     for name in names:
         if name in _REFUSED:
             raise HandoffError(f"{model_dir} is {_REFUSED[name]} ({name})")
         if _SHARD.fullmatch(name):
             raise HandoffError(
-                f"{shown(model_dir / name)} is a piece of a distributed checkpoint, which would be loaded instead of "
+                f"{quoted(model_dir / name)} is a piece of a distributed checkpoint, which would be loaded instead of "
                 "the model; move it to another folder"
             )
     limits: dict[str, int | None] = {name: LIMITS[name] for name in names if name in LIMITS}
@@ -89,7 +89,7 @@ def loaded_files(model_dir: Path) -> dict[str, Path]:
     for name, limit in limits.items():
         fault = what_is_wrong_with(model_dir / name, model_dir, limit)
         if fault:
-            raise HandoffError(f"{shown(model_dir / name)} {fault}")
+            raise HandoffError(f"{quoted(model_dir / name)} {fault}")
     return {name: model_dir / name for name in sorted(limits)}
 
 
@@ -109,7 +109,7 @@ def check_directory(model_dir: Path) -> None:
                 path.read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
                 raise HandoffError(
-                    f"{shown(path)} is not UTF-8 (byte {error.start}): save the template as UTF-8"
+                    f"{quoted(path)} is not UTF-8 (byte {error.start}): save the template as UTF-8"
                 ) from error
 
 
@@ -134,6 +134,6 @@ def named_errors(path: Path) -> Iterator[None]:
         if "ignore_mismatched_sizes" in told:  # transformers names the tensors in a table that it logs
             told = "the weights have other shapes than config.json says"
         raise HandoffError(
-            f"{shown(path)}: transformers cannot load it: {type(error).__name__}: {shown(told)}; compare the files "
+            f"{quoted(path)}: transformers cannot load it: {type(error).__name__}: {quoted(told)}; compare the files "
             "with their publisher's, or save the model again with save_pretrained"
         ) from error

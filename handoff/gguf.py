@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from handoff.errors import HandoffError
-from handoff.files import check_free_space, fsync_tree, human_bytes, read_json, remove_tree, shown, write_json
+from handoff.files import check_free_space, fsync_tree, human_bytes, quoted, read_json, remove_tree, write_json
 from handoff.gate import named_errors
 
 SUFFIX = ".gguf"
@@ -47,11 +47,11 @@ def unpacked(path: Path, store: Path, digest: str) -> Path:
         return folder
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise HandoffError(f"{shown(path)} is not a GGUF file: it does not begin with the letters GGUF")
+            raise HandoffError(f"{quoted(path)} is not a GGUF file: it does not begin with the letters GGUF")
     if importlib.util.find_spec("gguf") is None:
-        raise HandoffError(f"{shown(path)}: reading it needs a package: pip install 'baton-align[gguf]'")
+        raise HandoffError(f"{quoted(path)}: reading it needs a package: pip install 'baton-align[gguf]'")
     size = path.stat().st_size
-    check_free_space(store, _FLOAT32 * size, f"unpacking {shown(path.name)} ({human_bytes(size)}) to float32 weights")
+    check_free_space(store, _FLOAT32 * size, f"unpacking {quoted(path.name)} ({human_bytes(size)}) to float32 weights")
     written = store / f".tmp-{folder.name}-{os.getpid()}"
     try:
         written.mkdir(parents=True)

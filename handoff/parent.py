@@ -13,7 +13,7 @@ from pathlib import Path
 from handoff.contract import check_foreign, check_published
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
-from handoff.files import HashCache, canonical_hash, changed_files, list_files, shown
+from handoff.files import HashCache, canonical_hash, changed_files, list_files, quoted
 from handoff.gate import loaded_files
 from handoff.gguf import is_gguf, unpacked
 from handoff.manifest import Kind, Manifest, ParentRecord, TokenizerRecord, read_manifest
@@ -160,7 +160,7 @@ def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[
     changes = changed_files(directory, manifest.files)
     # An added file is a change too: transformers would load an adapter beside the weights; added rows would be read.
     present = {f"{folder}/{name}" for folder in ("model", "data") for name in list_files(directory / folder)}
-    return changes + [(shown(name), "was added") for name in sorted(present - manifest.files.keys())]
+    return changes + [(quoted(name), "was added") for name in sorted(present - manifest.files.keys())]
 
 
 def foreign_identity(

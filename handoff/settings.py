@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from handoff.errors import HandoffError
-from handoff.files import read_json, shown
+from handoff.files import quoted, read_json
 from handoff.weights import INDEX_NAME
 
 _MAX_ID = 1 << 31
@@ -187,7 +187,7 @@ def check_settings(files: Mapping[str, Path], limits: Mapping[str, int], tensors
             if name in _FORMS:
                 _check_form(path, content, _FORMS[name])
             for key, fault in _faults(name, content, tensors):
-                raise HandoffError(f"{path}: {shown(key)}: {fault}")
+                raise HandoffError(f"{path}: {quoted(key)}: {fault}")
     _check_code(files, found)
 
 
@@ -200,7 +200,7 @@ def _check_form(path: Path, content: dict[str, Any], form: type[_Keys]) -> None:
         key = place[0] if len(place) < 3 or path.name != "tokenizer.json" else ".".join(place[:3])
         got = repr(first["input"])
         raise HandoffError(
-            f"{path}: {shown(key)}: {first['msg']}, but it is {shown(got[:60])}{'…' if len(got) > 60 else ''}; "
+            f"{path}: {quoted(key)}: {first['msg']}, but it is {quoted(got[:60])}{'…' if len(got) > 60 else ''}; "
             "write the value of the model's publisher"
         ) from error
 
@@ -222,7 +222,7 @@ def _faults(name: str, content: dict[str, Any], tensors: int | None) -> Iterator
     if name == "tokenizer_config.json" or name == "config.json":
         kind = content.get("tokenizer_class")
         if kind is not None and not _TOKENIZER_CLASS.fullmatch(kind):
-            yield "tokenizer_class", f"{shown(repr(kind))} is no tokenizer's class; write PreTrainedTokenizerFast"
+            yield "tokenizer_class", f"{quoted(repr(kind))} is no tokenizer's class; write PreTrainedTokenizerFast"
 
 
 def _config_faults(node: dict[str, Any], place: str, tensors: int | None) -> Iterator[tuple[str, str]]:
@@ -240,25 +240,31 @@ def _config_faults(node: dict[str, Any], place: str, tensors: int | None) -> Ite
         elif plain in _IMPLEMENTATIONS and not (value is None or (isinstance(value, str) and value.isidentifier())):
             yield (
                 where,
-                f"{shown(repr(value))} would be fetched from the hub and run; remove it, the recipe says what is used",
+                f"{quoted(repr(value))} would be fetched from the hub and run; remove it, the recipe says what is used",
             )
         elif key in _PRETRAINED and value is True:
             yield where, "would fetch weights from a hub; write false"
         elif key == "model_type" and isinstance(value, str) and value.startswith("timm"):
             yield (
                 where,
-                f"{shown(repr(value))} would fetch a model from a hub; use one whose parts transformers has itself",
+                f"{quoted(repr(value))} would fetch a model from a hub; use one whose parts transformers has itself",
             )
         elif key in ("architecture", "backbone") and isinstance(value, str) and not _TIMM.fullmatch(value):
-            yield where, f"{shown(repr(value))} would be fetched from a hub; write the plain name of an architecture"
+            yield (
+                where,
+                f"{quoted(repr(value))} would be fetched from a hub; write the plain name of an architecture",
+            )
         elif key in ("dtype", "torch_dtype") and value is not None and not _is_dtype(value):
-            yield where, f"{shown(repr(value))} is no type of numbers; write float32"
+            yield where, f"{quoted(repr(value))} is no type of numbers; write float32"
         elif key in ("quantization_config", "compression_config") and value not in (None, {}):
             method = value.get("quant_method") if isinstance(value, dict) else None
             if not isinstance(method, str) or method == "gguf":
-                yield where, f"quant_method is {shown(repr(method))}; write the name of a method with safetensors files"
+                yield (
+                    where,
+                    f"quant_method is {quoted(repr(method))}; write the name of a method with safetensors files",
+                )
         elif tensors is not None and _LAYERS.fullmatch(key) and _is_number(value) and not 0 <= value <= tensors:
-            yield where, f"is {shown(value)}, but the files have {tensors} tensors; write the number of layers"
+            yield where, f"is {quoted(value)}, but the files have {tensors} tensors; write the number of layers"
         elif isinstance(value, dict):
             yield from _config_faults(value, f"{where}.", tensors)
 
@@ -281,7 +287,8 @@ def _check_code(files: Mapping[str, Path], found: Mapping[str, dict[str, Any]]) 
         if "auto_map" in content and not _has(key, kind):
             raise HandoffError(
                 f"{files[name]} requests remote code (auto_map, trust_remote_code), which Baton never runs, and "
-                f"transformers has no {key} {shown(repr(kind))} itself; use a checkpoint of an architecture that it has"
+                f"transformers has no {key} {quoted(repr(kind))} itself; use a checkpoint of an architecture that it "
+                "has"
             )
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from handoff.errors import HandoffError
-from handoff.files import read_json, shown, what_is_wrong_with
+from handoff.files import quoted, read_json, what_is_wrong_with
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -71,7 +71,7 @@ def weight_files(model_dir: Path) -> list[Path]:
                     f"{model_dir}: {name} is missing, but {INDEX_NAME} lists it; copy or download it again"
                 )
         return [model_dir / name for name in names]
-    others = sorted(shown(path.name) for path in model_dir.iterdir() if path.suffix == ".safetensors")
+    others = sorted(quoted(path.name) for path in model_dir.iterdir() if path.suffix == ".safetensors")
     if others:
         raise HandoffError(
             f"{model_dir} has neither {SINGLE_NAME} nor {INDEX_NAME}, so its weights ({', '.join(others[:3])}) cannot "
@@ -93,7 +93,7 @@ def weight_map(model_dir: Path) -> dict[str, str]:
     for tensor, name in found.items():
         if not _PLAIN.fullmatch(name) or not name.endswith(".safetensors"):
             raise HandoffError(
-                f"{path}: weight_map: {shown(tensor)} is in {shown(repr(name))}, which is no plain name of a "
+                f"{path}: weight_map: {quoted(tensor)} is in {quoted(repr(name))}, which is no plain name of a "
                 "safetensors file in this folder; put the file there and write its name"
             )
     return found
@@ -117,7 +117,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         entries = _HEADER.validate_json(header)
     except ValidationError as error:
         first = error.errors()[0]
-        where = shown(".".join(map(str, first["loc"])))
+        where = quoted(".".join(map(str, first["loc"])))
         raise HandoffError(
             f"{path} is not a safetensors file: its header{': ' if where else ''}{where}: {first['msg']}; "
             "copy or download it again"
@@ -131,12 +131,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         start, end = entry.data_offsets
         if entry.dtype not in _BITS:
             raise HandoffError(
-                f"{path}: tensor {shown(name)} has the unknown type {shown(repr(entry.dtype))}; save it as float32"
+                f"{path}: tensor {quoted(name)} has the unknown type {quoted(repr(entry.dtype))}; save it as float32"
             )
         bits = prod(entry.shape) * _BITS[entry.dtype]
         if start != place or end - start != -(-bits // 8):
             raise HandoffError(
-                f"{path}: tensor {shown(name)} ({entry.dtype}, shape {shown(list(entry.shape))}) is said to be "
+                f"{path}: tensor {quoted(name)} ({entry.dtype}, shape {quoted(list(entry.shape))}) is said to be "
                 f"in bytes {start} to {end}, where it cannot be: the file is damaged; copy or download it again"
             )
         place = end
@@ -157,7 +157,7 @@ def read_tensors(model_dir: Path) -> dict[str, TensorInfo]:
     for name, info in sorted(tensors.items()):
         if prod(info.shape) == 0:
             raise HandoffError(
-                f"{model_dir / info.file}: tensor {shown(name)} has no elements (shape {list(info.shape)}): "
+                f"{model_dir / info.file}: tensor {quoted(name)} has no elements (shape {list(info.shape)}): "
                 "it was saved from a sharded model without gathering it"
             )
     return tensors

@@ -88,7 +88,7 @@ def part_means(batch: TrajectoryBatch, prefix: str) -> dict[str, float]:
     return means
 
 
-def shown(batch: TrajectoryBatch, prompts: Sequence[EncodedPrompt], encoder: Encoder) -> list[dict[str, Any]]:
+def sample_rows(batch: TrajectoryBatch, prompts: Sequence[EncodedPrompt], encoder: Encoder) -> list[dict[str, Any]]:
     """The first answers to `prompts`, for samples.jsonl. A completion contains all the policy's turns."""
     assert batch.parts is not None
     rows = []

@@ -53,7 +53,7 @@ from stages.ppo.advantages import (
 from stages.ppo.config import Config, PPOTrainConfig
 from stages.ppo.generation import Generator
 from stages.ppo.guards import Watch, probe, probe_size
-from stages.ppo.metrics import PUBLISHED, iteration_metrics, judged, mean_repetition, part_means, shown
+from stages.ppo.metrics import PUBLISHED, iteration_metrics, judged, mean_repetition, part_means, sample_rows
 from stages.ppo.sampler import Sampler, rewards_of
 from stages.ppo.saves import Saves
 from stages.ppo.setup import (
@@ -367,4 +367,4 @@ def _look(run: Run, sampler: Sampler, heldout: Sequence[EncodedPrompt], step: in
         ("eval/monitor" if config.monitor else "eval/length_controlled_scores"): look.monitor,
     }
     run.log(step, metrics | part_means(batch, "eval/rewards"))
-    run.samples(step, shown(batch, heldout, sampler.encoder))
+    run.samples(step, sample_rows(batch, heldout, sampler.encoder))
