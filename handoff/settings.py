@@ -146,6 +146,7 @@ _SPECIAL = re.compile(r"[a-z0-9_]+_token|additional_special_tokens|extra_special
 _TOKENIZER_CLASS = re.compile(r"(?!(Auto|Rag)Tokenizer)[A-Za-z0-9]+Tokenizer(Fast)?|TokenizersBackend")
 _TIMM = re.compile(r"[\w.-]+")
 _DTYPE = re.compile(r"(torch\.)?(auto|float|half|double|b?float\d+(_e\d+m\d+(fn)?(uz)?)?|u?int\d+)")
+_FOR_BROWSERS = "transformers.js_config."  # what another program reads, whose types have names of their own
 _LAYERS = re.compile(r"(num_(hidden_)?layers|n_layers?|(num_)?(encoder|decoder)_layers|depth)")
 OWN_NAMES = re.compile(
     r"__\w+|_\w+_internal|_(auto_class|output_attentions|post_init_done)"
@@ -254,7 +255,7 @@ def _config_faults(node: dict[str, Any], place: str, tensors: int | None) -> Ite
                 where,
                 f"{quoted(repr(value))} would be fetched from a hub; write the plain name of an architecture",
             )
-        elif key in ("dtype", "torch_dtype") and value is not None and not _is_dtype(value):
+        elif key in ("dtype", "torch_dtype") and place != _FOR_BROWSERS and not (value is None or _is_dtype(value)):
             yield where, f"{quoted(repr(value))} is no type of numbers; write float32"
         elif key in ("quantization_config", "compression_config") and value not in (None, {}):
             method = value.get("quant_method") if isinstance(value, dict) else None

@@ -277,6 +277,21 @@ def test_infinity_is_a_number_of_config_json(tmp_path: Path) -> None:
     assert check_foreign(tmp_path)[0] == "causal_lm"
 
 
+def test_types_of_numbers_for_a_browser_are_not_transformers(good: Path, tmp_path: Path) -> None:
+    """transformers.js has names of its own for them; anywhere else such a name is refused."""
+    path = good / "config.json"
+    plain, tensors = json.loads(path.read_text()), load(good).keys()
+    for dtype in ("q4f16", {"decoder": "q4", "embed_tokens": "fp16"}):
+        write(path, {**plain, "transformers.js_config": {"dtype": dtype, "use_external_data_format": True}})
+        assert load(good).keys() == tensors
+    write(path, {**plain, "transformers.js_config": {"attn_implementation": "org/kernel"}})
+    with pytest.raises(HandoffError, match=r"config\.json: transformers\.js_config\.attn_implementation: 'org/kernel'"):
+        load(good)
+    write(path, {**plain, "text_config": {"dtype": "q4f16"}})
+    with pytest.raises(HandoffError, match=r"config\.json: text_config\.dtype: 'q4f16' is no type of numbers"):
+        load(good)
+
+
 def test_one_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
     write_model(tmp_path)
     write(tmp_path / INDEX_NAME, {"weight_map": {"x": "model-00001-of-00001.safetensors"}})
