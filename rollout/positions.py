@@ -34,6 +34,6 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
     if limit is not None and longest > limit:
         raise RolloutError(
             f"{type(model).__name__} changes the positions of all rows of a batch when one of them passes {limit} "
-            f"tokens, the window before its longrope or dynamic scaling, and rows of up to {longest} tokens are asked "
-            "for: probabilities would depend on the batch. Keep prompt and answer together within that window"
+            f"tokens, the window before its longrope or dynamic scaling, and there are rows of up to {longest} tokens: "
+            "probabilities would depend on the batch. Keep rows, each with its answer, within that window"
         )

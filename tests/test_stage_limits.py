@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from rollout.errors import RolloutError
 from tests.stage_chain import foreign_checkpoint, run_stage, stage_recipe
 from training.engines.launch import LaunchError
 from training.engines.single import Single
@@ -61,6 +62,32 @@ def test_questions_that_leave_no_room_for_an_answer_are_counted(tmp_path, capsys
     parent = with_window(tmp_path / "gpt2", 64)
     run_stage("sft", tmp_path, f"parent={parent}", "train.max_steps=1", "max_new_tokens=50")
     assert "of 4 held-out questions are not answered: with max_new_tokens 50" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory):
+    """A checkpoint that rotates all rows of a batch in another way when one of them passes `WINDOW` tokens."""
+    folder = foreign_checkpoint(tmp_path_factory.mktemp("longrope") / "longrope")
+    config = LlamaConfig.from_pretrained(folder)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": WINDOW}
+    config.rope_parameters = {"rope_theta": 1e4, "rope_type": "longrope", "factor": 4.0, **factors}
+    config.max_position_embeddings = 4 * WINDOW
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward", "pretrain"])
+def test_rows_that_would_change_the_positions_of_others_are_refused_before_the_first_step(name, longrope, tmp_path):
+    keys = (f"parent={longrope}", "train.max_steps=1", "eval_data=[]")
+    if name == "pretrain":
+        keys = (*keys, "model=null", "isolate_documents=true")
+        long, short = ("block_size=48",), (f"block_size={WINDOW}",)
+    else:
+        long, short = (), (f"max_length={WINDOW}", "max_drop_fraction=1.0")
+    with pytest.raises(RolloutError, match=rf"passes {WINDOW} tokens, .* there are rows of up to \d+ tokens"):
+        run_stage(name, tmp_path / "long", *keys, *long)
+    assert not list((tmp_path / "long").rglob("metrics.jsonl"))
+    run_stage(name, tmp_path / "short", *keys, *short)
 
 
 # ---- batches

@@ -18,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from data.rows import Documents
 from handoff.window import model_window
+from rollout.positions import check_positions
 from stages.pretrain.config import Config
 from training.architecture import model_config
 from training.measure import TextWindows, measure_rows, token_losses, window_nats
@@ -75,6 +76,8 @@ def train(run: Run) -> None:
             torch.nn.init.normal_(model.module.get_input_embeddings().get_parameter("weight"), std=config.embedding_std)
     else:
         model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=args.bf16)
+    if config.isolate_documents:  # without that, all rows are of one length
+        check_positions(model.module, min(config.block_size, int(rows.lengths.max())))
     run.rehearse("causal_lm", model)
     parameters = model.parameters()
     run.console.print(f"  {parameters / 1e6:.2f} M parameters, {blocks.size:,} tokens in rows of {config.block_size}")

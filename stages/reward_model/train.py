@@ -23,6 +23,7 @@ from handoff.errors import GateError
 from handoff.files import write_json
 from handoff.parent import Parent
 from reward.learned import score, statistics
+from rollout.positions import check_positions
 from stages.reward_model.card import Row, agreement, make_card, pair_metrics, spoilt_answers
 from stages.reward_model.config import Config
 from stages.reward_model.schema import Card, Ensemble
@@ -79,6 +80,7 @@ def train(run: Run) -> None:
         bf16=bool(args.bf16),
         seed=run.seed,
     )
+    check_positions(model.module, max([int(rows.lengths.max()), *map(kind.length, heldout)]))
     run.rehearse("reward_model", model)
     trainer = Trainer(
         model=model.module,

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from data.packing import PackedRows
 from data.records import Chat
 from data.rows import Chats, Row, Rows
+from rollout.positions import check_positions
 from stages.sft.config import Config
 from training.limits import within_window
 from training.measure import greedy_answers, measure_rows, questions, token_losses
@@ -50,6 +51,7 @@ def train(run: Run) -> None:
     args = arguments(SFTConfig, run, len(data), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     dtype = trained_dtype(run.engine, config.model_args)
     model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=bool(args.bf16))
+    check_positions(model.module, max(int(part.lengths.max()) for part in (rows, heldout) if part is not None))
     run.rehearse("causal_lm", model)
     collate = Collator(encoder.pad_id)
     trainer = Trainer(
