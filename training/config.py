@@ -39,7 +39,8 @@ class OptimizerConfig(Strict):
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Maximum number of sequences in one forward and backward pass of one process. Where it does not divide a process's
-    share of the batch, the largest smaller number that does is taken."""
+    share of the batch, the largest smaller number that does is taken. If the model has dropout, what it drops depends
+    on this number, as on the number of processes."""
     learning_rate: float = Field(default=1e-4, ge=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -63,7 +63,8 @@ def effective(config: BaseModel) -> dict[str, Any]:
 
     Left out are the keys that a class lists under `without_effect`: they decide only what is kept or shown, how a step
     is divided into micro-batches, and how a stage stops and resumes. They change what is learned in the last bits at
-    most, so a state can be resumed with other values of them.
+    most, so a state can be resumed with other values of them. With dropout, other micro-batches drop other values, as
+    another number of processes does: that is an equally good draw of the same training, and no reason to repeat it.
     """
     left_out = without_effect(type(config))
     keys = {name: _plain(value) for name, value in config if name not in left_out}
