@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from data.errors import DataError, RowRefused
 from data.records import Message, Prompt
-from data.rendering import CLOCK, Renderer
+from data.rendering import Renderer
 from data.template import CHAT_TEMPLATE
 from data.turns import Chatted, EarlierTurns, OwnTurns, Rendered, TemplateTurns, Turns
 from handoff.encoding import named_template, tokenizer_fingerprint
@@ -135,7 +135,7 @@ class Encoder:
                 "template": tokenizer.chat_template,
                 "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
                 "ids": [self.bos_id, self.eos_id, self.pad_id, *self.stop_ids],
-                "clock": CLOCK.now().isoformat() if self._renderer is not None and self._renderer.reads_clock else None,
+                "clock": self._renderer.clock() if self._renderer is not None else [],
                 "tokenizers": version("tokenizers"),
             }
         )

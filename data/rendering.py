@@ -7,6 +7,7 @@ ends with this process. A template that breaks its limits ends that process, and
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,12 @@ from data.template_worker import MEMORY
 
 SECONDS = 10.0
 """Processor time for rendering one conversation."""
+
+# A place where a template reads the time in a format that is written there, or asks whether it can.
+_CLOCK_USE = re.compile(
+    r"""strftime_now\s*(?:is\s+(?:not\s+)?defined|\(\s*(?P<quote>['"])(?P<format>[^'"\\]*)(?P=quote)\s*\))"""
+)
+_ALL_OF_IT = "%Y-%m-%d %H:%M:%S"
 
 Turn = dict[str, Any]
 """A message as templates see it: `role` and `content`."""
@@ -61,7 +68,13 @@ class Renderer:
             name: [str(token) for token in value] if isinstance(value, list) else str(value)
             for name, value in special_tokens.items()
         }
-        self.reads_clock = "strftime_now" in template
+        uses = list(_CLOCK_USE.finditer(template))
+        formats = {use["format"] for use in uses if use["format"] is not None}
+        self._formats = formats if len(uses) == template.count("strftime_now") else {_ALL_OF_IT}
+
+    def clock(self) -> list[str]:
+        """What the template can read of the time now: the date alone, for most; nothing if it does not read it."""
+        return sorted(CLOCK.now().strftime(text) for text in self._formats)
 
     def __call__(self, conversations: Sequence[tuple[Sequence[Turn], bool]]) -> list[str]:
         """The text of each conversation; the second value says whether the next answer's header ends it.

@@ -359,3 +359,26 @@ def test_the_clock_of_a_template_is_frozen(monkeypatch):
         CLOCK.freeze(None)
     (text,) = Renderer("{{ strftime_now('%Y') }}", {})([([], False)])
     assert text == str(datetime.now().year)
+
+
+@pytest.mark.parametrize(
+    ("template", "on_another_minute", "on_another_day"),
+    [
+        ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", True, False),
+        ('{{ strftime_now( "%Y" ) }}', True, True),
+        ("{{ strftime_now('%H:%M') }}", False, True),
+        ("{% set day = '%Y' %}{{ strftime_now(day) }}", False, False),
+        ("{% set now = strftime_now %}{{ now('%Y') }}", False, False),
+    ],
+)
+def test_rows_are_found_again_while_what_a_template_reads_of_the_clock_is_the_same(
+    template, on_another_minute, on_another_day
+):
+    made, keys = encoder(template + CHATML), []
+    try:
+        for moment in (datetime(2026, 2, 3, 4, 5, 6), datetime(2026, 2, 3, 4, 6, 6), datetime(2026, 2, 4, 4, 5, 6)):
+            CLOCK.freeze(moment)
+            keys.append(made.fingerprint)
+    finally:
+        CLOCK.freeze(None)
+    assert [key == keys[0] for key in keys[1:]] == [on_another_minute, on_another_day]
