@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from data.encode import Encoder
+from data.encode import EncodedPrompt, Encoder
 from data.errors import RowRefused
 from data.records import Message
 from handoff.contract import check_same_encoding
@@ -25,6 +25,7 @@ from handoff.window import model_window
 from reward.functions import RewardError
 
 _log = logging.getLogger(__name__)
+_TOGETHER = 1000  # prompts that are checked in one call of the tokenizer
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -120,12 +121,20 @@ class LearnedReward:
     """
 
     def __init__(
-        self, parent: Parent, model: PreTrainedModel, policy: Parent, *, reencode: bool, member: bool = False
+        self,
+        parent: Parent,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        policy: Parent,
+        *,
+        reencode: bool,
+        member: bool = False,
     ) -> None:
         """
         Args:
             parent: the reward model.
             model: its module.
+            encoder: its encoder.
             policy: the model whose answers are scored.
             reencode: encode the answers' texts with the reward model's own tokenizer.
             member: whether it belongs to an ensemble, whose members must have statistics to be comparable.
@@ -151,8 +160,24 @@ class LearnedReward:
         self.model = model
         self.name = parent.name
         self._window = model_window(parent.model_dir)
-        self._encoder = Encoder.from_pretrained(parent.model_dir, parent.tokenizer.pad_id)
+        self._encoder = encoder
         self._reencode = reencode
+
+    def check_prompts(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Checks, before the first answer is sampled, that this model can read the prompts.
+
+        Raises:
+            RewardError: its chat template cannot express one of them, which is named.
+            DataError: it has no chat template.
+        """
+        for start in range(0, len(prompts) if self._reencode else 0, _TOGETHER):
+            records = [prompt.record for prompt in prompts[start : start + _TOGETHER]]
+            for record, ids in zip(records, self._encoder.prompts([r.messages for r in records]), strict=True):
+                if isinstance(ids, RowRefused):
+                    raise RewardError(
+                        f"{record.origin}: reward model {self.name} cannot read this prompt with `reencode: true`: "
+                        f"{ids.reason}; take the row out of the data, or name another reward model"
+                    )
 
     def __call__(
         self,

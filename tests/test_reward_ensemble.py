@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from data.encode import Encoder
-from data.records import Message
+from data.encode import EncodedPrompt, Encoder
+from data.records import Message, Origin, Prompt
 from handoff.errors import HandoffError
 from handoff.files import read_json, write_json
 from handoff.parent import open_parent
@@ -15,6 +15,7 @@ from reward.config import RewardConfig
 from reward.functions import RewardError
 from reward.learned import LearnedReward, score
 from tests.reward_models import NO_SYSTEM, load_reward, publish_model
+from training.model import load_encoder
 
 TEXTS = ["blue", "it is blue today", "b"]
 STOPPED = [True, True, False]
@@ -26,6 +27,10 @@ def parents(tmp_path_factory):
     root = tmp_path_factory.mktemp("rewards")
     found = {name: publish_model(root / name, seed) for seed, name in enumerate("abc", start=1)}
     return {"policy": publish_model(root / "policy", reward=False), **found}
+
+
+def scorer(parent, model, policy, **keys) -> LearnedReward:
+    return LearnedReward(parent, model, load_encoder(parent), policy, **keys)
 
 
 def answers(policy, system: str = "") -> Answers:
@@ -41,7 +46,7 @@ def composition(parents, *entries: RewardConfig, policy: str = "policy") -> Comp
     for entry in entries:
         for ref in entry.references:
             parent = parents[ref]
-            models[ref] = LearnedReward(parent, load_reward(parent), parents[policy], reencode=entry.reencode)
+            models[ref] = scorer(parent, load_reward(parent), parents[policy], reencode=entry.reencode)
     return Composition(entries, models)
 
 
@@ -133,12 +138,12 @@ def test_another_tokenizer_is_scored_after_encoding_again(parents, tmp_path):
         models["other"].load_state_dict(
             {k: v for k, v in models["a"].state_dict().items() if "embed" not in k}, strict=False
         )
-    again = LearnedReward(other, models["other"], parents["policy"], reencode=True)
-    direct = LearnedReward(parents["a"], models["a"], parents["policy"], reencode=False)
+    again = scorer(other, models["other"], parents["policy"], reencode=True)
+    direct = scorer(parents["a"], models["a"], parents["policy"], reencode=False)
     given = (found.prompts, found.texts, found.prompt_ids, found.ids, found.stopped)
     assert again(*given) == pytest.approx(direct(*given), abs=1e-5)
     with pytest.raises(HandoffError, match=r"have different tokenizers .* set `reencode: true`"):
-        LearnedReward(other, models["other"], parents["policy"], reencode=False)
+        scorer(other, models["other"], parents["policy"], reencode=False)
 
 
 def test_a_prompt_that_the_reward_models_template_refuses(parents, tmp_path):
@@ -151,6 +156,20 @@ def test_a_prompt_that_the_reward_models_template_refuses(parents, tmp_path):
     )
 
 
+def test_prompts_that_a_reward_model_cannot_read_are_named_before_any_answer_is_sampled(parents, tmp_path):
+    """Only with `reencode`; without it, the reward model reads the policy's tokens."""
+    found = answers(parents["policy"], system="Be brief.")
+    prompts = [
+        EncodedPrompt(ids, Prompt(messages, Origin("x.jsonl", row), {}))
+        for row, (messages, ids) in enumerate(zip(found.prompts, found.prompt_ids, strict=True), 1)
+    ]
+    strict = publish_model(tmp_path / "strict", 1, template=NO_SYSTEM)
+    with pytest.raises(RewardError, match=r"^x.jsonl:1: reward model strict cannot read this prompt .* no system role"):
+        scorer(strict, load_reward(strict), parents["policy"], reencode=True).check_prompts(prompts)
+    scorer(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=True).check_prompts(prompts)
+    scorer(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=False).check_prompts(prompts)
+
+
 def test_scores_of_a_model_from_elsewhere_are_taken_as_they_are(parents, tmp_path, caplog):
     """Also of one whose tokenizer names no pad token, for which the hand-off has chosen one."""
     foreign = tmp_path / "foreign"
@@ -159,14 +178,14 @@ def test_scores_of_a_model_from_elsewhere_are_taken_as_they_are(parents, tmp_pat
     write_json(foreign / "tokenizer_config.json", {k: v for k, v in config.items() if k != "pad_token"})
     parent = open_parent(str(foreign), tmp_path, {"reward_model"})
     assert Encoder.from_pretrained(foreign, parent.tokenizer.pad_id).pad_id == parent.tokenizer.pad_id
-    own = LearnedReward(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=True)
-    raw = LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
+    own = scorer(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=True)
+    raw = scorer(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
     assert "trained elsewhere" in caplog.text
     found = answers(parents["policy"])
     rows = (found.prompts, found.texts, found.prompt_ids, found.ids, found.stopped)
     assert raw(*rows) == pytest.approx([own.mean + own.std * value for value in own(*rows)], abs=1e-5)
     with pytest.raises(HandoffError, match="cannot be compared with those of the other members of the ensemble"):
-        LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True, member=True)
+        scorer(parent, load_reward(parents["a"]), parents["policy"], reencode=True, member=True)
 
 
 def test_of_a_row_that_exceeds_a_reward_models_own_window_the_end_is_read(parents, tmp_path, caplog):
@@ -176,9 +195,9 @@ def test_of_a_row_that_exceeds_a_reward_models_own_window_the_end_is_read(parent
     write_json(short / "config.json", read_json(short / "config.json") | {"max_position_embeddings": 12})
     parent = open_parent(str(short), tmp_path, {"reward_model"})
     found = answers(parents["policy"])
-    learned = LearnedReward(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
+    learned = scorer(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
     rows = learned._reencoded(found.prompts, found.texts, found.stopped)
-    whole = LearnedReward(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=True)
+    whole = scorer(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=True)
     wanted = whole._reencoded(found.prompts, found.texts, found.stopped)
     assert max(map(len, wanted)) > 12
     assert rows == [row[-12:] for row in wanted]

@@ -1,6 +1,7 @@
 """Rewards for the stages that score answers (ppo, generate, evaluate): loads them and shares the work."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from data.encode import EncodedPrompt
@@ -45,18 +46,22 @@ def load_rewards(
     Raises:
         HandoffError: a reward model reads a policy's tokens (no `reencode`), but encodes text differently; or a member
             of an ensemble does not say the mean and deviation of its scores.
-        RewardError: an unknown function, an argument that it does not have, or a column that the prompts do not have.
+        DataError: a reward model that encodes the texts again (`reencode`) has no chat template.
+        RewardError: an unknown function, an argument that it does not have, or a column that the prompts do not have;
+            or a prompt that such a reward model cannot read.
     """
     for entry in entries:
         for ref in entry.references:
             if ref in learned:
                 continue
             parent = open_model(ref)
-            model = Model.load(engine, parent, "reward", load_encoder(parent), arguments, bf16=bf16).freeze()
+            encoder = load_encoder(parent)
+            model = Model.load(engine, parent, "reward", encoder, arguments, bf16=bf16).freeze()
             frozen.append(model)
-            learned[ref] = LearnedReward(
-                parent, model.module, policies[0], reencode=entry.reencode, member=entry.models is not None
-            )
+            reencode, member = entry.reencode, entry.models is not None
+            found = LearnedReward(parent, model.module, encoder, policies[0], reencode=reencode, member=member)
+            engine.on_main(partial(found.check_prompts, prompts))
+            learned[ref] = found
             for policy in policies[1:]:
                 if not entry.reencode:
                     check_same_encoding(policy, parent, f"{ref} reads the policies' tokens; set `reencode: true`")
