@@ -61,10 +61,10 @@ class Speaker:
 
         self.name = parent.name
         self.encoder: Encoder = load_encoder(parent)
-        if self.encoder.tokenizer.chat_template is None:
+        if self.encoder.lacks:
             raise UserError(
-                f"{parent.path}: the tokenizer has no chat template, so nobody can talk to this model; choose one that "
-                "was taught to answer with --model, or put a chat_template.jinja beside its tokenizer.json"
+                f"{parent.path}: {self.encoder.lacks}, so nobody can talk to this model; choose one that was taught to "
+                "answer with --model, or put a chat_template.jinja beside its tokenizer.json"
             )
         engine = engines.current()
         self.device = engine.device

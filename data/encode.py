@@ -29,6 +29,7 @@ from data.turns import Chatted, EarlierTurns, OwnTurns, Rendered, TemplateTurns,
 from handoff.encoding import named_template, tokenizer_fingerprint
 from handoff.files import canonical_hash
 from handoff.gate import named_errors
+from handoff.manifest import TokenizerRecord
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -75,6 +76,8 @@ class Encoder:
         # Some post-processors cut spaces off the tokens' offsets. They add special tokens, too, but none to what is
         # encoded here.
         self._backend.post_processor = Sequential([])
+        self.lacks = "" if tokenizer.chat_template is not None else "the tokenizer has no chat template"
+        """Why conversations cannot be encoded; empty if they can."""
         self._turns: Turns | None = None
         self._renderer: Renderer | None = None
         self._header: list[int] = []
@@ -90,16 +93,15 @@ class Encoder:
     def from_pretrained(
         cls,
         folder: str | Path,
-        pad_id: int | None = None,
-        stop_ids: Sequence[int] = (),
+        record: TokenizerRecord | None = None,
         chat_template: str | None = None,
     ) -> "Encoder":
         """Loads the tokenizer in `folder`.
 
         Args:
             folder: its directory.
-            pad_id: replaces the tokenizer's own pad token, if given.
-            stop_ids: as in the constructor.
+            record: its tokenizer record, whose end and pad tokens and stop ids are used where the tokenizer itself
+                names others, or none.
             chat_template: which of the tokenizer's chat templates is used, where it has several; by default the one
                 named `default`.
 
@@ -115,13 +117,19 @@ class Encoder:
             raise DataError(
                 f"{folder}: the tokenizer has no tokenizer.json; save it once with AutoTokenizer to make one"
             )
-        if pad_id is not None and tokenizer.pad_token_id != pad_id:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+        if record is not None and tokenizer.eos_token_id != record.eos_id:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(record.eos_id)
+        if record is not None and tokenizer.pad_token_id != record.pad_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(record.pad_id)
+        several = sorted(tokenizer.chat_template) if isinstance(tokenizer.chat_template, dict) else []
         if chat_template is not None:
             tokenizer.chat_template = named_template(Path(folder), chat_template)
-        elif isinstance(tokenizer.chat_template, dict):
-            tokenizer.chat_template = _default_template(tokenizer.chat_template, folder)
-        return cls(tokenizer, stop_ids)
+        elif several:
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
+        made = cls(tokenizer, () if record is None else record.stop_ids)
+        if several and made.lacks:
+            made.lacks = f"the tokenizer has several chat templates ({', '.join(several)}) and none named default"
+        return made
 
     @property
     def fingerprint(self) -> str:
@@ -246,12 +254,18 @@ class Encoder:
         found = self._special.search(text)
         return RowRefused(f"text contains the special token {found.group()}") if found else None
 
-    def _require_template(self) -> Turns:
-        if self._turns is None:
+    def check_template(self) -> None:
+        """Raises DataError if the tokenizer has no chat template, or none that was chosen."""
+        if self.lacks:
             raise DataError(
-                f"{self.tokenizer.name_or_path}: the tokenizer has no chat template, so it can encode documents and no "
-                "conversations; put a chat_template.jinja beside its tokenizer.json"
+                f"{self.tokenizer.name_or_path}: {self.lacks}, so it can encode documents and no conversations; put "
+                "a chat_template.jinja beside its tokenizer.json, or, if it has templates with names, choose one with "
+                "the key chat_template of the stage that starts from it"
             )
+
+    def _require_template(self) -> Turns:
+        self.check_template()
+        assert self._turns is not None
         return self._turns
 
     def _learn(self, template: str) -> Turns:
@@ -301,15 +315,6 @@ class EncodedPrompt:
 
     ids: list[int]
     record: Prompt
-
-
-def _default_template(named: dict[str, str], folder: str | Path) -> str:
-    if "default" not in named:
-        raise DataError(
-            f"{folder}: the tokenizer has several chat templates ({', '.join(sorted(named))}) and none named default; "
-            "choose one with the recipe's key chat_template"
-        )
-    return named["default"]
 
 
 def _or_raise(result: T | RowRefused) -> T:

@@ -331,9 +331,11 @@ def test_a_tokenizer_with_several_templates_asks_which(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "brief.jinja").write_text(CHATML)
     (tmp_path / "additional_chat_templates" / "long.jinja").write_text("{{ bos_token }}" + CHATML)
-    with pytest.raises(DataError, match=r"several chat templates \(brief, long\) .* recipe's key chat_template"):
-        Encoder.from_pretrained(tmp_path)
     turns = messages("single turn")
+    undecided = Encoder.from_pretrained(tmp_path)
+    assert undecided.document("fig") == encoder(CHATML).document("fig")  # documents need none
+    with pytest.raises(DataError, match=r"several chat templates \(brief, long\) .* put a chat_template.jinja beside"):
+        undecided.chat(turns)
     for name, starts in (("brief", False), ("long", True)):
         ids = Encoder.from_pretrained(tmp_path, chat_template=name).chat(turns)[0]
         assert ids[starts:] == encoder(CHATML).chat(turns)[0] and (ids[0] == 0) == starts

@@ -1,6 +1,7 @@
 """The encoder: masks are exactly the answers and their stop tokens, under Baton's template and under foreign ones."""
 
 import functools
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from data.rendering import Renderer
 from data.rows import Chats, Documents, Pairs, Prompts
 from data.template import BOS, CHAT_TEMPLATE, END, EOS, PAD, SPECIAL_TOKENS
 from data.turns import OwnTurns, TemplateTurns
+from handoff.encoding import read_tokenizer
 from tests.row_sets import encode
 
 CHATML = (
@@ -242,6 +244,15 @@ def test_tokenizers_that_cannot_be_trained_with():
     assert documents_only.decode(documents_only.document("pear")) == "pear"
     with pytest.raises(DataError, match="no chat template"):
         documents_only.prompt((Message("user", "a"),))
+
+
+def test_an_end_token_that_only_the_models_configuration_names_is_the_encoders(tmp_path):
+    tokenizer = make_tokenizer(list(SPECIAL_TOKENS), CHAT_TEMPLATE, bos_token=BOS, pad_token=PAD)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [tokenizer.convert_tokens_to_ids(EOS), 3]}))
+    encoder = Encoder.from_pretrained(tmp_path, read_tokenizer(tmp_path))
+    assert (encoder.eos_id, encoder.stop_ids, encoder.pad_id) == (own().eos_id, own().stop_ids, own().pad_id)
+    assert encoder.document("pear") == own().document("pear")
 
 
 def test_padding_needs_no_token_of_its_own():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data.encode import Encoder
+from data.errors import DataError
 from data.sampling import uniform
 from handoff.errors import UserError
 from stages.evaluate import tables
@@ -229,6 +231,24 @@ def test_the_whole_stage(micro_recipe, tmp_path, capsys):
     (recipe.run_dir / "evaluate" / "started.json").unlink()
     run_section(recipe, "evaluate")
     assert json.dumps(json.loads((recipe.run_dir / "evaluate" / "results.json").read_text()), sort_keys=True) == again
+
+
+@pytest.mark.slow
+def test_a_model_with_several_templates_is_refused_before_any_other_answers(micro_recipe, tmp_path, monkeypatch):
+    """The section has no key to choose one, so the message says what to do beside the tokenizer."""
+    undecided = tmp_path / "undecided"
+    shutil.copytree(load_recipe(micro_recipe).run_dir / "sft" / "model", undecided)
+    (undecided / "additional_chat_templates").mkdir()
+    (undecided / "chat_template.jinja").rename(undecided / "additional_chat_templates" / "brief.jinja")
+    path = tmp_path / "micro.yaml"
+    path.write_text(
+        micro_recipe.read_text()
+        + f"  evaluate:\n    models: [sft, {undecided}]\n"
+        + "    data: [{source: world, kind: prompts, size: 3, split: test}]\n"
+    )
+    monkeypatch.setattr("stages.evaluate.train._answer", None)  # nothing may be answered
+    with pytest.raises(DataError, match=r"undecided: .* \(brief\) and none named default, .* put a chat_template"):
+        run_section(load_recipe(path), "evaluate")
 
 
 def test_intervals_do_not_depend_on_anything_but_the_seed():

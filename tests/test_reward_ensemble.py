@@ -177,7 +177,7 @@ def test_scores_of_a_model_from_elsewhere_are_taken_as_they_are(parents, tmp_pat
     config = read_json(foreign / "tokenizer_config.json")
     write_json(foreign / "tokenizer_config.json", {k: v for k, v in config.items() if k != "pad_token"})
     parent = open_parent(str(foreign), tmp_path, {"reward_model"})
-    assert Encoder.from_pretrained(foreign, parent.tokenizer.pad_id).pad_id == parent.tokenizer.pad_id
+    assert Encoder.from_pretrained(foreign, parent.tokenizer).pad_id == parent.tokenizer.pad_id
     own = scorer(parents["a"], load_reward(parents["a"]), parents["policy"], reencode=True)
     raw = scorer(parent, load_reward(parents["a"]), parents["policy"], reencode=True)
     assert "trained elsewhere" in caplog.text

@@ -13,6 +13,7 @@ from data.errors import DataError
 from data.packing import PackedRows
 from data.records import Message
 from handoff.errors import HandoffError
+from handoff.files import read_json, write_json
 from handoff.parent import open_parent
 from handoff.stage import StageDir
 from stages.sft.train import Collator
@@ -209,6 +210,18 @@ def test_a_foreign_checkpoint_is_tuned_with_its_own_tokenizer_and_template(tmp_p
     assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32}
     # It can also be a parent.
     on = run_stage("dpo", tmp_path / "runs", f"parent={run.folder}", "train.max_steps=2")
+    assert on.manifest.tokenizer == run.manifest.tokenizer
+
+
+def test_an_end_token_that_only_the_configuration_names_is_published_as_it_was_read(tmp_path):
+    foreign = foreign_checkpoint(tmp_path / "foreign")
+    (foreign / "generation_config.json").unlink()
+    for name, changes in (("tokenizer_config.json", {"eos_token": None}), ("config.json", {"eos_token_id": 1})):
+        write_json(foreign / name, {**read_json(foreign / name), **changes})
+    read = open_parent(str(foreign), tmp_path, {"causal_lm"}).tokenizer
+    run = run_stage("sft", tmp_path / "runs", f"parent={foreign}", "train.max_steps=1")
+    assert run.manifest.tokenizer.eos_id == read.eos_id == 1
+    on = run_stage("dpo", tmp_path / "runs", f"parent={run.folder}", "train.max_steps=1")
     assert on.manifest.tokenizer == run.manifest.tokenizer
 
 

@@ -382,9 +382,8 @@ def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dty
 
 
 def load_encoder(parent: Parent) -> Encoder:
-    """The parent's tokenizer and chat template, with pad token and stop ids of the parent's tokenizer record."""
-    tokenizer = parent.tokenizer
-    return Encoder.from_pretrained(parent.model_dir, tokenizer.pad_id, tokenizer.stop_ids, parent.chat_template)
+    """The parent's tokenizer and chat template, with the end and pad tokens and stop ids of its tokenizer record."""
+    return Encoder.from_pretrained(parent.model_dir, parent.tokenizer, parent.chat_template)
 
 
 def check_vocabulary(module: PreTrainedModel, parent: Parent) -> None:

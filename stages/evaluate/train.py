@@ -47,7 +47,10 @@ def train(run: Run) -> None:
     entries = _entries(run, present)
 
     # The prompts are encoded for each model by its own encoder: a foreign model keeps its own template.
-    first = load_encoder(next(iter(parents.values())))
+    encoders = {name: load_encoder(parent) for name, parent in parents.items()}
+    for encoder in encoders.values():
+        encoder.check_template()
+    first = next(iter(encoders.values()))
     readers = [*parents.values(), *token_readers(entries, lambda ref: present[ref])]
     longest = within_window(run, readers, "max_prompt_length", config.max_prompt_length, config.max_new_tokens)
     context = within_window(run, parents.values(), "context_length", config.context_length)
@@ -63,7 +66,7 @@ def train(run: Run) -> None:
     origins: dict[str, str] = {}
     with run.progress(len(parents) * len(prompts) * 2, "evaluate") as advance:
         for name, parent in parents.items():
-            encoder = load_encoder(parent)
+            encoder = encoders[name]
             ids = [encoder.prompt(p.record.messages) for p in prompts]
             model = Model.load(run.engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
             with model.whole() as module:
