@@ -322,7 +322,7 @@ def check(processes: int) -> None:
 
     trainer = SimpleNamespace(
         model_wrapped=torch.nn.Linear(2, 2),
-        accelerator=SimpleNamespace(num_processes=processes, device=torch.device("cpu")),
+        accelerator=SimpleNamespace(num_processes=processes, device=torch.device("cpu"), gather=None),
     )
     engines.current().adopt(trainer)
 
