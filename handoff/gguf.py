@@ -70,9 +70,9 @@ def _convert(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+    keys: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **keys)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **keys)
     del read.config.quantization_config
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
