@@ -86,7 +86,7 @@ def train(run: Run) -> None:
 
     # Parents, prompts, rewards.
     parent = run.parent("parent")
-    engine.set_up(t, embedding_shape(parent.model_dir)[1])
+    engine.set_up(t, embedding_shape(parent.weights_dir)[1])
     bf16 = engine.bf16
     encoder = load_encoder(parent)
     most = longest_prompt(run, parent)
