@@ -11,6 +11,7 @@ base and nothing else, and loads with plain peft.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.functional import cast_adapter_dtype
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -33,7 +36,7 @@ from training.recipe_text import did_you_mean
 from training.stored_adapter import StoredAdapter, merged
 
 HEAD = "score"
-_ADAPTER = "default"  # peft's name for a model's only adapter
+ADAPTER = "default"  # peft's name for a model's only adapter
 
 
 def plain_name(name: str) -> str:
@@ -49,17 +52,23 @@ class Adapter:
     """The adapter on one network."""
 
     def __init__(
-        self, module: PreTrainedModel, config: AdapterConfig, seed: int, below: StoredAdapter | None = None
+        self,
+        module: PreTrainedModel,
+        config: AdapterConfig,
+        seed: int,
+        below: StoredAdapter | None = None,
+        role: str = "policy",
     ) -> None:
         """Puts the adapter on the network; from then on it alone is trained.
 
         Its values depend on `seed` only. A network without values gets an adapter with values all the same.
 
         Args:
-            module: the base's network, with `below` merged into it. A head (`score`) is trained as a whole.
+            module: the base's network, with `below` merged into it.
             config: the recipe's `adapter:`.
             seed: seed of the initial values.
             below: the parent's adapter, which the published adapter will contain.
+            role: the model's role. The head of a reward model is trained as a whole.
 
         Raises:
             RecipeError: a key names no layer, or one that cannot be adapted.
@@ -67,7 +76,7 @@ class Adapter:
         """
         self.config, self._below, self._module = config, below, module
         modules = dict(module.named_modules())
-        self._saved = _saved(module, config)
+        self._saved = _saved(module, config, head=role == "reward")
         names = [name for name in _targets(module, config) if not _inside(name, self._saved)]
         self._transposed = {name for name in names if isinstance(modules[name], Conv1D)}
         if below is not None and not config.merge and not (below.plain and not config.use_dora):
@@ -77,9 +86,9 @@ class Adapter:
             )
         self._shapes = {name: tuple(modules[name].get_parameter("weight").shape) for name in names}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(uniform(1, seed, "adapter")[0] * 2**32))
-            inject_adapter_in_model(self._peft_config(names, self._saved), module, _ADAPTER)
-        cast_adapter_dtype(module, _ADAPTER)
+            torch.manual_seed(int(uniform(1, seed, "adapter", role)[0] * 2**32))
+            inject_adapter_in_model(self._peft_config(names, self._saved), module, ADAPTER)
+        cast_adapter_dtype(module, ADAPTER)
         self._layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
         self._ranks = self._published_ranks()
 
@@ -101,6 +110,27 @@ class Adapter:
 
     # ---- in memory
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the network computes as if it had no adapter."""
+        parts = [part for part in self._module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        try:
+            for part in parts:
+                part._disable_adapters = True
+            yield
+        finally:
+            for part in parts:
+                part._disable_adapters = False
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name without the adapter, weight with the adapter merged) of a network whose weights are whole."""
+        entries = {
+            name: Entry(name, value.dtype, tuple(value.shape), value.detach)
+            for name, value in self._module.named_parameters()
+        }
+        for name, entry in self.whole(entries).items():
+            yield name, entry.whole()
+
     def own(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors, by their names in the network."""
         return {name: value.detach() for name, value in self._module.named_parameters() if value.requires_grad}
@@ -114,7 +144,7 @@ class Adapter:
         """
         found: dict[str, Entry] = {}
         own = tuple(f"{name}.lora_" for name in self._layers)
-        copies = {f"{name}.modules_to_save.{_ADAPTER}.": f"{name}." for name in self._saved}
+        copies = {f"{name}.modules_to_save.{ADAPTER}.": f"{name}." for name in self._saved}
         for name, entry in entries.items():
             if name.startswith(own):
                 continue
@@ -131,9 +161,9 @@ class Adapter:
 
     def _parts(self, layer: str, entries: Mapping[str, Entry]) -> tuple[Entry, Entry, Entry | None, float]:
         """A, B, DoRA's lengths and the scaling of a layer."""
-        a, b = entries[f"{layer}.lora_A.{_ADAPTER}.weight"], entries[f"{layer}.lora_B.{_ADAPTER}.weight"]
-        lengths = entries.get(f"{layer}.lora_magnitude_vector.{_ADAPTER}.weight")
-        return a, b, lengths, float(self._layers[layer].scaling[_ADAPTER])
+        a, b = entries[f"{layer}.lora_A.{ADAPTER}.weight"], entries[f"{layer}.lora_B.{ADAPTER}.weight"]
+        lengths = entries.get(f"{layer}.lora_magnitude_vector.{ADAPTER}.weight")
+        return a, b, lengths, float(self._layers[layer].scaling[ADAPTER])
 
     def _merged(self, layer: str, base: Entry, entries: Mapping[str, Entry]) -> Entry:
         a, b, lengths, scaling = self._parts(layer, entries)
@@ -204,7 +234,7 @@ class Adapter:
         for name in self._module.state_dict():
             layer = plain_name(name).removesuffix(".weight")
             if (layer in self._layers or layer in under) and not _inside(layer, saved):
-                own = int(self._layers[layer].r[_ADAPTER]) if layer in self._layers else 0
+                own = int(self._layers[layer].r[ADAPTER]) if layer in self._layers else 0
                 ranks[layer] = own + (0 if self._below is None else self._below.order(layer))
         return ranks
 
@@ -279,10 +309,10 @@ def _chosen(key: str, wanted: str | list[str], linear: Sequence[str], module: Pr
     return [name for name in linear if any(_ends(name, end) for end in wanted)]
 
 
-def _saved(module: PreTrainedModel, config: AdapterConfig) -> list[str]:
+def _saved(module: PreTrainedModel, config: AdapterConfig, *, head: bool) -> list[str]:
     """Names of the modules that are trained as a whole."""
     names = [name for name, _ in module.named_modules() if name]
-    found = [HEAD] if HEAD in dict(module.named_children()) else []
+    found = [HEAD] if head else []
     tied = module.all_tied_weights_keys
     shared = {*tied, *tied.values()}
     for end in config.modules_to_save:

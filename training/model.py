@@ -79,15 +79,15 @@ class Model:
         arguments: ModelArguments,
         parent: Parent | None,
         later: ParentWeights | None = None,
-        adapter: Adapter | None = None,
         below: StoredAdapter | None = None,
     ) -> None:
-        """`later`: the weights that `fill` will read, if the module has none yet. `adapter`: what is trained instead of
-        the module. `below`: the parent's adapter, which has been merged into the module."""
+        """`later`: the weights that `fill` will read, if the module has none yet. `below`: the parent's adapter, which
+        has been merged into the module."""
         self.engine, self.module, self.role = engine, module, role
         self.encoder, self.arguments, self.parent = encoder, arguments, parent
         self._later, self._below = later, below
-        self.adapter = adapter
+        self.adapter: Adapter | None = None
+        """What is trained instead of the module's own weights."""
         self.dtype = module.dtype
         """Precision of the weights in memory."""
         self._class_name = type(module).__name__  # an engine may change the class
@@ -192,13 +192,8 @@ class Model:
             if later is not None:
                 later.own["score.weight"] = head
         module = module if dropout else without_dropout(module)
-        new = None
-        if adapter is not None:
-            engine.check_adapter(dora=adapter.use_dora)
-            new = Adapter(module, adapter, seed, below)
-            if later is not None:
-                later.own |= new.own()
-        return cls(engine, module, role, encoder, arguments, parent, later, new, below)
+        model = cls(engine, module, role, encoder, arguments, parent, later, below)
+        return model if adapter is None else model.adapt(adapter, seed)
 
     @classmethod
     def build(
@@ -220,12 +215,22 @@ class Model:
             )
         return cls(engine, module, "policy", encoder, arguments, None)
 
-    def reference(self, bf16: bool) -> "Model":
+    def adapt(self, config: AdapterConfig, seed: int) -> Self:
+        """Freezes the module and puts a new adapter on it. Raises as `load`."""
+        self.engine.check_adapter(dora=config.use_dora)
+        self.adapter = Adapter(self.module, config, seed, self._below, self.role)
+        if self._later is not None:
+            self._later.own |= self.adapter.own()
+        return self
+
+    def reference(self, bf16: bool) -> "Model | WithoutAdapter":
         """A frozen model of this policy's parent, the reference for the KL.
 
-        `bf16` as in `load`.
+        Of a policy that trains an adapter, it is the policy itself without it. `bf16` as in `load`.
         """
         assert self.parent is not None
+        if self.adapter is not None:
+            return WithoutAdapter(self)
         return Model.load(self.engine, self.parent, "reference", self.encoder, self.arguments, dropout=False, bf16=bf16)
 
     def freeze(self) -> Self:
@@ -376,6 +381,20 @@ class Model:
             _, found = loader.from_pretrained(path, device_map="meta", output_loading_info=True, **LOCAL)
         wrong = _not_loaded(found)
         assert not wrong, f"{path} does not load as it was saved: {wrong}"
+
+
+class WithoutAdapter:
+    """A policy without its adapter, which is its parent. It has no weights of its own."""
+
+    def __init__(self, policy: Model) -> None:
+        self._policy = policy
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The policy's module, without the adapter. Enter it inside the context in which the policy is whole."""
+        assert self._policy.adapter is not None
+        with self._policy.adapter.off():
+            yield self._policy.module
 
 
 def _not_loaded(found: Mapping[str, Any]) -> dict[str, list[str]]:
