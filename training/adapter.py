@@ -37,15 +37,16 @@ from training.stored_adapter import StoredAdapter, merged
 
 HEAD = "score"
 ADAPTER = "default"  # peft's name for a model's only adapter
+_COPY = f".modules_to_save.{ADAPTER}."
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter of the base has without the adapter.
+    """The name that a parameter of the base, or a trained copy of it, has without the adapter.
 
     >>> plain_name("model.layers.0.mlp.up_proj.base_layer.weight"), plain_name("score.original_module.weight")
     ('model.layers.0.mlp.up_proj.weight', 'score.weight')
     """
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".").replace(_COPY, ".")
 
 
 class Adapter:
@@ -132,8 +133,12 @@ class Adapter:
             yield name, entry.whole()
 
     def own(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors, by their names in the network."""
-        return {name: value.detach() for name, value in self._module.named_parameters() if value.requires_grad}
+        """The adapter's matrices, by their names in the network; copies of modules are not among them."""
+        return {
+            name: value.detach().clone()
+            for name, value in self._module.named_parameters()
+            if value.requires_grad and _COPY not in name
+        }
 
     # ---- published
 
@@ -144,15 +149,12 @@ class Adapter:
         """
         found: dict[str, Entry] = {}
         own = tuple(f"{name}.lora_" for name in self._layers)
-        copies = {f"{name}.modules_to_save.{ADAPTER}.": f"{name}." for name in self._saved}
         for name, entry in entries.items():
             if name.startswith(own):
                 continue
             plain = plain_name(name)
-            if plain != name and _inside(plain, self._saved):
+            if _inside(plain, self._saved) and _COPY not in name:
                 continue  # the frozen original of a module that is trained as a whole
-            for inner, outer in copies.items():
-                plain = plain.replace(inner, outer) if plain.startswith(inner) else plain
             layer = plain.removesuffix(".weight")
             if layer in self._layers and layer != plain:
                 entry = self._merged(layer, entry, entries)

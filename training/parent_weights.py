@@ -50,6 +50,8 @@ class ParentWeights:
         if name in self.own:
             return self.own[name]
         name = plain_name(name)
+        if name in self.own:
+            return self.own[name]
         if self._adapter is not None and name in self._adapter.saved:
             return self._adapter.tensor(name).to(self._skeleton.dtype)
         tied = self._skeleton.all_tied_weights_keys
