@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.functional import cast_adapter_dtype
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -37,6 +38,7 @@ from training.stored_adapter import StoredAdapter, merged
 
 HEAD = "score"
 ADAPTER = "default"  # peft's name for a model's only adapter
+_EXPERTS = {"gate_proj", "up_proj", "down_proj", "gate"}
 _COPY = f".modules_to_save.{ADAPTER}."
 
 
@@ -91,6 +93,11 @@ class Adapter:
             inject_adapter_in_model(self._peft_config(names, self._saved), module, ADAPTER)
         cast_adapter_dtype(module, ADAPTER)
         self._layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
+        missed = [name for name, layer in self._layers.items() if not isinstance(layer, LoraLayer)]
+        if missed:
+            raise RecipeError(
+                f"adapter.target_modules: peft cannot adapt {missed[0]} of {type(module).__name__}; leave it out"
+            )
         self._ranks = self._published_ranks()
 
     def _peft_config(self, names: Sequence[str], saved: Sequence[str]) -> LoraConfig:
@@ -260,13 +267,18 @@ class Adapter:
 
 def _targets(module: PreTrainedModel, config: AdapterConfig) -> list[str]:
     """Names of the layers to adapt, in the network's order."""
-    outside = [module.get_output_embeddings(), dict(module.named_children()).get(HEAD)]
+    # A fused kernel of Mamba reads this weight itself, past an adapter.
+    mixers = [dict(part.named_children()) for part in module.modules()]
+    fused = [parts["out_proj"] for parts in mixers if {"conv1d", "out_proj"} <= parts.keys()]
+    outside = [module.get_output_embeddings(), dict(module.named_children()).get(HEAD), *fused]
     linear = [
         name
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear | Conv1D) and not any(layer is other for other in outside)
     ]
-    found = linear
+    # Where experts are held as one tensor, peft takes these names for theirs (Qwen2-MoE, DeepSeek-V3).
+    experts = any(_ends(name, "gate_up_proj") for name, _ in module.named_parameters())
+    found = [name for name in linear if not (experts and name.rpartition(".")[2] in _EXPERTS)]
     if config.target_modules != "all-linear":
         found = _chosen("target_modules", config.target_modules, linear, module)
     if config.exclude_modules is not None:
@@ -303,7 +315,7 @@ def _chosen(key: str, wanted: str | list[str], linear: Sequence[str], module: Pr
             raise RecipeError(
                 f"adapter.{key}: no linear layer's name ends with {end}"
                 + (
-                    "; embeddings and the head cannot be adapted, only trained as a whole (modules_to_save)"
+                    "; embeddings, head and out_proj of Mamba cannot be adapted, only trained whole (modules_to_save)"
                     if any(_ends(name, end) for name, _ in module.named_modules())
                     else did_you_mean(end, ends) or f"; there are {', '.join(sorted(ends))}"
                 )

@@ -260,6 +260,11 @@ def adapted(train: Optimizer, adapter: AdapterConfig | None, rates: Sequence[str
     return train.model_copy(update={rate: _ADAPTER_RATE * vars(train)[rate] for rate in unset})
 
 
+def adapter_note(adapter: AdapterConfig | None) -> str:
+    """What is said of a trained model (`HeldModel.note`): that its weights are frozen below an adapter."""
+    return "" if adapter is None else f"an adapter of rank {adapter.r}"
+
+
 class StageConfig(Strict):
     """Keys that every section may have."""
 

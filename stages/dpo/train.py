@@ -97,6 +97,8 @@ def train(run: Run) -> None:
     config: Config = run.config
     parent = run.parent()
     encoder = load_encoder(parent)
+    if parent.base is not None:
+        run.engine.check_pairs_on_adapter()
 
     # Data: pairs as ids.
     kind = Pairs(within_window(run, [parent], "max_length", config.max_length), config.truncation)

@@ -9,7 +9,15 @@ from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
 from rollout.config import VLLMConfig
 from stages.ppo.charts import CHARTS, SECTION
-from training.config import AdapterConfig, OptimizerConfig, StageConfig, Strict, TrainedModelArguments, adapted
+from training.config import (
+    AdapterConfig,
+    OptimizerConfig,
+    StageConfig,
+    Strict,
+    TrainedModelArguments,
+    adapted,
+    adapter_note,
+)
 from training.declaration import Declaration, HeldModel
 
 DECLARATION = Declaration(
@@ -346,9 +354,13 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
-    held = [HeldModel("policy", config.parent, trained=True), HeldModel("reference", config.parent)]
+    held = [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]
+    if config.adapter is None:
+        held.append(HeldModel("reference", config.parent))
     if config.advantage == "gae":
-        note = "" if config.critic_parent is not None else "the policy's body, a new head"
+        note = adapter_note(config.adapter)
+        if config.critic_parent is None:
+            note = ", ".join([*([note] if note else []), "the policy's body, a new head"])
         held.append(HeldModel("critic", config.critic_parent or config.parent, trained=True, note=note))
     rewards = dict.fromkeys(ref for entry in (*config.reward, *config.monitor) for ref in entry.references)
     return [*held, *(HeldModel("reward", ref) for ref in rewards)]
