@@ -297,6 +297,8 @@ def _named_base(directory: Path, sha256: Callable[[Path], str]) -> Parent:
     if not ref:
         raise HandoffError(f"{file}: base_model_name_or_path is missing; write the directory or hub id of the base")
     beside = directory / ref
+    if Path(ref).is_file() or beside.is_file():
+        raise HandoffError(f"{file}: base_model_name_or_path: {ref} is a file; write the directory of the base there")
     try:
         path, name = _locate(str(beside) if beside.is_dir() else ref if "/" in ref else f"./{ref}", directory)
         base = _open_base(path, name, sha256, verify=True)

@@ -250,6 +250,20 @@ def test_an_altered_or_another_base_is_refused(tmp_path, base):
         open_parent(str(run.folder), runs(), {"causal_lm"})
 
 
+def test_a_run_with_an_adapter_and_its_base_can_be_moved(tmp_path):
+    chain()
+    shutil.copytree(runs() / "tiny" / "pretrain", tmp_path / "tiny" / "pretrain")
+    run = run_stage("sft", tmp_path, f"parent={tmp_path / 'tiny' / 'pretrain'}", *QUICK)
+    assert run.manifest.adapter.base.path == "pretrain"
+    before = open_parent(str(run.folder), runs(), {"causal_lm"})
+    (tmp_path / "tiny").rename(tmp_path / "moved")
+    after = open_parent(str(tmp_path / "moved" / "sft"), runs(), {"causal_lm"})
+    assert after.fingerprint == before.fingerprint
+    assert after.base.path == tmp_path / "moved" / "pretrain"
+    problems = [problem.message for problem in verify_run(tmp_path / "moved")]
+    assert all("tokenizer" in message for message in problems)  # the base's own parent was not copied
+
+
 # ---- adapters from elsewhere
 
 

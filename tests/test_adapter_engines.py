@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from handoff.stage import StageDir
 from tests.launching import launched
+from training.recipe import load_recipe
+from training.run import run_section
 
 pytestmark = pytest.mark.slow
 
@@ -92,3 +94,43 @@ def test_dora_is_refused_where_matrices_are_cut(config, root, micro_recipe, tmp_
     done = launched(root, config, "stages.sft", recipe, override, "--section", "first", timeout=300)
     assert done.returncode != 0
     assert "adapter.use_dora: DoRA measures whole matrices" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def adapters(micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of an SFT and a reward model on it, both adapters."""
+    folder = tmp_path_factory.mktemp("adapters")
+    micro = load_recipe(micro_recipe).run_dir
+    keys = [f"{name}.{key}" for name in ("sft", "reward") for key in ("adapter.r=4", "train.max_steps=4")]
+    recipe = load_recipe(micro_recipe, [f"output_root={folder}", f"sft.parent={micro / 'pretrain'}", *keys])
+    for name in ("sft", "reward"):
+        run_section(recipe, name)
+    return recipe.run_dir
+
+
+def reinforced(config: str, root: Path, micro_recipe: Path, adapters: Path, folder: Path) -> list[dict]:
+    overrides = [
+        f"output_root={folder}",
+        f"ppo.parent={adapters / 'sft'}",
+        "ppo.reward=[{model: " + str(adapters / "reward") + "}]",
+        "ppo.guards={probe_prompts: 0, keep: last}",
+        "ppo.adapter.r=4",
+        "ppo.train.iterations=2",
+    ]
+    done = launched(root, config, "stages.ppo", micro_recipe, *overrides, "--section", "ppo", timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    stage = StageDir(folder / "micro" / "ppo")
+    return [json.loads(line) for line in stage.metrics_path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("config", ENGINES)
+def test_policy_and_critic_train_as_on_one_process(config, root, micro_recipe, adapters, tmp_path):
+    """On one process and under DDP they share a base; engines that shard weights give each its own."""
+    alone = reinforced("cpu", root, micro_recipe, adapters, tmp_path / "alone")
+    found = reinforced(config, root, micro_recipe, adapters, tmp_path / "together")
+    compared = 0
+    for mine, theirs in zip(alone, found, strict=True):
+        for key in {"grad_norm", "loss/value_avg", "objective/scores"} & mine.keys():
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-4), key
+            compared += 1
+    assert compared == 6
