@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from handoff.errors import HandoffError
-from handoff.files import read_json, quoted
+from handoff.files import quoted, read_json
 from handoff.gate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LIMITS
 from handoff.weights import TensorInfo, read_header
 
@@ -130,8 +130,8 @@ def _settings(path: Path) -> AdapterSettings:
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if kind != "LORA":
         raise HandoffError(
-            f"{path}: peft_type is {quoted(repr(kind))}; an adapter is LORA. Merge another kind into its base with peft "
-            "(merge_and_unload), and name the merged model"
+            f"{path}: peft_type is {quoted(repr(kind))}; an adapter is LORA. Merge another kind into its base with "
+            "peft (merge_and_unload), and name the merged model"
         )
     try:
         settings = AdapterSettings.model_validate(content)
@@ -142,14 +142,14 @@ def _settings(path: Path) -> AdapterSettings:
     for key, value in (settings.model_extra or {}).items():
         if key not in _WITHOUT_EFFECT and value not in _NEUTRAL:
             raise HandoffError(
-                f"{path}: {quoted(key)} is {quoted(repr(value))[:60]}: an adapter with it is no plain update of weights; "
-                "merge it into its base with peft (merge_and_unload), and name the merged model"
+                f"{path}: {quoted(key)} is {quoted(repr(value))[:60]}: with it, an adapter is no plain update of "
+                "weights; merge it into its base with peft (merge_and_unload), and name the merged model"
             )
     init = settings.init_lora_weights
     if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva", "mica"):
         raise HandoffError(
-            f"{path}: init_lora_weights is {quoted(init)}, which changes the base's weights; merge the adapter into its "
-            "base with peft (merge_and_unload), and name the merged model"
+            f"{path}: init_lora_weights is {quoted(init)}, which changes the base's weights; merge the adapter into "
+            "its base with peft (merge_and_unload), and name the merged model"
         )
     return settings
 
