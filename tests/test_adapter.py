@@ -381,3 +381,19 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(tmp_path):
     for part in ("model.safetensors", "optimizer.safetensors"):
         one, other = (load_file(run.folder / "state" / "step-6" / part) for run in (whole, again))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_another_engine_gets_the_merged_weights_under_the_models_own_names():
+    plain, module = llama(), llama()
+    adapter = Adapter(module, AdapterConfig(r=2, modules_to_save=["norm"]), seed=1)
+    with torch.no_grad():
+        for value in module.parameters():
+            if value.requires_grad:
+                value.add_(0.1)
+    given = dict(adapter.parameters())
+    assert {name: value.shape for name, value in given.items()} == {n: p.shape for n, p in plain.named_parameters()}
+    plain.load_state_dict(given)
+    assert (logits(plain) - logits(module)).abs().max() < 1e-5
+    with adapter.off():
+        assert torch.equal(logits(module), logits(llama()))
+    assert (logits(plain) - logits(module)).abs().max() < 1e-5
