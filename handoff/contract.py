@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+from handoff.adapter import read_adapter
 from handoff.encoding import declared_pad_id, generation_stop_ids, read_tokenizer, token_text
 from handoff.errors import HandoffError
 from handoff.files import list_files, quoted, read_json, write_json
-from handoff.gate import check_directory, loaded_files
+from handoff.gate import check_directory, is_adapter, loaded_files
 from handoff.manifest import Kind, TokenizerRecord
 from handoff.weights import embedding_shape
 
@@ -33,11 +34,14 @@ def check_model(model_dir: Path, kind: Kind) -> TokenizerRecord:
     """Checks a model that a stage is about to publish, and returns its tokenizer's record.
 
     Raises:
-        HandoffError: what `check_files` refuses; a tensor is empty; or there are more token ids than embedding rows.
+        HandoffError: what `check_files` refuses; a tensor is empty; there are more token ids than embedding rows; or an
+            adapter is not one that can be merged.
     """
     check_directory(model_dir)
     tokenizer = check_files(model_dir, kind)
-    if kind != "tokenizer":
+    if is_adapter(model_dir):
+        read_adapter(model_dir)
+    elif kind != "tokenizer":
         _check_weights(model_dir, tokenizer)
     return tokenizer
 
@@ -138,8 +142,8 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
     """Checks a foreign checkpoint, and returns its kind and tokenizer record.
 
     Raises:
-        HandoffError: the gate refuses a file; it is not a checkpoint, is a LoRA adapter, has only pickles, needs remote
-            code, or breaks the contract.
+        HandoffError: the gate refuses a file; it is not a checkpoint, has only pickles, needs remote code, or breaks
+            the contract.
     """
     check_directory(model_dir)
     has_weights = any(name.endswith(".safetensors") for name in loaded_files(model_dir))
@@ -161,6 +165,29 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
     tokenizer = read_tokenizer(model_dir, choose_pad=True)
     _check_weights(model_dir, tokenizer)
     return kind, tokenizer
+
+
+def check_foreign_adapter(path: Path, base_dir: Path, base_kind: Kind) -> tuple[Kind, TokenizerRecord, Path]:
+    """Checks a foreign adapter whose base has been checked.
+
+    Returns its kind, the record of its tokenizer, and the directory with the tokenizer: the adapter's own if it has
+    one, since it may have been trained with another template or with new tokens, and the base's otherwise.
+
+    Raises:
+        HandoffError: the gate refuses a file, it is not an adapter that can be merged, or it breaks the contract.
+    """
+    check_directory(path)
+    adapter = read_adapter(path)
+    kind: Kind = "reward_model" if any(name.startswith("score.") for name in adapter.saved) else base_kind
+    where = path if (path / "tokenizer.json").is_file() else base_dir
+    tokenizer = read_tokenizer(where, choose_pad=True)
+    rows, _ = embedding_shape(base_dir)
+    if tokenizer.vocab_size > rows:
+        raise HandoffError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} ids, the base {base_dir} only {rows} embeddings; name a "
+            "base with as many (resize_token_embeddings), or remove the adapter's tokenizer files"
+        )
+    return kind, tokenizer, where
 
 
 class Encoded(Protocol):

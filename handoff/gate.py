@@ -8,6 +8,7 @@ The gate opens no FIFO and no device, follows no link out of the directory, and 
 handoff/settings.py checks the contents of the JSON files.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from handoff.errors import HandoffError, UserError
 from handoff.files import disk_is_full, quoted, what_is_wrong_with
 from handoff.settings import check_settings
-from handoff.weights import INDEX_NAME, read_tensors, weight_files
+from handoff.weights import INDEX_NAME, SINGLE_NAME, read_tensors, weight_files
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,8 +30,10 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 """Files that a stage takes over from its parent byte for byte, as far as the parent has them."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MIB = 1 << 20
 LIMITS = {
+    ADAPTER_CONFIG: 16 * _MIB,
     "config.json": 16 * _MIB,
     "generation_config.json": _MIB,
     INDEX_NAME: 64 * _MIB,
@@ -48,15 +51,29 @@ LIMITS = {
 }
 """{file that has an effect on loading, beside the weights: its largest size in bytes}"""
 _TEMPLATES = "additional_chat_templates"
-_REFUSED = {
-    "adapter_config.json": (
-        "a LoRA adapter, not a model; merge it into its base first "
-        "(peft: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR)) "
-        "and copy the tokenizer beside it"
-    ),
-}
 # transformers would load these instead of the model's own weights.
 _SHARD = re.compile(r"shard-.*\.safetensors\s*", re.DOTALL)
+
+
+def is_adapter(model_dir: Path) -> bool:
+    """Whether the directory holds a LoRA adapter and no model.
+
+    Raises:
+        HandoffError: it holds an adapter beside the weights of a model, or an adapter without safetensors.
+    """
+    if not os.path.lexists(model_dir / ADAPTER_CONFIG):
+        return False
+    if any(os.path.lexists(model_dir / name) for name in (SINGLE_NAME, INDEX_NAME)):
+        raise HandoffError(
+            f"{model_dir} has an adapter ({ADAPTER_CONFIG}) beside the weights of a model, and it is unclear which of "
+            "them is meant; move one of them to another folder"
+        )
+    if not os.path.lexists(model_dir / ADAPTER_WEIGHTS):
+        raise HandoffError(
+            f"{model_dir} is an adapter ({ADAPTER_CONFIG}) without {ADAPTER_WEIGHTS}; where it has only pickles, load "
+            "it once with peft, which can run their code, and save it with save_pretrained"
+        )
+    return True
 
 
 def loaded_files(model_dir: Path) -> dict[str, Path]:
@@ -71,8 +88,6 @@ def loaded_files(model_dir: Path) -> dict[str, Path]:
     except OSError as error:
         raise HandoffError(f"{quoted(model_dir)} cannot be read ({error.strerror})") from error
     for name in names:
-        if name in _REFUSED:
-            raise HandoffError(f"{model_dir} is {_REFUSED[name]} ({name})")
         if _SHARD.fullmatch(name):
             raise HandoffError(
                 f"{quoted(model_dir / name)} is a piece of a distributed checkpoint, which would be loaded instead of "
@@ -84,7 +99,9 @@ def loaded_files(model_dir: Path) -> dict[str, Path]:
             raise HandoffError(f"{model_dir / _TEMPLATES} is a link; put the folder itself there")
         for path in sorted((model_dir / _TEMPLATES).glob("*.jinja")):
             limits[f"{_TEMPLATES}/{path.name}"] = LIMITS["chat_template.jinja"]
-    if any(name == INDEX_NAME or name.endswith(".safetensors") for name in names):
+    if is_adapter(model_dir):
+        limits[ADAPTER_WEIGHTS] = None
+    elif any(name == INDEX_NAME or name.endswith(".safetensors") for name in names):
         limits |= dict.fromkeys((path.name for path in weight_files(model_dir)), None)
     for name, limit in limits.items():
         fault = what_is_wrong_with(model_dir / name, model_dir, limit)
@@ -101,7 +118,8 @@ def check_directory(model_dir: Path) -> None:
             loading read another file, fetch something or run code. The message names file, key and what to do.
     """
     files = loaded_files(model_dir)
-    tensors = len(read_tensors(model_dir)) if any(name.endswith(".safetensors") for name in files) else None
+    whole = any(name.endswith(".safetensors") for name in files) and ADAPTER_WEIGHTS not in files
+    tensors = len(read_tensors(model_dir)) if whole else None
     check_settings(files, LIMITS, tensors)
     for name, path in files.items():
         if name.endswith(".jinja"):

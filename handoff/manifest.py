@@ -38,6 +38,15 @@ class ParentRecord(_Record):
     """{path relative to the parent's directory: SHA-256} of its files at that time."""
 
 
+class AdapterRecord(_Record):
+    """What an adapter needs besides its own files."""
+
+    base: ParentRecord
+    """The whole model whose weights the adapter changes."""
+    stack: list[str]
+    """The stages or adapters whose training it holds, the oldest first; the last one is the stage itself."""
+
+
 class TokenizerRecord(_Record):
     """The tokenizer and its bos, eos, stop and pad ids."""
 
@@ -167,6 +176,8 @@ class Manifest(_Record):
     data: dict[str, Any] = Field(default_factory=dict)
     """Fingerprints and accounting of the rows."""
     tokenizer: TokenizerRecord | None = None
+    adapter: AdapterRecord | None = None
+    """If the model is published as an adapter."""
     seed: int
     engine: EngineRecord
     versions: dict[str, str] = Field(default_factory=dict)
@@ -196,9 +207,11 @@ class Manifest(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the result by kind, bytes, encoding and `extra`, without time, place or parents."""
+        """Identifies the result by kind, bytes, encoding, `extra` and an adapter's base, without time, place or
+        parents."""
         tokenizer = None if self.tokenizer is None else self.tokenizer.model_dump(mode="json")
-        return canonical_hash([self.kind, self.files, tokenizer, self.extra])
+        base = [] if self.adapter is None else [self.adapter.base.fingerprint]
+        return canonical_hash([self.kind, self.files, tokenizer, self.extra, *base])
 
 
 def sealed(manifest: Manifest) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from handoff.contract import check_foreign, check_published
+from handoff.adapter import read_adapter
+from handoff.contract import check_foreign, check_foreign_adapter, check_published
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import HashCache, canonical_hash, changed_files, list_files, quoted
-from handoff.gate import loaded_files
+from handoff.gate import ADAPTER_CONFIG, check_directory, is_adapter, loaded_files
 from handoff.gguf import is_gguf, unpacked
 from handoff.manifest import Kind, Manifest, ParentRecord, TokenizerRecord, read_manifest
 
@@ -40,7 +41,8 @@ class Parent:
     path: Path
     """The stage's directory, or the foreign checkpoint's directory."""
     model_dir: Path
-    """The directory of weights, tokenizer and configuration; equal to `path` for a foreign checkpoint."""
+    """The directory of tokenizer, template and generation settings, and of configuration and weights unless the parent
+    is an adapter; equal to `path` for a foreign checkpoint."""
     name: str
     """Section name, directory name, or hub id."""
     manifest: Manifest | None
@@ -52,6 +54,23 @@ class Parent:
     """{path relative to `path`: SHA-256} of the parent's files."""
     chat_template: str | None = None
     """Which of the tokenizer's chat templates is used, if the recipe chooses one."""
+    adapter_dir: Path | None = None
+    """The directory of the adapter, if the parent is one."""
+    base: "Parent | None" = None
+    """The whole model below the adapter."""
+
+    @property
+    def weights_dir(self) -> Path:
+        """The directory of config.json and of whole weights: the base's if the parent is an adapter."""
+        return self.model_dir if self.base is None else self.base.model_dir
+
+    @property
+    def stack(self) -> list[str]:
+        """What the adapter holds, the oldest first; empty for a whole model."""
+        if self.base is None:
+            return []
+        record = None if self.manifest is None else self.manifest.adapter
+        return [self.name] if record is None else record.stack
 
     def record(self) -> ParentRecord:
         """The parent's entry in the manifest of a stage that starts from it."""
@@ -96,10 +115,11 @@ def open_parent(
     """
     directory, name = _locate(ref, run_dir)
     manifest = _manifest(directory)
+    sha256 = known_hashes(run_dir).sha256
     if manifest is None:
-        parent = _open_foreign(directory, name, run_dir)
+        parent = open_foreign(directory, name, sha256)
     else:
-        parent = _open_published(directory, manifest)
+        parent = _open_published(directory, manifest, sha256, verify=verify)
     if parent.kind not in kinds:
         wanted = " or ".join(_WORDS[kind] for kind in sorted(kinds))
         raise HandoffError(f"{directory} is {_WORDS[parent.kind]}; the parent must be {wanted}")
@@ -110,6 +130,11 @@ def open_parent(
         record = read_tokenizer(parent.model_dir, choose_pad=manifest is None, template=chat_template)
         parent = replace(parent, tokenizer=record, chat_template=chat_template)
     return parent
+
+
+def is_hub_id(parent: Parent) -> bool:
+    """Whether the parent was named by its id in the hub."""
+    return _HUB_ID.fullmatch(parent.name) is not None
 
 
 def open_dataset(ref: str, run_dir: Path, reader: str, *, verify: bool = True) -> Dataset:
@@ -163,17 +188,6 @@ def changes_since_publishing(directory: Path, manifest: Manifest) -> list[tuple[
     return changes + [(quoted(name), "was added") for name in sorted(present - manifest.files.keys())]
 
 
-def foreign_identity(
-    directory: Path, kind: Kind, tokenizer: TokenizerRecord, sha256: Callable[[Path], str]
-) -> tuple[str, dict[str, str]]:
-    """(fingerprint, {file: SHA-256}) of a foreign checkpoint.
-
-    The fingerprint depends on the bytes of the files that are read and on the tokenizer's record.
-    """
-    files = {name: sha256(path) for name, path in loaded_files(directory).items()}
-    return canonical_hash([kind, files, tokenizer.model_dump(mode="json")]), files
-
-
 def known_hashes(run_dir: Path) -> HashCache:
     """Hashes of the large files that a run reads: foreign checkpoints, data, encoded rows."""
     return _hashes(run_dir.absolute())
@@ -193,12 +207,13 @@ def _hashes(run_dir: Path) -> HashCache:
     return HashCache(run_dir / HASH_CACHE)
 
 
-def _open_published(directory: Path, manifest: Manifest) -> Parent:
+def _open_published(directory: Path, manifest: Manifest, sha256: Callable[[Path], str], *, verify: bool) -> Parent:
     if manifest.tokenizer is None:
         way = (
             f"; `data: [{{source: stage, name: {manifest.name}}}]` reads its rows" if manifest.kind == "dataset" else ""
         )
         raise HandoffError(f"{directory} is {_WORDS[manifest.kind]}: nothing can start from it{way}")
+    adapted = manifest.adapter is not None
     return Parent(
         path=directory,
         model_dir=directory / "model",
@@ -208,22 +223,93 @@ def _open_published(directory: Path, manifest: Manifest) -> Parent:
         kind=manifest.kind,
         tokenizer=manifest.tokenizer,
         files=manifest.files,
+        adapter_dir=directory / "model" if adapted else None,
+        base=_recorded_base(directory, manifest.adapter.base, sha256, verify=verify) if manifest.adapter else None,
     )
 
 
-def _open_foreign(directory: Path, name: str, run_dir: Path) -> Parent:
-    kind, tokenizer = check_foreign(directory)
-    fingerprint, files = foreign_identity(directory, kind, tokenizer, known_hashes(run_dir).sha256)
+def open_foreign(directory: Path, name: str, sha256: Callable[[Path], str]) -> Parent:
+    """Opens and checks what no stage has published: a checkpoint, or an adapter and its base.
+
+    The fingerprint depends on the bytes of the files that are read, on the tokenizer's record, and on an adapter's
+    base.
+
+    Raises:
+        HandoffError: it breaks the contract (handoff/contract.py), or an adapter's base is not there.
+    """
+    base = None
+    model_dir = directory
+    if is_adapter(directory):
+        base = _named_base(directory, sha256)
+        kind, tokenizer, model_dir = check_foreign_adapter(directory, base.model_dir, base.kind)
+    else:
+        kind, tokenizer = check_foreign(directory)
+    files = {file: sha256(path) for file, path in loaded_files(directory).items()}
+    content = [kind, files, tokenizer.model_dump(mode="json"), *([] if base is None else [base.fingerprint])]
     return Parent(
         path=directory,
-        model_dir=directory,
+        model_dir=model_dir,
         name=name,
         manifest=None,
-        fingerprint=fingerprint,
+        fingerprint=canonical_hash(content),
         kind=kind,
         tokenizer=tokenizer,
         files=files,
+        adapter_dir=None if base is None else directory,
+        base=base,
     )
+
+
+def _recorded_base(directory: Path, record: ParentRecord, sha256: Callable[[Path], str], *, verify: bool) -> Parent:
+    """The base of a published adapter. Raises HandoffError if it is gone or is no longer the one that was adapted."""
+    path = directory.parent / record.path  # an absolute path stays itself
+    if not path.is_dir():
+        if not _HUB_ID.fullmatch(record.name):
+            raise HandoffError(
+                f"{path}, the base of the adapter {directory}, is gone; put it there, or train the adapter again"
+            )
+        path = _download(record.name)
+    base = _open_base(path, record.name, sha256, verify=verify)
+    if base.fingerprint != record.fingerprint:
+        changed = sorted({name for name, _ in record.files.items() ^ base.files.items()})
+        raise HandoffError(
+            f"{path} is not the base that the adapter {directory} was trained on"
+            + (f" ({', '.join(changed[:3])}{' …' if len(changed) > 3 else ''})" if changed else "")
+            + f"; bring that one back, or {_how_to_make(directory)}"
+        )
+    return base
+
+
+def _open_base(path: Path, name: str, sha256: Callable[[Path], str], *, verify: bool) -> Parent:
+    manifest = _manifest(path)
+    if manifest is None:
+        return open_foreign(path, name, sha256)
+    if verify:
+        _check_unaltered(path, manifest)
+    return _open_published(path, manifest, sha256, verify=verify)
+
+
+def _named_base(directory: Path, sha256: Callable[[Path], str]) -> Parent:
+    """The base that a foreign adapter names: a directory, seen from here or from the adapter, or a model of the hub."""
+    file = directory / ADAPTER_CONFIG
+    check_directory(directory)
+    ref = read_adapter(directory).settings.base_model_name_or_path
+    if not ref:
+        raise HandoffError(f"{file}: base_model_name_or_path is missing; write the directory or hub id of the base")
+    beside = directory / ref
+    if Path(ref).is_file() or beside.is_file():
+        raise HandoffError(f"{file}: base_model_name_or_path: {ref} is a file; write the directory of the base there")
+    try:
+        path, name = _locate(str(beside) if beside.is_dir() else ref if "/" in ref else f"./{ref}", directory)
+        base = _open_base(path, name, sha256, verify=True)
+    except HandoffError as error:
+        raise HandoffError(
+            f"{file}: base_model_name_or_path: {error}; write the directory of the base there"
+        ) from error
+    if base.base is not None or base.kind == "tokenizer":
+        what = "an adapter itself" if base.base is not None else "no model"
+        raise HandoffError(f"{file}: base_model_name_or_path: {path} is {what}; merge it first, and name that model")
+    return base
 
 
 def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:

@@ -35,6 +35,7 @@ from handoff.files import (
 )
 from handoff.lock import RunLock
 from handoff.manifest import (
+    AdapterRecord,
     EngineRecord,
     Inputs,
     Kind,
@@ -232,6 +233,7 @@ class StageDir:
         extra: Mapping[str, Any] | None = None,
         files: Sequence[str] = (),
         tokenizer: TokenizerRecord | None = None,
+        adapter: AdapterRecord | None = None,
     ) -> Manifest:
         """Publishes the stage's result atomically.
 
@@ -271,6 +273,7 @@ class StageDir:
                 recipe=dict(recipe),
                 data=dict(data),
                 tokenizer=record,
+                adapter=adapter and adapter.model_copy(update={"base": self._relative(adapter.base)}),
                 seed=seed,
                 engine=engine,
                 versions=dict(versions),

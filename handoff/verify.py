@@ -7,11 +7,11 @@ as well, including those of unfinished stages, since a run resumes from them.
 from dataclasses import dataclass
 from pathlib import Path
 
-from handoff.contract import check_foreign, check_published
+from handoff.contract import check_published
 from handoff.errors import HandoffError
 from handoff.files import sha256_file
 from handoff.manifest import Manifest, ParentRecord, read_manifest
-from handoff.parent import changes_since_publishing, foreign_identity
+from handoff.parent import changes_since_publishing, open_foreign
 from handoff.state import StateStore
 
 
@@ -75,7 +75,10 @@ def verify_run(run_dir: Path) -> list[Problem]:
                 check_published(directory / "model", manifest.kind, manifest.tokenizer)
             except HandoffError as error:
                 problems.append(Problem(label, "", str(error)))
-        for role, record in manifest.parents.items():
+        records = dict(manifest.parents)
+        if manifest.adapter is not None and manifest.adapter.base not in records.values():
+            records["the adapter's base"] = manifest.adapter.base
+        for role, record in records.items():
             path = directory.parent / record.path  # an absolute path stays itself
             fault = _fault(path, record)
             if fault:
@@ -107,7 +110,8 @@ def _fault(path: Path, record: ParentRecord) -> str | None:
                 return f"{path} is unfinished: it was started again after this stage"
             present, files = manifest.fingerprint, manifest.files
         else:
-            present, files = foreign_identity(path, *check_foreign(path), sha256_file)
+            found = open_foreign(path, record.name, sha256_file)
+            present, files = found.fingerprint, found.files
     except HandoffError as error:
         return str(error)
     if present == record.fingerprint:

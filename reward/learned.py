@@ -159,7 +159,7 @@ class LearnedReward:
         self.mean, self.std = known or (0.0, 1.0)
         self.model = model
         self.name = parent.name
-        self._window = model_window(parent.model_dir)
+        self._window = model_window(parent.weights_dir)
         self._encoder = encoder
         self._reencode = reencode
 

@@ -8,14 +8,16 @@ time. Here, each call of `generate` packs the weights once (with oneDNN, if avai
 become one matrix, with the weights of the preceding norm folded into its columns, and a layer takes about twenty
 operations. This needs a second copy of the weights during the call.
 
-It applies only to models of exactly the families below, with unmodified modules. A wrapped (LoRA), hooked or derived
-model uses its own forward pass. `rollout.forward` compares both on a few tokens before it uses this one.
+It applies only to models of exactly the families below, with unmodified modules, but for LoRA layers, whose updates are
+added to the packed weights. A wrapped, hooked or derived model uses its own forward pass. `rollout.forward` compares
+both on a few tokens before it uses this one.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -30,6 +32,12 @@ _COMMON = {
     "torch.nn.modules.linear.Linear",
     "torch.nn.modules.sparse.Embedding",
     "transformers.activations.SiLUActivation",
+    # A LoRA layer and its parts; other kinds of adapters have further parts.
+    "peft.tuners.lora.layer.Linear",
+    "torch.nn.modules.container.ModuleDict",
+    "torch.nn.modules.container.ParameterDict",
+    "torch.nn.modules.dropout.Dropout",
+    "torch.nn.modules.linear.Identity",
 }
 _POSITIONS = 256  # rotations are computed for this many positions at once
 
@@ -142,7 +150,7 @@ class _Product:
 
     def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype, norm: Tensor | None = None) -> None:
         self._dtype = dtype
-        weight = torch.cat([linear.weight for linear in linears])  # (sum of out, in)
+        weight = torch.cat([_weight(linear) for linear in linears])  # (sum of out, in)
         if norm is not None:
             weight = weight.float() * norm
         weight = weight.to(dtype)
@@ -158,6 +166,18 @@ class _Product:
             )
             return out
         return F.linear(x.to(self._dtype), self._weight, self._bias)
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """The weight (out, in) of a linear layer, with the updates of its LoRA adapters."""
+    if not isinstance(linear, LoraLayer):
+        return linear.get_parameter("weight")
+    weight: Tensor = linear.get_base_layer().get_parameter("weight")
+    for name in linear.active_adapters:
+        if name in linear.lora_A and not linear.disable_adapters:
+            update: Tensor = linear.get_delta_weight(name)  # type: ignore[operator]
+            weight = weight.float() + update
+    return weight
 
 
 def _arranges(dtype: torch.dtype) -> bool:

@@ -102,7 +102,8 @@ def result(recipe: Recipe, name: str) -> Result:
     folder = recipe.run_dir / name
     manifest = StageDir(folder).manifest()
     assert manifest is not None
-    return Result(folder, load_file(folder / "model" / "model.safetensors"), lines_of(folder), manifest)
+    weights = "model.safetensors" if manifest.adapter is None else "adapter_model.safetensors"
+    return Result(folder, load_file(folder / "model" / weights), lines_of(folder), manifest)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

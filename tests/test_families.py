@@ -126,11 +126,17 @@ def publish(folder: Path, family: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
+@pytest.mark.parametrize("adapter", [None, {"r": 4}], ids=["all weights", "an adapter"])
 @pytest.mark.parametrize("family", FAMILIES if os.environ.get("BATON_FAMILIES") == "all" else USUAL)
-def test_a_family_goes_through_every_stage_or_is_refused_before_the_first_step(family: str, tmp_path: Path) -> None:
+def test_a_family_goes_through_every_stage_or_is_refused_before_the_first_step(
+    family: str, adapter: dict[str, Any] | None, tmp_path: Path
+) -> None:
     publish(tmp_path / "model", family)
     sections = {name: section | {"parent": str(tmp_path / "model")} if section.get("parent") == "MODEL" else section
                 for name, section in RECIPE.items()}  # fmt: skip
+    if adapter is not None:
+        sections = {name: section if name == "evaluate" else section | {"adapter": adapter}
+                    for name, section in sections.items()}  # fmt: skip
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"name": "family", "output_root": str(tmp_path / "runs"), "stages": sections}))
     recipe = load_recipe(path)

@@ -26,8 +26,7 @@ from handoff.files import sha256_file
 from handoff.parent import open_parent
 from rollout.sampling import SamplingSpec
 from tests.stage_chain import chain, foreign_checkpoint, runs
-from training import architecture, engines, parent_weights
-from training import model as model_module
+from training import architecture, engines, parent_weights, publishing
 from training.config import ModelArguments
 from training.engines.single import Single
 from training.model import Model, check_vocabulary, load_encoder
@@ -230,7 +229,7 @@ def test_writing_needs_no_second_copy_of_the_weights_and_hashes_what_it_writes(e
     """A tensor at a time, over several files; what is hashed on the way are the files' own bytes."""
     keys = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     model = build(encoder, architecture="llama", **keys)
-    monkeypatch.setattr(model_module, "_FILE_BYTES", 40_000)
+    monkeypatch.setattr(publishing, "_FILE_BYTES", 40_000)
     written = model.write(tmp_path, model.module)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"

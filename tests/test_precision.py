@@ -65,7 +65,7 @@ def test_what_counts_as_changed(tmp_path):
     weights = {"a": parent["a"].bfloat16().float(), "b": parent["b"].bfloat16().float()}
     weights["b"][:4] += 1
     weights |= {"head": torch.randn(2), "resized": torch.randn(4)}
-    tally = ChangeTally(SimpleNamespace(model_dir=tmp_path, kind="causal_lm"), torch.bfloat16)
+    tally = ChangeTally(SimpleNamespace(weights_dir=tmp_path, kind="causal_lm"), torch.bfloat16)
     assert tally.share() is None
     for name, value in weights.items():
         tally.see(name, value)

@@ -66,6 +66,19 @@ def test_the_lean_step_equals_the_models_own(name, calls, monkeypatch):
     compare(model_of(FAMILIES[name]), PROMPTS, calls, monkeypatch)
 
 
+def test_the_updates_of_an_adapter_are_part_of_the_lean_step(calls, monkeypatch):
+    plain = model_of(FAMILIES["qwen2"])
+    config = LoraConfig(target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], r=2, lora_dropout=0.5)
+    model = get_peft_model(model_of(FAMILIES["qwen2"]), config).base_model.model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.3)
+    assert [c.ids for c in answers(model)] != [c.ids for c in answers(plain)]
+    calls.clear()
+    compare(model, PROMPTS, calls, monkeypatch)
+
+
 def compare(model, prompts, calls, monkeypatch):
     found = answers(model, prompts)
     assert calls
@@ -106,14 +119,14 @@ def test_current_weights_are_used():
     assert [c.ids for c in answers(model)] != [c.ids for c in before]
 
 
-@pytest.mark.parametrize("what", ["lora", "hook", "another family", "a replaced forward pass", "positions by length"])
+@pytest.mark.parametrize("what", ["dora", "hook", "another family", "a replaced forward pass", "positions by length"])
 def test_other_models_use_their_own_forward_pass(what, calls):
     model = model_of(GemmaConfig(**SIZES) if what == "another family" else FAMILIES["llama"])
     if what == "positions by length":
         by_length = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
         model = model_of(LlamaConfig(**SIZES, rope_parameters=by_length))
-    if what == "lora":
-        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)).base_model.model
+    if what == "dora":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, use_dora=True)).base_model.model
     if what == "hook":
         model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 0)
     if what == "a replaced forward pass":

@@ -125,8 +125,8 @@ def parent_config(parent: Parent) -> PretrainedConfig:
     Raises:
         HandoffError: transformers has no such architecture, or its class rejects a value.
     """
-    with named_errors(parent.model_dir / "config.json"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(parent.model_dir, **LOCAL)
+    with named_errors(parent.weights_dir / "config.json"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(parent.weights_dir, **LOCAL)
     return config
 
 

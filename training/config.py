@@ -1,7 +1,7 @@
 """Configuration classes shared by the sections of a recipe. Each stage's `config.py` builds on them. No torch here."""
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -9,6 +9,7 @@ from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldS
 from reward.config import RewardConfig
 
 _LEAST_BF16_RATE = 1e-4
+_ADAPTER_RATE = 10  # Schulman et al. 2025: the best learning rate of LoRA is ten times that of full training
 
 
 class Strict(BaseModel):
@@ -71,6 +72,9 @@ class OptimizerConfig(Strict):
     """Seconds after which a process that waits for others in training ends with an error."""
     report_to: Literal["none", "wandb"] = "none"
     """Also mirror metrics.jsonl to Weights & Biases."""
+
+
+Optimizer = TypeVar("Optimizer", bound=OptimizerConfig)
 
 
 class TrainConfig(OptimizerConfig):
@@ -146,7 +150,8 @@ class TrainedModelArguments(ModelArguments):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the trained weights; frozen and published weights are float32. `bfloat16` halves their memory, needs
-    a learning rate of 1e-4 or more, and is not for DeepSpeed or FSDP, which train in float32."""
+    a learning rate of 1e-4 or more, and is not for DeepSpeed or FSDP, which train in float32. With an adapter:
+    precision of the frozen weights below it; the adapter is float32."""
 
     def check_rates(self, rates: Mapping[str, float]) -> None:
         """Raises ValueError, naming the key, when one of AdamW's learning rates is too small for this precision.
@@ -163,6 +168,101 @@ class TrainedModelArguments(ModelArguments):
                     "of them would never change. Use model_args.dtype float32; autocast (train.bf16) brings bfloat16's "
                     "speed there too"
                 )
+
+
+class AdapterConfig(Strict):
+    """A LoRA adapter, with the names of `peft.LoraConfig`: the parent's weights stay as they are, and the adapter is
+    trained.
+
+    The defaults are those with which LoRA learns as well as full training (Schulman et al. 2025, "LoRA Without Regret",
+    https://thinkingmachines.ai/blog/lora/): all linear layers, alpha 32 whatever the rank, and ten times the learning
+    rate of full training, which is the default of `train.learning_rate` with an adapter.
+    """
+
+    refused = {
+        **dict.fromkeys(
+            ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"),
+            "follows from the stage and its parent",
+        ),
+        "peft_version": "is written by peft",
+        "fan_in_fan_out": "follows from the model's layers",
+        "bias": "trained biases would change the model even with the adapter off, and the adapter off is the reference",
+        "lora_bias": "layers without a bias could not be merged",
+        "trainable_token_indices": "train whole embeddings with modules_to_save",
+        "target_parameters": "parameters outside of linear layers, such as fused experts, stay frozen; train all",
+        "ensure_weight_tying": "an embedding that is tied to the head stays frozen",
+        "layer_replication": "would train another network than the parent's",
+        **dict.fromkeys(
+            ("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+            "these initialisations change the base or read data; use init_lora_weights true or gaussian",
+        ),
+        **dict.fromkeys(
+            ("velora_config", "kasa_config", "monteclora_config", "arrow_config", "use_bdlora", "use_qalora"),
+            "only LoRA, rsLoRA and DoRA are offered",
+        ),
+        "qalora_group_size": "only LoRA, rsLoRA and DoRA are offered",
+        "alora_invocation_tokens": "an adapter that is on for some tokens only cannot be merged",
+        **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron's layers are not used"),
+        "runtime_config": "is not part of an adapter",
+    }
+
+    r: int = Field(default=32, ge=1)
+    """Rank of the update of each weight matrix. For reinforcement learning small ranks suffice; for much supervised
+    data take more."""
+    lora_alpha: float = Field(default=32, gt=0)
+    """α: the update is scaled by α / r, or by α / √r with `use_rslora`."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of what the adapter reads. Not for policy-gradient training."""
+    target_modules: str | list[str] = "all-linear"
+    """The layers to adapt: `all-linear` (all but the head), the ends of their names, or one regular expression for
+    whole names."""
+    exclude_modules: str | list[str] | None = None
+    """Layers among these that are left out, named in the same way."""
+    layers_to_transform: list[int] | None = None
+    """Adapt only the layers of the network with these numbers, counted from 0."""
+    layers_pattern: str | None = None
+    """`layers_to_transform` only: name of the list of layers whose numbers are meant; by default the outermost one."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """{end of a layer's name, or regular expression: its rank}, where it differs from `r`."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """{end of a layer's name, or regular expression: its α}, where it differs from `lora_alpha`."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Ends of the names of modules that are trained as a whole, in a copy. A reward model's new head always is."""
+    use_rslora: bool = False
+    """Scale by α / √r, so that larger ranks learn faster (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """DoRA: length and direction of the weights are trained apart (Liu et al. 2024). Slower; not for DeepSpeed or
+    FSDP."""
+    init_lora_weights: Literal[True, "gaussian"] = True
+    """Initial values of the first of the two matrices: uniform (true), or normal. The second one begins at zero, so the
+    adapter changes nothing at the start."""
+    merge: bool = False
+    """Publish the whole model with the adapter merged into its weights in float32, instead of the adapter."""
+
+    @model_validator(mode="after")
+    def _layers(self) -> Self:
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is not read unless layers_to_transform is given")
+        if not self.target_modules:
+            raise ValueError("target_modules names no layer")
+        if any(r < 1 for r in self.rank_pattern.values()):
+            raise ValueError("rank_pattern: a rank is at least 1")
+        return self
+
+
+def adapted(train: Optimizer, adapter: AdapterConfig | None, rates: Sequence[str] = ("learning_rate",)) -> Optimizer:
+    """`train` with the default learning rates for an adapter where the recipe gives none: ten times the usual ones."""
+    if adapter is None:
+        return train
+    if isinstance(train, MuonTrainConfig) and train.optim == "muon":
+        raise ValueError("train.optim: muon orthogonalises whole weight matrices, which an adapter leaves as they are")
+    unset = [rate for rate in rates if rate not in train.model_fields_set]
+    return train.model_copy(update={rate: _ADAPTER_RATE * vars(train)[rate] for rate in unset})
+
+
+def adapter_note(adapter: AdapterConfig | None) -> str:
+    """What is said of a trained model (`HeldModel.note`): that its weights are frozen below an adapter."""
+    return "" if adapter is None else f"an adapter of rank {adapter.r}"
 
 
 class StageConfig(Strict):
@@ -216,10 +316,14 @@ class TrainedStageConfig(StageConfig):
     """The stage refuses to start if more than this share of its rows was dropped, for any reason."""
     model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter instead of all weights."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training."""
 
     @model_validator(mode="after")
     def _weights_move(self) -> Self:
-        self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
+        vars(self)["train"] = adapted(self.train, self.adapter)
+        if self.adapter is None:
+            self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
         return self

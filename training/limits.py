@@ -27,7 +27,7 @@ def within_window(run: "Run", parents: Iterable[Parent], key: str, asked: int, a
     """
     least = asked
     for parent in parents:
-        found = model_window(parent.model_dir)
+        found = model_window(parent.weights_dir)
         if found is None or found.tokens - answer >= least:
             continue
         least = found.tokens - answer

@@ -160,7 +160,7 @@ def questions(
     if not count:
         return []
     asked = [(ids, text) for ids, text in run.rows(sources, Questions(want), encoder, label=None)[:count] if ids]
-    found = model_window(parent.model_dir)
+    found = model_window(parent.weights_dir)
     if found is None:
         return asked
     fitting = [(ids, text) for ids, text in asked if len(ids) + max_new_tokens <= found.tokens]

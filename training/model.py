@@ -11,16 +11,14 @@ Other programs can load a published model: it consists of safetensors, the paren
 byte, and a generation_config.json with the stop ids.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,14 +26,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
 from data.encode import Encoder
 from handoff.errors import HandoffError
-from handoff.gate import named_errors
-from handoff.parent import Parent
-from handoff.weights import INDEX_NAME
+from handoff.gate import ADAPTER_WEIGHTS, named_errors
+from handoff.manifest import AdapterRecord
+from handoff.parent import Parent, is_hub_id
 from reward.learned import read_by_mask
+from training.adapter import Adapter
 from training.architecture import (
     LOCAL,
     add_in_order,
@@ -47,27 +45,23 @@ from training.architecture import (
     parent_network,
     without_dropout,
 )
-from training.config import ModelArguments, TrainedModelArguments
-from training.engines.files import write_tensors
+from training.config import AdapterConfig, ModelArguments, TrainedModelArguments
 from training.engines.protocol import Engine
 from training.engines.single import Entry
 from training.model_files import in_words, warn, write_configuration
-from training.parent_weights import ChangeTally, ParentWeights, layer_of, without_values
+from training.parent_weights import ChangeTally, ParentWeights, without_values
+from training.publishing import (
+    Written,
+    adapter_alone,
+    adapter_differences,
+    model_files,
+    whole_model,
+    write_adapter_settings,
+    write_weights,
+)
+from training.stored_adapter import StoredAdapter
 
 Role = Literal["policy", "reference", "critic", "reward"]
-
-_FILE_BYTES = 5 << 30  # a published model is written in files of about this size
-_SINGLE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Written:
-    """The result of `Model.write`."""
-
-    hashes: dict[str, str]
-    """{file: SHA-256} of the weight files, computed while they were written; empty on processes that do not write."""
-    changed: float | None
-    """Share of the parent's weights that training has changed; None if there is nothing to compare."""
 
 
 class Model:
@@ -85,11 +79,15 @@ class Model:
         arguments: ModelArguments,
         parent: Parent | None,
         later: ParentWeights | None = None,
+        below: StoredAdapter | None = None,
     ) -> None:
-        """`later`: the weights that `fill` will read, if the module has none yet."""
+        """`later`: the weights that `fill` will read, if the module has none yet. `below`: the parent's adapter, which
+        has been merged into the module."""
         self.engine, self.module, self.role = engine, module, role
         self.encoder, self.arguments, self.parent = encoder, arguments, parent
-        self._later = later
+        self._later, self._below = later, below
+        self.adapter: Adapter | None = None
+        """What is trained instead of the module's own weights."""
         self.dtype = module.dtype
         """Precision of the weights in memory."""
         self._class_name = type(module).__name__  # an engine may change the class
@@ -111,8 +109,9 @@ class Model:
         dropout: bool = True,
         bf16: bool = True,
         seed: int = 0,
+        adapter: AdapterConfig | None = None,
     ) -> Self:
-        """Loads a model from its parent.
+        """Loads a model from its parent. If that is an adapter, it is merged into its base's weights.
 
         For `policy` and `reference` it is a causal language model; for `reward` it has a head with one output; for
         `critic` it is of the same kind as the parent.
@@ -127,18 +126,21 @@ class Model:
             encoder: the parent's encoder (`load_encoder`).
             arguments: `model_args` of the recipe.
             dtype: type of the weights, whatever the parent's type is.
-            dropout: False sets every dropout to zero, whatever the configuration says.
+            dropout: False sets every dropout of the network to zero, whatever the configuration says.
             bf16: whether the forward pass will run under bfloat16 autocast if there is a GPU for it.
-            seed: seed of a new head.
+            seed: seed of a new head, and of a new adapter.
+            adapter: the recipe's `adapter:`; what is loaded is then frozen, and a new adapter is trained.
 
         Raises:
+            RecipeError: `adapter` names no layer, or one that cannot be adapted.
             HandoffError: the tokenizer has ids that the model has no embedding for, transformers does not have the
                 architecture or refuses its files, or its weights are quantised in a way that cannot be undone.
         """
         scored = role == "reward" or (role == "critic" and parent.kind == "reward_model")
         config = parent_config(parent)
         kind = parent_network(parent, config, scored=scored)
-        if parent.kind == "reward_model" and config.num_labels != 1:
+        has_head = (parent.base or parent).kind == "reward_model"
+        if has_head and config.num_labels != 1:
             raise HandoffError(
                 f"{parent.path}: it gives {config.num_labels} scores for a text; a reward model gives one"
             )
@@ -161,10 +163,10 @@ class Model:
                     "and save it once with transformers (`dequantize=True`), and name that directory"
                 )
             keys["device_map"] = "meta"
-        with engine.loading(), named_errors(parent.model_dir):
-            module, found = loader.from_pretrained(parent.model_dir, output_loading_info=True, **keys)
+        with engine.loading(), named_errors(parent.weights_dir):
+            module, found = loader.from_pretrained(parent.weights_dir, output_loading_info=True, **keys)
         new_head = scored and parent.kind != "reward_model"
-        _check_complete(parent, set(found["missing_keys"]), "score." if new_head else None)
+        _check_complete(parent, set(found["missing_keys"]), "score." if scored and not has_head else None)
         if plain:  # what is published has plain weights under their plain names
             vars(module).pop("_weight_conversions")
         if type(module.config) is not type(config):
@@ -173,6 +175,7 @@ class Model:
                 "published; its other parts and their processor's files are left out"
             )
         check_vocabulary(module, parent)
+        below = StoredAdapter.of(parent, module)
         later: ParentWeights | None = None
         if engine.splits:
             later = ParentWeights(parent, module)
@@ -180,6 +183,8 @@ class Model:
                 module = without_values(module, loader)
             if scored and not new_head:
                 later.read_into(module, "score")
+        elif below is not None:
+            below.merge_into(module)
         if scored:
             module.config.pad_token_id = parent.tokenizer.pad_id
         if new_head:
@@ -187,7 +192,8 @@ class Model:
             if later is not None:
                 later.own["score.weight"] = head
         module = module if dropout else without_dropout(module)
-        return cls(engine, module, role, encoder, arguments, parent, later)
+        model = cls(engine, module, role, encoder, arguments, parent, later, below)
+        return model if adapter is None else model.adapt(adapter, seed)
 
     @classmethod
     def build(
@@ -209,12 +215,22 @@ class Model:
             )
         return cls(engine, module, "policy", encoder, arguments, None)
 
-    def reference(self, bf16: bool) -> "Model":
+    def adapt(self, config: AdapterConfig, seed: int) -> Self:
+        """Freezes the module and puts a new adapter on it. Raises as `load`."""
+        self.engine.check_adapter(dora=config.use_dora)
+        self.adapter = Adapter(self.module, config, seed, self._below, self.role)
+        if self._later is not None:
+            self._later.own |= self.adapter.own()
+        return self
+
+    def reference(self, bf16: bool) -> "Model | WithoutAdapter":
         """A frozen model of this policy's parent, the reference for the KL.
 
-        `bf16` as in `load`.
+        Of a policy that trains an adapter, it is the policy itself without it. `bf16` as in `load`.
         """
         assert self.parent is not None
+        if self.adapter is not None:
+            return WithoutAdapter(self)
         return Model.load(self.engine, self.parent, "reference", self.encoder, self.arguments, dropout=False, bf16=bf16)
 
     def freeze(self) -> Self:
@@ -270,26 +286,19 @@ class Model:
             prepared: what the engine or a trainer wrapped around the module.
             part: name of the module inside `prepared`, if that has more than one.
         """
-        tally = ChangeTally(self.parent, self.dtype)
-        groups = self._published(self.engine.weights(prepared), f"{part}." if part else "")
-        files = _files([entry for group in groups for entry in group])
-        hashes: dict[str, str] = {}
-        full: OSError | None = None
-        for name, entries in files.items():
-            watched = [replace(e, whole=_watched(tally, e)) for e in entries] if path is not None else entries
-            try:
-                digest = write_tensors(self.engine, (path or Path()) / name, watched)
-            except OSError as error:  # the next files are gathered all the same, since the other processes wait for it
-                full = full or error
-                continue
-            if digest is not None:
-                hashes[name] = digest
-        if full is not None:
-            raise full
+        entries, prefix = self.engine.weights(prepared), f"{part}." if part else ""
+        if self.adapter is not None and not self.adapter.config.merge:
+            stored = adapter_alone(self.adapter, entries, prefix)
+            hashes = write_weights(self.engine, path, {ADAPTER_WEIGHTS: stored})
+            if path is not None:
+                self._write_configuration(path)
+                self._check_adapter(path, stored)
+            return Written(hashes, None)
+        tally = ChangeTally(self.parent, self.dtype, self._below)
+        files = model_files([entry for group in self._published(entries, prefix) for entry in group])
+        hashes = write_weights(self.engine, path, files, tally)
         if path is None:
             return Written({}, None)
-        if len(files) > 1:
-            _write_index(path, files)
         self._write_configuration(path)
         self._check(path)
         return Written(hashes, tally.share())
@@ -322,10 +331,49 @@ class Model:
         wrong = _not_loaded(found)
         if wrong:
             raise HandoffError(f"{source}: the weights do not load under the names that they are saved by: {wrong}")
+        if self.adapter is not None and not self.adapter.config.merge:
+            self._check_adapter(path, adapter_alone(self.adapter, self.engine.weights(self.module), ""))
+
+    def published_bytes(self) -> int:
+        """Bytes of the weights that `write` writes."""
+        entries = self.engine.weights(self.module)
+        if self.adapter is not None and not self.adapter.config.merge:
+            written = adapter_alone(self.adapter, entries, "")
+        else:
+            written = [entry for group in self._published(entries, "") for entry in group]
+        return sum(prod(entry.shape) * entry.dtype.itemsize for entry in written)
+
+    def adapter_record(self, name: str) -> AdapterRecord | None:
+        """The manifest's record of what an adapter needs besides its files; None if the whole model is published.
+
+        `name`: the stage's section.
+        """
+        if self.adapter is None or self.adapter.config.merge:
+            return None
+        assert self.parent is not None
+        base = self.parent.base or self.parent
+        return AdapterRecord(base=base.record(), stack=[*self.parent.stack, name])
+
+    def _published(self, entries: Sequence[Entry], prefix: str) -> list[list[Entry]]:
+        """The whole model's entries as they are published (`whole_model`)."""
+        return whole_model(self.module, entries, prefix, self.adapter)
 
     def _write_configuration(self, path: Path) -> None:
         template = None if self.parent is None else self.parent.chat_template
         write_configuration(path, self.module.config, self._class_name, self.encoder, template)
+        if self.adapter is not None and not self.adapter.config.merge:
+            assert self.parent is not None
+            base = self.parent.base or self.parent
+            where = base.name if is_hub_id(base) else str(base.model_dir.absolute())
+            write_adapter_settings(path, self.adapter.settings(where, scored=self.role == "reward"))
+
+    def _check_adapter(self, path: Path, stored: Sequence[Entry]) -> None:
+        """Asserts that peft finds the tensors in what was written, and looks for no others."""
+        loader: Any = AutoModelForSequenceClassification if self.role == "reward" else AutoModelForCausalLM
+        with self.engine.loading(), init_empty_weights():
+            base = loader.from_config(AutoConfig.from_pretrained(path, **LOCAL))
+        wrong = adapter_differences(path, {entry.name: entry.shape for entry in stored}, base)
+        assert not wrong, f"peft does not load the adapter in {path} as it was saved: {wrong[:3]}"
 
     def _check(self, path: Path) -> None:
         loader: Any = AutoModelForSequenceClassification if self.role == "reward" else AutoModelForCausalLM
@@ -334,35 +382,19 @@ class Model:
         wrong = _not_loaded(found)
         assert not wrong, f"{path} does not load as it was saved: {wrong}"
 
-    def _published(self, entries: Sequence[Entry], prefix: str) -> list[list[Entry]]:
-        """The entries in the form that transformers publishes: with its names, in float32, a tied weight once.
 
-        In memory, an architecture may combine several published tensors into one (the experts of a layer). They are
-        split layer by layer, so the entries of one group are gathered together.
-        """
-        tied = self.module.all_tied_weights_keys  # {name that is left out: name that is kept}
-        plain = {e.name.removeprefix(prefix): e for e in entries if e.name.startswith(prefix)}
-        named = {tied.get(name, name): entry for name, entry in plain.items() if tied.get(name) not in plain}
-        groups: dict[str, dict[str, Entry]] = {}
-        for name, entry in named.items():
-            dtype = torch.float32 if entry.dtype.is_floating_point else entry.dtype
-            groups.setdefault(layer_of(name), {})[name] = replace(entry, name=name, dtype=dtype)
-        return [self._converted(group) for group in groups.values()]
+class WithoutAdapter:
+    """A policy without its adapter, which is its parent. It has no weights of its own."""
 
-    def _converted(self, group: dict[str, Entry]) -> list[Entry]:
-        shapes = {name: torch.empty(e.shape, dtype=e.dtype, device="meta") for name, e in group.items()}
-        wanted = revert_weight_conversion(self.module, shapes)
-        if {name: value.shape for name, value in wanted.items()} == {name: v.shape for name, v in shapes.items()}:
-            return list(group.values())
-        held: dict[str, torch.Tensor] = {}
+    def __init__(self, policy: Model) -> None:
+        self._policy = policy
 
-        def whole(name: str) -> torch.Tensor:
-            if not held:  # every process gets here together, since all write the same entries in the same order
-                found = {key: entry.whole().detach().to("cpu", entry.dtype) for key, entry in group.items()}
-                held.update(revert_weight_conversion(self.module, found))
-            return held.pop(name)
-
-        return [Entry(name, value.dtype, tuple(value.shape), partial(whole, name)) for name, value in wanted.items()]
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The policy's module, without the adapter. Enter it inside the context in which the policy is whole."""
+        assert self._policy.adapter is not None
+        with self._policy.adapter.off():
+            yield self._policy.module
 
 
 def _not_loaded(found: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -400,7 +432,7 @@ def _check_complete(parent: Parent, missing: set[str], drawn: str | None) -> Non
     if lacking:
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         raise HandoffError(
-            f"{parent.path}: the weight files lack {shown}, which {parent.model_dir / 'config.json'} asks for; "
+            f"{parent.path}: the weight files lack {shown}, which {parent.weights_dir / 'config.json'} asks for; "
             "copy the model again, with all of its files"
         )
 
@@ -412,43 +444,6 @@ def _draw_head(head: torch.nn.Module, seed: int) -> torch.Tensor:
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
     weight.copy_(drawn / (weight.shape[1] + 1) ** 0.5)
     return weight.detach().clone()
-
-
-# ---- files
-
-
-def _files(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """{file name: its entries}, in the order of the entries."""
-    parts: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        bytes_ = prod(entry.shape) * entry.dtype.itemsize
-        if parts[-1] and size + bytes_ > _FILE_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(entry)
-        size += bytes_
-    if len(parts) == 1:
-        return {_SINGLE: parts[0]}
-    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
-
-
-def _write_index(path: Path, files: Mapping[str, Sequence[Entry]]) -> None:
-    total = sum(prod(e.shape) * e.dtype.itemsize for entries in files.values() for e in entries)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {entry.name: name for name, entries in files.items() for entry in entries},
-    }
-    (path / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _watched(tally: ChangeTally, entry: Entry) -> "Callable[[], torch.Tensor]":
-    def whole() -> torch.Tensor:
-        tensor = entry.whole()
-        tally.see(entry.name, tensor)
-        return tensor
-
-    return whole
 
 
 @contextmanager

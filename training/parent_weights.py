@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from handoff.errors import HandoffError
 from handoff.parent import Parent
 from handoff.weights import weight_files
+from training.adapter import plain_name
 from training.engines import upstream
+from training.stored_adapter import StoredAdapter
 
 
 class ParentWeights:
@@ -33,26 +35,32 @@ class ParentWeights:
         self._groups: dict[str, list[str]] = {}  # {layer: its tensors in the files}
         for stored, name in upstream.names_in_memory(skeleton, self._conversions, self._places).items():
             self._groups.setdefault(layer_of(name), []).append(stored)
+        self._adapter = StoredAdapter.of(parent, skeleton)
         self.own: dict[str, torch.Tensor] = {}
-        """Tensors that the model has instead of the parent's, such as a new head."""
+        """Tensors that the model has instead of the parent's, such as a new head or an adapter."""
         self._layer: str | None = None
         self._held: Mapping[str, torch.Tensor] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
-        """One whole tensor, in the skeleton's precision.
+        """One whole tensor, in the skeleton's precision, by its name with or without a new adapter.
 
         Raises:
             HandoffError: the parent has no such tensor.
         """
         if name in self.own:
             return self.own[name]
+        name = plain_name(name)
+        if name in self.own:
+            return self.own[name]
+        if self._adapter is not None and name in self._adapter.saved:
+            return self._adapter.tensor(name).to(self._skeleton.dtype)
         tied = self._skeleton.all_tied_weights_keys
         aliases = {name, tied.get(name), *(left_out for left_out, kept in tied.items() if kept == name)} - {None}
         for alias in sorted(aliases, key=lambda alias: alias != name):
             assert alias is not None
             found = self._read(layer_of(alias))
             if alias in found:
-                return found[alias]
+                return found[alias] if self._adapter is None else self._adapter.apply(alias, found[alias])
         raise HandoffError(f"{self._parent.path}: the weight files have no weights for {name}")
 
     def read_into(self, module: PreTrainedModel, part: str) -> None:
@@ -85,10 +93,12 @@ class ChangeTally:
     embeddings, the embeddings of tokens that occur in no row stay unchanged.
     """
 
-    def __init__(self, parent: Parent | None, dtype: torch.dtype) -> None:
+    def __init__(self, parent: Parent | None, dtype: torch.dtype, below: StoredAdapter | None = None) -> None:
+        """`below`: the parent's adapter."""
         self._dtype = dtype  # loading rounded the parent's weights to this type, which does not count as a change
         self._changed = self._total = 0
         self._files = {} if parent is None or parent.kind == "tokenizer" else _places(parent)
+        self._adapter = below
 
     def see(self, name: str, now: torch.Tensor) -> None:
         """Compares one whole tensor."""
@@ -98,6 +108,8 @@ class ChangeTally:
             before = file.get_tensor(name)
         if before.shape == now.shape and before.element_size() > 1:  # one byte: a quantised weight without its scale
             now = now.detach().to("cpu", torch.float32)
+            if self._adapter is not None:
+                before = self._adapter.apply(name, before.to(self._dtype))
             self._changed += int((before.to(self._dtype).float() != now).sum())
             self._total += now.numel()
 
@@ -109,7 +121,7 @@ class ChangeTally:
 def _places(parent: Parent) -> dict[str, Path]:
     """{tensor: its file} of the parent's weights."""
     places: dict[str, Path] = {}
-    for path in weight_files(parent.model_dir):
+    for path in weight_files(parent.weights_dir):
         with safe_open(path, "pt") as file:
             places |= dict.fromkeys(file.keys(), path)
     return places

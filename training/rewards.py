@@ -18,6 +18,7 @@ from training.model import Model, load_encoder, several
 
 if TYPE_CHECKING:
     from training.run import Run
+    from training.shared import SharedBase
 
 _LISTED = 20  # prompts shown one by one
 
@@ -33,6 +34,7 @@ def load_rewards(
     bf16: bool,
     learned: dict[str, LearnedReward],
     frozen: list[Model],
+    base: "SharedBase | None" = None,
 ) -> Composition:
     """Loads every entry of the recipe's rewards and freezes its models, which compute only inside `several(frozen)`.
 
@@ -42,6 +44,7 @@ def load_rewards(
         prompts: the prompts to be answered; they must have the columns that the reward functions read.
         learned: scorers whose models are already loaded, by reference; new ones are added.
         frozen: the models of these scorers; new ones are added.
+        base: the weights of a policy, which reward models on the same base share.
 
     Raises:
         HandoffError: a reward model reads a policy's tokens (no `reencode`), but encodes text differently; or a member
@@ -56,8 +59,10 @@ def load_rewards(
                 continue
             parent = open_model(ref)
             encoder = load_encoder(parent)
-            model = Model.load(engine, parent, "reward", encoder, arguments, bf16=bf16).freeze()
-            frozen.append(model)
+            model = None if base is None else base.model(parent, "reward", encoder)
+            if model is None:
+                model = Model.load(engine, parent, "reward", encoder, arguments, bf16=bf16)
+            frozen.append(model.freeze())
             reencode, member = entry.reencode, entry.models is not None
             found = LearnedReward(parent, model.module, encoder, policies[0], reencode=reencode, member=member)
             engine.on_main(partial(found.check_prompts, prompts))

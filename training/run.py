@@ -27,7 +27,7 @@ from data.shards import RowStore
 from handoff.errors import GateError, HandoffError, UserError
 from handoff.files import disk_is_full
 from handoff.journal import Journal
-from handoff.manifest import MODEL_KINDS, Inputs, Kind, Manifest, TokenizerRecord
+from handoff.manifest import MODEL_KINDS, AdapterRecord, Inputs, Kind, Manifest, TokenizerRecord
 from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
 from training import engines
@@ -45,12 +45,13 @@ if TYPE_CHECKING:
     from data.encode import Encoder
     from data.rows import Kind as RowKind
     from data.rows import Rows
-    from training.model import Model, Written
+    from training.model import Model
+    from training.publishing import Written
 
 T = TypeVar("T")
 ROWS = ".rows"
 """Folder of encoded rows in an output_root, shared by its runs."""
-_PACKAGES = ("torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "baton-align")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "numpy", "baton-align")
 
 
 class Run:
@@ -270,6 +271,7 @@ class Run:
         extra: dict[str, Any] | None = None,
         files: Sequence[str] = (),
         step: int = 0,
+        adapter: AdapterRecord | None = None,
     ) -> None:
         """Publishes the stage. Every process calls it.
 
@@ -281,6 +283,7 @@ class Run:
             extra: values that children need besides the weights.
             files: names of other files in the stage's directory to publish.
             step: step of the logged line with the share of changed weights.
+            adapter: base and stack of the model, if it is published as an adapter (`Model.adapter_record`).
         """
         metrics = {**metrics, "time/total": round(time.time() - self._started, 2)}
 
@@ -324,6 +327,7 @@ class Run:
                 metrics=metrics,
                 extra=extra or {},
                 tokenizer=self._tokenizer,
+                adapter=adapter,
             )
             self._announce(self.dir.manifest())
         elif write is not None:

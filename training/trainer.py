@@ -310,8 +310,8 @@ def fit(
     trainer.train_config, trainer.hold_out = config, hold_out
     trainer.saves = SavedStates(run, config, more=[files.RNG])
     state = trainer.resumed = trainer.saves.newest()
-    weights = files.weight_bytes(run.engine, trainer.model)
-    trainer.saves.check_room(config.save_total_limit + 1, files.state_bytes(run.engine, trainer.model), weights)
+    bytes_ = files.state_bytes(run.engine, trainer.model)
+    trainer.saves.check_room(config.save_total_limit + 1, bytes_, model.published_bytes())
     if config.report_to == "wandb":
         run.mirror()
     trainer.faults = Faults(**state.extra["faults"]) if state is not None else Faults()

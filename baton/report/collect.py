@@ -5,7 +5,7 @@ A stage without a manifest was started but not finished; the report shows its me
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from handoff.errors import HandoffError, UserError
 from handoff.files import read_json
+from handoff.gate import ADAPTER_WEIGHTS
 from handoff.manifest import MODEL_KINDS, Manifest
 from handoff.stage import StageDir
-from handoff.weights import read_tensors
+from handoff.weights import TensorInfo, read_header, read_tensors
 from stages.reward_model.schema import Card
 from training.declaration import Declaration
 from training.registry import Registry
@@ -164,7 +165,7 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
     parameters = None
     if manifest and manifest.kind in MODEL_KINDS:
         try:  # reads headers only; tied tensors are stored once and so counted once
-            parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(directory.model_dir).values())
+            parameters = sum(math.prod(tensor.shape) for tensor in _tensors(manifest, directory.model_dir))
         except (HandoffError, OSError) as error:
             problems.append(str(error))
     return Stage(
@@ -177,6 +178,13 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
         card=_read_card(directory.path / "card.json", problems),
         begun_as=_package_begun(directory),
     )
+
+
+def _tensors(manifest: Manifest, model_dir: Path) -> Iterable[TensorInfo]:
+    """What the stage has trained: an adapter's own tensors, or those of the whole model."""
+    if manifest.adapter is not None:
+        return read_header(model_dir / ADAPTER_WEIGHTS).values()
+    return read_tensors(model_dir).values()
 
 
 def _package_begun(directory: StageDir) -> str | None:

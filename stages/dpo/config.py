@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from training.config import TrainConfig, TrainedStageConfig
+from training.config import TrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import (
     LOSS,
     STOP_RATE,
@@ -73,4 +73,4 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models held in memory. There is no separate reference: its log-probabilities are computed before training."""
-    return [HeldModel("policy", config.parent, trained=True)]
+    return [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]

@@ -97,6 +97,8 @@ def train(run: Run) -> None:
     config: Config = run.config
     parent = run.parent()
     encoder = load_encoder(parent)
+    if parent.base is not None:
+        run.engine.check_pairs_on_adapter()
 
     # Data: pairs as ids.
     kind = Pairs(within_window(run, [parent], "max_length", config.max_length), config.truncation)
@@ -123,7 +125,16 @@ def train(run: Run) -> None:
     )
     dtype = trained_dtype(run.engine, config.model_args)
     model = Model.load(
-        run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bool(args.bf16)
+        run.engine,
+        parent,
+        "policy",
+        encoder,
+        config.model_args,
+        dtype=dtype,
+        dropout=False,
+        bf16=bool(args.bf16),
+        seed=run.seed,
+        adapter=config.adapter,
     )
     check_positions(model.module, max(int(part.lengths.max()) for part in (rows, heldout) if part is not None))
     run.rehearse("causal_lm", model)
@@ -157,7 +168,9 @@ def train(run: Run) -> None:
     for warning in alarms(trainer.at_start, metrics) if trainer.at_start else []:
         run.console.print(f"  warning: {warning}", style="yellow")
     write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
-    run.publish("causal_lm", write, metrics, step=trainer.state.global_step)
+    run.publish(
+        "causal_lm", write, metrics, step=trainer.state.global_step, adapter=model.adapter_record(run.section.name)
+    )
 
 
 def read_reference(folder: Path, of: str) -> dict[str, np.ndarray] | None:

@@ -9,7 +9,15 @@ from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
 from rollout.config import VLLMConfig
 from stages.ppo.charts import CHARTS, SECTION
-from training.config import OptimizerConfig, StageConfig, Strict, TrainedModelArguments
+from training.config import (
+    AdapterConfig,
+    OptimizerConfig,
+    StageConfig,
+    Strict,
+    TrainedModelArguments,
+    adapted,
+    adapter_note,
+)
 from training.declaration import Declaration, HeldModel
 
 DECLARATION = Declaration(
@@ -287,6 +295,9 @@ class Config(StageConfig):
     """Settings for sampling with vLLM; when absent, the in-process engine samples."""
     model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter of the policy, and one of the critic, instead of all weights. The reference is then the policy
+    without its adapter, and models on the same base share its weights."""
     train: PPOTrainConfig = Field(default_factory=PPOTrainConfig)
     """The loop."""
     guards: GuardConfig = Field(default_factory=GuardConfig)
@@ -310,11 +321,19 @@ class Config(StageConfig):
             _refuse_unread(t, ["scale_rewards"], "advantage is group")
         if self.advantage in ("group", "leave_one_out"):
             _refuse_unread(t, ["gamma"], "advantage is gae or global_baseline")
-        rates = {"train.learning_rate": t.learning_rate}
-        if self.advantage == "gae":
-            rates["train.critic_learning_rate"] = t.critic_learning_rate
-        self.model_args.check_rates(rates)
+        rates = ["learning_rate", *(["critic_learning_rate"] if self.advantage == "gae" else [])]
+        if self.adapter is None:
+            self.model_args.check_rates({f"train.{key}": vars(t)[key] for key in rates})
+        else:
+            self._adaptable(self.adapter)
+        vars(self)["train"] = adapted(t, self.adapter, rates)
         return self
+
+    def _adaptable(self, adapter: AdapterConfig) -> None:
+        if adapter.lora_dropout:
+            raise ValueError("adapter.lora_dropout: dropout is off in this stage, so that ratios are 1 at the start")
+        if self.train.sync_ref_model:
+            raise ValueError("train.sync_ref_model: the reference is the policy without its adapter; it cannot move")
 
     @property
     def critic_parent(self) -> str | None:
@@ -335,9 +354,13 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
-    held = [HeldModel("policy", config.parent, trained=True), HeldModel("reference", config.parent)]
+    held = [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]
+    if config.adapter is None:
+        held.append(HeldModel("reference", config.parent))
     if config.advantage == "gae":
-        note = "" if config.critic_parent is not None else "the policy's body, a new head"
+        note = adapter_note(config.adapter)
+        if config.critic_parent is None:
+            note = ", ".join([*([note] if note else []), "the policy's body, a new head"])
         held.append(HeldModel("critic", config.critic_parent or config.parent, trained=True, note=note))
     rewards = dict.fromkeys(ref for entry in (*config.reward, *config.monitor) for ref in entry.references)
     return [*held, *(HeldModel("reward", ref) for ref in rewards)]

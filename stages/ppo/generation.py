@@ -10,6 +10,7 @@ from rollout.engine import generate
 from rollout.sampling import Completion, SamplingSpec
 from rollout.vllm import VLLMEngine
 from stages.ppo.actor_critic import ActorCritic
+from training.adapter import Adapter
 from training.engines.protocol import Engine
 from training.model import Model
 
@@ -25,11 +26,13 @@ class Generator:
         processes: Engine,
         model: nn.Module,
         vllm: VLLMEngine | None,
+        adapter: Adapter | None = None,
     ) -> None:
-        """`processes`: the training engine. `batch_size`: rows that the in-process engine decodes at once."""
+        """`processes`: the training engine. `batch_size`: rows that the in-process engine decodes at once. `adapter`:
+        the policy's, which vLLM gets merged into the weights."""
         self.spec = spec
         self._seed, self._batch_size = seed, batch_size
-        self._processes, self._model, self._vllm = processes, model, vllm
+        self._processes, self._model, self._vllm, self._adapter = processes, model, vllm, adapter
         self._version, self._pushed = 0, -1
         self.recomputes = vllm is not None or processes.bf16
         """Whether the trainer's log-probabilities may differ from the engine's."""
@@ -51,7 +54,8 @@ class Generator:
         """Sends the policy's weights to vLLM. Every process calls it."""
         assert self._vllm is not None
         with self._processes.whole(self._model) as actor:
-            self._vllm.update_weights(actor.policy.named_parameters(), self._version)
+            plain = actor.policy.named_parameters() if self._adapter is None else self._adapter.parameters()
+            self._vllm.update_weights(plain, self._version)
         self._pushed = self._version
 
     @contextmanager

@@ -27,7 +27,7 @@ from stages.ppo.config import PPOTrainConfig
 from stages.ppo.generation import Generator
 from training.engines.exchange import join_columns, join_trajectories
 from training.engines.protocol import Engine
-from training.model import Model, several
+from training.model import Model, WithoutAdapter, several
 
 
 class Phases:
@@ -69,7 +69,7 @@ class Sampler:
         encoder: Encoder,
         engine: Engine,
         generator: Generator,
-        reference: Model,
+        reference: Model | WithoutAdapter,
         rewards: Composition,
         monitor: Composition | None,
         frozen: Sequence[Model] = (),
@@ -244,6 +244,7 @@ class Sampler:
 
     def move_reference(self, alpha: float) -> None:
         """reference ← α·policy + (1 − α)·reference. Every process calls it."""
+        assert isinstance(self._reference, Model), "the recipe refuses a moving reference with an adapter"
         with self.phases("sync"):
             self._generator.mix_into(self._reference, alpha)
 

@@ -17,7 +17,7 @@ from stages.ppo.config import Config
 from stages.ppo.guards import Watch
 from training.engines import files
 from training.faults import Faults
-from training.model import Model
+from training.model import Model, WithoutAdapter
 from training.run import Run
 from training.saving import SavedStates
 
@@ -49,12 +49,14 @@ class Saves:
         run: Run,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        reference: Model,
+        reference: Model | WithoutAdapter,
     ) -> None:
         self._run, self._model, self._optimizer = run, model, optimizer
         config: Config = run.config
         self._t, self._guards, self._monitored = config.train, config.guards, bool(config.monitor)
-        self._reference = reference if config.train.sync_ref_model else None  # saved only if it changes
+        self._reference: Model | None = None  # saved only if it changes
+        if config.train.sync_ref_model and isinstance(reference, Model):
+            self._reference = reference
         self._every = self._t.save_iterations or max(1, self._t.iterations // 10)
         moving = [_REFERENCE] if self._reference is not None else []
         self._states = SavedStates(run, self._t, more=moving, needed=moving)

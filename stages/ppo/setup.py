@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from stages.ppo.actor_critic import ActorCritic, Critic
 from stages.ppo.config import Config, PPOTrainConfig
 from training.engines.protocol import Engine
 from training.limits import within_window
-from training.model import Model
+from training.model import Model, WithoutAdapter
 from training.optimizer import decayed_names
 from training.recipe import RecipeError
 from training.rewards import load_rewards, readable, token_readers
 from training.run import Run
+from training.shared import SharedBase
 
 
 def check_batch(run: Run, t: PPOTrainConfig) -> None:
@@ -106,27 +108,51 @@ def make_rewards(
     prompts: Sequence[EncodedPrompt],
     learned: dict[str, LearnedReward],
     frozen: list[Model],
+    base: SharedBase | None,
 ) -> Composition:
     """The rewards of all entries, with frozen models, checked against the columns of the prompts.
 
     `learned`: the scorers loaded so far, by reference. New ones are added to it, and their models to `frozen`.
+    `base`: as for `load_rewards`.
     """
     config: Config = run.config
     opened = partial(_reward_model, run)
     return load_rewards(
-        run.engine, entries, opened, [policy], prompts, config.model_args, bf16=bf16, learned=learned, frozen=frozen
+        run.engine,
+        entries,
+        opened,
+        [policy],
+        prompts,
+        config.model_args,
+        bf16=bf16,
+        learned=learned,
+        frozen=frozen,
+        base=base,
     )
 
 
-def load_policy(run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool) -> Model:
-    """The parent's model, without dropout."""
+def load_policy(
+    run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool
+) -> tuple[Model, SharedBase | None]:
+    """The parent's model, without dropout, and its weights for other models if it trains an adapter.
+
+    An engine that shards gives every model weights of its own.
+    """
     config: Config = run.config
-    return Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
+    keys: dict[str, Any] = {"dtype": dtype, "dropout": False, "bf16": bf16}
+    policy = Model.load(run.engine, parent, "policy", encoder, config.model_args, **keys)
+    if config.adapter is None:
+        return policy, None
+    base = None if run.engine.splits else SharedBase(policy)
+    return policy.adapt(config.adapter, run.seed), base
 
 
-def load_reference(policy: Model, bf16: bool) -> Model:
+def load_reference(policy: Model, bf16: bool) -> Model | WithoutAdapter:
     """The frozen reference of a policy, set up to compute rows as the policy does."""
-    reference = policy.reference(bf16).freeze()
+    reference = policy.reference(bf16)
+    if isinstance(reference, WithoutAdapter):
+        return reference
+    reference.freeze()
     with reference.whole() as module:
         ragged.enable(module)
     return reference
@@ -166,11 +192,14 @@ def say_unused_loss(run: Run, policy: Model) -> None:
 
 
 def make_critic(
-    run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool
+    run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool, base: SharedBase | None
 ) -> tuple[Model, Critic] | tuple[None, None]:
     """The critic, and the model whose body it has: the reward model, with the head scaled to the normalised reward.
 
     Without a reward model it is the policy's. None unless `advantage` is `gae`.
+
+    With an adapter, the body is frozen and has an adapter of its own; on the weights of the policy (`base`) if it can
+    share them.
     """
     config: Config = run.config
     if config.advantage != "gae":
@@ -180,7 +209,11 @@ def make_critic(
     if ref is not None:
         parent = _critic_model(run, ref)
         check_same_encoding(policy, parent, "the critic reads the policy's tokens; name another one under `critic`")
-    model = Model.load(run.engine, parent, "critic", encoder, config.model_args, dtype=dtype, dropout=False, bf16=bf16)
+    adapter = config.adapter and config.adapter.model_copy(update={"modules_to_save": []})
+    model = None if base is None else base.model(parent, "critic", encoder, adapter=adapter, seed=run.seed)
+    if model is None:
+        keys: dict[str, Any] = {"dtype": dtype, "dropout": False, "bf16": bf16, "adapter": adapter, "seed": run.seed}
+        model = Model.load(run.engine, parent, "critic", encoder, config.model_args, **keys)
     critic = Critic(model.module)
     if ref is not None:
         weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
@@ -196,7 +229,7 @@ def make_optimizer(model: ActorCritic, t: PPOTrainConfig) -> torch.optim.Optimiz
     decayed = decayed_names(model)
     groups = []
     for part, rate in (("policy", t.learning_rate), ("critic", t.critic_learning_rate)):
-        named = [(name, p) for name, p in model.named_parameters() if name.startswith(f"{part}.")]
+        named = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
         for decay, chosen in (
             (t.weight_decay, [p for name, p in named if name in decayed]),
             (0.0, [p for name, p in named if name not in decayed]),

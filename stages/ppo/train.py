@@ -86,7 +86,7 @@ def train(run: Run) -> None:
 
     # Parents, prompts, rewards.
     parent = run.parent("parent")
-    engine.set_up(t, embedding_shape(parent.model_dir)[1])
+    engine.set_up(t, embedding_shape(parent.weights_dir)[1])
     bf16 = engine.bf16
     encoder = load_encoder(parent)
     most = longest_prompt(run, parent)
@@ -97,16 +97,18 @@ def train(run: Run) -> None:
         scores = [*config.reward, *config.monitor]
         held = load_prompts(run, encoder, config.eval_data, "held-out prompts", most, scores, prompts)
         heldout, longest = held, max(longest, int(held.lengths.max()))
+    dtype = trained_dtype(engine, config.model_args)
+    policy, base = load_policy(run, parent, encoder, dtype, bf16)
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
-    rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen)
-    monitor = make_rewards(run, config.monitor, parent, bf16, heldout, learned, frozen) if config.monitor else None
+    rewards = make_rewards(run, config.reward, parent, bf16, prompts, learned, frozen, base)
+    monitor = None
+    if config.monitor:
+        monitor = make_rewards(run, config.monitor, parent, bf16, heldout, learned, frozen, base)
 
     # Models.
-    dtype = trained_dtype(engine, config.model_args)
-    policy = load_policy(run, parent, encoder, dtype, bf16)
     run.rehearse("causal_lm", policy)
-    critic_model, critic = make_critic(run, parent, encoder, dtype, bf16)
+    critic_model, critic = make_critic(run, parent, encoder, dtype, bf16, base)
     reference = load_reference(policy, bf16)
     check_positions(policy.module, longest + t.max_completion_length)
     say_unused_loss(run, policy)
@@ -121,10 +123,10 @@ def train(run: Run) -> None:
     padded_rows = not ragged.enabled(policy.module)
     vllm = None
     if config.vllm is not None:
-        vllm = VLLMEngine(config.vllm, parent.model_dir, device, run.is_main, engine.data_world)
+        vllm = VLLMEngine(config.vllm, parent.weights_dir, device, run.is_main, engine.data_world)
         run.on_close(vllm.close)
     spec = SamplingSpec.of(encoder, t.max_completion_length, temperature=t.temperature)
-    generator = Generator(run.seed, spec, t.rollout_micro_batch_size, engine, model, vllm)
+    generator = Generator(run.seed, spec, t.rollout_micro_batch_size, engine, model, vllm, policy.adapter)
     sampler = Sampler(t, encoder, engine, generator, reference, rewards, monitor, frozen)
     stream = PromptStream(prompts, run.seed)
     phases = sampler.phases
@@ -257,6 +259,7 @@ def train(run: Run) -> None:
         measured | watch.held_out(step) | {"kept_iteration": step},
         extra={"alarms": watch.alarms},
         step=at.iteration,
+        adapter=policy.adapter_record(run.section.name),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from data.config import SourceConfig
-from training.config import MuonTrainConfig, StageConfig, TrainedModelArguments
+from training.config import AdapterConfig, MuonTrainConfig, StageConfig, TrainedModelArguments, adapted
 from training.declaration import BITS_PER_BYTE, LOSS, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
 
 DECLARATION = Declaration(
@@ -41,6 +41,8 @@ class Config(StageConfig):
     """The stage refuses to start if more than this share of the documents was dropped."""
     model_args: TrainedModelArguments = Field(default_factory=TrainedModelArguments)
     """How the weights are loaded."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter instead of all weights."""
     train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
     """The training."""
 
@@ -50,7 +52,11 @@ class Config(StageConfig):
             raise ValueError("model: needs `architecture`, e.g. llama")
         if self.embedding_std is not None and self.model is None:
             raise ValueError("embedding_std is for random weights; without `model` the stage goes on from a checkpoint")
-        self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
+        if self.adapter is not None and self.model is not None:
+            raise ValueError("adapter is for a model that is trained further; random weights are all trained")
+        vars(self)["train"] = adapted(self.train, self.adapter)
+        if self.adapter is None:
+            self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
         return self
 
 

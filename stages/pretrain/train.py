@@ -49,7 +49,7 @@ def train(run: Run) -> None:
         except RecipeError as error:
             raise RecipeError(f"{run.recipe.path}: {run.section.name}.{error}") from error
 
-    elif (found := model_window(parent.model_dir)) is not None and found.tokens < config.block_size:
+    elif (found := model_window(parent.weights_dir)) is not None and found.tokens < config.block_size:
         raise RecipeError(
             f"{run.recipe.path}: {run.section.name}.block_size is {config.block_size}, more than the window of "
             f"{parent.name}, {found.tokens} tokens ({found.key} in its config.json); take block_size={found.tokens}"
@@ -75,7 +75,17 @@ def train(run: Run) -> None:
         if config.embedding_std is not None:
             torch.nn.init.normal_(model.module.get_input_embeddings().get_parameter("weight"), std=config.embedding_std)
     else:
-        model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=args.bf16)
+        model = Model.load(
+            run.engine,
+            parent,
+            "policy",
+            encoder,
+            config.model_args,
+            dtype=dtype,
+            bf16=args.bf16,
+            seed=run.seed,
+            adapter=config.adapter,
+        )
     if config.isolate_documents:  # without that, all rows are of one length
         check_positions(model.module, min(config.block_size, int(rows.lengths.max())))
     run.rehearse("causal_lm", model)
@@ -107,7 +117,9 @@ def train(run: Run) -> None:
         "train_tokens": trainer.state.global_step * config.train.global_batch_size * config.block_size,
     }
     write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
-    run.publish("causal_lm", write, metrics, step=trainer.state.global_step)
+    run.publish(
+        "causal_lm", write, metrics, step=trainer.state.global_step, adapter=model.adapter_record(run.section.name)
+    )
 
 
 class Blocks(Dataset[np.ndarray]):

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from training.config import Strict, TrainConfig, TrainedStageConfig
+from training.config import Strict, TrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import LOSS, TRAINER_LINE, Declaration, HeldModel, pair_charts
 
 DECLARATION = Declaration(
@@ -70,4 +70,4 @@ def parents(config: Config) -> dict[str, str]:
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory; those of `ensemble_with` are loaded one at a time, after training."""
     others = [HeldModel("reward", ref, note="compared after the training") for ref in config.ensemble_with]
-    return [HeldModel("reward", config.parent, trained=True), *others]
+    return [HeldModel("reward", config.parent, trained=True, note=adapter_note(config.adapter)), *others]

@@ -79,6 +79,7 @@ def train(run: Run) -> None:
         dropout=False,
         bf16=bool(args.bf16),
         seed=run.seed,
+        adapter=config.adapter,
     )
     check_positions(model.module, max([int(rows.lengths.max()), *map(kind.length, heldout)]))
     run.rehearse("reward_model", model)
@@ -134,7 +135,15 @@ def train(run: Run) -> None:
     check_scores(model, answers[:_COMPARED], values[:_COMPARED], trainer)
     write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
     files = [CARD] if heldout else []
-    run.publish("reward_model", write, metrics, extra, files=files, step=trainer.state.global_step)
+    run.publish(
+        "reward_model",
+        write,
+        metrics,
+        extra,
+        files=files,
+        step=trainer.state.global_step,
+        adapter=model.adapter_record(run.section.name),
+    )
 
 
 class Collator:

@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from data.turns import EarlierTurns
-from training.config import MuonTrainConfig, TrainedStageConfig
+from training.config import MuonTrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import LOSS, STOP_RATE, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
 
 DECLARATION = Declaration(
@@ -54,4 +54,4 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
-    return [HeldModel("policy", config.parent, trained=True)]
+    return [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]

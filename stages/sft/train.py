@@ -50,7 +50,17 @@ def train(run: Run) -> None:
     # Model and trainer.
     args = arguments(SFTConfig, run, len(data), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     dtype = trained_dtype(run.engine, config.model_args)
-    model = Model.load(run.engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=bool(args.bf16))
+    model = Model.load(
+        run.engine,
+        parent,
+        "policy",
+        encoder,
+        config.model_args,
+        dtype=dtype,
+        bf16=bool(args.bf16),
+        seed=run.seed,
+        adapter=config.adapter,
+    )
     check_positions(model.module, max(int(part.lengths.max()) for part in (rows, heldout) if part is not None))
     run.rehearse("causal_lm", model)
     collate = Collator(encoder.pad_id)
@@ -76,7 +86,9 @@ def train(run: Run) -> None:
 
     metrics = trainer.evaluate()
     write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
-    run.publish("causal_lm", write, metrics, step=trainer.state.global_step)
+    run.publish(
+        "causal_lm", write, metrics, step=trainer.state.global_step, adapter=model.adapter_record(run.section.name)
+    )
 
 
 class Collator:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from training.engines import upstream
+from training.engines.launch import LaunchError
 from training.engines.single import Entry
 from training.engines.splitting import Splitting
 
@@ -28,6 +29,13 @@ class Fsdp2(Splitting):
         if self.request.device == "cpu":
             os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
             upstream.allow_fsdp_on_cpu()
+
+    def check_pairs_on_adapter(self) -> None:
+        """As `Single.check_pairs_on_adapter`: TRL would load the reference from the files of the base alone."""
+        raise LaunchError(
+            "the parent is an adapter, and under fsdp2 TRL loads the reference without it; publish the parent with "
+            "adapter.merge: true, or use a ddp or deepspeed launch file"
+        )
 
     # ---- loops written by hand
 

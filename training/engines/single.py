@@ -124,6 +124,12 @@ class Single(Processes):
     def check_optimizer(self, key: str, name: str) -> None:
         """Raises LaunchError if the optimizer needs whole matrices and the engine shards them. `key`: recipe key."""
 
+    def check_adapter(self, *, dora: bool) -> None:
+        """Raises LaunchError if the engine cannot train an adapter of this kind."""
+
+    def check_pairs_on_adapter(self) -> None:
+        """Raises LaunchError if preference pairs cannot be trained on from a parent that is an adapter."""
+
     # ---- stages with an upstream trainer
 
     def micro_batch(self, train: "TrainConfig") -> int:

@@ -37,3 +37,11 @@ class Splitting(Single):
                 f"{key}: muon steps whole matrices, and {self.request.name} cuts them into pieces; "
                 "use a ddp launch file, or optim: adamw"
             )
+
+    def check_adapter(self, *, dora: bool) -> None:
+        """Raises LaunchError for DoRA, which measures whole matrices in every step."""
+        if dora:
+            raise LaunchError(
+                f"adapter.use_dora: DoRA measures whole matrices, and {self.request.name} cuts them into pieces; "
+                "use a ddp launch file, or LoRA"
+            )

@@ -143,6 +143,14 @@ PRIVATE: tuple[PrivateName, ...] = (
         ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
         "log-probabilities without logits of the whole vocabulary",
     ),
+    # peft
+    PrivateName(
+        "peft.tuners.tuners_utils:BaseTunerLayer",
+        "_disable_adapters",
+        None,
+        "the reference is the policy without its adapter; the public switch also changes what is trained",
+    ),
+    PrivateName("peft.utils.other:AuxiliaryTrainingWrapper", "_disable_adapters", None, "the same"),
     # DeepSpeed
     PrivateName(_ZERO12, "_hp_optimizer_states_linked", None, "links the moments of every group of parameters"),
     PrivateName(_ZERO12, "_lazy_init_hp_params_optimizer_state", (), "the same"),
