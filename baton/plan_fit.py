@@ -26,9 +26,13 @@ class Change:
     launch: str = ""
     """The launch file, if the engine is another."""
 
+    @property
+    def words(self) -> list[str]:
+        """The keys as overrides, relative to the section."""
+        return [f"{key}={str(value).lower()}" for key, value in self.keys.items()]
+
     def __str__(self) -> str:
-        words = [f"{key}={str(value).lower()}" for key, value in self.keys.items()]
-        return " ".join(words + ([f"with {self.launch}"] if self.launch else [])) or "nothing to change"
+        return " ".join([*self.words, *([f"with {self.launch}"] if self.launch else [])]) or "nothing to change"
 
 
 def mend(section: PlannedSection) -> Change | None:

@@ -68,7 +68,7 @@ def _mend(section: PlannedSection) -> str:
 def _fit(plan: Plan) -> list[str]:
     changes: list[tuple[PlannedSection, Change | None]] = [(section, mend(section)) for section in plan.sections]
     lost = [section.name for section, change in changes if change is None]
-    keys = [f"{section.name}.{key}={value}" for section, c in changes if c is not None for key, value in c.keys.items()]
+    keys = [f"{section.name}.{word}" for section, change in changes if change is not None for word in change.words]
     engines = {c.section.request for _, c in changes if c is not None and c.section.request != plan.request}
     lines = []
     if lost:

@@ -152,13 +152,14 @@ def row(case: Case, number: int, vocabulary: int, name: str) -> dict[str, str]:
         draws = uniform(count, 0, name, which, number)
         return " ".join(f"w{first + int(draw * (vocabulary - first))}" for draw in draws)
 
-    length = case.length - (8 if number % 4 == 0 else 0)
+    half = case.length // 2
     if case.sampled:
-        return {"prompt": words(length - 4, "prompt"), "completion": "w9"}
+        return {"prompt": words(case.length - (12 if number % 4 == 0 else 4), "prompt"), "completion": "w9"}
     if case.stage == "pretrain":
         return {"text": words(4 * case.length, "text")}
-    prompt = words(length // 2, "prompt")
-    answer = words(length if number % 4 else length // 2 - 8, "answer")
+    # What is longer than a row may be loses its beginning.
+    prompt = words(half - 16 if number % 4 == 0 else case.length, "prompt")
+    answer = words(half, "answer")
     if case.stage == "sft":
         return {"prompt": prompt, "completion": answer}
     return {"prompt": prompt, "chosen": answer, "rejected": words(len(answer.split()), "rejected")}
@@ -166,7 +167,7 @@ def row(case: Case, number: int, vocabulary: int, name: str) -> dict[str, str]:
 
 def both(case: Case, path: Path) -> tuple[float, float]:
     """What `baton plan` says, and the peak that its probe measures, MiB."""
-    launch = ROOT / "recipes" / "launch" / f"{case.launch or 'cpu'}.yaml"
+    launch = ROOT / "recipes" / "launch" / f"{case.launch}.yaml" if case.launch else None
     found = plan(path, launch=launch)
     (section,) = found.sections
     return section.peak / MIB, probe(found.recipe, section, launch) / MIB

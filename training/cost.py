@@ -28,6 +28,8 @@ _WITH_SCORES = ("gemma2",)
 """Families whose attention keeps the scores of all pairs of tokens."""
 _MORE = {"phi3": 2, "gpt_neox": 2, "opt": 2}
 """Further tensors of the queries' width that a family's attention keeps."""
+_GAPS = (0.7, 0.75)
+"""Gaps between gradients, and between activations, as shares of their size; fitted to measured peaks."""
 _PASSING = ("activations", "logits", "cache")
 FAMILIES_DECODED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose weights are packed once more for sampling on a CPU (`rollout.lean`)."""
@@ -88,6 +90,8 @@ class Memory:
     exchange: float = 0.0
     """Weights of other processes, and buffers for exchanging gradients."""
     process: float = 0.0
+    allocator: float = 0.0
+    """Pages of freed tensors that the allocator has not given back; on CPUs."""
 
     @property
     def total(self) -> float:
@@ -236,7 +240,7 @@ def layer_bytes(shape: Shape, batch: Batch, settings: Settings, device: Device) 
     if shape.family in _WITH_SCORES:
         attention += 8 * shape.heads * batch.length
     attention += number * _MORE.get(shape.family, 0) * queries
-    if not batch.padded and batch.head == "whole":  # rows without padding are put together again
+    if not batch.padded and batch.head == "actions":  # rows without padding are put together again
         attention += number * queries
     if shape.qk_norm:
         attention += (6 if settings.bf16 else 8) * (queries + keys)
@@ -276,7 +280,7 @@ def _training(
     embedding = max(4.0 * one.shape.embedding for one, _ in shares)
     before = gradients if accumulation > 1 else 0.0
     # Everything has been computed; the backward pass begins, with the model that was computed last.
-    log_probs = 4.0 * batch.logits * shape.vocab if batch.head == "whole" else 0.0
+    log_probs = 4.0 * batch.logits * shape.vocab if batch.head != "tiles" else 0.0
     phases = [
         replace(
             base, phase="forward pass", activations=sum(kept.values()) + working, logits=log_probs, gradients=before
@@ -296,7 +300,18 @@ def _training(
         )
     # The gradient of the embedding is a tensor of its own before it is added to that of the output head.
     last = gradients + (embedding if batch.logits else 0.0)
-    return [*phases, replace(base, phase="optimizer step", gradients=last, activations=working)]
+    phases.append(replace(base, phase="optimizer step", gradients=last, activations=working))
+    if device.kind == "cuda":
+        return phases
+    # glibc gives tensors back that are as large as the largest that were freed, such as logits and the gradients of
+    # embeddings. The memory of smaller ones stays with the process, and tensors of other sizes do not fill its gaps.
+    kept_pages = max(
+        max(0.0, one.gradients - 2 * embedding) * (1 + _GAPS[0]) + one.activations * (1 + _GAPS[1]) for one in phases
+    )
+    return [
+        replace(one, allocator=kept_pages - max(0.0, one.gradients - 2 * embedding) - one.activations)
+        for one in phases
+    ]
 
 
 def _kept(one: Held, batch: Batch, settings: Settings, request: Request, device: Device) -> float:
@@ -320,10 +335,11 @@ def _working(shape: Shape, tokens: int, settings: Settings) -> float:
 def _logits(shape: Shape, batch: Batch, settings: Settings, device: Device, *, gradients: bool = True) -> float:
     """Bytes of logits and of what is computed from them."""
     vocab = shape.vocab
-    if batch.head == "whole":
+    if batch.head != "tiles":
         if not gradients:
             return batch.logits * vocab * (2.0 if settings.bf16 else 4.0) + 16.0 * _PIECE
-        return batch.logits * vocab * (14.0 if settings.bf16 else 16.0)
+        number = {"loss": (12.0, 14.0), "actions": (16.0, 14.0)}[batch.head][settings.bf16]
+        return batch.logits * vocab * number
     tokens, entries = min(batch.logits, _TILE[0]), min(vocab, _TILE[1])
     if device.kind == "cuda":
         return 2.0 * tokens * _TILE[1]

@@ -20,8 +20,9 @@ class Batch:
     """Sequences of a row: 2 where rows are pairs."""
     scored: int | None = None
     """Tokens of a sequence whose predictions are scored; None: all; 0: there is no output head."""
-    head: Literal["tiles", "whole"] = "tiles"
-    """Whether logits are computed tile by tile, or of all scored tokens at once."""
+    head: Literal["tiles", "loss", "actions"] = "tiles"
+    """How logits are computed: tile by tile; of all tokens at once, for the model's own loss; or of all scored tokens
+    at once, with their entropies."""
     padded: bool = True
     """Whether rows are padded to the longest, and attention has a mask."""
 

@@ -119,5 +119,5 @@ def work(config: Config) -> Work:
     rows = config.batch_size
     length = max(config.max_prompt_length + config.max_new_tokens, config.context_length if config.text else 0)
     answers = Rollout(rows, config.max_prompt_length, config.max_new_tokens)
-    batch = Batch(rows, length, scored=config.max_new_tokens, head="whole")
+    batch = Batch(rows, length, scored=config.max_new_tokens, head="actions")
     return Work(None, batch, answers, looks=2, measure_key="batch_size")

@@ -352,13 +352,13 @@ def work(config: Config) -> Work:
         min(t.per_device_train_batch_size, t.rollout_batch_size // t.num_mini_batches),
         prompt + answer,
         scored=answer,
-        head="whole",
+        head="actions",
         padded=False,
     )
     sampled = Rollout(rows, prompt, answer, t.num_generations)
     return Work(
         batch,
-        Batch(rows, prompt + answer, scored=answer, head="whole", padded=False),
+        Batch(rows, prompt + answer, scored=answer, head="actions", padded=False),
         None if config.vllm is not None else sampled,
         batch=t.rollout_batch_size // t.num_mini_batches,
         rows=t.iterations * t.rollout_batch_size,

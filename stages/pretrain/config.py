@@ -75,6 +75,6 @@ def models(config: Config) -> list[HeldModel]:
 def work(config: Config) -> Work:
     """What the section computes at once."""
     t = config.train
-    batch = Batch(t.per_device_train_batch_size, config.block_size, padded=False)
+    batch = Batch(t.per_device_train_batch_size, config.block_size, head="loss", padded=False)
     held = Batch(t.per_device_eval_batch_size, config.block_size, padded=False) if config.eval_data else None
     return Work(batch, held, countable=False, **t.amount())
