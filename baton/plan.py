@@ -211,7 +211,8 @@ class Shapes:
             return int(size)
         from handoff.parent import open_parent
 
-        opened = open_parent(ref, self._recipe.run_dir, {"tokenizer", "causal_lm"}, verify=False)
+        kinds: set[str] = {"tokenizer", "causal_lm"}
+        opened = open_parent(ref, self._recipe.run_dir, kinds, verify=False)
         return opened.tokenizer.vocab_size
 
 

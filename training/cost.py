@@ -309,8 +309,7 @@ def _training(
         max(0.0, one.gradients - 2 * embedding) * (1 + _GAPS[0]) + one.activations * (1 + _GAPS[1]) for one in phases
     )
     return [
-        replace(one, allocator=kept_pages - max(0.0, one.gradients - 2 * embedding) - one.activations)
-        for one in phases
+        replace(one, allocator=kept_pages - max(0.0, one.gradients - 2 * embedding) - one.activations) for one in phases
     ]
 
 
