@@ -99,6 +99,7 @@ def write(case: Case, folder: Path) -> Path:
     from transformers.utils import logging
 
     from benchmarks.rl_setup import publish_reward, word_tokenizer
+    from data.template import STOP_TOKENS
 
     logging.disable_progress_bar()
     vocabulary = _VOCABULARY[case.size]
@@ -113,7 +114,9 @@ def write(case: Case, folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "policy")
+    policy = LlamaForCausalLM(config)
+    policy.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
+    policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     keys: dict[str, Any] = {"train": case.train, **case.keys}
     if case.stage == "ppo" and not case.keys:
@@ -178,7 +181,7 @@ def main(path: Path | None, only: Sequence[str] = ()) -> None:
     rows = []
     print(f"{'case':<28}{'predicted':>12}{'measured':>12}{'ratio':>8}", flush=True)
     for case in CASES:
-        if only and not any(word in case.name for word in only):
+        if only and case.name not in only:
             continue
         with tempfile.TemporaryDirectory(prefix="benchmark-plan-") as name:
             folder = Path(name)
@@ -193,6 +196,6 @@ def main(path: Path | None, only: Sequence[str] = ()) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--only", nargs="*", default=(), metavar="CASE", help="cases whose name has one of these words")
+    parser.add_argument("--only", nargs="*", default=(), metavar="CASE", help="of these names only")
     options = parser.parse_args()
     main(options.json, options.only)

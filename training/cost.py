@@ -10,6 +10,7 @@ value heads, D head size. Activations are what autograd keeps of a layer for the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from training.declaration import HeldModel, Role
 from training.devices import Device
@@ -28,7 +29,7 @@ _WITH_SCORES = ("gemma2",)
 """Families whose attention keeps the scores of all pairs of tokens."""
 _MORE = {"phi3": 2, "gpt_neox": 2, "opt": 2}
 """Further tensors of the queries' width that a family's attention keeps."""
-_GAPS = (0.7, 0.75)
+_GAPS = (0.7, 0.6)
 """Gaps between gradients, and between activations, as shares of their size; fitted to measured peaks."""
 _PASSING = ("activations", "logits", "cache")
 FAMILIES_DECODED = ("llama", "mistral", "qwen2", "qwen3")
@@ -105,7 +106,7 @@ class Memory:
 
     def corrected(self, factor: float) -> "Memory":
         """With what comes and goes multiplied by a factor."""
-        found = {key: factor * value for key, value in self.parts().items() if key in _PASSING}
+        found: dict[str, Any] = {key: factor * value for key, value in self.parts().items() if key in _PASSING}
         return replace(self, **found)
 
     def parts(self) -> dict[str, float]:
@@ -341,7 +342,7 @@ def _logits(shape: Shape, batch: Batch, settings: Settings, device: Device, *, g
         return batch.logits * vocab * number
     tokens, entries = min(batch.logits, _TILE[0]), min(vocab, _TILE[1])
     if device.kind == "cuda":
-        return 2.0 * tokens * _TILE[1]
+        return (2.0 if settings.bf16 else 4.0) * tokens * _TILE[1]
     tiles = 8.25 if gradients else 4.0
     return 4.0 * tokens * entries * tiles
 

@@ -17,10 +17,10 @@ from handoff.files import read_json
 from handoff.weights import read_tensors
 
 # The values that a configuration class has where neither config.json nor a recipe names them.
-_LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+_LLAMA: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 _LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": None, "tie_word_embeddings": False}
 _QWEN = _LLAMA | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
-_GEMMA = {"vocab_size": 256000, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 4}
+_GEMMA: dict[str, Any] = {"vocab_size": 256000, "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 4}
 _GEMMA |= {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
 _OLMO = _LLAMA | {"vocab_size": 50304}
 DEFAULTS: dict[str, dict[str, Any]] = {
