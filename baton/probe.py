@@ -8,6 +8,7 @@ CPU the peak is that of the resident memory above its level after the imports, o
 """
 
 import importlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,11 @@ def probe(recipe: Recipe, section: PlannedSection, launch: Path | None) -> float
         done = subprocess.run([sys.executable, *start, *own], capture_output=True, text=True, check=False)
         result = folder / _PEAK
         peak = float(result.read_text(encoding="ascii")) if result.is_file() else None
+    if done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        raise UserError(
+            f"{section.name}: its probe was killed, most likely because it needs more memory than there is; "
+            "`baton plan --fit` says what to change"
+        )
     if done.returncode != 0 or peak is None:
         raise UserError(f"{section.name}: its probe ended with {done.returncode}:\n{_end(done.stdout, done.stderr)}")
     return peak

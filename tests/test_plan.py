@@ -152,7 +152,7 @@ def test_a_model_that_does_not_fit_says_what_to_change(recipe: Path, root: Path)
     text = show_plan(wide, fit=True)
     assert (
         "DOES NOT FIT" in text
-        and "sft.train.per_device_train_batch_size=2 sft.train.gradient_checkpointing=True" in text
+        and "sft.train.per_device_train_batch_size=2 sft.train.gradient_checkpointing=true" in text
     )
     values = as_json(wide)["sections"]["sft"]
     assert values["fits"] is False and values["change"]["train.per_device_train_batch_size"] == 2
@@ -200,10 +200,14 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(recipe: Path, root: 
         plan(recipe, ["sft.train.global_batch_size=12"], launch(root, "zero3"), "h100")
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", [name for name in MODELS if name != "qwen3_moe"])
-def test_activations_are_what_autograd_keeps(family: str, padded: bool) -> None:
-    """The bytes of all tensors that are saved for the backward pass, without parameters, in float32 on a CPU."""
+CASES = [(name, padded, False) for name in MODELS if name != "qwen3_moe" for padded in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("family", "padded", "bf16"), [*CASES, *((name, True, True) for name in ("llama", "qwen3", "gpt2"))]
+)
+def test_activations_are_what_autograd_keeps(family: str, padded: bool, bf16: bool) -> None:
+    """The bytes of all tensors that are saved for the backward pass, without parameters, on a CPU."""
     import torch
 
     rows, length = 3, 40
@@ -225,10 +229,12 @@ def test_activations_are_what_autograd_keeps(family: str, padded: bool) -> None:
 
     mask = torch.ones(rows, length, dtype=torch.long)
     mask[0, -7:] = 0 if padded else 1
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.base_model(torch.zeros(rows, length, dtype=torch.long), attention_mask=mask)
     shape = shape_of(keys | {"model_type": family})
-    found = activations(shape, Batch(rows, length, padded=padded), Settings(), this_cpu(1))
+    found = activations(shape, Batch(rows, length, padded=padded), Settings(bf16=bf16), this_cpu(1))
+    found += 2 * shape.layers * shape.matrices * bf16  # autocast's copies of the weights
     assert found == pytest.approx(sum(kept.values()), rel=0.08)
 
 

@@ -279,7 +279,7 @@ def _training(
     shape = max((one.shape for one, _ in shares), key=lambda shape: shape.hidden * shape.layers)
     working = _working(shape, batch.tokens, settings)
     embedding = max(4.0 * one.shape.embedding for one, _ in shares)
-    before = gradients if accumulation > 1 else 0.0
+    before = gradients if accumulation > 1 else sum(found.lasting for _, found in shares)
     # Everything has been computed; the backward pass begins, with the model that was computed last.
     log_probs = 4.0 * batch.logits * shape.vocab if batch.head != "tiles" else 0.0
     phases = [
@@ -296,7 +296,7 @@ def _training(
                 phase="output head",
                 activations=sum(size for role, size in kept.items() if role == "policy"),
                 logits=_logits(shape, batch, settings, device),
-                gradients=(before or others) + embedding,
+                gradients=max(before, others) + embedding,
             )
         )
     # The gradient of the embedding is a tensor of its own before it is added to that of the output head.

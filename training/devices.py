@@ -75,6 +75,8 @@ def gpu(name: str) -> Device:
 
 _LIBRARIES = 60 * 2**20
 """What a process on a CPU takes besides tensors: parts of libraries that only computing loads, rows, threads."""
+_IMPORTS = 0.6 * GIB
+"""What it takes before that, by its imports."""
 
 
 def this_cpu(processes: int) -> Device:
@@ -85,4 +87,5 @@ def this_cpu(processes: int) -> Device:
         total = min(total, int(text))
     flags = Path("/proc/cpuinfo")
     words = set(flags.read_text(encoding="utf-8", errors="replace").split()) if flags.is_file() else set()
-    return Device("this CPU", total / processes, None, "cpu", bool(words & {"avx512_bf16", "amx_bf16"}), _LIBRARIES)
+    bf16 = bool(words & {"avx512_bf16", "amx_bf16"})
+    return Device("this CPU", total / processes - _IMPORTS, None, "cpu", bf16, _LIBRARIES)

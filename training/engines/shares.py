@@ -51,6 +51,8 @@ class Shares:
     """Weights of other processes that a forward and backward pass brings here, and buffers for exchanging gradients."""
     whole: float = 0.0
     """Weights of other processes while the model is whole, for sampling and scoring."""
+    lasting: float = 0.0
+    """The part of `gradients` whose memory is never given back."""
 
 
 def trained(
@@ -76,13 +78,17 @@ def trained(
     if request.name == "fsdp2":
         live = largest * (2 if bf16 else 4)
         return Shares(4 * share, 4 * share, moments * share, live=live, whole=4 * (n - share))
-    # DeepSpeed: a copy for the forward pass, and the float32 weights that the optimizer steps.
+    # DeepSpeed: a copy for the forward pass, and the float32 weights that the optimizer steps. On a CPU the memory of a
+    # bucket is taken as far as it is used.
     copy = 2 if bf16 else 4
-    bucket = min(_BUCKET, together or n) / (together or n) * n * copy if not cuda else min(_BUCKET, n) * copy
+    together = together or n
+    bucket = copy * (_BUCKET if cuda else min(_BUCKET, together) * n / together)
     if request.zero_stage == 3:
-        live = copy * min(_LIVE, largest)
-        held = copy * share + 4 * share
-        return Shares(held, 4 * share, moments * share, live=live + bucket, whole=copy * (n - share))
+        # Weights that have been gathered stay until the backward pass, up to a number that few models reach. Gradients
+        # are collected in one bucket, cut up in a second one, and kept in a buffer and as the optimizer's own.
+        live = copy * min(_LIVE, n)
+        shares = Shares(copy * share + 4 * share, (copy + 4) * share, moments * share, live=live + 2 * bucket)
+        return replace(shares, whole=copy * (n - share), lasting=copy * share)
     gradients = copy * (n if request.zero_stage == 1 else share)
     return Shares(copy * n + 4 * share, gradients, moments * share, live=bucket)
 
