@@ -14,6 +14,7 @@ from data.config import HubSource, SourceConfig, StageSource, WorldSource
 from data.errors import DataError
 from data.sources import read_rows
 from handoff.errors import HandoffError, UserError
+from handoff.gguf import is_gguf, sizes
 from training.config import MuonTrainConfig, StageConfig
 from training.cost import Cost, Held, Settings, cost
 from training.devices import Device, gpu, this_cpu
@@ -195,6 +196,9 @@ class Shapes:
 
     def _find(self, ref: str) -> Shape:
         if ref not in self._recipe.sections:
+            if is_gguf(ref):
+                config, stored = sizes(Path(ref).expanduser())
+                return shape_of(config, stored, ref)
             return shape_in(_directory(ref))
         made = self._recipe.sections[ref]
         parent = made.parents.get("parent")

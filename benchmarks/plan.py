@@ -83,12 +83,12 @@ CASES = (
     Case("ppo 135M", "ppo", "135M", 32, _sampler(4, 4, 32, bf16=False)),
     Case("grpo 25M", "ppo", "25M", 64, _sampler(8, 16, 32, **_FOUR, bf16=False), _GROUP),
     Case("grpo 135M", "ppo", "135M", 32, _sampler(4, 8, 32, **_FOUR, bf16=False), _GROUP),
-    Case("sft 60M, DDP", "sft", "60M", 128, _trainer(4, 8), launch="cpu2"),
-    Case("sft 60M, ZeRO-2", "sft", "60M", 128, _trainer(4, 8), launch="cpu2_zero2"),
+    Case("sft 25M, DDP", "sft", "25M", 64, _trainer(4, 8), launch="cpu2"),
+    Case("sft 25M, ZeRO-2", "sft", "25M", 64, _trainer(4, 8), launch="cpu2_zero2"),
     Case("sft 60M, ZeRO-3", "sft", "60M", 128, _trainer(4, 8), launch="cpu2_zero3"),
     Case("dpo 25M, ZeRO-2", "dpo", "25M", 128, _trainer(4, 8), launch="cpu2_zero2"),
     Case("ppo 25M, ZeRO-3", "ppo", "25M", 64, _sampler(8, 16, 32), launch="cpu2_zero3"),
-    Case("sft 60M, FSDP2", "sft", "60M", 128, _trainer(4, 8), launch="cpu2_fsdp2"),
+    Case("sft 25M, FSDP2", "sft", "25M", 64, _trainer(4, 8), launch="cpu2_fsdp2"),
 )
 
 
