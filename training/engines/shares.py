@@ -76,7 +76,8 @@ def trained(
         return Shares(width * n, width * n, moments * n, live=width * n)
     share = n / processes
     if request.name == "fsdp2":
-        live = largest * (2 if bf16 else 4)
+        # On CPUs, the memory of gathered layers, of their gradients and of what gloo exchanges stays with the process.
+        live = largest * (2 if bf16 else 4) if cuda else 12 * n
         return Shares(4 * share, 4 * share, moments * share, live=live, whole=4 * (n - share))
     # DeepSpeed: a copy for the forward pass, and the float32 weights that the optimizer steps. On a CPU the memory of a
     # bucket is taken as far as it is used.
@@ -85,9 +86,10 @@ def trained(
     bucket = copy * (_BUCKET if cuda else min(_BUCKET, together) * n / together)
     if request.zero_stage == 3:
         # Weights that have been gathered stay until the backward pass, up to a number that few models reach. Gradients
-        # are collected in one bucket, cut up in a second one, and kept in a buffer and as the optimizer's own.
-        live = copy * min(_LIVE, n)
-        shares = Shares(copy * share + 4 * share, (copy + 4) * share, moments * share, live=live + 2 * bucket)
+        # are collected in one bucket, cut up in a second one, and kept in a buffer and as the optimizer's own. On CPUs,
+        # where gloo exchanges them, a third bucket was measured.
+        live = copy * min(_LIVE, n) + (2 if cuda else 3) * bucket
+        shares = Shares(copy * share + 4 * share, (copy + 4) * share, moments * share, live=live)
         return replace(shares, whole=copy * (n - share), lasting=copy * share)
     gradients = copy * (n if request.zero_stage == 1 else share)
     return Shares(copy * n + 4 * share, gradients, moments * share, live=bucket)
