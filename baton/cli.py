@@ -157,6 +157,45 @@ def config(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(help="An accelerate configuration, e.g. recipes/launch/zero3.yaml.", show_default=False),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="What each process runs on, e.g. h100; by default this machine's CPU.", show_default=False),
+    ] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Also say what to change so that everything fits.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also measure: three steps of each section on its longest rows.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say what each section will take before it is run: models, memory of a process, disk, tokens, time; whether it
+    fits, and what to change where it does not.
+
+    Nothing is loaded or started, unless with --probe.
+    """
+    from baton.plan import plan as planned
+    from baton.plan_shown import as_json, show_plan
+
+    found = planned(recipe, overrides or (), launch, gpu)
+    if probe:
+        from baton.probe import probed
+
+        found = probed(found, launch)
+    if json:
+        import json as encoder
+
+        print(encoder.dumps(as_json(found), indent=2))
+    else:
+        print(shown(show_plan(found, fit=fit)), end="")
+
+
+@app.command()
 def report(
     target: RunArgument,
     output: Annotated[

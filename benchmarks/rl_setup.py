@@ -53,7 +53,7 @@ def make(root: Path, size: str, prompt_tokens: tuple[int, int], prompts: int, ha
         prompts: number of prompts, with lengths spread evenly between the two.
         hazard: chance that an answer ends at a token, in [0, 1).
     """
-    tokenizer = _tokenizer()
+    tokenizer = word_tokenizer()
     config = LlamaConfig(
         **SIZES[size],
         vocab_size=VOCABULARY,
@@ -74,7 +74,7 @@ def make(root: Path, size: str, prompt_tokens: tuple[int, int], prompts: int, ha
     tokenizer.save_pretrained(root / "policy")
 
     reward = LlamaForSequenceClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1}))
-    _publish_reward(root / "reward", reward, tokenizer)
+    publish_reward(root / "reward", reward, tokenizer)
 
     path = root / "prompts.jsonl"
     lines = []
@@ -103,8 +103,9 @@ def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) ->
     return [int(text.partition(" ")[0].removeprefix("w") or 0) / VOCABULARY for text in completions]
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    words = [*SPECIAL_TOKENS, *(f"w{i}" for i in range(len(SPECIAL_TOKENS), VOCABULARY))]
+def word_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the words w0, w1, ... besides the special tokens."""
+    words = [*SPECIAL_TOKENS, *(f"w{i}" for i in range(len(SPECIAL_TOKENS), vocabulary))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL_TOKENS[-1]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -138,7 +139,9 @@ def _set_stops(model: LlamaForCausalLM, stops: Sequence[int], eos: int, hazard: 
     embedding[eos, 0] = middle
 
 
-def _publish_reward(path: Path, model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast) -> None:
+def publish_reward(path: Path, model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Publishes a reward model in `path`, as its stage does."""
+
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

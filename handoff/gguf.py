@@ -8,6 +8,7 @@ turns the weights back into float32, but it refuses to save what it has read; so
 import importlib.util
 import os
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ from handoff.files import check_free_space, fsync_tree, human_bytes, quoted, rea
 from handoff.gate import named_errors
 
 SUFFIX = ".gguf"
+_HEAD = "output.weight"
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+}
+"""{key of a config.json: the file's own name}."""
 _DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 """llama.cpp's names (src/llama-vocab.cpp) for: each digit alone, otherwise as GPT-2 splits."""
 _AS_GPT2 = frozenset({"gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion", "granite-docling", "gigachat", "mellum"})
@@ -28,6 +39,37 @@ def is_gguf(ref: str | Path) -> bool:
         path = Path(ref).expanduser()
         return path.suffix == SUFFIX and path.is_file()
     return False
+
+
+def sizes(path: Path) -> tuple[dict[str, Any], int]:
+    """The sizes of the file's network under the names of a config.json, and the number of its parameters without an
+    output head of its own. Reads no weights, and needs no torch.
+
+    Raises:
+        HandoffError: it is no GGUF file, or the package `gguf` is missing.
+    """
+    _need_package(path)
+    with named_errors(path):
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+
+        def field(name: str) -> Any:
+            found = reader.get_field(name)
+            return None if found is None else found.contents()
+
+        family = field("general.architecture")
+        named = {key: field(f"{family}.{name}") for key, name in _SIZES.items()}
+        shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
+        embedding = shapes["token_embd.weight"]
+    config = {key: value for key, value in named.items() if value is not None}
+    config |= {"model_type": family, "vocab_size": embedding[1], "tie_word_embeddings": _HEAD not in shapes}
+    return config, sum(prod(shape) for name, shape in shapes.items() if name != _HEAD)
+
+
+def _need_package(path: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise HandoffError(f"{quoted(path)}: reading it needs a package: pip install 'baton-align[gguf]'")
 
 
 def unpacked(path: Path, store: Path, digest: str) -> Path:
@@ -48,8 +90,7 @@ def unpacked(path: Path, store: Path, digest: str) -> Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise HandoffError(f"{quoted(path)} is not a GGUF file: it does not begin with the letters GGUF")
-    if importlib.util.find_spec("gguf") is None:
-        raise HandoffError(f"{quoted(path)}: reading it needs a package: pip install 'baton-align[gguf]'")
+    _need_package(path)
     size = path.stat().st_size
     check_free_space(store, _FLOAT32 * size, f"unpacking {quoted(path.name)} ({human_bytes(size)}) to float32 weights")
     written = store / f".tmp-{folder.name}-{os.getpid()}"

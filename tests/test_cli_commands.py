@@ -1,5 +1,6 @@
 """The baton command: its output and exit codes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -49,12 +50,12 @@ def baton(tmp_path, root):
 def test_help_names_the_commands_and_the_exit_codes(baton):
     done = baton("--help")
     assert done.returncode == 0
-    for word in ("run", "status", "verify", "config", "report", "chat", "Exit codes"):
+    for word in ("run", "status", "verify", "config", "plan", "report", "chat", "Exit codes"):
         assert word in done.stdout
     assert baton().returncode == 2  # typer's answer to a command that is missing
 
 
-@pytest.mark.parametrize("command", ["run", "status", "verify", "config", "report", "chat"])
+@pytest.mark.parametrize("command", ["run", "status", "verify", "config", "plan", "report", "chat"])
 def test_every_command_refuses_a_missing_recipe(baton, command):
     done = baton(command, "smal.yaml")
     assert (done.returncode, done.stdout) == (2, "")
@@ -247,3 +248,15 @@ def test_a_pipeline_goes_on_when_its_reader_has_gone(baton, recipe, tmp_path):
     run_dir = tmp_path / "runs" / "small"
     assert (run_dir / "tokenizer" / "stage.json").exists() and (run_dir / "second" / "stage.json").exists()
     assert "rows in" in (run_dir / "logs" / "second.log").read_text()
+
+
+def test_plan_prints_text_or_one_object_and_names_an_unknown_gpu(baton, recipe):
+    done = baton("plan", recipe, "--gpu", "h100", "pretrain.model.num_hidden_layers=2")
+    assert done.returncode == 0, done.stderr
+    assert "on h100: single, 1 process" in done.stdout and "pretrain" in done.stdout and "fits" in done.stdout
+    done = baton("plan", recipe, "--json", "pretrain.model.num_hidden_layers=2")
+    assert done.returncode == 0, done.stderr
+    sections = json.loads(done.stdout)["sections"]
+    assert list(sections) == ["pretrain", "dpo"] and sections["dpo"]["models"][0]["parameters"] > 1e8
+    done = baton("plan", recipe, "--gpu", "h1oo")
+    assert done.returncode == 2 and "--gpu h1oo: there are h200" in done.stderr

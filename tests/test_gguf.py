@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import handoff.gguf
 from handoff.errors import HandoffError
-from handoff.gguf import unpacked
+from handoff.gguf import sizes, unpacked
 from handoff.parent import UNPACKED, open_parent
 from tests.hostile_models import write_good
+from training.shapes import shape_of
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -89,6 +90,14 @@ def model(tmp_path: Path) -> tuple[Path, LlamaForCausalLM]:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, built, folder, (folder / "chat_template.jinja").read_text())
     return path, built
+
+
+def test_the_sizes_of_a_file_are_those_of_its_model(model):
+    path, built = model[0], model[1]
+    config, stored = sizes(path)
+    shape = shape_of(config, stored)
+    assert shape.parameters == sum(parameter.numel() for parameter in built.parameters())
+    assert shape_of(config).parameters == shape.parameters
 
 
 def test_a_gguf_file_is_the_model_that_was_written(model, tmp_path):

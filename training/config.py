@@ -1,7 +1,7 @@
 """Configuration classes shared by the sections of a recipe. Each stage's `config.py` builds on them. No torch here."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -111,6 +111,17 @@ class TrainConfig(OptimizerConfig):
     """Optimizer steps between two evaluations on held-out data; 0: only at the end."""
     save_steps: int = Field(default=0, ge=0)
     """Optimizer steps between two saved states; 0: every tenth of the run."""
+
+    def amount(self) -> dict[str, Any]:
+        """The fields of `Work` that say how much is trained."""
+        stepped = self.max_steps > 0
+        return {
+            "batch": self.global_batch_size,
+            "rows": self.max_steps * self.global_batch_size if stepped else None,
+            "passes": 1.0 if stepped else self.num_train_epochs,
+            "states": self.save_total_limit + 1,
+            "step_keys": ("train.max_steps",),
+        }
 
     @model_validator(mode="after")
     def _trains(self) -> Self:
@@ -289,6 +300,22 @@ class StageConfig(Strict):
             for row, entry in enumerate(entries)
             if isinstance(entry, RewardConfig)
         }
+
+    def vocabulary(self) -> int | None:
+        """Entries of the tokenizer that the section makes; None if it makes none."""
+        return None
+
+    def network(self) -> dict[str, Any] | None:
+        """The network that the section builds, with the keys of a config.json; None if it takes its parent's."""
+        return None
+
+    def training(self) -> OptimizerConfig | None:
+        """The section's `train:`; None if nothing is trained."""
+        return next((value for _, value in self if isinstance(value, OptimizerConfig)), None)
+
+    def loading(self) -> ModelArguments:
+        """The section's `model_args:`."""
+        return next((value for _, value in self if isinstance(value, ModelArguments)), ModelArguments())
 
     def optimizer_steps(self) -> TrainConfig | None:
         """The section's `train:`, if its optimizer steps take rows of the data; otherwise None."""

@@ -26,6 +26,8 @@ class HeldModel:
     """Whether the stage updates the model's weights."""
     note: str = ""
     """Other information for the reader, e.g. that the weights are random at the start."""
+    in_turn: bool = False
+    """Whether it is in memory without the other models of the section that are `in_turn`."""
 
     def __str__(self) -> str:
         words = [word for word in ("trained" if self.trained else "", self.note) if word]

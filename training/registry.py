@@ -6,7 +6,8 @@ A stage's `config.py` has
 - `class Config(StageConfig)`: the keys that a recipe's section of this stage may have;
 - `parents(config) -> {role: reference}`: the parents that the section needs, e.g. `{"parent": config.parent}`;
 - optionally `soft_parents(config) -> [reference]`: parents that run before the section, but that it does not need;
-- optionally `models(config) -> [HeldModel]`: the models that the section has in memory while it runs.
+- optionally `models(config) -> [HeldModel]`: the models that the section has in memory while it runs;
+- optionally `work(config) -> Work`: how much the section computes at once, for `baton plan` (`training/work.py`).
 
 Neither this module nor any `config.py` imports torch.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from training.config import StageConfig
 from training.declaration import Declaration, HeldModel
+from training.work import Work
 
 
 class Registry:
@@ -69,6 +71,12 @@ class Registry:
         """The models that a section has in memory; none if config.py defines no `models`."""
         module = self._module(stage)
         return list(module.models(config)) if "models" in vars(module) else []
+
+    def work(self, stage: str, config: StageConfig) -> Work:
+        """How much a section computes; nothing if config.py defines no `work`."""
+        module = self._module(stage)
+        result: Work = module.work(config) if "work" in vars(module) else Work()
+        return result
 
     def _module(self, stage: str) -> Any:
         return importlib.import_module(f"{self.package}.{stage}.config")

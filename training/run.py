@@ -57,6 +57,9 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers",
 class Run:
     """One section of a recipe while its stage runs. `run_section` makes it, not the stage."""
 
+    tries_longest = False
+    """Whether a training with a Trainer begins with its longest rows, to see what it takes."""
+
     def __init__(self, recipe: Recipe, name: str, signals: Signals, engine: Engine) -> None:
         self.recipe = recipe
         self.section = recipe.sections[name]

@@ -68,9 +68,14 @@ class StepOrder(Sampler[int]):
         self.steps = math.ceil(rows / step_size)
         self._rows, self._step_size, self._seed, self._epoch = rows, step_size, seed, 0
         self._lengths = None if lengths is None else np.asarray(lengths)
+        self._longest_first = False
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
+
+    def longest_first(self) -> None:
+        """From now on, the longest rows come first, where their lengths are known. They show what the steps take."""
+        self._longest_first = True
 
     def __len__(self) -> int:
         return self.steps * self._step_size
@@ -84,7 +89,9 @@ class StepOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order: np.ndarray = np.resize(shuffled(self._rows, self._seed, "order", self._epoch), len(self))
-        if self._lengths is not None:
+        if self._longest_first and self._lengths is not None:
+            order = order[np.argsort(-self._lengths[order], kind="stable")]
+        elif self._lengths is not None:
             window = _SORTED_STEPS * self._step_size
             parts = [order[start : start + window] for start in range(0, len(order), window)]
             order = np.concatenate([part[np.argsort(-self._lengths[part], kind="stable")] for part in parts])
@@ -306,6 +313,8 @@ def fit(
         Stopped: a signal asked the stage to end, and it tried to save its state.
     """
     config: TrainConfig = run.config.train
+    if run.tries_longest:
+        order.longest_first()
     trainer.run, trainer.trained, trainer.order = run, model, order
     trainer.train_config, trainer.hold_out = config, hold_out
     trainer.saves = SavedStates(run, config, more=[files.RNG])

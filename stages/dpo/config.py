@@ -16,6 +16,7 @@ from training.declaration import (
     held_out,
     pair_charts,
 )
+from training.work import Batch, Rollout, Work
 
 DECLARATION = Declaration(
     "preference tuning",
@@ -74,3 +75,14 @@ def parents(config: Config) -> dict[str, str]:
 def models(config: Config) -> list[HeldModel]:
     """Models held in memory. There is no separate reference: its log-probabilities are computed before training."""
     return [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]
+
+
+def work(config: Config) -> Work:
+    """What the section computes at once. The reference reads every pair before the training."""
+    t, answers = config.train, None
+    if config.eval_data and config.eval_answers:
+        rows = min(t.per_device_eval_batch_size, config.eval_answers)
+        answers = Rollout(rows, config.max_length, config.max_new_tokens)
+    held = Batch(t.per_device_eval_batch_size, config.max_length, sequences=2)
+    batch = Batch(t.per_device_train_batch_size, config.max_length, sequences=2)
+    return Work(batch, held, answers, looks=1, **t.amount())

@@ -8,6 +8,7 @@ from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
 from training.config import ModelArguments, StageConfig
 from training.declaration import Declaration, HeldModel
+from training.work import Batch, Rollout, Work
 
 DECLARATION = Declaration(
     "evaluation",
@@ -109,5 +110,14 @@ def soft_parents(config: Config) -> list[str]:
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory; policies are loaded one at a time."""
     scorers = dict.fromkeys(ref for entry in config.scores for ref in entry.references)
-    policies = [HeldModel("policy", name, note="one at a time") for name in config.models]
+    policies = [HeldModel("policy", name, note="one at a time", in_turn=True) for name in config.models]
     return [*policies, *(HeldModel("reward", ref) for ref in scorers)]
+
+
+def work(config: Config) -> Work:
+    """What the section computes at once."""
+    rows = config.batch_size
+    length = max(config.max_prompt_length + config.max_new_tokens, config.context_length if config.text else 0)
+    answers = Rollout(rows, config.max_prompt_length, config.max_new_tokens)
+    batch = Batch(rows, length, scored=config.max_new_tokens, head="actions")
+    return Work(None, batch, answers, looks=2, measure_key="batch_size")

@@ -8,6 +8,7 @@ from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
 from training.config import ModelArguments, StageConfig
 from training.declaration import Declaration, HeldModel
+from training.work import Rollout, Work
 
 DECLARATION = Declaration(
     "sampled answers",
@@ -84,3 +85,9 @@ def models(config: Config) -> list[HeldModel]:
     """The model that answers, and the reward models."""
     scorers = dict.fromkeys(ref for entry in config.scores for ref in entry.references)
     return [HeldModel("policy", config.parent), *(HeldModel("reward", ref) for ref in scorers)]
+
+
+def work(config: Config) -> Work:
+    """What the section computes at once."""
+    answers = Rollout(config.batch_size, config.max_prompt_length, config.max_new_tokens, config.num_generations)
+    return Work(None, None, answers, looks=config.num_generations, measure_key="batch_size")

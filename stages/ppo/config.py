@@ -19,6 +19,7 @@ from training.config import (
     adapter_note,
 )
 from training.declaration import Declaration, HeldModel
+from training.work import Batch, Rollout, Work
 
 DECLARATION = Declaration(
     "policy gradient",
@@ -364,3 +365,31 @@ def models(config: Config) -> list[HeldModel]:
         held.append(HeldModel("critic", config.critic_parent or config.parent, trained=True, note=note))
     rewards = dict.fromkeys(ref for entry in (*config.reward, *config.monitor) for ref in entry.references)
     return [*held, *(HeldModel("reward", ref) for ref in rewards)]
+
+
+def work(config: Config) -> Work:
+    """What the section computes at once. Every model reads each answer once, and the policy writes it."""
+    t, prompt, answer = config.train, config.max_prompt_length, config.train.max_completion_length
+    rows = min(t.rollout_micro_batch_size, t.rollout_batch_size)
+    batch = Batch(
+        min(t.per_device_train_batch_size, t.rollout_batch_size // t.num_mini_batches),
+        prompt + answer,
+        scored=answer,
+        head="actions",
+        padded=False,
+    )
+    sampled = Rollout(rows, prompt, answer, t.num_generations)
+    return Work(
+        batch,
+        Batch(rows, prompt + answer, scored=answer, head="actions", padded=False),
+        None if config.vllm is not None else sampled,
+        batch=t.rollout_batch_size // t.num_mini_batches,
+        rows=t.iterations * t.rollout_batch_size,
+        passes=t.num_ppo_epochs,
+        looks=1,
+        states=t.save_total_limit + 1 + (config.guards.keep == "best"),
+        measure_key="train.rollout_micro_batch_size",
+        bf16_on_cpu=True,
+        step_keys=("train.iterations",),
+        checkpointed=("policy",),
+    )

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from data.config import SourceConfig
 from training.config import AdapterConfig, MuonTrainConfig, StageConfig, TrainedModelArguments, adapted
 from training.declaration import BITS_PER_BYTE, LOSS, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
+from training.work import Batch, Work
 
 DECLARATION = Declaration(
     "pretraining",
@@ -46,6 +47,12 @@ class Config(StageConfig):
     train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
     """The training."""
 
+    def network(self) -> dict[str, Any] | None:
+        """The network that `model` describes, with the keys of a config.json."""
+        if self.model is None:
+            return None
+        return {"model_type": self.model["architecture"]} | {k: v for k, v in self.model.items() if k != "architecture"}
+
     @model_validator(mode="after")
     def _architecture(self) -> Self:
         if self.model is not None and not isinstance(self.model.get("architecture"), str):
@@ -69,3 +76,11 @@ def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
     note = "" if config.model is None else f"random weights, {config.model['architecture']}"
     return [HeldModel("policy", config.parent, trained=True, note=note)]
+
+
+def work(config: Config) -> Work:
+    """What the section computes at once."""
+    t = config.train
+    batch = Batch(t.per_device_train_batch_size, config.block_size, head="loss", padded=False)
+    held = Batch(t.per_device_eval_batch_size, config.block_size, padded=False) if config.eval_data else None
+    return Work(batch, held, countable=False, **t.amount())

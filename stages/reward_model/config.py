@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from training.config import Strict, TrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import LOSS, TRAINER_LINE, Declaration, HeldModel, pair_charts
+from training.work import Batch, Work
 
 DECLARATION = Declaration(
     "reward model",
@@ -69,5 +70,15 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory; those of `ensemble_with` are loaded one at a time, after training."""
-    others = [HeldModel("reward", ref, note="compared after the training") for ref in config.ensemble_with]
+    others = [
+        HeldModel("reward", ref, note="compared after the training", in_turn=True) for ref in config.ensemble_with
+    ]
     return [HeldModel("reward", config.parent, trained=True, note=adapter_note(config.adapter)), *others]
+
+
+def work(config: Config) -> Work:
+    """What the section computes at once."""
+    t = config.train
+    batch = Batch(t.per_device_train_batch_size, config.max_length, sequences=2, scored=0)
+    held = Batch(t.per_device_eval_batch_size, config.max_length, scored=0)
+    return Work(batch, held, **t.amount())

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from data.turns import EarlierTurns
 from training.config import MuonTrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import LOSS, STOP_RATE, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
+from training.work import Batch, Rollout, Work
 
 DECLARATION = Declaration(
     "instruction tuning",
@@ -55,3 +56,16 @@ def parents(config: Config) -> dict[str, str]:
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
     return [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]
+
+
+def work(config: Config) -> Work:
+    """What the section computes at once."""
+    t, held, answers = config.train, None, None
+    padded = not config.packing
+    if config.eval_data:
+        held = Batch(t.per_device_eval_batch_size, config.max_length)
+        if config.eval_answers:
+            rows = min(t.per_device_eval_batch_size, config.eval_answers)
+            answers = Rollout(rows, config.max_length, config.max_new_tokens)
+    batch = Batch(t.per_device_train_batch_size, config.max_length, padded=padded)
+    return Work(batch, held, answers, countable=padded, **t.amount())

@@ -34,6 +34,10 @@ class Config(StageConfig):
     min_frequency: int = Field(default=2, ge=1)
     """Minimum number of occurrences of a pair that is merged."""
 
+    def vocabulary(self) -> int | None:
+        """Entries of the tokenizer that the section makes."""
+        return self.vocab_size
+
 
 def parents(config: Config) -> dict[str, str]:
     """A tokenizer has no parent."""

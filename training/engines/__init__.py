@@ -21,7 +21,7 @@ Only this package uses accelerate, DeepSpeed, FSDP, ranks and devices; a test ch
 
 import os
 
-from training.engines.launch import REHEARSAL, leave_to_recipe, requested, world_size
+from training.engines.launch import REHEARSAL, Request, leave_to_recipe, requested, world_size
 from training.engines.protocol import Engine
 from training.threads import settle
 
@@ -51,7 +51,11 @@ def current() -> Engine:
     Raises:
         LaunchError: the launch file asks for an engine that Baton does not have.
     """
-    request = requested()
+    return engine_of(requested())
+
+
+def engine_of(request: Request) -> Engine:
+    """The engine of a request. Checks nothing."""
     if request.name == "deepspeed":
         from training.engines.deepspeed import DeepSpeed
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from training.engines import finite
@@ -387,6 +388,23 @@ class Single(Processes):
 
     # ---- memory
 
+    def forget_peak(self) -> int:
+        """Forgets what this process had at most, and returns what it has now, in bytes; as `peak` counts it."""
+        import torch
+
+        if self.request.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return 0
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return _resident("VmRSS")
+
+    def peak(self) -> int:
+        """The most memory that this process had since `forget_peak`, in bytes: on a CPU resident memory, on a GPU what
+        torch's allocator took."""
+        import torch
+
+        return torch.cuda.max_memory_reserved() if self.request.device == "cuda" else _resident("VmHWM")
+
     def release_memory(self) -> None:
         """Returns memory pages that hold only freed tensors to the system.
 
@@ -397,6 +415,15 @@ class Single(Processes):
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function
             if trim is not None:
                 trim(0)
+
+
+def _resident(key: str) -> int:
+    """Bytes by a key of /proc/self/status. Raises LaunchError where the system has no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise LaunchError("memory is measured on Linux alone") from error
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def micro_batch(global_batch_size: int, at_most: int, processes: int) -> int:
