@@ -15,7 +15,7 @@ from typing import Any
 from training.declaration import HeldModel, Role
 from training.devices import Device
 from training.engines.launch import Request
-from training.engines.shares import Shares, frozen, in_its_precision, trained
+from training.engines.shares import Shares, frozen, in_its_precision, process, trained
 from training.shapes import Shape
 from training.work import Batch, Rollout, Work
 
@@ -211,7 +211,7 @@ def _base(held: Sequence[Held], settings: Settings, request: Request, device: De
         "loading",
         weights=sum(one.weights for one in shares),
         optimizer=sum(one.optimizer for one in shares),
-        process=device.base,
+        process=device.base + process(request),
     )
 
 
