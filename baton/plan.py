@@ -17,6 +17,7 @@ from handoff.errors import HandoffError, UserError
 from handoff.gguf import is_gguf, sizes
 from training.config import MuonTrainConfig, StageConfig
 from training.cost import Cost, Held, Settings, cost
+from training.declaration import HeldModel
 from training.devices import Device, gpu, this_cpu
 from training.engines import engine_of
 from training.engines.launch import Request
@@ -133,10 +134,7 @@ def _section(
     work = registry.work(section.stage, config)
     if not registry.declaration(section.stage).distributed:
         request = alone(request)
-    held = [
-        Held(model, shapes.of(model.parent, section.name, config), headless=model.role in ("critic", "reward"))
-        for model in models
-    ]
+    held = [_held(model, section, shapes, splits=engine_of(request).splits) for model in models]
     in_turn = [one for one in held if one.model.in_turn]
     if in_turn:
         largest = max(in_turn, key=lambda one: one.parameters)
@@ -173,6 +171,24 @@ def _section(
     return PlannedSection(section.name, section.stage, held, work, settings, found, request, device, rows)
 
 
+def _held(model: HeldModel, section: Section, shapes: "Shapes", *, splits: bool) -> Held:
+    """A model of a section, with its adapter. Models whose adapters are on the policy's base share its weights, unless
+    the engine cuts them up."""
+    config: StageConfig = section.config
+    shape = shapes.of(model.parent, section.name, config)
+    headless = model.role in ("critic", "reward")
+    adapter = config.trained_adapter()
+    if adapter is None:
+        return Held(model, shape, headless)
+    policy = section.parents["parent"]
+    beside = model.role != "policy" and len(Registry().models(section.stage, config)) > 1
+    shared = beside and not splits and shapes.base(model.parent) == shapes.base(policy)
+    if not model.trained:
+        return Held(model, shape, headless, shared=shared)
+    named = adapter.target_modules if isinstance(adapter.target_modules, list) else None
+    return Held(model, shape, headless, shape.adapter(adapter.r, named), shared)
+
+
 class Shapes:
     """The shapes of the models that the sections of a recipe load."""
 
@@ -193,6 +209,16 @@ class Shapes:
         if ref not in self._known:
             self._known[ref] = self._find(ref)
         return self._known[ref]
+
+    def base(self, ref: str) -> str:
+        """What a model's adapters lie on: the nearest of its ancestors that publishes whole weights."""
+        while ref in self._recipe.sections:
+            section = self._recipe.sections[ref]
+            adapter = section.config.trained_adapter()
+            if adapter is None or adapter.merge or "parent" not in section.parents:
+                break
+            ref = section.parents["parent"]
+        return ref
 
     def _find(self, ref: str) -> Shape:
         if ref not in self._recipe.sections:

@@ -63,6 +63,7 @@ def _sampler(rows: int, batch: int, answer: int, **more: Any) -> dict[str, Any]:
 
 
 _GROUP = {"advantage": "group", "reward": [{"function": "benchmarks.rl_setup:score"}]}
+_LORA = {"adapter": {"r": 16}}
 _FOUR = {"num_generations": 4}
 CASES = (
     Case("pretrain 5M", "pretrain", "5M", 128, _trainer(8, 8)),
@@ -83,6 +84,8 @@ CASES = (
     Case("ppo 135M", "ppo", "135M", 32, _sampler(4, 4, 32, bf16=False)),
     Case("grpo 25M", "ppo", "25M", 64, _sampler(8, 16, 32, **_FOUR, bf16=False), _GROUP),
     Case("grpo 135M", "ppo", "135M", 32, _sampler(4, 8, 32, **_FOUR, bf16=False), _GROUP),
+    Case("sft 25M, LoRA", "sft", "25M", 128, _trainer(8, 8), _LORA),
+    Case("ppo 25M, LoRA", "ppo", "25M", 64, _sampler(8, 16, 32, bf16=False), _LORA),
     Case("sft 25M, DDP", "sft", "25M", 64, _trainer(4, 8), launch="cpu2"),
     Case("sft 25M, ZeRO-2", "sft", "25M", 64, _trainer(4, 8), launch="cpu2_zero2"),
     Case("sft 60M, ZeRO-3", "sft", "60M", 128, _trainer(4, 8), launch="cpu2_zero3"),
@@ -119,7 +122,7 @@ def write(case: Case, folder: Path) -> Path:
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     keys: dict[str, Any] = {"train": case.train, **case.keys}
-    if case.stage == "ppo" and not case.keys:
+    if case.stage == "ppo" and "reward" not in case.keys:
         reward = LlamaForSequenceClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1}))
         publish_reward(folder / "reward", reward, tokenizer)
         keys["reward"] = [{"model": str(folder / "reward")}]

@@ -248,3 +248,27 @@ def real(family: str, keys: dict[str, Any]) -> Any:
     return without_dropout(
         AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**keys), attn_implementation=kernel).train()
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox", "opt", "gemma2"])
+def test_an_adapter_has_as_many_parameters_as_pefts(family: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(built(family), LoraConfig(r=4, target_modules="all-linear"))
+    found = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    keys = MODELS[family] | ({"word_embed_proj_dim": 32} if family == "opt" else {})
+    extra = 0
+    if family == "opt":  # its projections of narrow embeddings, which no layer has
+        extra = 2 * 4 * (16 + 32)
+    assert shape_of(keys | {"model_type": family}).adapter(4) == found - extra
+
+
+def test_an_adapter_makes_everything_but_the_weights_small(recipe: Path) -> None:
+    lora = ["sft.adapter={r: 16}", "grpo.adapter={r: 16}", "sft.max_length=128"]
+    sft, grpo = plan(recipe, lora, device_name="h100").sections
+    full = plan(recipe, ["sft.max_length=128"], device_name="h100").sections[0]
+    assert sft.held[0].trained == 41_943_040
+    phase = sft.cost.peak
+    assert phase.optimizer == 8 * sft.held[0].trained and phase.weights > 4 * 8e9
+    assert phase.gradients < 1e9 and sft.cost.disk < full.cost.disk / 50
+    assert [one.model.role for one in grpo.held] == ["policy"]

@@ -309,6 +309,10 @@ class StageConfig(Strict):
         """The network that the section builds, with the keys of a config.json; None if it takes its parent's."""
         return None
 
+    def trained_adapter(self) -> AdapterConfig | None:
+        """The section's `adapter:`; None if all weights are trained."""
+        return next((value for _, value in self if isinstance(value, AdapterConfig)), None)
+
     def training(self) -> OptimizerConfig | None:
         """The section's `train:`; None if nothing is trained."""
         return next((value for _, value in self if isinstance(value, OptimizerConfig)), None)

@@ -15,7 +15,7 @@ from typing import Any
 from training.declaration import HeldModel, Role
 from training.devices import Device
 from training.engines.launch import Request
-from training.engines.shares import Shares, frozen, in_its_precision, trained
+from training.engines.shares import Shares, frozen, in_its_precision, process, trained
 from training.shapes import Shape
 from training.work import Batch, Rollout, Work
 
@@ -60,8 +60,10 @@ class Held:
     shape: Shape
     headless: bool
     """Whether it has no output head, as critics and reward models."""
-    trained_parameters: int | None = None
-    """How many of its parameters are trained; None: all, if it is trained at all."""
+    adapter: int | None = None
+    """Parameters of the adapter that is trained in place of its weights; None: it has none."""
+    shared: bool = False
+    """Whether its weights below an adapter are those of the section's policy."""
 
     @property
     def parameters(self) -> int:
@@ -70,10 +72,10 @@ class Held:
 
     @property
     def trained(self) -> int:
-        """Its parameters that are trained."""
+        """Its parameters that are trained; a new head is, beside an adapter."""
         if not self.model.trained:
             return 0
-        return self.parameters if self.trained_parameters is None else self.trained_parameters
+        return self.parameters if self.adapter is None else self.adapter + self.headless * (self.shape.hidden + 1)
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,8 @@ def cost(
     if work.rollout is not None:
         phases.append(_sampling(held, work.rollout, settings, device, base, whole))
     phases = [phase.corrected(settings.correction) for phase in phases] or [base]
-    models = sum(4.0 * one.parameters for one in held if one.model.trained)
-    published = max((4.0 * one.parameters for one in held if one.model.trained), default=0.0)
-    saved = models * (1 + _moments(settings) / 4)
+    published = max((4.0 * one.trained for one in held), default=0.0)
+    saved = sum(one.trained * (4.0 + _moments(one, settings)) for one in held)
     tokens = None if rows is None else rows * work.row_tokens * work.passes
     flops = _flops(held, work, settings, rows)
     return Cost(phases, work.states * saved + published, tokens, flops, micro_batch, accumulation)
@@ -181,9 +182,14 @@ def cost(
 # ---- what is held all the time
 
 
-def _moments(settings: Settings) -> float:
+def _width(one: Held, settings: Settings) -> int:
+    """Bytes of a number of what is trained; an adapter is float32, whatever the weights below it are."""
+    return settings.width if one.adapter is None else 4
+
+
+def _moments(one: Held, settings: Settings) -> float:
     """Bytes of the optimizer's state for one parameter. Muon keeps one number of a matrix, AdamW two of anything."""
-    return (_MUON if settings.muon else _ADAM) * settings.width / 4
+    return (_MUON if settings.muon else _ADAM) * _width(one, settings) / 4
 
 
 def _shares(held: Sequence[Held], settings: Settings, request: Request) -> list[tuple[Held, Shares]]:
@@ -191,13 +197,14 @@ def _shares(held: Sequence[Held], settings: Settings, request: Request) -> list[
     result = []
     for one in held:
         if not one.model.trained:
-            result.append((one, frozen(request, one.parameters)))
+            result.append((one, frozen(request, 0 if one.shared else one.parameters)))
             continue
         outside = one.parameters - one.shape.layers * one.shape.layer
         largest = outside + 2 * one.shape.layer
-        moments = _moments(settings)
-        shares = trained(request, one.trained, largest, settings.width, moments, settings.bf16, together)
-        rest = frozen(request, one.parameters - one.trained, settings.width)
+        width, moments = _width(one, settings), _moments(one, settings)
+        shares = trained(request, one.trained, largest, width, moments, settings.bf16, together)
+        below = 0 if one.adapter is None or one.shared else one.parameters
+        rest = frozen(request, below, settings.width)
         result.append((one, replace(shares, weights=shares.weights + rest.weights, whole=shares.whole + rest.whole)))
         if settings.muon:  # embeddings and norms are AdamW's
             odd = one.parameters - one.shape.layers * one.shape.matrices
@@ -211,7 +218,7 @@ def _base(held: Sequence[Held], settings: Settings, request: Request, device: De
         "loading",
         weights=sum(one.weights for one in shares),
         optimizer=sum(one.optimizer for one in shares),
-        process=device.base,
+        process=device.base + process(request),
     )
 
 
@@ -278,7 +285,7 @@ def _training(
     kept = {one.model.role: _kept(one, batch, settings, request, device) for one, _ in shares}
     shape = max((one.shape for one, _ in shares), key=lambda shape: shape.hidden * shape.layers)
     working = _working(shape, batch.tokens, settings)
-    embedding = max(4.0 * one.shape.embedding for one, _ in shares)
+    embedding = max(4.0 * one.shape.embedding * (one.adapter is None) for one, _ in shares)
     before = gradients if accumulation > 1 else sum(found.lasting for _, found in shares)
     # Everything has been computed; the backward pass begins, with the model that was computed last.
     log_probs = 4.0 * batch.logits * shape.vocab if batch.head != "tiles" else 0.0
@@ -319,7 +326,7 @@ def _kept(one: Held, batch: Batch, settings: Settings, request: Request, device:
     if one.model.role not in settings.checkpointed:
         settings = replace(settings, checkpointing=False)
     kept = activations(one.shape, batch, settings, device)
-    if settings.bf16 and not in_its_precision(request):
+    if settings.bf16 and settings.width == 4 and not in_its_precision(request):
         # Autocast keeps a bfloat16 copy of each linear layer's weights until the backward pass has used it.
         kept += 2.0 * one.shape.layers * one.shape.matrices
     return kept
@@ -400,7 +407,8 @@ def _flops(held: Sequence[Held], work: Work, settings: Settings, rows: int | Non
         each = 2.0 * (one.shape.active + head) + 2.0 * attention
         passes = float(work.looks)
         if one.model.trained:
-            passes += work.passes * (4.0 if settings.checkpointing else 3.0)
+            backward = 2.0 if one.adapter is None else 1.0  # weights below an adapter have no gradients
+            passes += work.passes * (1.0 + backward + settings.checkpointing)
             passes += work.looks if work.rollout is not None and not one.headless else 0.0
         total += tokens * each * passes
     return total

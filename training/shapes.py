@@ -6,7 +6,7 @@ size.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -164,6 +164,34 @@ class Shape:
         """As `linear`, of the experts that a token goes through alone, and without the output head."""
         idle = self._feed_forward * (self.experts - self.experts_used) if self.experts else 0
         return self.layers * (self.matrices - idle)
+
+    def adapter(self, r: int, targets: Collection[str] | None = None) -> int:
+        """Parameters of a LoRA adapter of rank r. `targets`: ends of the names of its linear layers; None: all of
+        them but the head. Experts that are stored together have none."""
+        sizes = [size for name, size in self._linear_layers() if targets is None or name in targets]
+        return r * self.layers * sum(sizes)
+
+    def _linear_layers(self) -> list[tuple[str, int]]:
+        """(end of the name, inputs and outputs) of each linear layer of one layer."""
+        hidden, wide = self.hidden, self.intermediate
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        fused = hidden + queries + 2 * keys
+        out = queries + hidden
+        if self.family == "gpt2":
+            return [("c_attn", fused), ("c_proj", out), ("c_fc", hidden + wide), ("c_proj", wide + hidden)]
+        if self.family == "gpt_neox":
+            up = [("dense_h_to_4h", hidden + wide), ("dense_4h_to_h", wide + hidden)]
+            return [("query_key_value", fused), ("dense", out), *up]
+        if self.family == "phi3":
+            feed = [("gate_up_proj", hidden + 2 * wide), ("down_proj", wide + hidden)]
+            return [("qkv_proj", fused), ("o_proj", out), *feed]
+        split = [("q_proj", hidden + queries), ("k_proj", hidden + keys), ("v_proj", hidden + keys)]
+        if self.family == "opt":
+            return [*split, ("out_proj", out), ("fc1", hidden + wide), ("fc2", wide + hidden)]
+        if self.experts:
+            return [*split, ("o_proj", out)]
+        gated = [(name, hidden + wide) for name in ("gate_proj", "up_proj", "down_proj")]
+        return [*split, ("o_proj", out), *gated]
 
     # ---- activations
 

@@ -11,6 +11,7 @@ from training.engines.launch_file import check_launch_file
 from training.recipe_text import read_document
 
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in numbers
+_DEEPSPEED = 100 * 2**20  # of DeepSpeed on CPUs, besides a model's
 _LIVE = 1_000_000_000  # ZeRO-3: stage3_max_live_parameters
 
 
@@ -86,13 +87,17 @@ def trained(
     bucket = copy * (_BUCKET if cuda else min(_BUCKET, together) * n / together)
     if request.zero_stage == 3:
         # Weights that have been gathered stay until the backward pass, up to a number that few models reach. Gradients
-        # are collected in one bucket, cut up in a second one, and kept in a buffer and as the optimizer's own. On CPUs,
-        # where gloo exchanges them, a third bucket was measured.
-        live = copy * min(_LIVE, n) + (2 if cuda else 3) * bucket
+        # are collected in one bucket, cut up in a second one, and kept in a buffer and as the optimizer's own.
+        live = copy * min(_LIVE, n) + 2 * bucket
         shares = Shares(copy * share + 4 * share, (copy + 4) * share, moments * share, live=live)
         return replace(shares, whole=copy * (n - share), lasting=copy * share)
     gradients = copy * (n if request.zero_stage == 1 else share)
     return Shares(copy * n + 4 * share, gradients, moments * share, live=bucket)
+
+
+def process(request: Request) -> float:
+    """Bytes of a process that do not depend on the model, besides those that every process takes; as measured."""
+    return _DEEPSPEED if request.name == "deepspeed" and request.device == "cpu" else 0.0
 
 
 def frozen(request: Request, parameters: int, width: int = 4) -> Shares:
