@@ -11,11 +11,11 @@ from handoff.errors import GateError
 from rollout.batch import pad_batch
 from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
-from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
+from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights, usual_limit
 from rollout.sampling import Completion, SamplingSpec
 from tests.fake_vllm import tiny_llama
 
-LIMIT = 0.05
+LIMIT, BF16_LIMIT = usual_limit(bf16=False), usual_limit(bf16=True)
 PROMPTS = [[5, 9, 11], [7] * 6, [3, 4], [8, 9, 10, 11]] * 8
 CPU = torch.device("cpu")
 
@@ -119,20 +119,32 @@ def test_an_engine_that_renormalises_after_top_p_is_found_out():
     metrics = measured(model, sample(model, top_p=0.8), 1.0)
     assert metrics["sampling/importance_sampling_ratio/max"] <= 1 + 1e-5
     with pytest.raises(GateError, match="truncates the distribution: top-p"):
-        check_mismatch(metrics, LIMIT)
+        check_mismatch(metrics, BF16_LIMIT)
     check_mismatch(measured(model, sample(model), 1.0), LIMIT)
+
+
+def test_the_rounding_of_bfloat16_is_no_mistake():
+    """Logits up to 24, rounded to bfloat16 once before and once after a small shift, as two implementations would."""
+    exact = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)) * 6
+    chosen = torch.multinomial(torch.softmax(exact, -1), 1, generator=torch.Generator().manual_seed(1))
+    mine, theirs = (
+        torch.log_softmax((exact + shift).bfloat16().float(), -1).gather(-1, chosen) for shift in (0.0, 0.06)
+    )
+    metrics = mismatch_metrics(mine, theirs, torch.ones_like(chosen, dtype=torch.bool))
+    assert metrics["sampling/sampling_logp_difference/mean"] > 0.02
+    check_mismatch(metrics, BF16_LIMIT)
 
 
 def test_another_temperature_is_found_out():
     model = tiny_llama(hidden_size=32)
     with pytest.raises(GateError, match="another temperature"):
-        check_mismatch(measured(model, sample(model), 0.6), LIMIT)
+        check_mismatch(measured(model, sample(model), 0.6), BF16_LIMIT)
 
 
 def test_log_probabilities_without_the_temperature_are_found_out():
     model = tiny_llama(hidden_size=32)
     with pytest.raises(GateError, match="without the temperature"):
-        check_mismatch(measured(model, sample(model, 0.6, reports_raw=True), 0.6), LIMIT)
+        check_mismatch(measured(model, sample(model, 0.6, reports_raw=True), 0.6), BF16_LIMIT)
 
 
 def test_stale_weights_are_found_out():

@@ -238,9 +238,9 @@ class GuardConfig(Strict):
     """Maximum share of the probe's prompts whose answers all have the same score."""
     kl_limit: float = Field(default=50.0, gt=0)
     """KL in nats per answer above which the stage stops, because the policy is too far from the reference."""
-    mismatch_limit: float = Field(default=0.05, gt=0)
+    mismatch_limit: float | None = Field(default=None, gt=0)
     """The stage stops when the log-probabilities of engine and trainer differ by more than this on average, in nats per
-    token."""
+    token. By default 0.05, or 0.15 where forward passes run in bfloat16."""
     entropy_floor: float = Field(default=0.05, ge=0, lt=1)
     """The stage stops when the answers' entropy falls below this share of its value in the first iteration."""
     patience: int = Field(default=10, ge=1)

@@ -34,7 +34,7 @@ from data.sampling import shuffled
 from handoff.weights import embedding_shape
 from reward.learned import LearnedReward
 from rollout import ragged
-from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights
+from rollout.mismatch import check_mismatch, mismatch_metrics, truncated_importance_weights, usual_limit
 from rollout.positions import check_positions
 from rollout.sampling import SamplingSpec
 from rollout.vllm import VLLMEngine
@@ -164,7 +164,7 @@ def train(run: Run) -> None:
                 if generator.recomputes:
                     engine_logp = batch.pad(batch.engine_logp).to(device)
                     sampling |= mismatch_metrics(engine_logp, old_logp, mask)
-                    check_mismatch(sampling, guards.mismatch_limit)
+                    check_mismatch(sampling, guards.mismatch_limit or usual_limit(run.engine.bf16))
                     if t.importance_sampling != "none":
                         level, cap = t.importance_sampling, t.importance_cap
                         weights = truncated_importance_weights(engine_logp, old_logp, mask, cap, level)
