@@ -107,10 +107,11 @@ def clean(target: RunArgument) -> None:
     Encoded rows and unpacked GGUF files belong to all runs under the same output_root; none of these may be running.
     """
     from baton.clean import clean as remove
-    from baton.runs import run_dir_of
     from handoff.files import human_bytes
+    from training.recipe import load_recipe
 
-    for path, size in (removed := remove(run_dir_of(target))):
+    run_dir = target if target.is_dir() else load_recipe(target).run_dir
+    for path, size in (removed := remove(run_dir)):
         print(shown(f"removed {path} ({human_bytes(size)})"))
     if not removed:
         print("nothing to remove")

@@ -215,8 +215,7 @@ def run_pipeline(
     check_functions(reward_functions(recipe, names))
     console = Screen()
     if dry_run:
-        _print_plan(recipe, names, force, console)
-        return 0
+        return _print_plan(recipe, names, force, console)
     registry = Registry()
     preload = launch is None and any(registry.declaration(recipe.sections[name].stage).distributed for name in names)
     return Runner(recipe, lambda r, s: start_of(r, s, launch, preload=preload), console).run(names, force)
@@ -257,10 +256,12 @@ def reward_functions(recipe: Recipe, names: Sequence[str]) -> list[Use]:
     return uses
 
 
-def _print_plan(recipe: Recipe, names: Sequence[str], force: Sequence[str], console: Screen) -> None:
+def _print_plan(recipe: Recipe, names: Sequence[str], force: Sequence[str], console: Screen) -> int:
+    """Returns the exit code: 2 if a section cannot be run."""
     found = overview(recipe)
     for name in names:
         _say(console, names, name, "forced" if name in force else str(found[name]))
+    return 2 if any(found[name].state is State.BLOCKED for name in names) else 0
 
 
 def _say(console: Screen, names: Sequence[str], name: str, words: str) -> None:

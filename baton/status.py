@@ -11,8 +11,10 @@ from datetime import UTC, datetime
 from enum import Enum
 
 from handoff.errors import UserError
+from handoff.files import quoted
 from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest
+from handoff.parent import damaged_since_publishing
 from handoff.stage import StageDir
 from training.inputs import stage_inputs
 from training.recipe import Recipe
@@ -54,6 +56,8 @@ def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> S
     aside = ("what an earlier start with this recipe made comes back",) if stage.has_aside(now) else ()
     if manifest is not None:
         changes = now.differences(manifest.inputs)
+        damaged = damaged_since_publishing(stage.path, manifest)
+        changes += [f"{quoted(file)} {change}" for file, change in damaged]
         if not changes:
             return Standing(name, State.UP_TO_DATE, (), manifest)
         return Standing(name, State.STALE, (*changes, *aside), manifest)

@@ -96,6 +96,10 @@ def test_a_score_of_zeros_and_ones_gets_wilsons_interval_and_any_other_the_boots
 def test_one_kind_of_interval_for_a_metric_of_all_models():
     both = {"a": answered(x=[1.0, 0.0], y=[1.0, None]), "b": answered(x=[1.0, 0.5], y=[0.0, 1.0])}
     assert tables.binary_metrics(both) == {"y"}
+    assert tables.unscored("a", {"x": [1.0, None], "y": [1.0, 0.0], "z": [None, None]}) == [
+        "a: x has no value for 1 of 2 answers; its mean is that of the others",
+        "a: z has no value for 2 of 2 answers; it is left out",
+    ]
 
 
 def test_groups_follow_a_column_and_leave_out_prompts_without_it():

@@ -184,6 +184,22 @@ def test_a_child_reruns_only_if_its_parents_result_changed(scene):
     assert scene.line("judge") == "up to date, skipped"  # leaf and twig gave the same result as before
 
 
+@pytest.mark.parametrize(("damage", "words"), [("altered", "was altered"), ("removed", "is missing")])
+def test_a_stage_whose_files_were_damaged_is_stale(scene, damage, words):
+    scene.run()
+    name = next(iter(StageDir(scene.recipe().run_dir / "root").manifest().files))
+    path = scene.recipe().run_dir / "root" / name
+    before = path.read_bytes()
+    path.touch()  # the content alone counts
+    assert scene.run() == 0 and scene.started == []
+    path.unlink()
+    if damage == "altered":
+        path.write_bytes(before + b" ")
+    assert scene.run(to=("root",)) == 0
+    assert scene.started == ["root"] and scene.line("root") == f"stale: {name} {words}"
+    assert path.read_bytes() == before
+
+
 def test_another_seed_makes_everything_stale(scene):
     scene.run()
     assert scene.run("seed=7") == 0
@@ -306,6 +322,13 @@ def test_a_dry_run_prints_the_plan_and_changes_nothing(scene, capfd):
         ["leaf", "new:", "parent", "root", "is", "new"],
     ]
     assert not scene.recipe().run_dir.exists()
+
+
+def test_a_dry_run_of_a_section_that_cannot_run_ends_with_2(scene, capfd, tmp_path):
+    (tmp_path / "empty").mkdir()
+    recipe = scene.recipe(f"root.parent={tmp_path / 'empty'}")
+    assert run_pipeline(recipe, ["root"], [], None, dry_run=True) == 2
+    assert "blocked: " in capfd.readouterr().out
 
 
 def test_options_with_unknown_names_are_refused(scene, tmp_path):

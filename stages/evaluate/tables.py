@@ -52,6 +52,17 @@ def metrics(seed: int, answered: Mapping[str, Answered]) -> dict[str, dict[str, 
     return out
 
 
+def unscored(model: str, scores: Scores) -> list[str]:
+    """What to say of the metrics that have no value for some of a model's answers."""
+    lines = []
+    for name, values in scores.items():
+        missing = sum(value is None for value in values)
+        if missing:
+            rest = "it is left out" if missing == len(values) else "its mean is that of the others"
+            lines.append(f"{model}: {name} has no value for {missing} of {len(values)} answers; {rest}")
+    return lines
+
+
 def groups(
     seed: int, metric: str, keys: Sequence[str | None], answered: Mapping[str, Answered]
 ) -> dict[str, dict[str, Estimate]]:

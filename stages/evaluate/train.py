@@ -86,6 +86,8 @@ def train(run: Run) -> None:
                 answered[name].kl = [sum(c.logprobs) - lp for c, lp in zip(answered[name].sampled, logp, strict=True)]
                 del reference, module
             answered[name].scores = _scores(entries, scorers, prompts, ids, answered[name])
+            for line in tables.unscored(name, answered[name].scores):
+                run.console.print(f"  {line}")
 
     measured = [metric for entry in entries for metric in entry.metrics.values()]
     by_group = tables.groups(run.seed, measured[0], keys, answered) if measured else {}
