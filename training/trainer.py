@@ -271,7 +271,6 @@ def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
     return kind(**{**fields, **run.engine.training_arguments(config), **own})
 
