@@ -2,7 +2,7 @@
 
 Conversations are encoded as in training (`data.encode`). An answer is decoded one token at a time, shown immediately,
 and ends at the model's stop tokens. Every model has its own conversation. Lines are read from standard input; if that
-is not a terminal, only the answers are printed, so that scripts can use it.
+is not a terminal, standard output gets only the answers, so that scripts can use it. Errors go to standard error.
 """
 
 import math
@@ -26,6 +26,8 @@ from handoff.manifest import Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
 from handoff.window import window
+from training.recipe import load_recipe
+from training.recipe_text import did_you_mean
 from training.registry import Registry
 from training.terminal import Screen, shown
 
@@ -152,7 +154,7 @@ def open_models(target: Path, names: Sequence[str]) -> list[Parent]:
     Without names: the newest aligned model of the run, or the newest instruction-tuned one.
 
     Raises:
-        UserError: the target does not exist, or the run has no model to chat with.
+        UserError: the target does not exist, or the run has no model to chat with or no section of that name.
         HandoffError: a model is missing, unfinished, altered, or not a language model.
     """
     if is_gguf(target) or (target.is_dir() and _is_model(target)):
@@ -160,7 +162,21 @@ def open_models(target: Path, names: Sequence[str]) -> list[Parent]:
             raise UserError(f"{target} is one model; --model and --compare need a recipe or the folder of a run")
         return [open_parent(str(target.resolve()), Path("runs"), {"causal_lm"})]
     run_dir = run_dir_of(target)
+    for name in names:
+        _check_section(name, target, run_dir)
     return [open_parent(name, run_dir, {"causal_lm"}) for name in names or [default_model(run_dir)]]
+
+
+def _check_section(name: str, target: Path, run_dir: Path) -> None:
+    """Raises UserError, with the sections that there are, if `name` is none of them and neither a path nor a hub id."""
+    if "/" in name or (run_dir / name).is_dir() or Path(name).exists():
+        return
+    if target.is_file():
+        load_recipe(target).section(name)
+        return
+    known = sorted(folder.name for folder in run_dir.iterdir() if _is_model(folder))
+    hint = did_you_mean(name, known) or f"; there are {', '.join(known) or 'none'}"
+    raise UserError(f"{run_dir}: no section {name}{hint}")
 
 
 def _is_model(folder: Path) -> bool:
@@ -190,6 +206,7 @@ class Terminal:
     """The input of lines and the output of answers."""
 
     console: Screen = field(default_factory=Screen)
+    errors: Screen = field(default_factory=lambda: Screen(stderr=True))
     asks: bool = field(default_factory=lambda: sys.stdin.isatty() and sys.stdout.isatty())
 
     def read(self) -> str | None:
@@ -199,9 +216,13 @@ class Terminal:
         except EOFError:
             return None
 
-    def say(self, text: str, style: str = "dim") -> None:
+    def say(self, text: str) -> None:
         """Prints a line that is not from a model."""
-        self.console.print(text, style=style)
+        self.console.print(text, style="dim")
+
+    def complain(self, text: str) -> None:
+        """Prints to standard error why a line gets no answer."""
+        self.errors.print(text, style="red")
 
     def one(self, speaker: Speaker, text: str) -> None:
         """Prints one model's answer while it is generated."""
@@ -291,7 +312,7 @@ def converse(terminal: Terminal, speakers: Sequence[Speaker]) -> None:
         answer = lambda line: terminal.several(speakers, line)  # noqa: E731
     while (line := terminal.read()) is not None:
         if not _is_text(line):
-            terminal.say(f"a line that is not text in the encoding of this terminal: {line!r}", style="red")
+            terminal.complain(f"a line that is not text in the encoding of this terminal: {line!r}")
             continue
         word, _, rest = line.partition(" ")
         if word == "/quit":
@@ -300,11 +321,11 @@ def converse(terminal: Terminal, speakers: Sequence[Speaker]) -> None:
             for speaker in speakers:
                 speaker.reset(rest.strip() or None if word == "/system" else speaker.system)
         elif word.startswith("/"):
-            terminal.say(f"no command {word}; {COMMANDS}", style="red")
+            terminal.complain(f"no command {word}; {COMMANDS}")
         elif line:
             try:
                 answer(line)
             except DataError as error:
-                terminal.say(str(error), style="red")
+                terminal.complain(str(error))
             except KeyboardInterrupt:
                 terminal.say("")  # Ctrl-C ends the answer, not the conversation

@@ -13,7 +13,9 @@ class SourceBase(BaseModel):
     """Share of the source's rows to use, relative to the other entries of the list (> 0): `weight / largest weight` of
     its rows, chosen by a hash of the row. The source with the largest weight is used whole."""
     limit: int | None = Field(default=None, ge=1)
-    """Use at most this many usable records, the first ones in the source's order; all when absent."""
+    """Read at most this many records, the first ones in the source's order that are in the wanted split and whose row
+    is well-formed; all when absent. It counts before anything is encoded, so rows that are then dropped, such as those
+    that are too long, are among them."""
 
 
 class WorldSource(SourceBase):
@@ -59,7 +61,7 @@ class RowsSource(SourceBase):
 
 
 class FileSource(RowsSource):
-    """Local files: txt, jsonl, json, csv, tsv, parquet or arrow, each also with .gz, .bz2, .xz or .zst."""
+    """Local files: txt, jsonl, ndjson, json, csv, tsv, parquet or arrow, each also with .gz, .bz2, .xz or .zst."""
 
     source: Literal["file"]
     path: str

@@ -33,9 +33,9 @@ _READ_TOGETHER = 1000
 class TooLong(RowRefused):
     """A row with more tokens than are allowed."""
 
-    def __init__(self, tokens: int, key: str) -> None:
-        """`key`: the one of the recipe that says how many are allowed."""
-        super().__init__(f"longer than {key}")
+    def __init__(self, tokens: int, key: str, otherwise: str = "") -> None:
+        """`key`: the one of the recipe that says how many are allowed. `otherwise`: what helps besides raising it."""
+        super().__init__(f"longer than {key}", f"raise {key}{otherwise}")
         self.tokens = tokens
 
 
@@ -394,7 +394,7 @@ def _too_long(record: Chat | Preference, length: int, max_length: int, truncatio
             f"{record.origin}: {length} tokens, and max_length is {max_length}; raise max_length, shorten the row, or "
             "set truncation to drop or keep_end"
         )
-    return TooLong(length, Kind.length_key)
+    return TooLong(length, Kind.length_key, "" if truncation == "keep_end" else ", or set truncation: keep_end")
 
 
 def _json_columns(record: Prompt, notes: Counter[str]) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def write_rows(
     if not lengths and dropped.shortest:
         raise DataError(
             f"no row is left of {count}: the shortest of those too long has {dropped.shortest} tokens, and "
-            f"{kind.length_key} is {kind.max_length}; raise {kind.length_key}"
+            f"{kind.length_key} is {kind.max_length}; {dropped.mend}"
         )
     in_order = np.array(lengths, dtype=np.int32)
     order = order_of(count)
@@ -373,6 +373,8 @@ class _Dropped:
     def __init__(self) -> None:
         self.shortest = 0
         """Tokens of the shortest row that was too long; 0 if there was none."""
+        self.mend = ""
+        """What the user can do about rows that are too long."""
         self._records, self._rows, self._reason, self._file = array("q"), array("q"), array("i"), array("i")
         self._names: dict[str, int] = {}
         self._mends: dict[str, str] = {}
@@ -381,6 +383,7 @@ class _Dropped:
         """Adds the record with the number `record`."""
         if isinstance(refusal, TooLong):
             self.shortest = min(self.shortest or refusal.tokens, refusal.tokens)
+            self.mend = refusal.mend
         self._mends[refusal.reason] = refusal.mend
         self._records.append(record)
         self._rows.append(origin.row)

@@ -92,8 +92,7 @@ def _files(source: FileSource | StageSource, root: Path | None) -> tuple[list[Pa
     if not readable:
         raise DataError(
             f"{where}: {'no file that can be read' if folder else 'no such file'} "
-            f"(looked at {place.absolute()}). Correct the path or data_root; docs/real.md says how to put the folder "
-            "of recipes/real.yaml together"
+            f"(looked at {place.absolute()}). Correct the path or data_root"
         )
     for pattern in source.exclude:
         if not any(fnmatch.fnmatch(p.name, pattern) for p in files):

@@ -82,11 +82,16 @@ def verify_run(run_dir: Path) -> list[Problem]:
             path = directory.parent / record.path  # an absolute path stays itself
             fault = _fault(path, record)
             if fault:
-                problems.append(Problem(label, "", f"{role} {record.name}: {fault}"))
+                problems.append(Problem(label, "", f"{_told(role, record)}: {fault}"))
             if _is_stage(path) and path.resolve() not in seen:
                 seen.add(path.resolve())
                 waiting.append((path, str(path)))
     return problems
+
+
+def _told(role: str, record: ParentRecord) -> str:
+    """The role and the name of a parent; once, where the role has the name (`data:samples`)."""
+    return role if role.rpartition(":")[2] == record.name else f"{role} {record.name}"
 
 
 def _stage_dirs(run_dir: Path) -> list[Path]:

@@ -58,7 +58,7 @@ def make_run(root: Path, names: Sequence[str] = tuple(CHAIN), results: dict[str,
                                       pad_id=2, stop_ids=[1, 7]),
             seed=42, engine=EngineRecord(name="single"), versions={"torch": "2.13.0", "trl": "1.16.0"},
             metrics={"time/total": 20.5 * (index + 1), "train_tokens": 123_456 * index, "eval_loss": 1.234,
-                     "eval_accuracy": 0.83, "eval_length_accuracy": 0.56,
+                     "eval_accuracy": 0.83, "eval_length_alone": 0.63,
                      "objective/scores": 1.61, "eval_rewards/accuracies": 0.77},
             files=hash_tree(folder),
         )  # fmt: skip

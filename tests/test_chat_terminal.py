@@ -57,9 +57,9 @@ def speaker(run_dir):
 
 
 def talk(lines: str, *speakers: Speaker, asks: bool = False) -> str:
-    """The output of a conversation, by default outside a terminal."""
+    """The output and the errors of a conversation, by default outside a terminal."""
     shown = io.StringIO()
-    terminal = Terminal(Screen(file=shown), asks=asks)
+    terminal = Terminal(Screen(file=shown), Screen(file=shown), asks=asks)
     rest = iter(lines.splitlines())
     terminal.read = lambda: next(rest, None)  # type: ignore[method-assign]
     converse(terminal, speakers)
@@ -225,7 +225,7 @@ def test_chat_accepts_language_models_only(micro_recipe, run_dir):
         open_models(run_dir / "sft", ["ppo"])
     with pytest.raises(HandoffError, match="reward is a reward model"):
         open_models(run_dir, ["reward"])
-    with pytest.raises(HandoffError, match="does not exist"):
+    with pytest.raises(UserError, match="no section dpo"):
         open_models(run_dir, ["sft", "dpo"])
 
 

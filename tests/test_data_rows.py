@@ -65,6 +65,8 @@ def test_several_sources_come_in_the_order_of_the_mixture(tmp_path):
     assert rows.accounting.examples["longer than max_length"] == dropped[:3]
     assert rows.accounting.dropped == {"longer than max_length": 9}
     assert rows.accounting.set_aside == {"mixture weight": 20}
+    with pytest.raises(DataError, match=r"longer than max_length: 9 .*; raise max_length, or set truncation: keep_end"):
+        rows.accounting.check(0.05)
 
     texts = [
         source.model_copy(update={"format": "text", "path": f"{name}.txt"}) for source, name in zip(sources, "abc")
@@ -148,7 +150,8 @@ def test_refused_data_leaves_nothing_and_is_refused_again(tmp_path):
     long = write(tmp_path, "long", 3, "pear " * 80)
     for source, kind, message in (
         (FileSource(source="file", path="a.jsonl"), CHATS, "a.jsonl:21: no column `completion`"),
-        (long, CHATS, "no row is left of 3: the shortest of those too long has"),
+        (long, CHATS, "no row is left of 3: .* raise max_length, or set truncation: keep_end"),
+        (long, Prompts(2), "no row is left of 3: .* max_prompt_length is 2; raise max_prompt_length$"),
         (long, Chats(64, "error"), "long.jsonl:1: .* tokens, and max_length is 64"),
     ):
         for _ in range(2):

@@ -185,7 +185,7 @@ def test_chat_answers_or_refuses_each_line(micro_recipe, count):
     out = io.StringIO()
 
     def answers(said: list[str], system: str | None) -> None:
-        terminal = Terminal(Screen(file=out), asks=False)
+        terminal = Terminal(Screen(file=out), Screen(file=out), asks=False)
         rest = iter(said)
         terminal.read = lambda: next(rest, None)  # type: ignore[method-assign]
         speaker.reset(system)

@@ -188,7 +188,7 @@ def test_rows_that_changed_after_publishing_are_named(tmp_path: Path) -> None:
     stage.close()
     problems = verify_run(tmp_path)
     assert [p.stage for p in problems] == ["sft"]
-    assert "data:generate generate: it has changed: data/rows.jsonl" in problems[0].message
+    assert "data:generate: it has changed: data/rows.jsonl" in problems[0].message
 
 
 def test_rows_and_models_are_not_taken_for_one_another(tmp_path: Path) -> None:

@@ -102,19 +102,21 @@ def test_charts_contain_their_numbers(tmp_path: Path) -> None:
     assert "step train held out 10 4.50 – 20 3.25 3.50" in text
 
 
-def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_report_of_a_run_that_has_only_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, ("tokenizer", "pretrain"))
     (run / "sft").mkdir()
-    write_json(run / "sft" / "started.json", {})
+    origin = {"recipe": str(tmp_path / "my own.yaml"), "overrides": ["sft.seed=1", "name=a b"]}
+    write_json(run / "sft" / "started.json", {"origin": origin})
     write_lines(run / "sft" / "metrics.jsonl", [{"step": 30, "loss": 2.0}])
+    monkeypatch.chdir(tmp_path)
     page = page_of(run)
     assert "2 stages are done, the last is pretrain: 1.23 held-out loss." in page.text
     assert "Nothing has been evaluated yet." in page.text
     assert "30 steps so far" in page.text and "sft · loss" in page.text, "an unfinished stage shows how far it is"
     for command in (
-        "baton run recipes/tiny.yaml --to sft",
-        "make ppo RECIPE=recipes/tiny.yaml",
-        "make eval RECIPE=recipes/tiny.yaml",
+        "baton run 'my own.yaml' sft.seed=1 'name=a b' --to sft",
+        "make ppo RECIPE='my own.yaml' SET='sft.seed=1 '\"'\"'name=a b'\"'\"''",
+        "make eval RECIPE='my own.yaml'",
     ):
         assert command in page.text
     assert "make sft" not in page.text
@@ -123,11 +125,13 @@ def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_report_before_anything_was_published(tmp_path: Path) -> None:
     (tmp_path / "tiny" / "tokenizer").mkdir(parents=True)
     write_json(tmp_path / "tiny" / "tokenizer" / "started.json", {})
-    assert "No stage of this run has been published yet." in page_of(tmp_path / "tiny").text
+    text = page_of(tmp_path / "tiny").text
+    assert "No stage of this run has been published yet." in text
+    assert "baton run <recipe> --to tokenizer" in text, "no file says from which recipe it was begun"
 
 
 def test_a_missing_run_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such run; make it with `baton run recipes/tiny\.yaml`"):
+    with pytest.raises(UserError, match=r"no such run; make it with `baton run <recipe>`"):
         build(tmp_path / "tiny")
     (tmp_path / "tiny" / "logs").mkdir(parents=True)
     with pytest.raises(UserError, match="no stage has been started"):

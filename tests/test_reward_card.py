@@ -20,7 +20,7 @@ from stages.reward_model.card import (
     share,
     spoilt_answers,
 )
-from stages.reward_model.config import Gate
+from stages.reward_model.config import DECLARATION, Gate
 
 N = 400
 
@@ -50,7 +50,19 @@ def test_pair_metrics_by_hand():
     assert metrics["margin"] == pytest.approx(-1 / 3)
     assert metrics["loss"] == pytest.approx(np.mean([np.log1p(np.exp(-1)), np.log(2), np.log1p(np.exp(2))]))
     assert metrics["score_length_correlation"] == 0  # lengths do not vary
-    assert metrics["length_accuracy"] == 0.5
+    assert metrics["length_alone"] == 0.5
+
+
+def test_length_alone_is_one_number_whichever_way_round():
+    """The stage's headline and the card give the same number, also where the shorter answer is mostly better."""
+    lengths = np.array([[3.0, 8.0], [4.0, 9.0], [2.0, 7.0], [9.0, 1.0], [5.0, 6.0]])
+    scores = np.arange(5.0)
+    metrics, card = pair_metrics(scores, scores[::-1], lengths), make_card(scores, scores[::-1], lengths, {}, Gate())
+    assert metrics["length_alone"] == card.length_alone == pytest.approx(0.8)
+    assert card.longer_wins.value == pytest.approx(0.2)
+    shown = {metric for metric, label in DECLARATION.headline if "length alone" in label}
+    drawn = {line.metric for chart in DECLARATION.charts for line in chart.lines if line.label == "length alone"}
+    assert shown == drawn == {"eval_length_alone"}
 
 
 def test_accuracy_by_length():

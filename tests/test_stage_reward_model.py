@@ -52,7 +52,7 @@ def test_it_learns_and_its_card_and_statistics_are_in_the_manifest(published):
     metrics, extra = published.manifest.metrics, published.manifest.extra
     assert metrics["eval_accuracy"] >= 0.8
     assert metrics["eval_accuracy_low"] < metrics["eval_accuracy"] < metrics["eval_accuracy_high"]
-    assert metrics["eval_length_accuracy"] == pytest.approx(0.2125)  # in the data, the longer answer is mostly wrong
+    assert metrics["eval_length_alone"] == pytest.approx(0.7875)  # in the data, the longer answer is mostly wrong
     assert -1 <= metrics["eval_score_length_correlation"] <= 1
     assert {f"eval_beats_{probe}" for probe in ("empty", "repeated", "truncated", "off-topic")} <= metrics.keys()
     assert extra["reward_std"] > 0.1 and abs(extra["reward_mean"]) < 5

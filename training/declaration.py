@@ -151,7 +151,7 @@ def pair_charts(accuracy: str, margin: str) -> tuple[Chart, Chart]:
             (
                 Line(accuracy, "train"),
                 held_out(f"eval_{accuracy}"),
-                Line("eval_length_accuracy", "length alone", "muted"),
+                Line("eval_length_alone", "length alone", "muted"),
             ),
             "pairs with the chosen answer ranked first",
         ),

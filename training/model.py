@@ -2,7 +2,8 @@
 
 Roles: `policy` (generates text), `reference` (a frozen policy to which the KL is measured), `critic` (estimates
 values), `reward` (one score for each text). A `Model` has its role, its precision, its encoder, and the engine that
-may shard it. Parameter names are converted and tensors are cast for publishing only in this module.
+may shard it. Only this module, and those of this package that it uses, convert parameter names and cast tensors for
+publishing.
 
 Weights are float32 unless a recipe sets another type for the weights that it trains: at the learning rates of
 alignment, AdamW's steps are below the precision of bfloat16 weights. For speed, `train.bf16` turns on autocast.
@@ -224,7 +225,7 @@ class Model:
         return self
 
     def reference(self, bf16: bool) -> "Model | WithoutAdapter":
-        """A frozen model of this policy's parent, the reference for the KL.
+        """The reference for the KL: this policy's parent, loaded once more; the caller freezes it.
 
         Of a policy that trains an adapter, it is the policy itself without it. `bf16` as in `load`.
         """

@@ -252,7 +252,6 @@ def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
         # Inside the folder of states, under a name that `StateStore.clean` removes.
         "output_dir": str(run.dir.state_dir / ".tmp-trainer"),
         "max_steps": total,
-        "per_device_eval_batch_size": config.per_device_eval_batch_size,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
         "lr_scheduler_kwargs": schedule,
@@ -271,9 +270,8 @@ def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    return kind(**{**fields, **run.engine.training_arguments(config), **own})
+    return kind(**fields, **run.engine.training_arguments(config), **own)  # what two of them set is an error
 
 
 def quiet() -> None:

@@ -18,7 +18,7 @@ def warnings(run: RunData) -> list[str]:
             if parent.name in prints and parent.fingerprint != prints[parent.name]:
                 found.append(
                     f"{stage.name} was made from another {parent.name} than the one that is here now; "
-                    f"`baton run recipes/{run.name}.yaml --to {stage.name}` makes it again"
+                    f"`{stage.origin.run(stage.name)}` makes it again"
                 )
         for name in sorted({key for row in stage.metrics for key, value in row.items() if value != value}):
             found.append(f"{stage.name}: {name} was not a number in at least one step")

@@ -5,7 +5,9 @@ A stage without a manifest was started but not finished; the report shows its me
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,25 @@ class Results(BaseModel):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The recipe from which a stage was begun, and what was laid over it on the command line."""
+
+    recipe: str = "<recipe>"
+    """Its path, as a shell reads it; a placeholder where no file records one."""
+    overrides: str = ""
+    """The overrides, as a shell reads them."""
+
+    def run(self, name: str) -> str:
+        """The command that brings the section up to date."""
+        return f"baton run {self.recipe}{self.overrides and f' {self.overrides}'} --to {name}"
+
+    def make(self, target: str) -> str:
+        """The make command for a target."""
+        laid_over = f" SET={shlex.quote(self.overrides)}" if self.overrides else ""
+        return f"make {target} RECIPE={self.recipe}{laid_over}"
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage's directory. `manifest` is None when the stage has not been published."""
 
@@ -82,6 +103,7 @@ class Stage:
     """A reward model's report card; it also exists if the stage's gate stopped the publication."""
     begun_as: str | None = None
     """The stage's package according to the record of its start."""
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def package(self) -> str:
@@ -127,6 +149,11 @@ class RunData:
         return self.path.name
 
     @property
+    def origin(self) -> Origin:
+        """From which recipe the last of the stages was begun of which this is known."""
+        return next((stage.origin for stage in reversed(self.stages) if stage.origin != Origin()), Origin())
+
+    @property
     def published(self) -> list[Stage]:
         """The published stages."""
         return [stage for stage in self.stages if stage.manifest]
@@ -144,7 +171,7 @@ def read_run(run_dir: Path) -> RunData:
     """
     run_dir = run_dir.resolve()
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run; make it with `baton run recipes/{run_dir.name}.yaml`")
+        raise UserError(f"{run_dir}: no such run; make it with `baton run <recipe>`")
     problems: list[str] = []
     stages = []
     for folder in sorted(path for path in run_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
@@ -152,7 +179,7 @@ def read_run(run_dir: Path) -> RunData:
         if directory.manifest_path.exists() or directory.started_path.exists():
             stages.append(_read_stage(directory, folder.name, problems))
     if not stages:
-        raise UserError(f"{run_dir}: no stage has been started here; run `baton run recipes/{run_dir.name}.yaml` first")
+        raise UserError(f"{run_dir}: no stage has been started here; run `baton run <recipe>` first")
     return RunData(run_dir, _in_order(stages), problems)
 
 
@@ -177,6 +204,7 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
         parameters=parameters,
         card=_read_card(directory.path / "card.json", problems),
         begun_as=_package_begun(directory),
+        origin=_origin(directory),
     )
 
 
@@ -190,6 +218,16 @@ def _tensors(manifest: Manifest, model_dir: Path) -> Iterable[TensorInfo]:
 def _package_begun(directory: StageDir) -> str | None:
     inputs = directory.started_inputs()
     return None if inputs is None else inputs.recipe.get("stage")
+
+
+def _origin(directory: StageDir) -> Origin:
+    with suppress(HandoffError, OSError):
+        match directory.origin():
+            case {"recipe": str(recipe), "overrides": [*overrides]}:
+                path = Path(recipe)
+                here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+                return Origin(shlex.quote(str(here)), shlex.join(map(str, overrides)))
+    return Origin()
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:

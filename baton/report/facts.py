@@ -244,15 +244,14 @@ def _reasons(counted: Mapping[str, int], prefix: str) -> list[tuple[str, int]]:
 
 def gaps(run: RunData) -> list[Gap]:
     """The parts of the report for which this run has no data."""
-    recipe = f"RECIPE=recipes/{run.name}.yaml"
     found = [
-        Gap(f"{stage.name} was started and is not finished", f"baton run recipes/{run.name}.yaml --to {stage.name}")
+        Gap(f"{stage.name} was started and is not finished", stage.origin.run(stage.name))
         for stage in run.stages
         if stage.manifest is None
     ]
     started = {stage.package for stage in run.stages}
     return found + [
-        Gap(declared.missing, f"make {declared.targets[0]} {recipe}")
+        Gap(declared.missing, run.origin.make(declared.targets[0]))
         for stage, declared in Registry().declarations().items()
         if declared.missing and stage not in started
     ]

@@ -144,7 +144,7 @@ class Saves:
             files.load_frozen(engine, self._reference.module, state.path / _REFERENCE)
 
     def _save(self, at: Position) -> bool:
-        """Every rank calls it. False: the disk is full; the state is not saved and the run continues."""
+        """Every process calls it. False: the disk is full; the state is not saved and the run continues."""
         extra = {
             "cursor": at.cursor,
             "kl_coef": at.kl_coef,

@@ -68,13 +68,14 @@ def pair_metrics(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray) 
         lengths: tokens of the chosen and of the rejected answers (N, 2).
     """
     accuracy = share(preferred(chosen, rejected))
+    longer = float(preferred(lengths[:, 0], lengths[:, 1]).mean())
     return {
         "accuracy": accuracy.value,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
         "margin": float((chosen - rejected).mean()),
         "loss": float(np.logaddexp(0, rejected - chosen).mean()),
-        "length_accuracy": float(preferred(lengths[:, 0], lengths[:, 1]).mean()),
+        "length_alone": max(longer, 1 - longer),
         "score_length_correlation": correlation(np.concatenate([chosen, rejected]), lengths.T.reshape(-1)),
     }
 
@@ -185,8 +186,6 @@ def make_card(
     """
     metrics = pair_metrics(chosen, rejected, lengths)
     right = preferred(chosen, rejected)
-    longer = share(preferred(lengths[:, 0], lengths[:, 1]))
-    alone = max(longer.value, 1 - longer.value)
     both = np.concatenate([chosen, rejected])
     deviation = both.std() or 1.0
     ece, bins = calibration(chosen - rejected)
@@ -194,9 +193,9 @@ def make_card(
         accuracy=share(right),
         margin=metrics["margin"],
         loss=metrics["loss"],
-        longer_wins=longer,
-        length_alone=alone,
-        over_length=metrics["accuracy"] - alone,
+        longer_wins=share(preferred(lengths[:, 0], lengths[:, 1])),
+        length_alone=metrics["length_alone"],
+        over_length=metrics["accuracy"] - metrics["length_alone"],
         by_length=by_length(right, lengths),
         score_length_correlation=metrics["score_length_correlation"],
         margin_length_correlation=correlation(chosen - rejected, lengths[:, 0] - lengths[:, 1]),

@@ -13,7 +13,7 @@ DECLARATION = Declaration(
     targets=("reward",),
     publishes="reward_model",
     compared=TRAINER_LINE,
-    headline=(("eval_accuracy", "of held-out pairs right"), ("eval_length_accuracy", "by length alone")),
+    headline=(("eval_accuracy", "of held-out pairs right"), ("eval_length_alone", "by length alone")),
     charts=(LOSS, *pair_charts("accuracy", "margin")),
     missing="no reward model",
 )
