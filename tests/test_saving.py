@@ -259,7 +259,7 @@ def test_a_publication_that_fails_costs_no_training(name, micro_recipe, tmp_path
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.model.write_tensors", denied)
+        patch.setattr("training.publishing.write_tensors", denied)
         with pytest.raises((PermissionError, HandoffError)):
             run_section(recipe, name)
     assert not (folder / "stage.json").exists() and (folder / "state" / "step-3").is_dir()
