@@ -168,7 +168,11 @@ class Runner:
         if self._signals or code - 128 in ENDING:
             said.print(f"{name} was stopped; the same command goes on with it", style="yellow")
             return
-        ended = Text.assemble((f"{name} failed", "bold red"), f" with exit code {code} after {took:.0f} s")
+        if code == 128 + signal.SIGKILL:
+            why = "by the system for lack of memory, or by someone; the same command goes on with it"
+            ended = Text.assemble((f"{name} was killed", "bold red"), f" after {took:.0f} s: {why}")
+        else:
+            ended = Text.assemble((f"{name} failed", "bold red"), f" with exit code {code} after {took:.0f} s")
         said.print(ended.append("; its last lines:") if tail else ended)
         for line in tail[-SHOWN:]:
             said.print(f"  | {line}")

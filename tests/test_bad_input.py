@@ -187,8 +187,8 @@ def test_a_missing_parent_is_refused(command, refused, recipe, tmp_path):
     before = everything(tmp_path)
     message = refused(*command, recipe, f"sft.parent={tmp_path}/elsewhere/sftt")
     assert message == (
-        f"command line: sft.parent: {tmp_path}/elsewhere/sftt is not a section of this recipe, an existing folder or a "
-        "hub id (organisation/name); there are sft, reward, ppo\n"
+        f"command line: sft.parent: {tmp_path}/elsewhere/sftt is not a section of this recipe, an existing folder or "
+        ".gguf file, or a hub id (organisation/name); there are sft, reward, ppo\n"
     )
     assert everything(tmp_path) == before
 

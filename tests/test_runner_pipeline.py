@@ -281,6 +281,12 @@ def test_a_failure_shows_its_last_lines_the_log_and_the_command(scene):
 def test_a_stage_that_was_killed_gives_the_code_of_its_signal(scene):
     scene.behaviour["root"] = ("", -signal.SIGKILL)
     assert scene.run() == 128 + signal.SIGKILL
+    said = scene.err.splitlines()[0]
+    assert said.startswith("root was killed after 0 s: by the system for lack of memory, or by someone; ")
+    assert "the same command goes on with it" in said and "exit code" not in said
+    scene.behaviour["root"] = ("", -signal.SIGSEGV)
+    assert scene.run() == 128 + signal.SIGSEGV
+    assert scene.err.startswith(f"root failed with exit code {128 + signal.SIGSEGV}")
 
 
 def test_exit_code_0_without_a_result_is_a_failure(scene):
