@@ -154,17 +154,27 @@ def test_the_report_and_chat_work_on_the_run(pipeline, root):
     assert talked.returncode == 0, talked.stderr
 
 
-def test_verify_names_the_file_that_was_touched(pipeline, root):
+def test_verify_names_the_file_that_was_touched_and_a_run_makes_it_again(pipeline, root):
     """This test comes last, since it damages the run."""
     run = load_recipe(pipeline).run_dir
     assert baton(root, "verify", str(run)).returncode == 0
     weights = run / "sft" / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
+    published = weights.read_bytes()
+    content = bytearray(published)
     content[-1] ^= 1
     weights.write_bytes(content)
     done = baton(root, "verify", str(run))
     assert done.returncode == 1
     assert "sft" in done.stderr and "model.safetensors" in done.stderr
-    refused = baton(root, "run", str(pipeline), "--force", "dpo", "--to", "dpo")
-    assert refused.returncode == 2
-    assert "was altered after publishing" in refused.stdout + refused.stderr
+    refused = subprocess.run(
+        [sys.executable, "-m", "stages.dpo", str(pipeline), "train.max_steps=1"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2 and "was altered after publishing" in refused.stderr
+    again = baton(root, "run", str(pipeline), "--to", "dpo")
+    assert again.returncode == 0 and "stale: model/model.safetensors was altered" in again.stdout
+    assert weights.read_bytes() == published
+    assert baton(root, "verify", str(run)).returncode == 0
