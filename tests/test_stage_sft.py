@@ -3,9 +3,11 @@
 import json
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import Encoder
@@ -20,6 +22,7 @@ from stages.sft.train import Collator
 from tests.stage_chain import chain, foreign_checkpoint, run_stage, runs, stage_recipe
 from training import engines
 from training.config import ModelArguments
+from training.engines.upstream import score_labels_alone
 from training.measure import token_losses
 from training.model import Model, load_encoder
 from training.recipe import RecipeError, load_recipe
@@ -80,6 +83,39 @@ def test_packed_conversations_do_not_see_one_another(attention, parent, encoder)
     assert padded["nats"].sum().item() == pytest.approx(alone, abs=1e-4)
     assert packed["nats"].sum().item() == pytest.approx(alone, abs=1e-4)
     assert packed["tokens"].sum() == padded["tokens"].sum() == sum(i != -100 for r in rows for i in r["labels"])
+
+
+def test_only_labelled_positions_are_projected_and_the_gradient_is_the_whole_heads(parent, encoder):
+    """Against cross-entropy over all logits, with prompts and padding in the batch."""
+    model = Model.load(engines.current(), parent, "policy", encoder, ModelArguments()).module.eval()
+    rows = [supervised(encoder, "uppercase cat", "CAT"), supervised(encoder, "repeat: dog egg", "dog egg")]
+    batch = Collator(encoder.pad_id)(rows)
+    labels = batch["labels"][:, 1:]
+    logits = model(**{**batch, "labels": None}).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum", ignore_index=-100)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    score_labels_alone()
+    projected = []
+    with patch("trl.trainer.utils._ChunkedLogProbFunction", watching(projected)):
+        found = -model(**batch, fused_lm_head=True).log_probs.sum()
+    gradient = torch.autograd.grad(found, list(model.parameters()))
+    assert projected == [int((labels != -100).sum())]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for one, other in zip(gradient, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def watching(projected: list[int]) -> type:
+    """TRL's head, which notes the number of positions that it projects."""
+
+    class Watched:
+        @staticmethod
+        def apply(hidden, *rest):
+            projected.append(len(hidden))
+            return ChunkedLogProbFunction.apply(hidden, *rest)
+
+    return Watched
 
 
 def test_a_batch_is_padded_on_the_right_without_labels(encoder):

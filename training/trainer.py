@@ -30,6 +30,7 @@ from handoff.state import State
 from training.callbacks import AverageCallback, Finished, FlowCallback, MetricsCallback, ProgressCallback
 from training.config import MuonTrainConfig, TrainConfig
 from training.engines import files, finite
+from training.engines.upstream import score_labels_alone
 from training.faults import Faults
 from training.isolation import check_packing
 from training.optimizer import muon_adamw
@@ -311,6 +312,7 @@ def fit(
         Stopped: a signal asked the stage to end, and it tried to save its state.
     """
     config: TrainConfig = run.config.train
+    score_labels_alone()
     if run.tries_longest:
         order.longest_first()
     trainer.run, trainer.trained, trainer.order = run, model, order
