@@ -38,7 +38,17 @@ class RowsSource(SourceBase):
     """Keys shared by files, hub data sets and published rows: how rows are read, and which are held out."""
 
     format: Literal[
-        "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
+        "auto",
+        "text",
+        "prompt_completion",
+        "alpaca",
+        "messages",
+        "sharegpt",
+        "preference",
+        "hh_rlhf",
+        "gsm8k",
+        "svamp",
+        "multiple_choice",
     ] = "auto"
     """Format of the rows; `auto` chooses by the columns of each file's first row and reports its choice."""
     holdout: float = Field(default=0.0, ge=0, lt=1)

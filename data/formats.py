@@ -7,6 +7,7 @@ with a reason and counted.
 """
 
 import re
+import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
@@ -17,7 +18,16 @@ from data.files import Row
 from data.records import Message, Origin, Role
 
 Format: TypeAlias = Literal[
-    "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "hh_rlhf", "gsm8k"
+    "text",
+    "prompt_completion",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "preference",
+    "hh_rlhf",
+    "gsm8k",
+    "svamp",
+    "multiple_choice",
 ]
 
 EXPECTED: Final[dict[Format, str]] = {
@@ -30,6 +40,9 @@ EXPECTED: Final[dict[Format, str]] = {
     "`conversations`",
     "hh_rlhf": "`chosen` and `rejected`: transcripts that begin with `Human:`",
     "gsm8k": "`question` and `answer`, the final answer after `####`",
+    "svamp": "`Body`, `Question` and `Answer`, a number",
+    "multiple_choice": "`choices` (or `endings`), `question` (or `query`, `ctx`) and the right choice in `answer`, "
+    "`answerKey`, `gold` or `label`",
 }
 """The columns of each format, for error messages."""
 
@@ -84,7 +97,17 @@ class Pair:
     told: Told = Told()
 
 
-Parsed: TypeAlias = Document | Conversation | Pair
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A question, and answers of which the one at the index `right` is right."""
+
+    question: str
+    choices: tuple[str, ...]
+    right: int
+    told: Told = Told()
+
+
+Parsed: TypeAlias = Document | Conversation | Pair | Choice
 
 
 def detect(row: Row, wants_text: bool, origin: Origin) -> Format:
@@ -107,8 +130,12 @@ def detect(row: Row, wants_text: bool, origin: Origin) -> Format:
         return "sharegpt"
     if "instruction" in names and names & {"output", "response"}:
         return "alpaca"
+    if names & set(CHOICES) and names & set(QUESTIONS):
+        return "multiple_choice"
     if {"question", "answer"} <= names:
         return "gsm8k"
+    if {"Body", "Question", "Answer"} <= names:
+        return "svamp"
     if "prompt" in names:
         return "prompt_completion"
     if "text" in names:
@@ -136,7 +163,7 @@ def parse(row: Row, format: Format, origin: Origin, needs_answer: bool, ignore: 
         return Document(row)
     columns = Columns(row, origin, format, EXPECTED[format], needs_answer, ignore)
     parsed = _READERS[format](columns)
-    if not isinstance(parsed, Document):
+    if isinstance(parsed, (Conversation, Pair)):
         columns.check_rest(judged=isinstance(parsed, Pair) or any(m.role == "assistant" for m in parsed.messages))
     unread = [f"key `{key}` of turns" for key in sorted(columns.turn_keys)]
     if needs_answer:
@@ -303,6 +330,56 @@ def _gsm8k(row: Columns) -> Conversation:
     return Conversation((*_before(row), Message("user", question), Message("assistant", answer)), found)
 
 
+def _svamp(row: Columns) -> Conversation:
+    body, question, answer = row.text("Body").strip(), row.text("Question").strip(), row.get("Answer")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int | float | str):
+        raise DataError(f"{row.origin}: `Answer` is {type(answer).__name__}; expected a number")
+    said = str(answer).strip()
+    # Some bodies end without a full stop.
+    asked = f"{body}{'' if not body or body[-1] in '.,?!;:' else '.'} {question}"
+    return Conversation((Message("user", asked.strip()), Message("assistant", said)), {"answer": said})
+
+
+CHOICES: Final = ("choices", "endings")
+"""Columns that hold answers to choose from."""
+QUESTIONS: Final = ("question", "query", "question_stem", "ctx")
+"""Columns that hold the question which the choices answer."""
+
+
+def _multiple_choice(row: Columns) -> Choice:
+    """The forms of MMLU (an index), ARC and OpenBookQA (letters beside texts) and HellaSwag (endings)."""
+    question = row.text(*QUESTIONS)
+    choices: Any = row.get(*CHOICES)
+    labels: Any = None
+    if isinstance(choices, dict):
+        choices, labels = choices.get("text"), choices.get("label")
+    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if not texts or not isinstance(labels, list | None) or (labels is not None and len(labels) != len(choices)):
+        raise DataError(
+            f'{row.origin}: the choices are no list of texts; expected are ["...", ...], or {{text: [...], label: '
+            "[...]}} of equal lengths"
+        )
+    if len(set(choices)) < 2 or not all(choice.strip() for choice in choices):
+        raise RowRefused("fewer than two different choices, or an empty one")
+    return Choice(question, tuple(choices), _right(row, labels, len(choices)))
+
+
+def _right(row: Columns, labels: list[Any] | None, choices: int) -> int:
+    """The index of the right choice, which the row gives as an index, or as one of its labels."""
+    value = row.get("answer", "answerKey", "gold", "label")
+    if labels is not None and value in labels:
+        return labels.index(value)
+    if labels is None and isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    if labels is None and isinstance(value, str) and len(value) == 1:
+        value = string.ascii_uppercase.find(value.upper())
+    if labels is None and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < choices:
+        return value
+    raise RowRefused("no right choice", "give its index from 0, its letter, or its label")
+
+
 _READERS: Final[dict[Format, Callable[[Columns], Parsed]]] = {
     "text": _text,
     "prompt_completion": _prompt_completion,
@@ -312,6 +389,8 @@ _READERS: Final[dict[Format, Callable[[Columns], Parsed]]] = {
     "preference": _preference,
     "hh_rlhf": _hh_rlhf,
     "gsm8k": _gsm8k,
+    "svamp": _svamp,
+    "multiple_choice": _multiple_choice,
 }
 
 

@@ -26,8 +26,8 @@ from data.accounting import Accounting
 from data.config import SourceConfig, WorldSource
 from data.errors import DataError, RowRefused
 from data.fingerprint import label
-from data.formats import Conversation, Document, Format, Pair, Parsed, Told, detect, parse
-from data.records import Chat, Message, Origin, Preference, Prompt, Record, Text
+from data.formats import Choice, Conversation, Document, Format, Pair, Parsed, Told, detect, parse
+from data.records import Chat, Message, Origin, Preference, Prompt, Question, Record, Text
 from data.sampling import shuffled
 from data.sources import read_rows
 
@@ -45,7 +45,7 @@ CUT_TURN = "conversations whose turns after the last answer were cut"
 def read(
     sources: Sequence[SourceConfig], want: type[R], root: Path | None, seed: int, accounting: Accounting
 ) -> Iterator[R]:
-    """Yields the usable records of the sources as `want` (Text, Chat, Preference or Prompt) while it reads the files.
+    """Yields the usable records of the sources as `want`, a kind of record, while it reads the files.
 
     Records come source by source, in each source's own order; `mixture_order` gives the order in which they are used.
     When the iterator has ended, `accounting` counts every row.
@@ -175,6 +175,7 @@ def _parsed(record: Record) -> Parsed:
         return Document(record.text)
     if isinstance(record, Preference):
         return Pair(record.prompt, record.chosen, record.rejected)
+    assert not isinstance(record, Question), "the world has none"
     return Conversation(record.messages, told=Told(record.columns) if isinstance(record, Prompt) else Told())
 
 
@@ -182,14 +183,31 @@ def _shape(parsed: Parsed, want: type[R], origin: Origin, accounting: Accounting
     """Converts to a record of kind `want`. Raises RowRefused for an unusable row, DataError for an impossible kind."""
     if isinstance(parsed, Document) or want is Text:
         if not isinstance(parsed, Document) or want is not Text:
-            held = {Document: "documents", Conversation: "conversations", Pair: "pairs of answers"}[type(parsed)]
-            raise DataError(f"{origin}: holds {held}; wanted are records of kind {want.__name__}. Use other data here")
+            raise DataError(f"{origin}: {_mismatch(parsed, want)}. Use other data here")
         if not parsed.text.strip():
             raise RowRefused("empty text")
         return cast(R, Text(parsed.text, origin))
+    if isinstance(parsed, Choice) or want is Question:
+        if not isinstance(parsed, Choice) or want is not Question:
+            raise DataError(f"{origin}: {_mismatch(parsed, want)}. Use other data here")
+        if not parsed.question.strip():
+            raise RowRefused("empty question")
+        return cast(R, Question(parsed.question, parsed.choices, parsed.right, origin))
     if isinstance(parsed, Conversation):
         return cast(R, _from_conversation(parsed, want, origin, accounting))
     return cast(R, _from_pair(parsed, want, origin, accounting))
+
+
+_HELD = {
+    Document: "documents",
+    Conversation: "conversations",
+    Pair: "pairs of answers",
+    Choice: "questions with answers to choose from",
+}
+
+
+def _mismatch(parsed: Parsed, want: type[R]) -> str:
+    return f"holds {_HELD[type(parsed)]}; wanted are records of kind {want.__name__}"
 
 
 def _from_conversation(parsed: Conversation, want: type[R], origin: Origin, accounting: Accounting) -> Record:
@@ -265,8 +283,8 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
 
 
 def _holdout_key(record: Record) -> str:
-    """The text that decides the split: the first user turn, or the document. Records with equal keys share a split."""
-    if isinstance(record, Text):
+    """The text that decides the split: the first user turn, document or question. Equal ones share a split."""
+    if isinstance(record, (Text, Question)):
         return record.text
     messages = record.prompt if isinstance(record, Preference) else record.messages
     return next(message.content for message in messages if message.role == "user")

@@ -1,4 +1,4 @@
-"""The four record types into which every source is converted before encoding. Each record has its origin."""
+"""The five record types into which every source is converted before encoding. Each record has its origin."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -60,4 +60,15 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-Record: TypeAlias = Text | Chat | Preference | Prompt
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with several answers to choose from, of which one is right."""
+
+    text: str
+    choices: tuple[str, ...]
+    right: int
+    """Index of the right choice."""
+    origin: Origin
+
+
+Record: TypeAlias = Text | Chat | Preference | Prompt | Question

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, Ty
 from data.accounting import Accounting
 from data.encode import EncodedPrompt, Encoder
 from data.errors import DataError, RowRefused, TemplateFailed
-from data.records import Chat, Message, Origin, Preference, Prompt, Record, Text
+from data.records import Chat, Message, Origin, Preference, Prompt, Question, Record, Text
 from data.turns import EarlierTurns
 
 if TYPE_CHECKING:
@@ -286,6 +286,32 @@ class Texts(Kind[list[str]]):
         """The texts."""
         texts: list[str] = row["texts"]
         return texts
+
+
+@dataclass(frozen=True)
+class Choices(Kind[Question]):
+    """Questions with answers to choose from, not encoded: models with different tokenizers read them."""
+
+    want = Question
+    columns: ClassVar[dict[str, Column]] = {"texts": "texts", "record": "text"}
+
+    def encode(
+        self, records: Sequence[Question], encoder: Encoder | None, notes: Counter[str], facts: Counter[str]
+    ) -> Iterator[Row]:
+        """Yields the question and its choices, and beside them which one is right and where the row comes from."""
+        for record in records:
+            origin = [record.origin.file, record.origin.row]
+            yield {"texts": [record.text, *record.choices], "record": json.dumps([record.right, origin])}
+
+    def length(self, row: Row) -> int:
+        """Number of choices."""
+        return len(row["texts"]) - 1
+
+    def read(self, row: Row) -> Question:
+        """The record as it was read."""
+        text, *choices = row["texts"]
+        right, origin = json.loads(row["record"])
+        return Question(text, tuple(choices), right, Origin(*origin))
 
 
 class Rows(Sequence[T]):

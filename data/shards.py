@@ -32,7 +32,7 @@ from data.encode import Encoder
 from data.errors import DataError, RowRefused, TemplateFailed
 from data.fingerprint import fingerprints
 from data.load import mixture_order, read
-from data.records import Chat, Origin, Preference, Prompt, Record, Text
+from data.records import Chat, Origin, Preference, Prompt, Question, Record, Text
 from data.rows import Column, Kind, Row, Rows, TooLong, zipped
 from handoff.errors import HandoffError
 from handoff.files import canonical_hash, fsync_path, fsync_tree, read_json, remove_tree, sha256_file, write_json
@@ -418,6 +418,8 @@ def _characters(record: Record) -> int:
     match record:
         case Text():
             return len(record.text)
+        case Question():
+            return len(record.text) + sum(map(len, record.choices))
         case Chat() | Prompt():
             return sum(len(message.content) for message in record.messages)
         case Preference():

@@ -288,8 +288,10 @@ class StageConfig(Strict):
     def sources(self) -> list[SourceConfig]:
         """Every data source that the section names, under whichever key."""
         kinds = WorldSource | FileSource | HubSource | StageSource
-        lists = (value for _, value in self if isinstance(value, list))
-        return [source for entries in lists for source in entries if isinstance(source, kinds)]
+        lists = [value for _, value in self if isinstance(value, list)]
+        # An entry of a list may have sources of its own.
+        lists += [value for entries in lists for entry in entries if isinstance(entry, Strict) for _, value in entry]
+        return [s for entries in lists if isinstance(entries, list) for s in entries if isinstance(s, kinds)]
 
     def rewards(self) -> dict[str, RewardConfig]:
         """Every reward that the section names, by its place: `reward.0`."""

@@ -2,11 +2,11 @@
 
 from typing import ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
-from training.config import ModelArguments, StageConfig
+from training.config import ModelArguments, StageConfig, Strict
 from training.declaration import Declaration, HeldModel
 from training.work import Batch, Rollout, Work
 
@@ -42,6 +42,29 @@ class ScoreConfig(RewardConfig):
         return {self.on: self.name}
 
 
+class ChoiceConfig(Strict):
+    """One set of questions with answers to choose from, reported as `<name>` and `<name>_norm`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the metric."""
+    data: list[SourceConfig] = Field(min_length=1)
+    """Rows with a question, its choices and the right one, as ARC, MMLU, OpenBookQA and HellaSwag have them."""
+    prompt: str = "Question: {question}\nAnswer:"
+    """What the model reads before a choice; `{question}` is the row's question. A space follows, and the choice."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_question(cls, value: str) -> str:
+        if value.count("{question}") != 1:
+            raise ValueError("write {question} once, where the row's question goes")
+        return value
+
+    @property
+    def metrics(self) -> tuple[str, str]:
+        """Names of the two accuracies."""
+        return self.name, f"{self.name}_norm"
+
+
 class Config(StageConfig):
     """Evaluates all `models` on the same prompts; those that the run has not published are reported and left out."""
 
@@ -54,6 +77,9 @@ class Config(StageConfig):
     """Held-out prompts."""
     text: list[SourceConfig] = Field(default_factory=list)
     """Held-out documents, for bits per byte."""
+    multiple_choice: list[ChoiceConfig] = Field(default_factory=list)
+    """Questions with answers to choose from. A model's choice is the likeliest after the question, as in
+    lm-evaluation-harness: `<name>` is the share of right ones, `<name>_norm` that by the likelihood a character."""
     scores: list[ScoreConfig] = Field(default_factory=list)
     """How answers are scored. Each entry is a metric; an entry whose model the run has not published is left out."""
     wins: str | None = None
@@ -80,11 +106,12 @@ class Config(StageConfig):
     def _names_are_metrics(self) -> Self:
         check_rewards(self.scores)
         names = self.metrics
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two scores give the metric {name}: give one of them another `name:`")
+        every = [*names, *(metric for entry in self.multiple_choice for metric in entry.metrics)]
+        for name in every:
+            if every.count(name) > 1:
+                raise ValueError(f"two entries give the metric {name}: give one of them another `name:`")
             if name in MEASURED:
-                raise ValueError(f"{name} is measured anyway, as something else: give the score another `name:`")
+                raise ValueError(f"{name} is measured anyway, as something else: give the entry another `name:`")
         if self.wins is not None and self.wins not in names:
             raise ValueError(f"wins: {self.wins} is no metric of `scores`; there are {', '.join(names) or 'none'}")
         if self.group_by is not None and not names:

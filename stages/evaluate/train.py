@@ -9,15 +9,15 @@ metric also by group, and how often a model's answer is better than its parent's
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from data.encode import EncodedPrompt, Encoder
-from data.records import Text
-from data.rows import Prompts, Texts
+from data.records import Question, Text
+from data.rows import Choices, Prompts, Texts
 from handoff.errors import HandoffError
 from handoff.files import write_json
 from handoff.parent import Parent
@@ -28,8 +28,9 @@ from rollout.engine import generate
 from rollout.logprobs import completion_logprobs
 from rollout.positions import check_positions
 from rollout.sampling import Completion, SamplingSpec
-from stages.evaluate import tables
+from stages.evaluate import choices, tables
 from stages.evaluate.config import Answering, Config, ScoreConfig
+from stages.evaluate.statistics import Estimate
 from stages.evaluate.tables import Answered
 from training.limits import within_window
 from training.measure import TextWindows
@@ -58,19 +59,26 @@ def train(run: Run) -> None:
     prompts = readable(run, entries, prompts, "prompts", max_drop_fraction=1.0)
     documents = run.rows(config.text, Texts(Text), label="documents") if config.text else ()
     texts = [text for part in documents for text in part]
+    questions = {
+        entry.name: list(run.rows(entry.data, Choices(), label=f"{entry.name}'s questions"))
+        for entry in config.multiple_choice
+    }
     column, keys = _groups(run, prompts)
     scorers = _scorers(run, entries, present, list(parents.values()), prompts)
 
     answered: dict[str, Answered] = {}
+    chosen: dict[str, dict[str, Estimate]] = {}
     bits_per_byte: dict[str, dict[str, float]] = {}
     origins: dict[str, str] = {}
-    with run.progress(len(parents) * len(prompts) * 2, "evaluate") as advance:
+    each = len(prompts) * 2 + sum(len(question.choices) for rows in questions.values() for question in rows)
+    with run.progress(len(parents) * each, "evaluate") as advance:
         for name, parent in parents.items():
             encoder = encoders[name]
             ids = [encoder.prompt(p.record.messages) for p in prompts]
             model = Model.load(run.engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
             with model.whole() as module:
                 answered[name] = _answer(run, module, encoder, ids, advance)
+                chosen[name] = _choices(run, module, encoder, questions, advance)
                 if texts:
                     bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, context, config.batch_size)}
             del model, module
@@ -93,7 +101,7 @@ def train(run: Run) -> None:
     by_group = tables.groups(run.seed, measured[0], keys, answered) if measured else {}
     results = {
         "models": list(parents),
-        "metrics": tables.metrics(run.seed, answered),
+        "metrics": {name: found | chosen[name] for name, found in tables.metrics(run.seed, answered).items()},
         "families": by_group,
         "grouped": {"column": column, "metric": measured[0]} if by_group else None,
         "win_rates": tables.win_rates(run.seed, config.wins, origins, answered) if config.wins in measured else {},
@@ -248,6 +256,28 @@ def _answer(
         both.append(run.engine.join(zip(mine, completions, strict=True)))
     greedy, sampled = both
     return Answered(greedy, [encoder.decode(c.ids) for c in greedy], sampled, [encoder.decode(c.ids) for c in sampled])
+
+
+def _choices(
+    run: Run,
+    model: PreTrainedModel,
+    encoder: Encoder,
+    questions: Mapping[str, Sequence[Question]],
+    advance: Callable[[int], None],
+) -> dict[str, Estimate]:
+    """The accuracies of each set of questions. Each process reads its share, then all processes get all numbers."""
+    config: Config = run.config
+    found: dict[str, Estimate] = {}
+    for entry in config.multiple_choice:
+        rows = questions[entry.name]
+        mine = run.engine.share(len(rows))
+        encoded = [choices.encode(encoder, entry.prompt, rows[i]) for i in mine]
+        check_positions(model, max((len(a) + len(b) - 1 for row in encoded for a, b in row), default=1))
+        flat = [pair for row in encoded for pair in row]
+        values = iter(choices.likelihoods(model, encoder, flat, config.batch_size, advance))
+        sums = run.engine.join([(i, [next(values) for _ in row]) for i, row in zip(mine, encoded, strict=True)])
+        found |= choices.accuracies(entry.name, rows, sums)
+    return found
 
 
 @torch.no_grad()

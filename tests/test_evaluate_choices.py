@@ -1,0 +1,137 @@
+"""Multiple choice: rows in the forms in which they are published, and the numbers of lm-evaluation-harness."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.accounting import Accounting
+from data.config import FileSource
+from data.encode import Encoder
+from data.errors import DataError
+from data.load import read
+from data.records import Chat, Question
+from handoff.errors import UserError
+from stages.evaluate import choices
+from stages.evaluate.config import ChoiceConfig, Config
+from training.recipe import load_recipe
+from training.run import run_section
+
+COLOURS = ["red", "dark blue", "green"]
+FORMS = {
+    "mmlu": {"question": "Which?", "subject": "colours", "choices": COLOURS, "answer": 1},
+    "arc": {"id": "a", "question": "Which?", "choices": {"text": COLOURS, "label": ["A", "B", "C"]}, "answerKey": "B"},
+    "arc, numbers": {"question": "Which?", "choices": {"text": COLOURS, "label": ["1", "2", "3"]}, "answerKey": "2"},
+    "hellaswag": {"ind": 4, "ctx": "Which?", "endings": COLOURS, "label": "1"},
+    "gold": {"query": "Which?", "choices": COLOURS, "gold": 1},
+    "a letter": {"question": "Which?", "choices": COLOURS, "answer": "b"},
+}
+
+
+def questions(folder, rows, **settings):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    accounting = Accounting()
+    source = FileSource(source="file", path=str(path), **settings)
+    return list(read([source], Question, None, 0, accounting)), accounting
+
+
+@pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
+def test_published_forms_are_read(tmp_path, row):
+    (found,), _ = questions(tmp_path, [row])
+    assert (found.text, found.choices, found.right) == ("Which?", tuple(COLOURS), 1)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"answer": 3}, {"answer": -1}, {"answer": "D?"}, {"answer": True}, {"choices": ["red", "red"]},
+     {"choices": ["red", " "]}, {"question": " "}],
+)  # fmt: skip
+def test_rows_without_one_right_answer_are_dropped_and_counted(tmp_path, broken):
+    found, accounting = questions(tmp_path, [FORMS["mmlu"], FORMS["mmlu"] | broken])
+    assert len(found) == 1 and sum(accounting.dropped.values()) == 1
+
+
+def test_what_is_no_list_of_choices_is_an_error_that_names_the_row(tmp_path):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the choices are no list of texts"):
+        questions(tmp_path, [FORMS["mmlu"] | {"choices": [1, 2]}])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the choices are no list of texts"):
+        questions(tmp_path, [FORMS["arc"] | {"choices": {"text": COLOURS, "label": ["A"]}}])
+
+
+def test_choices_are_no_conversations_and_conversations_no_choices(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(FORMS["mmlu"]) + "\n")
+    with pytest.raises(DataError, match="holds questions with answers to choose from"):
+        list(read([FileSource(source="file", path=str(path))], Chat, None, 0, Accounting()))
+    with pytest.raises(DataError, match="holds conversations; wanted are records of kind Question"):
+        questions(tmp_path, [{"prompt": "Hello", "completion": "Good day"}])
+
+
+def test_a_prompt_without_the_question_is_refused():
+    data = [{"source": "world", "kind": "prompts"}]
+    with pytest.raises(ValueError, match=r"write .question. once"):
+        ChoiceConfig.model_validate({"name": "arc", "data": data, "prompt": "Answer:"})
+    entry = {"name": "arc", "data": data}
+    with pytest.raises(ValueError, match="two entries give the metric arc_norm"):
+        Config.model_validate(
+            {
+                "models": ["sft"],
+                "data": data,
+                "multiple_choice": [entry],
+                "scores": [{"function": "x:y", "name": "arc_norm"}],
+            }
+        )
+
+
+@pytest.mark.slow
+def test_likelihoods_are_those_of_each_choice_read_alone(micro_recipe):
+    """A row by itself, cut where lm-evaluation-harness cuts (`_encode_pair`), and a softmax in double precision."""
+    folder = load_recipe(micro_recipe).run_dir / "sft" / "model"
+    model, encoder = AutoModelForCausalLM.from_pretrained(folder).eval(), Encoder.from_pretrained(folder)
+    rows = [
+        Question("Which cup?", ("red", "dark blue", "a"), 0, None),
+        Question("Where is Mira now?", ("in", "up"), 1, None),
+    ]
+    prompt, pairs, expected = "Q: {question}\nA: ", [], []
+    for row in rows:
+        pairs += choices.encode(encoder, prompt, row)
+        for choice in row.choices:
+            tokenize = encoder.tokenizer
+            context, whole = (
+                tokenize(text).input_ids for text in (f"Q: {row.text}\nA:", f"Q: {row.text}\nA: {choice}")
+            )
+            with torch.no_grad():
+                logp = torch.log_softmax(model(torch.tensor([whole])).logits[0].double(), -1)
+            expected.append(sum(logp[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
+    found = choices.likelihoods(model, encoder, pairs, 2, lambda _: None)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_norm_divides_by_the_choices_characters():
+    row = Question("Which?", ("a", "a long answer"), 1, None)
+    found = choices.accuracies("arc", [row, row], [[-2.0, -3.0], [-2.0, -26.1]])
+    assert found["arc"]["value"] == 0.0 and found["arc_norm"]["value"] == 0.5
+    assert found["arc"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_the_stage_reports_both_accuracies(micro_recipe, tmp_path):
+    rows = tmp_path / "arc.jsonl"
+    rows.write_text("".join(json.dumps(FORMS["arc"]) + "\n" for _ in range(5)))
+    path = tmp_path / "micro.yaml"
+    path.write_text(micro_recipe.read_text() + (
+        "  evaluate:\n    models: [pretrain, sft]\n    max_new_tokens: 4\n"
+        "    data: [{source: world, kind: prompts, size: 5, split: test}]\n"
+        f"    multiple_choice: [{{name: arc, data: [{{source: file, path: {rows}}}]}}]\n"
+    ))  # fmt: skip
+    recipe = load_recipe(path)
+    run_section(recipe, "evaluate")
+    results = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
+    for model in ("pretrain", "sft"):
+        assert results["metrics"][model]["arc"]["n"] == results["metrics"][model]["arc_norm"]["n"] == 5
+        assert results["metrics"][model]["arc"]["value"] in (0.0, 1.0), "five equal rows"
+    path.write_text(path.read_text().replace("name: arc,", "name: arc, prompt: 'Q',"))
+    with pytest.raises(UserError, match=r"write .question. once"):
+        load_recipe(path)
