@@ -60,6 +60,14 @@ def test_it_learns_to_answer_and_to_stop(tmp_path):
     assert generation["eos_token_id"] == run.manifest.tokenizer.stop_ids
 
 
+@pytest.mark.slow
+def test_answers_of_a_bfloat16_training_are_made_by_the_rollout_engine(tmp_path, caplog):
+    """The autocast that accelerate puts around the model made it look like another one, and answers came slowly."""
+    run = run_stage("sft", tmp_path, "train.bf16=true", "train.max_steps=1", "eval_answers=2", "max_new_tokens=4")
+    assert "eval_stop_rate" in run.lines[-2]
+    assert "slower plain generation" not in caplog.text
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_conversations_do_not_see_one_another(attention, parent, encoder):
     """Loss of packed rows, in a batch with padding = sum of the losses alone."""

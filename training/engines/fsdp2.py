@@ -59,7 +59,7 @@ class Fsdp2(Splitting):
         from torch.distributed.fsdp import FSDPModule
 
         plain = self.unwrapped(model)
-        with torch.no_grad():
+        with torch.no_grad(), upstream.own_forward(plain):
             upstream.initialise_fsdp_root(plain)
             parts = [m for m in plain.modules() if isinstance(m, FSDPModule)]
             plain.set_reshard_after_forward(False)

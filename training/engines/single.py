@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from training.engines import finite
+from training.engines import finite, upstream
 from training.engines.detect import running
 from training.engines.launch import LaunchError, Request
 from training.engines.processes import Processes
@@ -281,8 +281,9 @@ class Single(Processes):
         """
         import torch
 
-        with torch.no_grad():
-            yield self.unwrapped(model)
+        plain = self.unwrapped(model)
+        with torch.no_grad(), upstream.own_forward(plain):
+            yield plain
 
     # ---- models that are not trained
 

@@ -38,6 +38,13 @@ PRIVATE: tuple[PrivateName, ...] = (
     PrivateName(
         "accelerate.state:PartialState", "_prepare_backend", ("cpu", "sagemaker_dp", "backend"), "FSDP2 on CPU"
     ),
+    PrivateName(
+        "accelerate:Accelerator",
+        "_original_forward",
+        None,
+        "generation runs without the autocast that accelerate puts around a prepared model's forward pass; its own way "
+        "to take it off is for good",
+    ),
     # torch
     PrivateName("torch._dynamo:OptimizedModule", "_orig_mod", None, "the module inside a compiled one"),
     PrivateName(
@@ -292,6 +299,24 @@ def without_zero_hooks(model: Any) -> Iterator[None]:
         yield
     finally:
         add_hooks(model)
+
+
+# ---- accelerate
+
+
+@contextmanager
+def own_forward(model: Any) -> Iterator[None]:
+    """Inside, the model's forward pass is its own, without the autocast around it that accelerate has prepared."""
+    mine = vars(model)
+    if "_original_forward" not in mine:
+        yield
+        return
+    wrapped = mine["forward"]
+    model.forward = mine["_original_forward"]
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 # ---- TRL
