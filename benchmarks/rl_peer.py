@@ -1,11 +1,12 @@
 """The peer's side of the reinforcement-learning benchmarks: TRL's own trainer, which pauses between two updates.
 
-    PYTHON rl_peer.py ppo|grpo SETTINGS      (started by benchmarks/turns.py, not by hand; SETTINGS is JSON)
+    PYTHON rl_peer.py ppo|grpo|sft SETTINGS      (started by benchmarks/turns.py, not by hand; SETTINGS is JSON)
 
 It runs in the peer's environment, so of our modules it imports only turns.py, which is in the same folder.
 
 Settings: policy, reward (model folders), prompts (JSON lines), output (a folder), rows, micro_batch, response, epochs,
-generations, and `arguments`: further keyword arguments of TRL's configuration. Everything else is TRL's default.
+generations, and `arguments`: further keyword arguments of TRL's configuration. With `adapter`, keyword arguments of
+peft's LoraConfig, an adapter is trained. Everything else is TRL's default.
 """
 
 import json
@@ -91,9 +92,50 @@ def grpo(settings: dict[str, Any]) -> None:
     )
     rows = [{"prompt": prompt} for prompt in _prompts(settings)]
     trainer = GRPOTrainer(
-        policy, score, arguments, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Stepped(turns)]
+        policy,
+        score,
+        arguments,
+        Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Stepped(turns)],
+        peft_config=_adapter(settings),
     )
     trainer.train()
+
+
+def sft(settings: dict[str, Any]) -> None:
+    """TRL 1.16's SFTTrainer, on rows with `prompt` and `completion`; the loss counts completions."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    turns = Turns()
+    tokenizer = AutoTokenizer.from_pretrained(settings["policy"])
+    policy = AutoModelForCausalLM.from_pretrained(settings["policy"])
+    lines = Path(settings["prompts"]).read_text(encoding="utf-8").splitlines()
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in map(json.loads, lines)
+    ]
+    trainer = SFTTrainer(
+        policy,
+        SFTConfig(max_steps=10**6, **_common(settings)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Stepped(turns)],
+        peft_config=_adapter(settings),
+    )
+    trainer.train()
+
+
+def _adapter(settings: dict[str, Any]) -> Any:
+    if "adapter" not in settings:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **settings["adapter"])
 
 
 def _common(settings: dict[str, Any]) -> dict[str, Any]:
@@ -117,4 +159,4 @@ def _prompts(settings: dict[str, Any]) -> list[list[dict[str, str]]]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"ppo": ppo, "grpo": grpo}[sys.argv[1]](json.loads(sys.argv[2]))
+    {"ppo": ppo, "grpo": grpo, "sft": sft}[sys.argv[1]](json.loads(sys.argv[2]))

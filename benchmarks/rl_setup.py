@@ -28,8 +28,17 @@ SIZES: dict[str, dict[str, Any]] = {
     "25M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 7, "num_attention_heads": 8},
     "60M": {"hidden_size": 768, "intermediate_size": 2064, "num_hidden_layers": 8, "num_attention_heads": 12},
     "100M": {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 8, "num_attention_heads": 16},
+    "135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
 }
-"""Llamas with tied embeddings; with a vocabulary of 4096 they have 5.8, 24, 60 and 101 million parameters."""
+"""Llamas with tied embeddings; with a vocabulary of 4096, if none is given, they have 5.8, 24, 60 and 101 million
+parameters. The last is SmolLM2's shape."""
 _OUTSIDE = 4
 """Tokens of a rendered one-turn prompt besides the question: bos, user, end, assistant."""
 
@@ -53,10 +62,11 @@ def make(root: Path, size: str, prompt_tokens: tuple[int, int], prompts: int, ha
         prompts: number of prompts, with lengths spread evenly between the two.
         hazard: chance that an answer ends at a token, in [0, 1).
     """
-    tokenizer = word_tokenizer()
+    shape = {"vocab_size": VOCABULARY, **SIZES[size]}
+    vocabulary = shape["vocab_size"]
+    tokenizer = word_tokenizer(vocabulary)
     config = LlamaConfig(
-        **SIZES[size],
-        vocab_size=VOCABULARY,
+        **shape,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -82,7 +92,7 @@ def make(root: Path, size: str, prompt_tokens: tuple[int, int], prompts: int, ha
         low, high = prompt_tokens
         length = low + int(uniform(1, 0, "benchmark prompt's length", index)[0] * (high - low + 1))
         draws = uniform(length - _OUTSIDE, 0, "benchmark prompt", index)
-        words = (f"w{len(SPECIAL_TOKENS) + int(d * (VOCABULARY - len(SPECIAL_TOKENS)))}" for d in draws)
+        words = (f"w{len(SPECIAL_TOKENS) + int(d * (vocabulary - len(SPECIAL_TOKENS)))}" for d in draws)
         lines.append(json.dumps({"prompt": " ".join(words)}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
     return Material(root / "policy", root / "reward", path)
@@ -127,7 +137,7 @@ def _set_stops(model: LlamaForCausalLM, stops: Sequence[int], eos: int, hazard: 
         layer.mlp.down_proj.weight[0] = 0.0
     if hazard == 0:
         return
-    ids = torch.randint(len(SPECIAL_TOKENS), VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(len(SPECIAL_TOKENS), len(embedding), (8, 64), generator=torch.Generator().manual_seed(0))
     out = model(ids, output_hidden_states=True)
     channel, others = out.hidden_states[-1][..., 0], out.logits.logsumexp(-1)
     low, high = -10.0, 10.0

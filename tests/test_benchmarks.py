@@ -4,12 +4,13 @@ import json
 import statistics
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import checkpoint_cost, rl, rows, scaling
+from benchmarks import adapters, checkpoint_cost, rl, rows, scaling
 from benchmarks.rl_setup import VOCABULARY, make, recipe, score
 from benchmarks.table import Row, in_turns, report
 from benchmarks.turns import Worker, WorkerError
@@ -118,6 +119,25 @@ def test_grpo_is_a_section_that_the_stage_accepts(material):
     path = recipe(folder, made, rl.our_section(rl.work("grpo", True), made.reward, False))
     config = load_recipe(path).sections["rl"].config
     assert config.advantage == "group" and config.train.num_generations == rl.GENERATIONS
+
+
+@pytest.mark.parametrize("commands", [adapters.sft_commands, adapters.grpo_commands])
+def test_both_sides_of_the_adapters_benchmark_train_the_same_one(commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "SIZE", "5M")
+    ours, peer = commands(tmp_path, True)
+    config = load_recipe(Path(ours[-2])).sections["rl"].config
+    settings = json.loads(peer[-1])
+    assert {name: getattr(config.adapter, name) for name in settings["adapter"]} == settings["adapter"]
+    train = config.train
+    assert train.per_device_train_batch_size == settings["micro_batch"] and train.bf16 is settings["arguments"]["bf16"]
+    ours_rows = train.rollout_batch_size if commands is adapters.grpo_commands else train.global_batch_size
+    assert ours_rows == settings["rows"]
+
+
+def test_the_chats_of_the_adapters_benchmark_have_the_lengths_that_it_names(tmp_path):
+    rows = [json.loads(line) for line in adapters.chats(tmp_path / "rows.jsonl", VOCABULARY).read_text().splitlines()]
+    lengths = [len(row["prompt"].split()) + len(row["completion"].split()) for row in rows]
+    assert (min(lengths), max(lengths), len(rows)) == (adapters.SHORTEST, adapters.LONGEST, adapters.CHATS)
 
 
 def test_the_free_reward_is_in_range_and_differs_between_answers():
