@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.sources import read_rows
 from handoff.errors import HandoffError, UserError
 from handoff.gguf import is_gguf, sizes
+from handoff.manifest import Kind
 from training.config import MuonTrainConfig, StageConfig
 from training.cost import Cost, Held, Settings, cost
 from training.declaration import HeldModel
@@ -24,6 +25,7 @@ from training.engines.launch import Request
 from training.engines.shares import alone, planned
 from training.engines.single import micro_batch as share_of
 from training.recipe import Recipe, Section, load_recipe
+from training.references import check_models
 from training.registry import Registry
 from training.shapes import Shape, shape_in, shape_of
 from training.work import Work
@@ -116,10 +118,10 @@ def plan(path: Path, overrides: Sequence[str] = (), launch: Path | None = None, 
     if request.device == "cuda" and device_name is None:
         raise UserError(f"{launch} runs on GPUs: say which, for example --gpu h100")
     device = this_cpu(request.processes) if device_name is None else gpu(device_name)
+    names = recipe.order()
+    check_models(recipe, names, fetch=False)
     shapes = Shapes(recipe)
-    sections = [
-        found for name in recipe.order() if (found := _section(recipe.sections[name], shapes, request, device, recipe))
-    ]
+    sections = [found for name in names if (found := _section(recipe.sections[name], shapes, request, device, recipe))]
     return Plan(recipe, request, device, sections)
 
 
@@ -241,7 +243,7 @@ class Shapes:
             return int(size)
         from handoff.parent import open_parent
 
-        kinds: set[str] = {"tokenizer", "causal_lm"}
+        kinds: set[Kind] = {"tokenizer", "causal_lm"}
         opened = open_parent(ref, self._recipe.run_dir, kinds, verify=False)
         return opened.tokenizer.vocab_size
 

@@ -31,13 +31,14 @@ from data.fingerprint import fingerprint
 from handoff.errors import UserError
 from handoff.files import check_writable
 from handoff.lock import RunLock
-from handoff.parent import known_hashes, open_dataset
+from handoff.parent import known_hashes, open_dataset, packed
 from handoff.previous import PREVIOUS
 from handoff.stage import StageDir
 from reward.check import Use, check_functions
 from training.engines.launch_file import check_launch_file
 from training.inputs import stage_inputs
 from training.recipe import Recipe, Section
+from training.references import check_compared, check_models
 from training.registry import Registry
 from training.signals import ENDING
 from training.terminal import Screen, same_reader
@@ -109,6 +110,9 @@ class Runner:
         check_writable(self.recipe.run_dir)
         with RunLock(self.recipe.run_dir, "baton run"), self._forwarding():
             for name in names:
+                for ref in self.recipe.sections[name].references.values():
+                    if packed(ref, self.recipe.run_dir):
+                        _say(self.console, names, name, f"unpacks {ref}, once")
                 found = standing(self.recipe, name, self.inputs_of)
                 if name in force:
                     # A stage without a record of its start moves its old directory away for good.
@@ -215,11 +219,13 @@ def run_pipeline(
         raise UserError(f"--launch {launch}: no such file; the repository's own are in recipes/launch/")
     if launch is not None:
         check_launch_file(launch)
+    check_compared(recipe, names, shlex.join(["baton", "run", str(recipe.path), *recipe.overrides]))
     check_data(recipe, names)
     check_functions(reward_functions(recipe, names))
     console = Screen()
     if dry_run:
         return _print_plan(recipe, names, force, console)
+    check_models(recipe, names, fetch=True)
     registry = Registry()
     preload = launch is None and any(registry.declaration(recipe.sections[name].stage).distributed for name in names)
     return Runner(recipe, lambda r, s: start_of(r, s, launch, preload=preload), console).run(names, force)

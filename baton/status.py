@@ -14,10 +14,11 @@ from handoff.errors import UserError
 from handoff.files import quoted
 from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest
-from handoff.parent import damaged_since_publishing
+from handoff.parent import damaged_since_publishing, packed
 from handoff.stage import StageDir
 from training.inputs import stage_inputs
 from training.recipe import Recipe
+from training.references import check_models
 from training.registry import Registry
 from training.terminal import Screen, shown
 
@@ -91,16 +92,19 @@ def overview(recipe: Recipe, inputs_of: InputsOf = stage_inputs) -> dict[str, St
     """The standing of every section, in running order. A mistake in one section does not hide the others."""
     result: dict[str, Standing] = {}
     for name in recipe.order():
-        looked_at = [
-            other for other in recipe.sections[name].soft_parents if other in result and result[other].manifest
-        ]
+        section = recipe.sections[name]
+        looked_at = [ref for ref in section.soft_parents.values() if ref in result and result[ref].manifest]
         before = dict.fromkeys([*recipe.needs(name), *looked_at])
         waiting = [parent for parent in before if result[parent].state is not State.UP_TO_DATE]
         try:
-            if any(result[parent].manifest is None for parent in waiting):
-                manifest = StageDir(recipe.run_dir / name).manifest()
-                state = State.NEW if manifest is None else State.STALE
-                result[name] = Standing(name, state, _waits(waiting, result), manifest)
+            check_models(recipe, [name], fetch=False)
+            unread = [ref for ref in dict.fromkeys(section.references.values()) if packed(ref, recipe.run_dir)]
+            if unread or any(result[parent].manifest is None for parent in waiting):
+                stage = StageDir(recipe.run_dir / name)
+                manifest = stage.manifest()
+                state = State.NEW if manifest is None and stage.started_inputs() is None else State.STALE
+                reasons = (*_waits(waiting, result), *(f"{ref} is unpacked first" for ref in unread))
+                result[name] = Standing(name, state, reasons, manifest)
                 continue
             found = standing(recipe, name, inputs_of)
             if waiting and found.state is State.UP_TO_DATE:

@@ -39,8 +39,8 @@ _OF_TURNS = (*_CALLS, "tools", "functions", "train_detail", *_MEDIA, *_REASONING
 LABELS: Final = ("label", "kto_tag")
 """Columns that judge the row's answer: true is good, false is bad."""
 SHARES: Final = ("weight", "loss_weight", "sample_weight", "train", "trainable")
-"""Columns that weigh a row in the loss."""
-_TURN_SHARES: Final = ("weight", "loss_weight", "train", "trainable", "loss")
+"""Columns, and keys of turns, that weigh a row or a turn in the loss."""
+_TURN_SHARES: Final = (*SHARES, "loss")
 SYSTEM: Final = ("system", "system_prompt")
 
 
@@ -139,15 +139,22 @@ class Columns:
                 )
             if good:
                 self.used.add(name)
-        for name in SHARES if self.needs_answer else ():
-            trained = truth(self.values.get(name)) if self.has(name) else None
-            if trained is False:
-                raise RowRefused(f"`{name}` is 0", _without(name, "to use it all the same"))
-            if trained:
-                self.used.add(name)
+        self.check_shares()
         for name in (*_OF_PROMPTS, *(_OF_ANSWERS if self.needs_answer else ())):
             if name not in self.used and self.says(name) and self.values[name] is not False:
                 raise lost(name)
+
+    def check_shares(self) -> None:
+        """Checks how much the row weighs in the loss. For prompts, these are columns like any other.
+
+        Raises:
+            RowRefused: nothing, or another share than the whole.
+        """
+        for name in SHARES if self.needs_answer else ():
+            if self.has(name):
+                if not _share(name, self.values[name]):
+                    raise RowRefused(f"`{name}` is 0", _without(name, "to use it all the same"))
+                self.used.add(name)
 
     def turns(self, value: Any, column: str) -> tuple[Message, ...]:
         """A list of turns, each {role, content} or {from, value}."""
@@ -191,14 +198,11 @@ class Columns:
         trained = True
         for key in _TURN_SHARES:
             if key in turn and turn[key] is not None and key not in self.ignore:
-                share = truth(turn[key])
-                if role != "assistant":
-                    if share is not False:
-                        self.notes.append(f"`{key}` of turns that are not answers: they are never trained on")
-                elif share is None:
-                    raise RowRefused(f"`{key}` of a turn is neither 0 nor 1", _without(key, "to train on every answer"))
-                else:
+                share = _share(key, turn[key])
+                if role == "assistant":
                     trained = trained and share
+                elif share:
+                    self.notes.append(f"`{key}` of turns that are not answers: they are never trained on")
         return trained
 
     def content(self, value: Any, place: str) -> str:
@@ -223,6 +227,14 @@ class Columns:
         self.turn_keys.update(
             key for key, value in turn.items() if key not in known and key not in self.ignore and not is_empty(value)
         )
+
+
+def _share(key: str, value: Any) -> bool:
+    """Whether the loss counts what has this weight. Raises RowRefused for a weight between, as no loss is weighted."""
+    share = truth(value)
+    if share is None:
+        raise RowRefused(f"`{key}` is neither 0 nor 1", _without(key, "to train on the whole row"))
+    return share
 
 
 def lost(key: str) -> RowRefused:

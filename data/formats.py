@@ -172,6 +172,7 @@ def parse(row: Row, format: Format, origin: Origin, needs_answer: bool, ignore: 
 
 
 def _text(row: Columns) -> Document:
+    row.check_shares()
     return Document(row.text("text"))
 
 

@@ -70,6 +70,10 @@ class Kind(Generic[T]):
         """Tokens of a row."""
         raise NotImplementedError
 
+    def facts(self, value: T) -> Counter[str]:
+        """What a row that is dropped later takes out of the facts. A stream's rows are not dropped later."""
+        return Counter()
+
     def read(self, row: Row) -> T:
         """Converts a stored row to the form that the stage receives."""
         return row  # type: ignore[return-value]
@@ -228,6 +232,10 @@ class Prompts(Kind[EncodedPrompt]):
         """Tokens of a prompt."""
         return len(row["ids"])
 
+    def facts(self, value: EncodedPrompt) -> Counter[str]:
+        """One row of each of its columns."""
+        return Counter(value.record.columns.keys())
+
     def read(self, row: Row) -> EncodedPrompt:
         """The record as it was read."""
         messages, origin, columns = json.loads(row["record"])
@@ -377,11 +385,14 @@ class Rows(Sequence[T]):
 
         accounting = Accounting()
         accounting.merge(self.accounting)
+        facts = Counter(self.facts)
         for index, reason in sorted(dropped.items()):
-            accounting.drop(reason, origin(self[index]))
+            row = self[index]
+            accounting.drop(reason, origin(row))
+            facts -= self._kind.facts(row)  # what is left with none is no longer among them
         kept = np.array([index for index in range(len(self)) if index not in dropped], dtype=np.int64)
         stored = self._stored.select(kept, keep_in_memory=True)
-        return Rows(self._kind, stored, self.tokens, self.lengths[kept], accounting, self.facts, self.fingerprints)
+        return Rows(self._kind, stored, self.tokens, self.lengths[kept], accounting, dict(facts), self.fingerprints)
 
     def blocks(self, block: int) -> "NDArray[np.int32]":
         """The stream of documents cut into blocks: (N, block), memory-mapped.

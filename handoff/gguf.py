@@ -72,6 +72,11 @@ def _need_package(path: Path) -> None:
         raise HandoffError(f"{quoted(path)}: reading it needs a package: pip install 'baton-align[gguf]'")
 
 
+def folder_name(digest: str) -> str:
+    """Name of the folder with the unpacked model of a file with that SHA-256."""
+    return digest[:16]
+
+
 def unpacked(path: Path, store: Path, digest: str) -> Path:
     """The directory with the file's model, which is written on the first call.
 
@@ -84,7 +89,7 @@ def unpacked(path: Path, store: Path, digest: str) -> Path:
         HandoffError: it is no GGUF file, the package `gguf` is missing, transformers does not know its architecture, or
             the disk has too little space.
     """
-    folder = store / digest[:16]
+    folder = store / folder_name(digest)
     if folder.is_dir():
         return folder
     with path.open("rb") as file:

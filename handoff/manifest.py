@@ -6,7 +6,9 @@ produced, and makes its children stale when it changes. A stage that runs again 
 fingerprint, so its children stay up to date.
 """
 
+import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +21,24 @@ FORMAT_VERSION = 1
 Kind = Literal["tokenizer", "causal_lm", "reward_model", "evaluation", "dataset"]
 MODEL_KINDS: frozenset[Kind] = frozenset({"causal_lm", "reward_model"})
 """Kinds with weights."""
+KIND_WORDS: dict[Kind, str] = {
+    "tokenizer": "a tokenizer",
+    "causal_lm": "a language model",
+    "reward_model": "a reward model",
+    "evaluation": "an evaluation",
+    "dataset": "a data set",
+}
+"""The kinds in messages."""
 Metric = float | int | str | None
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def kinds_in_words(kinds: Collection[Kind]) -> str:
+    """`a language model or a tokenizer`."""
+    return " or ".join(KIND_WORDS[kind] for kind in sorted(kinds))
 
 
 class ParentRecord(_Record):
@@ -114,9 +129,13 @@ class Inputs(_Record):
     def differences(self, old: "Inputs") -> list[str]:
         """The changes since `old`, worded for a user; empty if there are none."""
         before, now = {**old.recipe, **old.demands}, {**self.recipe, **self.demands}
-        found = [f"recipe: {change}" for change in _changes(_flat(before), _flat(now))]
+        found = [f"recipe: {change}" for change in _changes("", before, now)]
         found += [f"parent {change}" for change in _named(old.parents, self.parents, ": retrained")]
-        found += [f"data: {change}" for change in _named(old.data, self.data, " changed")]
+        data = _named(_once(old.data), _once(self.data), " changed")
+        if _sources(before) != _sources(now):
+            # The recipe's changes have said it. Only the bytes of files can have changed besides.
+            data = [change for change in data if change.startswith("file:") and change.endswith(" changed")]
+        found += [f"data: {change}" for change in data]
         if old.code != self.code:
             found.append(f"code of stages/{self.recipe.get('stage') or '…'} changed")
         found += [f"reward function {change}" for change in _named(old.functions, self.functions, " changed")]
@@ -124,26 +143,86 @@ class Inputs(_Record):
             found.append(f"seed {old.seed} → {self.seed}")
         return found
 
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys: {"train": {"lr": 1}} -> {"train.lr": 1}. Lists stay whole."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+    def changed(self, old: "Inputs") -> list[str]:
+        """What is not as in `old`, in a word each: recipe, parents, data, code, functions, seed."""
+        names = {name: "recipe" if name == "demands" else name for name in type(self).model_fields}
+        return list(dict.fromkeys(word for name, word in names.items() if getattr(self, name) != getattr(old, name)))
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [
-        f"{key} {old.get(key, 'absent')} → {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, "absent") != new.get(key, "absent")
-    ]
+_ABSENT = "absent"
+_CALLED = ("source", "kind", "path", "name", "function", "model")
+"""Keys of an entry of a recipe's list by which a reader knows it."""
+
+
+def _changes(key: str, old: Any, new: Any) -> list[str]:
+    """What has changed at a key of the recipe and below it, in sentences."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        inner = [(f"{key}.{name}" if key else name, old.get(name, _ABSENT), new.get(name, _ABSENT)) for name in names]
+        return [change for name, one, other in inner for change in _changes(name, one, other)]
+    if isinstance(new, dict) and old in (None, _ABSENT):
+        return _changes(key, {}, new)
+    if isinstance(old, dict) and new in (None, _ABSENT):
+        return _changes(key, old, {})
+    if _has_entries(old) or _has_entries(new):
+        return _entry_changes(key, old if _has_entries(old) else [], new if _has_entries(new) else [])
+    return [f"{key} {_value(old)} → {_value(new)}"]
+
+
+def _has_entries(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, dict) for entry in value)
+
+
+def _entry_changes(key: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    """The changes of a list of entries, each of which is found again by what it is called."""
+    gone = list(old)
+    left = []
+    for place, entry in enumerate(new):
+        if entry in gone:
+            gone.remove(entry)
+        else:
+            left.append((place, entry))
+    if not gone and not left:
+        return [f"the entries of {key} are in another order"]
+    found = []
+    for place, entry in left:
+        before = next((one for one in gone if _called(one) == _called(entry)), None)
+        if before is None:
+            found.append(f"{key}.{place} is new: {_called(entry)}")
+        else:
+            gone.remove(before)
+            found += _changes(f"{key}.{place}", before, entry)
+    return [*found, *(f"{key} no longer has {_called(entry)}" for entry in gone)]
+
+
+def _called(entry: dict[str, Any]) -> str:
+    return " ".join(dict.fromkeys(str(entry[key]) for key in _CALLED if entry.get(key)))
+
+
+def _value(value: Any) -> str:
+    """A value as it is written in a recipe."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_value(item)}' for key, item in value.items())}}}"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _sources(recipe: dict[str, Any]) -> list[Any]:
+    """The data sources that a section names."""
+    lists = (value for value in recipe.values() if _has_entries(value))
+    return [entry for entries in lists for entry in entries if "source" in entry]
+
+
+def _once(data: dict[str, str]) -> dict[str, str]:
+    """Without the sources that read the same bytes as an earlier one: `file:rows.jsonl#2`."""
+    return {name: digest for name, digest in data.items() if "#" not in name or data[name.partition("#")[0]] != digest}
 
 
 def _named(old: dict[str, str], new: dict[str, str], changed: str) -> list[str]:
+    """In words: the names that are new, that are gone, and whose hash is another one."""
     words = []
     for name in sorted(old.keys() | new.keys()):
         if name not in old:

@@ -5,7 +5,7 @@ Whoever made a parent, only the files that the gate lets through are read (hando
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,16 @@ from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import HashCache, canonical_hash, changed_files, list_files, quoted
 from handoff.gate import ADAPTER_CONFIG, check_directory, is_adapter, loaded_files
-from handoff.gguf import is_gguf, unpacked
-from handoff.manifest import Kind, Manifest, ParentRecord, TokenizerRecord, read_manifest
+from handoff.gguf import folder_name, is_gguf, unpacked
+from handoff.manifest import (
+    KIND_WORDS,
+    Kind,
+    Manifest,
+    ParentRecord,
+    TokenizerRecord,
+    kinds_in_words,
+    read_manifest,
+)
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 HASH_CACHE = ".hashes.json"
@@ -25,13 +33,6 @@ UNPACKED = ".unpacked"
 """Folder under output_root with the models that came in one file."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_WORDS = {
-    "tokenizer": "a tokenizer",
-    "causal_lm": "a language model",
-    "reward_model": "a reward model",
-    "evaluation": "an evaluation",
-    "dataset": "a data set",
-}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Dataset:
 
 
 def open_parent(
-    ref: str, run_dir: Path, kinds: set[str], *, verify: bool = True, chat_template: str | None = None
+    ref: str, run_dir: Path, kinds: Collection[Kind], *, verify: bool = True, chat_template: str | None = None
 ) -> Parent:
     """Opens `ref` and checks that a stage may start from it, before any weights are loaded.
 
@@ -121,8 +122,7 @@ def open_parent(
     else:
         parent = _open_published(directory, manifest, sha256, verify=verify)
     if parent.kind not in kinds:
-        wanted = " or ".join(_WORDS[kind] for kind in sorted(kinds))
-        raise HandoffError(f"{directory} is {_WORDS[parent.kind]}; the parent must be {wanted}")
+        raise HandoffError(f"{directory} is {KIND_WORDS[parent.kind]}, and {kinds_in_words(kinds)} is needed here")
     if manifest is not None and verify:
         _check_unaltered(directory, manifest)
         check_published(parent.model_dir, parent.kind, parent.tokenizer)
@@ -130,6 +130,34 @@ def open_parent(
         record = read_tokenizer(parent.model_dir, choose_pad=manifest is None, template=chat_template)
         parent = replace(parent, tokenizer=record, chat_template=chat_template)
     return parent
+
+
+def look(ref: str, run_dir: Path) -> tuple[Kind, str]:
+    """(kind, name) of what `ref` names, as `open_parent` would open it, after a look at its directory: large files are
+    not hashed, and a GGUF file is not unpacked.
+
+    Raises:
+        HandoffError: as `open_parent`.
+    """
+    if is_gguf(ref):
+        return "causal_lm", Path(ref).stem
+    directory, name = _locate(ref, run_dir)
+    manifest = _manifest(directory)
+    if manifest is not None:
+        return manifest.kind, manifest.name
+    return open_foreign(directory, name, lambda path: "").kind, name
+
+
+def packed(ref: str, run_dir: Path) -> bool:
+    """Whether `ref` is a GGUF file that has not been unpacked yet."""
+    if not is_gguf(ref):
+        return False
+    store = run_dir.absolute().parent / UNPACKED
+    # Without any unpacked model, the file need not be hashed.
+    if not store.is_dir():
+        return True
+    digest = known_hashes(run_dir).sha256(Path(ref).expanduser())
+    return not (store / folder_name(digest)).is_dir()
 
 
 def is_hub_id(parent: Parent) -> bool:
@@ -152,7 +180,7 @@ def open_dataset(ref: str, run_dir: Path, reader: str, *, verify: bool = True) -
     directory, _ = _locate(ref, run_dir)
     manifest = _manifest(directory)
     if manifest is None or manifest.kind != "dataset":
-        found = "was not published by a stage" if manifest is None else f"is {_WORDS[manifest.kind]}"
+        found = "was not published by a stage" if manifest is None else f"is {KIND_WORDS[manifest.kind]}"
         raise HandoffError(
             f"{directory} {found}; `source: stage, name: {ref}` of {reader} has to name a stage that publishes rows. "
             "Files are read with `source: file`"
@@ -226,7 +254,7 @@ def _open_published(directory: Path, manifest: Manifest, sha256: Callable[[Path]
         way = (
             f"; `data: [{{source: stage, name: {manifest.name}}}]` reads its rows" if manifest.kind == "dataset" else ""
         )
-        raise HandoffError(f"{directory} is {_WORDS[manifest.kind]}: nothing can start from it{way}")
+        raise HandoffError(f"{directory} is {KIND_WORDS[manifest.kind]}: nothing can start from it{way}")
     adapted = manifest.adapter is not None
     return Parent(
         path=directory,

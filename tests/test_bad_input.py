@@ -173,9 +173,9 @@ def test_an_unmade_parent_names_the_command_that_makes_it(refused, tmp_path):
     path.write_text(
         f"name: r\noutput_root: {tmp_path}/runs\nstages:\n"
         "  tokenizer: {data: [{source: world, kind: documents}]}\n"
-        "  sft: {parent: tokenizer, data: [{source: world, kind: chats}]}\n"
+        "  pretrain: {parent: tokenizer, data: [{source: world, kind: documents}]}\n"
     )
-    message = refused("stages.sft", path)
+    message = refused("stages.pretrain", path)
     assert (
         message == f"{tmp_path}/runs/r/tokenizer: not published yet; make it with `baton run {path} --to tokenizer`\n"
     )
@@ -205,25 +205,36 @@ def test_an_untrainable_foreign_checkpoint_is_refused(stage, model, message, ref
     write_model(tmp_path / "llama", **model)
     before = everything(tmp_path)
     said = refused(f"stages.{stage}", recipe, f"parent={tmp_path / 'llama'}")
-    assert said.startswith(f"{tmp_path / 'llama'}: {message}")
+    assert said.startswith(f"command line: {stage}.parent: {tmp_path / 'llama'}: {message}")
     assert "resize" in said  # the fix that the message gives
     assert everything(tmp_path) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "key", "message"),
+    ("stage", "key", "place", "message"),
     [
-        ("sft", "parent=RUN/tokenizer", "RUN/tokenizer is a tokenizer; the parent must be a language model"),
-        ("sft", "parent=RUN/reward", "RUN/reward is a reward model; the parent must be a language model"),
-        ("ppo", "parent=RUN/reward", "RUN/reward is a reward model; the parent must be a language model"),
-        ("ppo", "ppo.reward=[{model: RUN/sft}]", "RUN/sft is a language model; the parent must be a reward model"),
+        (
+            "sft",
+            "parent=RUN/tokenizer",
+            "sft.parent",
+            "RUN/tokenizer is a tokenizer, and a language model is needed here",
+        ),
+        ("sft", "parent=RUN/reward", "sft.parent", "RUN/reward is a reward model, and a language model is needed here"),
+        ("ppo", "parent=RUN/reward", "ppo.parent", "RUN/reward is a reward model, and a language model is needed here"),
+        (
+            "ppo",
+            "ppo.reward=[{model: RUN/sft}]",
+            "ppo.reward.0.model",
+            "RUN/sft is a language model, and a reward model is needed here",
+        ),
     ],
 )
-def test_a_parent_of_the_wrong_kind_is_refused(stage, key, message, refused, trained, tmp_path):
+def test_a_parent_of_the_wrong_kind_is_refused(stage, key, place, message, refused, trained, tmp_path):
     run = load_recipe(trained).sections["reward"].parents["parent"].removesuffix("/sft")
     before = everything(tmp_path)
-    assert refused(f"stages.{stage}", trained, key.replace("RUN", run)) == f"{message.replace('RUN', run)}\n"
+    said = refused(f"stages.{stage}", trained, key.replace("RUN", run))
+    assert said == f"command line: {place}: {message.replace('RUN', run)}\n"
     assert everything(tmp_path) == before
 
 
@@ -314,7 +325,7 @@ def test_a_refused_start_keeps_the_published_stage(refused, tmp_path, micro_reci
     root = f"data_root={tmp_path / 'micro'}"
     assert "is empty" in refused("stages.sft", path, root, "sft.data=[{source: file, path: empty.jsonl}]")
     assert "needs a CUDA GPU" in refused("stages.sft", path, "sft.model_args.attn_implementation=flash_attention_2")
-    assert "is a tokenizer" in refused("stages.sft", path, "sft.parent=tokenizer")
+    assert "publishes a tokenizer" in refused("stages.sft", path, "sft.parent=tokenizer")
     assert everything(tmp_path) == before
 
 
@@ -342,7 +353,7 @@ def test_too_little_disk_space_is_refused(refused, recipe, tmp_path, monkeypatch
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", [("baton", "run"), ("stages.sft",)], ids=" ".join)
+@pytest.mark.parametrize("command", [("baton", "run", "--to", "sft"), ("stages.sft",)], ids=" ".join)
 def test_an_unwritable_output_directory_is_refused(command, refused, recipe, tmp_path, monkeypatch):
     write_model(tmp_path / "llama")
     parent = f"sft.parent={tmp_path / 'llama'}"
@@ -362,7 +373,7 @@ def test_a_second_run_in_the_same_directory_is_refused(refused, recipe, tmp_path
     run = tmp_path / "runs" / "bad"
     owner = f"is in use by process {os.getpid()} on "
     advice = "; wait for it, stop it, or use another output_root or name\n"
-    for directory, command in ((run, ("baton", "run")), (run / "sft", ("stages.sft",))):
+    for directory, command in ((run, ("baton", "run", "--to", "sft")), (run / "sft", ("stages.sft",))):
         with RunLock(directory, "the first"):
             before = everything(tmp_path)
             message = refused(*command, recipe, f"sft.parent={tmp_path / 'llama'}")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.config import FileSource
-from data.records import Chat, Message, Preference, Prompt
+from data.records import Chat, Message, Preference, Prompt, Text
 from data.rows import Chats
 from tests.row_sets import encode, load
 from tests.test_data_encode import foreign, own, supervised
@@ -90,11 +90,12 @@ def test_only_answers_that_are_to_be_trained_on_are_in_the_mask(tmp_path):
         {"messages": talk({"trainable": True}, {"loss": False})},
         {"messages": talk({"weight": 0}, {"weight": 0})},
         {"messages": talk({}, {"loss_weight": 0.5})},
+        {"messages": talk({}, {"sample_weight": False})},
     ]
     loaded = read(tmp_path, rows, Chat)
     assert loaded.accounting.dropped == {
         "no answer is to be trained on": 1,
-        "`loss_weight` of a turn is neither 0 nor 1": 1,
+        "`loss_weight` is neither 0 nor 1": 1,
     }
     assert loaded.accounting.notes["conversations whose turns after the last answer were cut"] == 1
     for encoder, end in ((own(), "<|end|>"), (foreign("chatml"), "<|im_end|>")):
@@ -102,10 +103,39 @@ def test_only_answers_that_are_to_be_trained_on_are_in_the_mask(tmp_path):
         for row in encode(Chats(128, "drop"), loaded.records, encoder, loaded.accounting):
             mask = [label != -100 for label in row["labels"]]
             trained.append(supervised(encoder, row["input_ids"], mask))
-        assert trained == [f"a1{end}", f"a0{end}a2{end}", f"a0{end}"]
+        assert trained == [f"a1{end}", f"a0{end}a2{end}", f"a0{end}", f"a0{end}"]
     # A prompt keeps its place in the conversation, but an answer that is not to be learned is no reference.
     prompts = read(tmp_path, [rows[2]], Prompt).records
     assert prompts[0].columns == {} and len(prompts[0].messages) == 3
+
+
+WEIGHED = {
+    Text: {"text": "a text"},
+    Chat: {"messages": [{"role": U, "content": "q"}, {"role": A, "content": "a"}]},
+    Preference: {"prompt": "q", "chosen": "a", "rejected": "b"},
+}
+
+
+@pytest.mark.parametrize("want", WEIGHED)
+@pytest.mark.parametrize("name", ["weight", "loss_weight", "sample_weight", "train", "trainable"])
+def test_the_weight_of_a_row_follows_one_rule_in_every_reader(want, name, tmp_path):
+    rows = [WEIGHED[want] | {name: value} for value in (1, True, "1", None, 0, False, 0.5, "much")]
+    counts = read(tmp_path, rows, want).accounting
+    assert counts.rows_used == 4 and not any("not read" in note for note in counts.notes)
+    assert counts.dropped == {f"`{name}` is 0": 2, f"`{name}` is neither 0 nor 1": 2}
+    assert read(tmp_path, rows, want, ignore=[name]).accounting.rows_used == 8
+
+
+def test_the_weight_of_a_turn_that_is_no_answer_follows_the_same_rule(tmp_path):
+    rows = [{"messages": [{"role": U, "content": "q", "weight": w}, {"role": A, "content": "a"}]} for w in (0, 1, 0.5)]
+    counts = read(tmp_path, rows, Chat).accounting
+    assert counts.rows_used == 2 and counts.dropped == {"`weight` is neither 0 nor 1": 1}
+    assert counts.notes["`weight` of turns that are not answers: they are never trained on"] == 1
+
+
+def test_the_weight_of_a_prompt_is_a_column_for_its_rewards(tmp_path):
+    (prompt,) = read(tmp_path, [{"prompt": "q", "weight": 70.5}], Prompt).records
+    assert prompt.columns == {"weight": 70.5}
 
 
 def test_the_weight_of_a_turn_does_not_change_which_rows_a_mixture_takes():

@@ -70,7 +70,7 @@ def test_a_section_holds_models_that_it_starts_from_or_looks_at(root: Path, reci
     for section in loaded.sections.values():
         held = Registry().models(section.stage, section.config)
         read = {ref for role, ref in section.parents.items() if not role.startswith(DATA_ROLE)}
-        parents = {*read, *section.soft_parents}
+        parents = {*read, *section.soft_parents.values()}
         assert {model.parent for model in held} == parents, section.name
         assert any(model.trained for model in held) == ("train" in section.resolved), section.name
 

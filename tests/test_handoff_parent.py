@@ -141,7 +141,7 @@ def test_an_unfinished_stage_is_refused_as_a_parent(tmp_path: Path) -> None:
 
 def test_a_parent_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
     published(tmp_path / "reward", lambda path: write_model(path, stops=None), kind="reward_model")
-    with pytest.raises(HandoffError, match="is a reward model; the parent must be a language model or a tokenizer"):
+    with pytest.raises(HandoffError, match="is a reward model, and a language model or a tokenizer is needed here"):
         open_parent("reward", tmp_path, {"causal_lm", "tokenizer"})
 
 

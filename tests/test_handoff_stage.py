@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 import handoff.stage
 from handoff.errors import HandoffError
 from handoff.files import hash_tree, read_json, write_json
-from handoff.manifest import Manifest, ParentRecord
+from handoff.manifest import Inputs, Manifest, ParentRecord
 from handoff.parent import open_dataset, open_parent
 from handoff.stage import StageDir
 from handoff.state import StateStore
@@ -386,6 +386,55 @@ def test_differences_are_described_in_words() -> None:
         "code of stages/sft changed",
         "seed 1 → 2",
     ]
+
+
+def world(size: int, kind: str = "chats") -> dict[str, Any]:
+    return {"source": "world", "kind": kind, "size": size, "families": None}
+
+
+def file(path: str, limit: int | None = None) -> dict[str, Any]:
+    return {"source": "file", "path": path, "limit": limit, "ignore": []}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ([world(10)], [world(20)], ["data.0.size 10 → 20"]),
+        ([world(10)], [world(10), file("a.jsonl")], ["data.1 is new: file a.jsonl"]),
+        ([file("a"), world(10)], [world(30)], ["data.0.size 10 → 30", "data no longer has file a"]),
+        (
+            [world(10)],
+            [world(10, "documents")],
+            ["data.0 is new: world documents", "data no longer has world chats"],
+        ),
+        ([world(10), file("a")], [file("a"), world(10)], ["the entries of data are in another order"]),
+        (
+            [file("a")],
+            [file("a", 5) | {"ignore": ["tools", "id"]}],
+            ["data.0.ignore [] → [tools, id]", "data.0.limit null → 5"],
+        ),
+    ],
+)
+def test_changed_sources_are_told_once_and_in_words(before, after, said) -> None:
+    """The hashes of the world's rows and the names of sources change with the recipe, and say nothing more."""
+
+    def with_sources(sources: list[dict[str, Any]]) -> Inputs:
+        hashes = {f"{one['source']}:{one.get('path', 'chats')}": str(one.get("size")) for one in sources}
+        return inputs(data=sources).model_copy(update={"data": hashes})
+
+    old, new = with_sources(before), with_sources(after)
+    assert new.differences(old) == [f"recipe: {change}" for change in said]
+    assert new.changed(old)[0] == "recipe" and old.changed(old) == []
+
+
+def test_a_file_that_is_read_twice_and_has_changed_is_told_once() -> None:
+    data = [file("a.jsonl", 5)]
+    old, new = (
+        inputs(data=data).model_copy(update={"data": {"file:a.jsonl": one, "file:a.jsonl#2": one}}) for one in "xy"
+    )
+    assert new.differences(old) == ["data: file:a.jsonl changed"]
+    other = inputs(data=[file("a.jsonl", 6)]).model_copy(update={"data": new.data})
+    assert other.differences(old) == ["recipe: data.0.limit 5 → 6", "data: file:a.jsonl changed"]
 
 
 def test_changed_demands_make_a_stage_stale_without_retraining(tmp_path: Path) -> None:

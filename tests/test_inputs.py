@@ -79,9 +79,10 @@ RECIPE = """
 name: r
 stages:
   tokenizer: {data: [{source: world, kind: documents, size: 10}]}
+  base: {stage: pretrain, parent: tokenizer, data: [{source: world, kind: documents}]}
   scored:
     stage: evaluate
-    models: [tokenizer]
+    models: [base]
     data: [{source: world, kind: prompts, size: 5}]
     scores: [SCORES]
 """
@@ -98,7 +99,7 @@ def test_options_of_the_judge_that_change_no_verdict_do_not_count(tmp_path: Path
     first = scored(tmp_path, judge.format("timeout: 5"))
     assert scored(tmp_path, judge.format("timeout: 9, cache_dir: x")) == first
     changed = scored(tmp_path, judge.format("timeout: 5, rubric: other"))
-    assert changed.differences(first) == [f"recipe: scores {first.recipe['scores']} → {changed.recipe['scores']}"]
+    assert changed.differences(first) == ["recipe: scores.0.args.rubric absent → other"]
 
 
 def test_a_users_function_counts_with_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

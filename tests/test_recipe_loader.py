@@ -14,6 +14,9 @@ BAKE = """
 from typing import Annotated, Any, Literal
 from pydantic import Field
 from training.config import StageConfig, Strict
+from training.declaration import Declaration
+
+DECLARATION = Declaration("a toy")
 
 
 class Oven(Strict):
@@ -46,6 +49,9 @@ def parents(config):
 TASTE = """
 from pydantic import Field, model_validator
 from training.config import StageConfig
+from training.declaration import Declaration
+
+DECLARATION = Declaration("a toy")
 
 
 class Config(StageConfig):
@@ -65,7 +71,7 @@ def parents(config):
 
 
 def soft_parents(config):
-    return config.dishes
+    return {f"dish:{dish}": dish for dish in config.dishes}
 """
 
 

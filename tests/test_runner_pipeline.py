@@ -26,6 +26,9 @@ from training.registry import Registry
 
 CONFIG = """
 from training.config import StageConfig
+from training.declaration import Declaration
+
+DECLARATION = Declaration("a toy")
 
 
 class Config(StageConfig):
@@ -40,7 +43,7 @@ def parents(config):
 
 
 def soft_parents(config):
-    return config.look_at
+    return {f"look:{ref}": ref for ref in config.look_at}
 """
 RECIPE = """\
 name: r
@@ -348,7 +351,7 @@ def test_missing_data_stops_a_run_before_its_first_stage(tmp_path):
     path = tmp_path / "r.yaml"
     text = "# How to get the data: docs/real.md.\nname: r\nstages:\n"
     text += "  tokenizer: {data: [{source: world, kind: documents}]}\n"
-    text += "  sft: {parent: tokenizer, data: [{source: file, path: missing.jsonl}]}\n"
+    text += "  pretrain: {parent: tokenizer, data: [{source: file, path: missing.jsonl}]}\n"
     path.write_text(text)
     recipe = load_recipe(path, [f"data_root={tmp_path}"])
     check_data(recipe, ["tokenizer"])
@@ -363,16 +366,17 @@ def test_the_command_that_repeats_a_stage(tmp_path, root, monkeypatch):
     path = tmp_path / "r.yaml"
     path.write_text(
         "name: r\nstages:\n  words: {stage: tokenizer, data: [{source: world, kind: documents}]}\n"
-        "  sft: {parent: words, data: [{source: world, kind: chats}]}\n"
+        "  pretrain: {parent: words, data: [{source: world, kind: documents}]}\n"
     )
     recipe = load_recipe(path, ["seed=1"])
-    python, *rest = start_of(recipe, recipe.sections["sft"], None, preload=False).command
+    python, *rest = start_of(recipe, recipe.sections["pretrain"], None, preload=False).command
     assert Path(python).name == "python"
-    assert rest == ["-m", "stages.sft", str(path), "seed=1", "--section", "sft"]
+    assert rest == ["-m", "stages.pretrain", str(path), "seed=1", "--section", "pretrain"]
     launch = Path("recipes/launch/x.yaml")
-    program, *rest = start_of(recipe, recipe.sections["sft"], launch, preload=False).command
+    program, *rest = start_of(recipe, recipe.sections["pretrain"], launch, preload=False).command
     assert Path(program).name == "accelerate"
-    assert rest == ["launch", "--config_file", str(launch), "-m", "stages.sft", str(path), "seed=1", "--section", "sft"]
+    module = ["-m", "stages.pretrain", str(path), "seed=1", "--section", "pretrain"]
+    assert rest == ["launch", "--config_file", str(launch), *module]
     single = start_of(recipe, recipe.sections["words"], launch, preload=False).command
     assert single[1:3] == ["-m", "stages.tokenizer"]
 

@@ -368,7 +368,7 @@ def test_a_start_that_sets_a_training_aside_says_so_and_why(tmp_path, capsys):
     folder = interrupted(stage_recipe("sft", tmp_path, *KEYS), "sft", 2)
     run_section(stage_recipe("sft", tmp_path, *KEYS, "train.learning_rate=0.003"), "sft")
     said = " ".join(capsys.readouterr().out.split())
-    assert "begins anew (recipe: train.learning_rate" in said and "→ 0.003)" in said
+    assert "begins anew (changed: recipe)" in said
     aside = folder.parent / ".previous" / "sft" / "1"
     assert f"is kept in {aside}" in said and (aside / "state" / "step-2").is_dir()
 

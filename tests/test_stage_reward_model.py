@@ -9,7 +9,7 @@ import torch
 from data.config import FileSource
 from data.records import Preference
 from data.rows import Pairs
-from handoff.errors import GateError, HandoffError
+from handoff.errors import GateError, UserError
 from handoff.files import read_json
 from handoff.parent import open_parent
 from handoff.stage import StageDir
@@ -216,6 +216,8 @@ def test_members_with_different_seeds_are_compared_on_the_same_pairs(published, 
 @pytest.mark.slow
 def test_an_invalid_member_is_refused_before_training(tmp_path):
     chain()
-    with pytest.raises(HandoffError, match="is a language model; the parent must be a reward model"):
+    with pytest.raises(
+        UserError, match=r"reward\.ensemble_with\.0: .*a language model, and a reward model is needed here"
+    ):
         run_stage("reward", tmp_path, f"ensemble_with=[{runs() / 'tiny' / 'sft'}]")
     assert not (tmp_path / "tiny").exists()

@@ -10,9 +10,16 @@ The runner, replay, the report and chat read declarations through `training.regi
 from dataclasses import dataclass
 from typing import Literal
 
-from handoff.manifest import Kind
+from handoff.manifest import MODEL_KINDS, Kind
 
 Role = Literal["policy", "critic", "reference", "reward"]
+
+COMPARED = "models:"
+"""Begins the roles of soft parents that a stage compares under their names: `models:sft`."""
+_KINDS: dict[str, frozenset[Kind]] = {
+    COMPARED: frozenset({"causal_lm"}),
+    **dict.fromkeys(("critic", "ensemble:", "reward:"), frozenset({"reward_model"})),
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,8 @@ class Declaration:
     """Targets of the Makefile that run a recipe up to a section of this stage; the first is the usual one."""
     publishes: Kind = "causal_lm"
     """Kind of the published result."""
+    starts_from: frozenset[Kind] = frozenset({"causal_lm"})
+    """Kinds that the stage's `parent` may be."""
     distributed: bool = True
     """Whether a launch file starts it on several processes. False: it runs on one process, whatever the launch file
     says, and the libraries for training are not imported for it in advance."""
@@ -126,6 +135,13 @@ class Declaration:
     """The stage's own section in the report; None: its charts appear among those of the other stages."""
     missing: str = ""
     """Text of the report when the run has no such stage, e.g. "no reward model"; empty: no text."""
+
+    def kinds(self, role: str) -> frozenset[Kind]:
+        """The kinds that the model of a role may be: `parent`, `critic`, `reward:<model>`, `models:<model>`, ..."""
+        if role == "parent":
+            return self.starts_from
+        key, colon, _ = role.partition(":")
+        return _KINDS.get(key + colon, frozenset(MODEL_KINDS))
 
 
 TRAINER_LINE = ("loss", "grad_norm")

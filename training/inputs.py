@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from data.config import StageSource
 from data.fingerprint import fingerprints
 from handoff.errors import HandoffError
-from handoff.manifest import MODEL_KINDS, Inputs
+from handoff.manifest import MODEL_KINDS, Inputs, Kind
 from handoff.parent import known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
 from reward.config import RewardConfig
@@ -53,7 +53,7 @@ def present_soft_parents(recipe: Recipe, section: Section) -> list[str]:
     the recipe."""
     return [
         ref
-        for ref in dict.fromkeys(section.soft_parents)
+        for ref in dict.fromkeys(section.soft_parents.values())
         if ref not in recipe.sections or StageDir(recipe.run_dir / ref).manifest() is not None
     ]
 
@@ -111,5 +111,5 @@ def _parent_fingerprint(recipe: Recipe, ref: str, role: str, reader: str) -> str
         return manifest.fingerprint
     if role.startswith(DATA_ROLE):
         return open_dataset(ref, recipe.run_dir, reader, verify=False).manifest.fingerprint
-    kinds: set[str] = {"tokenizer", *MODEL_KINDS}
+    kinds: set[Kind] = {"tokenizer", *MODEL_KINDS}
     return open_parent(ref, recipe.run_dir, kinds, verify=False).fingerprint

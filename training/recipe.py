@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field, ValidationError
 from data.config import FileSource, StageSource
 from handoff.errors import UserError
 from handoff.gguf import is_gguf
+from handoff.manifest import KIND_WORDS, kinds_in_words
 from training.config import StageConfig, Strict
 from training.recipe_errors import Translator
 from training.recipe_text import (
@@ -83,12 +84,25 @@ class Section:
     parents: dict[str, str]
     """Role -> section, checkpoint directory or hub id. They are required; sections among them run first. The role of a
     stage whose rows are read is `data:` and its name."""
-    soft_parents: list[str]
-    """Sections that run before this one if they run at all; not required."""
+    soft_parents: dict[str, str]
+    """Role -> section, directory or hub id. Sections among them run before this one if they run at all; not required.
+    The roles of models that are compared with each other begin with `models:`."""
     resolved: dict[str, Any]
     """Every key with its value, defaults included, as plain values."""
     provenance: dict[str, str]
     """Dotted key -> "default", "<file>:<line>" or "command line"."""
+
+    @property
+    def references(self) -> dict[str, str]:
+        """`parents` and `soft_parents` together."""
+        return self.parents | self.soft_parents
+
+    def place(self, role: str) -> str:
+        """Where the recipe names the parent of that role, for messages: `<file>:<line>: sft.parent`."""
+        _, _, *path = find(self, self.references[role], role)
+        leaf = next(n for n in range(len(path), -1, -1) if n == 0 or ".".join(map(str, path[:n])) in self.provenance)
+        origin = self.provenance.get(".".join(map(str, path[:leaf])), "")
+        return f"{origin}: {'.'.join(map(str, (self.name, *path)))}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,7 @@ class Recipe:
         return [ref for ref in dict.fromkeys(self.sections[name].parents.values()) if ref in self.sections]
 
     def _is_ready(self, name: str, wanted: set[str], done: list[str]) -> bool:
-        before = [*self.needs(name), *self.sections[name].soft_parents]
+        before = [*self.needs(name), *self.sections[name].soft_parents.values()]
         return all(other in done for other in before if other in wanted)
 
     def resolved(self) -> dict[str, Any]:
@@ -283,8 +297,8 @@ class _Loader:
 
     def _check_paths(self, section: Section) -> None:
         named = [source.path for source in section.config.sources() if isinstance(source, FileSource)]
-        for value in dict.fromkeys([*named, *section.parents.values(), *section.soft_parents]):
-            self._refuse_variables(_find(section, value), value)
+        for value in dict.fromkeys([*named, *section.references.values()]):
+            self._refuse_variables(find(section, value), value)
 
     def _refuse_variables(self, path: KeyPath, value: str) -> None:
         if _VARIABLE.search(value):
@@ -349,17 +363,17 @@ class _Loader:
         return length == len(path) or not isinstance(value, dict | list)
 
     def _check_references(self, section: Section, names: Sequence[str]) -> None:
-        for role, ref in [*section.parents.items(), *(("", ref) for ref in section.soft_parents)]:
+        for role, ref in section.references.items():
             rows = role.startswith(DATA_ROLE)
             if ref == section.name:
                 self.document.complain(
-                    _find(section, ref), "a stage cannot " + ("read its own rows" if rows else "start from itself")
+                    find(section, ref, role), "a stage cannot " + ("read its own rows" if rows else "start from itself")
                 )
             elif (
                 ref in names
                 or _is_folder(ref)
                 or _VARIABLE.search(ref)
-                or (not rows and (_is_hub_id(ref) or is_gguf(ref)))
+                or (not rows and (is_hub_id(ref) or is_gguf(ref)))
             ):
                 continue
             else:
@@ -370,13 +384,15 @@ class _Loader:
                     else "is not a section of this recipe, an existing folder or .gguf file, or a hub id "
                     "(organisation/name)"
                 )
-                self.document.complain(_find(section, ref), f"{ref} {kinds}{hint}")
+                self.document.complain(find(section, ref, role), f"{ref} {kinds}{hint}")
 
     def _check_kinds(self, section: Section, sections: Mapping[str, Section]) -> None:
-        """Rows are read from sections that publish rows, and nothing else starts from those."""
-        refs = [*section.parents.items(), *(("", ref) for ref in section.soft_parents)]
+        """Rows are read from sections that publish rows, and a model of each role is of a kind that fits it."""
+        refs = section.references.items()
         for role, other in ((role, sections[ref]) for role, ref in refs if ref in sections and ref != section.name):
             rows = role.startswith(DATA_ROLE)
+            made = self.registry.declaration(other.stage).publishes
+            wanted = self.registry.declaration(section.stage).kinds(role)
             if rows and not other.config.publishes_rows:
                 makers = [name for name, one in sections.items() if one.config.publishes_rows and name != section.name]
                 hint = f"; {', '.join(makers)} of this recipe does" if makers else ""
@@ -386,13 +402,24 @@ class _Loader:
                     f"{other.name} publishes rows, and {section.name} needs a model here; rows are read under `data`: "
                     f"{{source: stage, name: {other.name}}}"
                 )
+            elif not rows and made not in wanted:
+                fitting = [
+                    one.name
+                    for one in sections.values()
+                    if one is not section and self.registry.declaration(one.stage).publishes in wanted
+                ]
+                hint = f"; in this recipe: {', '.join(fitting)}" if fitting else ""
+                message = (
+                    f"{other.name} publishes {KIND_WORDS[made]}, and {section.name} needs {kinds_in_words(wanted)} "
+                    f"here{hint}"
+                )
             else:
                 continue
-            self.document.complain(_find(section, other.name), message)
+            self.document.complain(find(section, other.name, role), message)
 
     def _check_cycles(self, sections: Mapping[str, Section]) -> None:
         graph = {
-            name: [ref for ref in [*section.parents.values(), *section.soft_parents] if ref in sections and ref != name]
+            name: [ref for ref in section.references.values() if ref in sections and ref != name]
             for name, section in sections.items()
         }
         done: set[str] = set()
@@ -412,20 +439,25 @@ class _Loader:
             visit(name, ())
 
 
-def _find(section: Section, ref: str) -> KeyPath:
-    """The key path of a reference in a section."""
+def find(section: Section, ref: str, role: str = "") -> KeyPath:
+    """The key path of a reference in a section: of several, one under the key that the role is called by, if there is
+    one."""
+    found: list[KeyPath] = []
     for path in leaves({key: value for key, value in section.resolved.items() if key != "stage"}):
         value: Any = section.resolved
         for part in path:
             value = value[part]
         if value == ref:
-            return ("stages", section.name, *path)
-        if isinstance(value, list) and ref in value:
-            return ("stages", section.name, *path, value.index(ref))
-    return ("stages", section.name)
+            found.append(path)
+        elif isinstance(value, list) and ref in value:
+            found.append((*path, value.index(ref)))
+    key = role.partition(":")[0]
+    # The role of a reward model is `reward:`, whichever list of rewards names it.
+    found.sort(key=lambda path: not str(path[0]).startswith(key) if key != "reward" else len(path) < 3)
+    return ("stages", section.name, *(found[0] if found else ()))
 
 
-def _is_hub_id(ref: str) -> bool:
+def is_hub_id(ref: str) -> bool:
     """Whether it has the form `organisation/name` and does not begin with an existing folder, as a path would."""
     return _HUB_ID.fullmatch(ref) is not None and not _is_folder(ref.split("/")[0])
 

@@ -5,7 +5,7 @@ A stage's `config.py` has
 - `DECLARATION`: what the runner, replay, the report and chat need to know about it (`training/declaration.py`);
 - `class Config(StageConfig)`: the keys that a recipe's section of this stage may have;
 - `parents(config) -> {role: reference}`: the parents that the section needs, e.g. `{"parent": config.parent}`;
-- optionally `soft_parents(config) -> [reference]`: parents that run before the section, but that it does not need;
+- optionally `soft_parents(config) -> {role: reference}`: parents that run before the section, but are not needed;
 - optionally `models(config) -> [HeldModel]`: the models that the section has in memory while it runs;
 - optionally `work(config) -> Work`: how much the section computes at once, for `baton plan` (`training/work.py`).
 
@@ -51,10 +51,11 @@ class Registry:
         result: dict[str, str] = self._module(stage).parents(config)
         return result
 
-    def soft_parents(self, stage: str, config: StageConfig) -> list[str]:
-        """Parents that run before a section, but that it does not need; none if config.py defines no `soft_parents`."""
+    def soft_parents(self, stage: str, config: StageConfig) -> dict[str, str]:
+        """{role: reference} of parents that run before a section, but that it does not need; none if config.py defines
+        no `soft_parents`."""
         module = self._module(stage)
-        return list(module.soft_parents(config)) if "soft_parents" in vars(module) else []
+        return dict(module.soft_parents(config)) if "soft_parents" in vars(module) else {}
 
     def declaration(self, stage: str) -> Declaration:
         """A stage's declaration. A stage that is not installed here gets one with only its name."""

@@ -37,6 +37,8 @@ from training.engines.lost import PeersLost, peers_lost
 from training.engines.protocol import Engine
 from training.inputs import present_soft_parents, stage_inputs
 from training.recipe import DATA_ROLE, Recipe, RecipeError, load_recipe
+from training.references import check_models
+from training.registry import Registry
 from training.signals import Signals, Stopped
 from training.terminal import Screen, prepare, shown
 
@@ -111,13 +113,15 @@ class Run:
         earlier = self.dir.started_inputs()
         self.resumable = self.engine.on_main(lambda: self.dir.begin(inputs, origin=origin))
         if (aside := self.dir.set_aside()) is not None:
-            why = "; ".join(inputs.differences(earlier)) if earlier is not None else "its record cannot be read"
-            self.console.print(f"  begins anew ({why}); the result of the earlier start is kept in {aside}")
+            changed = (
+                "its record cannot be read" if earlier is None else f"changed: {', '.join(inputs.changed(earlier))}"
+            )
+            self.console.print(f"  begins anew ({changed}); the result of the earlier start is kept in {aside}")
         CLOCK.freeze(self.engine.on_main(self.dir.begun))
 
     # ---- what comes in
 
-    def parent(self, role: str = "parent", kinds: frozenset[str] = frozenset({"causal_lm"})) -> Parent:
+    def parent(self, role: str = "parent") -> Parent:
         """Opens that role's parent. The main process hashes its files and checks its contract. Raises HandoffError.
 
         A role that was opened before is returned as it was then.
@@ -125,16 +129,18 @@ class Run:
         if role in self._parents:
             return self._parents[role]
         ref = self.section.parents[role]
+        kinds = Registry().declaration(self.section.stage).kinds(role)
         template = self.section.resolved.get("chat_template") if role == "parent" else None
-        opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, set(kinds), chat_template=template))
+        opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, kinds, chat_template=template))
         self._parents[role] = opened
         return opened
 
     def present_parents(self) -> dict[str, Parent]:
         """Opens the published soft parents (the models that an evaluation compares), in the recipe's order."""
         names = present_soft_parents(self.recipe, self.section)
-        kinds = set[str](MODEL_KINDS)
-        opened = self.engine.on_main(lambda: {name: open_parent(name, self.recipe.run_dir, kinds) for name in names})
+        opened = self.engine.on_main(
+            lambda: {name: open_parent(name, self.recipe.run_dir, MODEL_KINDS) for name in names}
+        )
         self._parents |= opened
         return opened
 
@@ -415,6 +421,7 @@ def _run_section(
     together = False
     try:
         run.check_batch()
+        engine.on_main(lambda: check_models(recipe, [name], fetch=True))
         run.begin(engine.on_main(lambda: stage_inputs(recipe, name)))
         train = importlib.import_module(f"stages.{section.stage}.train").train
         train(run)

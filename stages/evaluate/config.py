@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
 from training.config import ModelArguments, StageConfig, Strict
-from training.declaration import Declaration, HeldModel
+from training.declaration import COMPARED, Declaration, HeldModel
 from training.work import Batch, Rollout, Work
 
 DECLARATION = Declaration(
@@ -129,9 +129,10 @@ def parents(config: Config) -> dict[str, str]:
     return {}
 
 
-def soft_parents(config: Config) -> list[str]:
-    """Models that are used if they exist."""
-    return [*config.models, *(ref for entry in config.scores for ref in entry.references)]
+def soft_parents(config: Config) -> dict[str, str]:
+    """Role -> reference of models that are used if they exist: `models:` and `reward:`, each with its reference."""
+    models = {f"{COMPARED}{ref}": ref for ref in config.models}
+    return models | {f"reward:{ref}": ref for entry in config.scores for ref in entry.references}
 
 
 def models(config: Config) -> list[HeldModel]:

@@ -134,12 +134,7 @@ def _models(run: Run, present: dict[str, Parent]) -> dict[str, Parent]:
             run.console.print(f"  {ref}: not in this run, left out")
             continue
         parent = present[ref]
-        if parent.kind != "causal_lm":
-            raise HandoffError(f"{parent.path} is no language model; take it out of `models` of {run.section.name}")
-        name = ref if ref in run.recipe.sections else parent.name
-        if name in parents:
-            raise RecipeError(f"{run.section.name}.models: two models are called {name}; rename one's directory")
-        parents[name] = parent
+        parents[ref if ref in run.recipe.sections else parent.name] = parent
     if not parents:
         raise HandoffError(
             f"{run.recipe.run_dir}: none of {', '.join(config.models)} has been published; make one with `baton run`"
@@ -186,12 +181,6 @@ def _scorers(
 ) -> dict[Answering, Scorer]:
     """The scorer of each kind of answers. A faulty entry raises its error here, before any prompt is answered."""
     config: Config = run.config
-
-    def opened(ref: str) -> Parent:
-        if present[ref].kind != "reward_model":
-            raise HandoffError(f"{present[ref].path} is no reward model; correct `scores` of {run.section.name}")
-        return present[ref]
-
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
     kinds: tuple[Answering, ...] = ("greedy", "sampled")
@@ -200,7 +189,7 @@ def _scorers(
             load_rewards(
                 run.engine,
                 chosen,
-                opened,
+                present.__getitem__,
                 policies,
                 prompts,
                 config.model_args,

@@ -47,7 +47,7 @@ def train(run: Run) -> None:
     encoder = load_encoder(parent)
 
     def opened(ref: str) -> Parent:
-        return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
+        return run.parent(f"reward:{ref}")
 
     readers = [parent, *token_readers(config.scores, opened)]
     longest = within_window(run, readers, "max_prompt_length", config.max_prompt_length, config.max_new_tokens)

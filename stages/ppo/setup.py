@@ -73,12 +73,12 @@ def load_prompts(
 
 
 def _reward_model(run: Run, ref: str) -> Parent:
-    return run.parent(f"reward:{ref}", frozenset({"reward_model"}))
+    return run.parent(f"reward:{ref}")
 
 
 def _critic_model(run: Run, ref: str) -> Parent:
     config: Config = run.config
-    return _reward_model(run, ref) if config.critic is None else run.parent("critic", frozenset({"reward_model"}))
+    return _reward_model(run, ref) if config.critic is None else run.parent("critic")
 
 
 class PromptStream:

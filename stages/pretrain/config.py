@@ -12,6 +12,7 @@ from training.work import Batch, Work
 DECLARATION = Declaration(
     "pretraining",
     targets=("pretrain",),
+    starts_from=frozenset({"tokenizer", "causal_lm"}),
     compared=TRAINER_LINE,
     headline=(("eval_bits_per_byte", "bits per held-out byte"), ("eval_loss", "held-out loss")),
     charts=(LOSS, BITS_PER_BYTE, TOKEN_ACCURACY),

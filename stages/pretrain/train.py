@@ -31,7 +31,7 @@ from training.trainer import StageTrainer, StepOrder, arguments, fit
 def train(run: Run) -> None:
     """Runs the stage."""
     config: Config = run.config
-    parent = run.parent(kinds=frozenset({"tokenizer", "causal_lm"}))
+    parent = run.parent()
     if (parent.kind == "tokenizer") != (config.model is not None):
         raise RecipeError(
             f"{run.recipe.path}: {run.section.name}.model: "

@@ -214,7 +214,7 @@ def probe_scores(pairs: Sequence[Row], stop_id: int, scores: Scorer) -> dict[str
 
 def open_member(run: Run, ref: str, parent: Parent) -> Parent:
     """Opens a reward model to compare with, before training starts. Raises HandoffError if it is not comparable."""
-    member = run.parent(f"ensemble:{ref}", frozenset({"reward_model"}))
+    member = run.parent(f"ensemble:{ref}")
     check_same_encoding(parent, member, "they are compared on the same tokens; leave it out of `ensemble_with`")
     return member
 
