@@ -97,7 +97,7 @@ def test_only_answers_that_are_to_be_trained_on_are_in_the_mask(tmp_path):
         "no answer is to be trained on": 1,
         "`loss_weight` is neither 0 nor 1": 1,
     }
-    assert loaded.accounting.notes["conversations whose turns after the last answer were cut"] == 1
+    assert loaded.accounting.notes["conversations whose turns after the last answer were cut"] == 2
     for encoder, end in ((own(), "<|end|>"), (foreign("chatml"), "<|im_end|>")):
         trained = []
         for row in encode(Chats(128, "drop"), loaded.records, encoder, loaded.accounting):

@@ -274,3 +274,21 @@ def test_memory_does_not_grow_with_the_data(tmp_path, kind):
     small, large = peak(3 * 4096), peak(24 * 4096)
     # Lengths and places: 12 bytes a row, doubled while an array grows. A row itself takes about 3,000.
     assert large - small < 21 * 4096 * 60
+
+
+def test_facts_are_those_of_the_rows_that_are_left(tmp_path):
+    rows = [
+        {"prompt": "one", "a": 1},
+        {"prompt": "two", "a": 2, "b": 3},
+        {"prompt": "three", "b": 4},
+        {"prompt": "four"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = FileSource(source="file", path="p.jsonl")
+    whole = store(tmp_path).open([source], Prompts(64), own(), tmp_path, 0)
+    assert whole.facts == {"a": 2, "b": 2}
+    left = whole.without({1: "why"}, lambda prompt: prompt.record.origin)
+    assert left.facts == {"a": 1, "b": 1} and whole.facts == {"a": 2, "b": 2}
+    last = left.without({1: "why"}, lambda prompt: prompt.record.origin)
+    assert last.facts == {"a": 1}, "a column of no row is no column"
+    assert [prompt.record.columns for prompt in last] == [{"a": 1}, {}]

@@ -216,7 +216,15 @@ def test_the_whole_stage(micro_recipe, tmp_path, capsys):
     run_section(recipe, "evaluate")
     results = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
     assert results["models"] == ["pretrain", "sft"], "what has not been made is left out"
-    assert "score absent: left out, other is not in this run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "score absent: left out, other is not in this run" in said
+    assert "33 held-out prompts, each answered twice by every model: greedy (the likeliest token" in said
+    table = [line.split() for line in said[said.index("33 held-out") :].splitlines()[1:5]]
+    names = ["stop_rate", "length_tokens", "accuracy_greedy", "accuracy_sampled", "gold", "reward"]
+    assert table[0] == ["model", *names, "bits_per_byte", "kl"]
+    assert table[1] == ["greedy", "sampled", "greedy", "sampled", "sampled", "sampled", "documents", "sampled"]
+    assert [row[0] for row in table[2:]] == ["pretrain", "sft"]
+    assert "sft: its sampled answer scores higher in gold than that of pretrain on" in said
     scores = ["accuracy_greedy", "accuracy_sampled", "gold", "reward"]
     assert list(results["metrics"]["sft"]) == ["stop_rate", "length_tokens", *scores, "kl"]
     for metric in (*scores, "stop_rate"):

@@ -10,10 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import handoff.gguf
+from baton.runner import run_pipeline
+from baton.status import State, overview
 from handoff.errors import HandoffError
 from handoff.gguf import sizes, unpacked
-from handoff.parent import UNPACKED, open_parent
+from handoff.parent import UNPACKED, open_parent, packed
 from tests.hostile_models import write_good
+from training.recipe import load_recipe
 from training.shapes import shape_of
 
 NAMES = {
@@ -174,3 +177,26 @@ def test_a_failed_conversion_leaves_nothing_behind(model, tmp_path, monkeypatch)
     with pytest.raises(HandoffError, match="no such architecture"):
         unpacked(path, tmp_path / "store", "0" * 64)
     assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_the_status_of_a_recipe_does_not_unpack_and_says_nothing_else(model, tmp_path, monkeypatch, capfd):
+    path, _ = model
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: own\noutput_root: {tmp_path}/runs\nstages:\n"
+        f"  taught: {{stage: sft, parent: {path}, data: [{{source: world, kind: chats, size: 20}}]}}\n"
+    )
+    loaded = load_recipe(recipe)
+    capfd.readouterr()
+    with monkeypatch.context() as closed:
+        closed.setattr("handoff.gguf._convert", None)  # it may not be called
+        (found,) = overview(loaded).values()
+        assert found.state is State.NEW and found.reasons == (f"{path} is unpacked first",)
+        assert run_pipeline(loaded, [], [], None, dry_run=True) == 0
+    assert capfd.readouterr().err == "" and not loaded.output_root.exists()
+    open_parent(str(path), loaded.run_dir, {"causal_lm"})
+    (found,) = overview(loaded).values()
+    assert found.state is State.NEW and found.reasons == ()
+    assert not packed(str(path), loaded.run_dir)
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert packed(str(path), loaded.run_dir)

@@ -130,8 +130,6 @@ def _stage_row(stage: Stage, color: str) -> StageRow:
 def headline(stage: Stage) -> list[tuple[str, str]]:
     """The stage's one or two most important metrics, as (value, what it is). Empty if it has none."""
     assert stage.manifest is not None
-    if stage.results:
-        return [(str(len(stage.results.models)), "models compared")]
     metrics = stage.manifest.metrics
     found = [
         (number(metrics[metric]), label)

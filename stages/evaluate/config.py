@@ -14,12 +14,18 @@ DECLARATION = Declaration(
     "evaluation",
     targets=("eval",),
     publishes="evaluation",
+    headline=(("models", "models compared"), ("prompts", "prompts")),
     missing="no evaluation, so no intervals, win rates or answers side by side",
 )
 
 Answering: TypeAlias = Literal["greedy", "sampled"]
-MEASURED = ("stop_rate", "length_tokens", "kl", "bits_per_byte")
-"""Metrics that are always measured."""
+MEASURED: dict[str, str] = {
+    "stop_rate": "greedy",
+    "length_tokens": "sampled",
+    "kl": "sampled",
+    "bits_per_byte": "documents",
+}
+"""Metrics that are always measured, and on what: the kind of answers, or the documents."""
 
 
 class ScoreConfig(RewardConfig):
@@ -117,6 +123,10 @@ class Config(StageConfig):
         if self.group_by is not None and not names:
             raise ValueError("`group_by` is not read without `scores`")
         return self
+
+    def measured_on(self) -> dict[str, str]:
+        """What each metric is measured on: `greedy` or `sampled` answers, or `documents`."""
+        return MEASURED | {name: kind for entry in self.scores for kind, name in entry.metrics.items()}
 
     @property
     def metrics(self) -> list[str]:

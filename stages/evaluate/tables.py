@@ -99,6 +99,29 @@ def win_rates(
     return out
 
 
+def printed(results: Mapping[str, Any], on: Mapping[str, str]) -> list[list[str]]:
+    """The rows of the printed table: a heading with the metrics, one with what each is measured on, then the models.
+
+    Args:
+        results: as in results.json.
+        on: {metric: `greedy` or `sampled` answers, or `documents`}.
+    """
+    found = {model: dict(results["metrics"][model]) for model in results["models"]}
+    for model, bits in results["bits_per_byte"].items():
+        found[model]["bits_per_byte"] = bits
+    names = list(dict.fromkeys(name for measured in found.values() for name in measured))
+    rows = [["model", *names], ["", *(on[name] for name in names)]]
+    return rows + [[model, *(_told(measured.get(name)) for name in names)] for model, measured in found.items()]
+
+
+def _told(estimate: Mapping[str, Any] | None) -> str:
+    """`0.74 (0.71 to 0.78)`; `-` for what was not measured."""
+    if estimate is None:
+        return "-"
+    value = f"{estimate['value']:.3g}"
+    return value if estimate.get("low") is None else f"{value} ({estimate['low']:.3g} to {estimate['high']:.3g})"
+
+
 def spread(keys: Sequence[str | None], count: int) -> list[int]:
     """Indices of `count` prompts to show: first one of each group, then a second one of each, and so on."""
     seen: dict[str | None, int] = {}

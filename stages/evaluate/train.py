@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.table import Table
 from transformers import PreTrainedModel
 
 from data.encode import EncodedPrompt, Encoder
@@ -117,7 +118,29 @@ def train(run: Run) -> None:
     }
     if run.is_main:
         write_json(run.dir.path / "results.json", results)
-    run.publish("evaluation", None, _headline(results), files=["results.json"])
+    _print(run, results, len(prompts))
+    metrics = {"models": len(parents), "prompts": len(prompts), **_headline(results)}
+    run.publish("evaluation", None, metrics, files=["results.json"])
+
+
+def _print(run: Run, results: dict[str, Any], prompts: int) -> None:
+    """Prints the table of the metrics, and the win rates."""
+    config: Config = run.config
+    on = config.measured_on()
+    run.console.print(
+        f"  {prompts} held-out prompts, each answered twice by every model: greedy (the likeliest token at each place) "
+        f"and sampled (at temperature {config.temperature:g}). In brackets: 95 % intervals"
+    )
+    heading, *rows = tables.printed(results, on)
+    table = Table(*heading, box=None, padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    run.console.print(table)
+    for model, win in results["win_rates"].items():
+        run.console.print(
+            f"  {model}: its {on[win['by']]} answer scores higher in {win['by']} than that of {win['over']} on "
+            f"{win['value']:.0%} of the prompts ({win['low']:.0%} to {win['high']:.0%}); a tie counts half"
+        )
 
 
 def _same(fingerprint: str, parents: dict[str, Parent], answered: dict[str, Answered]) -> str | None:
