@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from data.calls import OF_RESULTS, THOUGHTS, holding, parsed, read_calls, read_tools
 from data.errors import DataError, RowRefused
 from data.records import Message, Origin, Role
 
@@ -28,13 +29,11 @@ ROLES: Final[dict[str, Role]] = {
 }
 
 _MEDIA = ("images", "image", "audios", "audio", "videos", "video")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TOOLS = ("tools", "functions")
 # What the model would have to see to give the answer. Nothing renders it yet.
-_OF_PROMPTS = ("tools", "functions", "history", "chat_template_kwargs", *_MEDIA)
-# What the model would have to say besides the answer's text.
-_OF_ANSWERS = _REASONING
+_OF_PROMPTS = ("history", "chat_template_kwargs", *_MEDIA)
 _CALLS = ("tool_calls", "function_call")
-_OF_TURNS = (*_CALLS, "tools", "functions", "train_detail", *_MEDIA, *_REASONING)
+_OF_TURNS = ("train_detail", *_MEDIA)
 
 LABELS: Final = ("label", "kto_tag")
 """Columns that judge the row's answer: true is good, false is bad."""
@@ -140,7 +139,7 @@ class Columns:
             if good:
                 self.used.add(name)
         self.check_shares()
-        for name in (*_OF_PROMPTS, *(_OF_ANSWERS if self.needs_answer else ())):
+        for name in (*_OF_PROMPTS, *(THOUGHTS if self.needs_answer else ())):
             if name not in self.used and self.says(name) and self.values[name] is not False:
                 raise lost(name)
 
@@ -155,6 +154,17 @@ class Columns:
                 if not _share(name, self.values[name]):
                     raise RowRefused(f"`{name}` is 0", _without(name, "to use it all the same"))
                 self.used.add(name)
+
+    def tools(self) -> list[dict[str, Any]]:
+        """The tools that the row's answers may call. For prompts they stay a column, too, for the reward functions."""
+        found = [name for name in _TOOLS if self.says(name) and self.values[name] is not False]
+        if not found:
+            return []
+        if len(found) > 1:
+            raise lost(found[1])
+        if self.needs_answer:
+            self.used.add(found[0])
+        return read_tools(self.values[found[0]], found[0])
 
     def turns(self, value: Any, column: str) -> tuple[Message, ...]:
         """A list of turns, each {role, content} or {from, value}."""
@@ -175,11 +185,16 @@ class Columns:
                 f"{self.origin}: `{place}` is {type(turn).__name__}; expected {{role, content}} or {{from, value}}"
             )
         who, what = ("from", "value") if "from" in turn else ("role", "content")
+        told = {
+            key
+            for key in (*_OF_TURNS, *_CALLS, *_TOOLS, *THOUGHTS)
+            if key in turn and key not in self.ignore and turn[key] is not False and not is_empty(turn[key])
+        }
         for key in _OF_TURNS:
-            if key in turn and key not in self.ignore and turn[key] is not False and not is_empty(turn[key]):
+            if key in told:
                 raise lost(key)
         said = turn.get(what)
-        if said is None and any(turn.get(key) for key in _CALLS):  # left out on purpose, or the row would be refused
+        if said is None and any(turn.get(key) for key in _CALLS):
             said = ""
         if turn.get(who) is None or said is None:
             missing = who if turn.get(who) is None else what
@@ -190,8 +205,42 @@ class Columns:
         role = ROLES.get(turn[who]) if isinstance(turn[who], str) else None
         if role is None:
             raise DataError(f"{self.origin}: `{place}.{who}` is {turn[who]!r:.60}; known roles are {', '.join(ROLES)}")
-        self._unread_keys(turn, (who, what, *_TURN_SHARES))
-        return Message(role, self.content(said, f"{place}.{what}"), self._trained(turn, role))
+        results = OF_RESULTS if role == "tool" else ()
+        self._unread_keys(turn, (who, what, *_TURN_SHARES, *_CALLS, *_TOOLS, *THOUGHTS, *results))
+        extra: dict[str, Any] = {
+            key: str(turn[key]) for key in results if key not in self.ignore and not is_empty(turn.get(key))
+        }
+        text = self.content(said, f"{place}.{what}")
+        if turn[who] == "function_call" and isinstance(parsed(text), dict):  # how ShareGPT writes a call
+            text, extra = "", {**extra, "tool_calls": read_calls(text)}
+        extra |= self._extra(turn, role, told)
+        return holding(Message(role, text, self._trained(turn, role)), extra)
+
+    def _extra(self, turn: dict[str, Any], role: Role, told: set[str]) -> dict[str, Any]:
+        """The calls and the thought of an answer, and the tools that a system's turn describes.
+
+        Raises RowRefused for those of a turn where no template looks for them.
+        """
+        extra: dict[str, Any] = {}
+        places: tuple[tuple[Role, tuple[str, ...]], ...] = (
+            ("assistant", _CALLS), ("assistant", THOUGHTS), ("system", _TOOLS),
+        )  # fmt: skip
+        for owner, keys in places:
+            found = [key for key in keys if key in told]
+            if found and role != owner:
+                raise lost(found[0])
+            if len(found) > 1 and any(turn[key] != turn[found[0]] for key in found):
+                raise lost(found[1])
+            for key in found[:1]:
+                if keys is _CALLS:
+                    extra["tool_calls"] = read_calls(turn[key])
+                elif keys is _TOOLS:
+                    extra["tools"] = read_tools(turn[key], key)
+                elif isinstance(turn[key], str):
+                    extra[key] = turn[key]
+                else:
+                    raise lost(key)
+        return extra
 
     def _trained(self, turn: dict[str, Any], role: Role) -> bool:
         """Whether the loss counts the turn, if it is an answer."""

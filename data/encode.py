@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from data.calls import OF_RESULTS, held
+from data.columns import lost
 from data.errors import DataError, RowRefused
 from data.records import Message, Prompt
 from data.rendering import Renderer
@@ -279,10 +281,15 @@ class Encoder:
 
     def _checked(self, messages: Sequence[Message], render: Callable[[Sequence[Message]], T]) -> T | RowRefused:
         for message in messages:
-            refusal = self.refusal(message.content)
+            refusal = self.refusal(message.content) or self.refusal(message.extra) or self._untaken(message)
             if refusal:
                 return refusal
         return self._rendered(messages, render)
+
+    def _untaken(self, message: Message) -> RowRefused | None:
+        """Why the template would lose what a message holds besides its text, or None."""
+        turns = self._require_template()
+        return next((lost(key) for key in held(message) if key not in OF_RESULTS and not turns.takes(key)), None)
 
     def _rendered(self, given: M, render: Callable[[M], T]) -> T | RowRefused:
         try:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
-from data.columns import SYSTEM, Columns
+from data.calls import held, with_tools
+from data.columns import SYSTEM, Columns, lost
 from data.errors import DataError, RowRefused
 from data.files import Row
 from data.records import Message, Origin, Role
@@ -163,6 +164,10 @@ def parse(row: Row, format: Format, origin: Origin, needs_answer: bool, ignore: 
         return Document(row)
     columns = Columns(row, origin, format, EXPECTED[format], needs_answer, ignore)
     parsed = _READERS[format](columns)
+    if isinstance(parsed, Conversation):
+        parsed = replace(parsed, messages=with_tools(parsed.messages, columns.tools()))
+    elif isinstance(parsed, Pair):
+        parsed = replace(parsed, prompt=with_tools(parsed.prompt, columns.tools()))
     if isinstance(parsed, (Conversation, Pair)):
         columns.check_rest(judged=isinstance(parsed, Pair) or any(m.role == "assistant" for m in parsed.messages))
     unread = [f"key `{key}` of turns" for key in sorted(columns.turn_keys)]
@@ -282,7 +287,8 @@ def _answer(value: Any, row: Columns, name: str) -> str:
 def _fork(good: tuple[Message, ...], bad: tuple[Message, ...]) -> Pair:
     """A pair from two whole conversations that differ only in their last answer."""
     answered = good and bad and good[-1].role == bad[-1].role == "assistant"
-    if not answered or [(m.role, m.content) for m in good[:-1]] != [(m.role, m.content) for m in bad[:-1]]:
+    told = ([(m.role, m.content, m.extra) for m in turns[:-1]] for turns in (good, bad))
+    if not answered or next(told) != next(told):
         raise RowRefused("chosen and rejected do not answer the same prompt")
     return Pair(good[:-1], _trained(good[-1]), _trained(bad[-1]))
 
@@ -291,6 +297,8 @@ def _trained(turn: Message) -> str:
     """The text of a pair's answer."""
     if not turn.trained:
         raise RowRefused("a turn that is not to be trained on is an answer of a pair")
+    if turn.extra:
+        raise lost(next(iter(held(turn))))
     return turn.content
 
 

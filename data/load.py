@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from data.accounting import Accounting
+from data.calls import held, with_tools
+from data.columns import lost
 from data.config import SourceConfig, WorldSource
 from data.errors import DataError, RowRefused
 from data.fingerprint import label
@@ -227,7 +229,10 @@ def _from_conversation(parsed: Conversation, want: type[R], origin: Origin, acco
         if messages[-1].role != "assistant":
             return Prompt(messages, origin, columns)
         return Prompt(messages[:-1], origin, _with_reference(columns, messages[-1], accounting))
-    raise DataError(f"{origin}: holds conversations with one answer; a preference needs `chosen` and `rejected`")
+    raise DataError(
+        f"{origin}: holds conversations with one answer; a preference needs `chosen` and `rejected`. "
+        "Of rows that each have a `label`, write a good and a bad answer to the same prompt into one row"
+    )
 
 
 def _from_pair(parsed: Pair, want: type[R], origin: Origin, accounting: Accounting) -> Record:
@@ -249,6 +254,8 @@ def _with_reference(columns: dict[str, Any], answer: Message, accounting: Accoun
     """The columns with the row's answer as `reference`. A column of that name is the user's own, and stays."""
     if not answer.trained:
         return columns
+    if answer.extra:
+        raise lost(next(iter(held(answer))))
     if "reference" in columns:
         accounting.notes[OWN_REFERENCE] += 1
         return columns
@@ -256,7 +263,9 @@ def _with_reference(columns: dict[str, Any], answer: Message, accounting: Accoun
 
 
 def _without_empty_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    return messages[1:] if messages and messages[0].role == "system" and not messages[0].content.strip() else messages
+    if not messages or messages[0].role != "system" or messages[0].content.strip():
+        return messages
+    return with_tools(messages[1:], held(messages[0]).get("tools", ()))
 
 
 _MAY_FOLLOW = {
@@ -275,7 +284,7 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
     for message in messages:
         if before not in _MAY_FOLLOW[message.role]:
             raise RowRefused("roles out of order")
-        if not message.content.strip() and message.role != "tool":
+        if not message.content.strip() and message.role != "tool" and "tool_calls" not in held(message):
             raise RowRefused("empty answer" if message.role == "assistant" else "empty prompt")
         before = message.role
     if not any(message.role == "user" for message in messages):

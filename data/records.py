@@ -23,6 +23,8 @@ class Message:
     content: str
     trained: bool = field(default=True, repr=False)
     """Whether the loss counts the turn, if it is an answer. Not in `repr`, by whose hash mixtures choose rows."""
+    extra: str = field(default="", repr=False)
+    """What the turn holds besides its text (see data/calls.py), as JSON; empty if nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,9 @@ _CLOCK_USE = re.compile(
 _ALL_OF_IT = "%Y-%m-%d %H:%M:%S"
 
 Turn = dict[str, Any]
-"""A message as templates see it: `role` and `content`."""
+"""A message as templates see it: `role`, `content`, and what it holds besides (data/calls.py) but the tools."""
+Conversation = tuple[Sequence[Turn], bool, list[dict[str, Any]] | None]
+"""Turns; whether the next answer's header ends them; the tools that answers may call."""
 
 
 class Clock:
@@ -76,8 +78,8 @@ class Renderer:
         """What the template can read of the time now: the date alone, for most; nothing if it does not read it."""
         return sorted(CLOCK.now().strftime(text) for text in self._formats)
 
-    def __call__(self, conversations: Sequence[tuple[Sequence[Turn], bool]]) -> list[str]:
-        """The text of each conversation; the second value says whether the next answer's header ends it.
+    def __call__(self, conversations: Sequence[Conversation]) -> list[str]:
+        """The text of each conversation.
 
         Raises:
             RowRefused: the template refuses a conversation.
@@ -88,7 +90,7 @@ class Renderer:
             "variables": self._variables,
             "seconds": SECONDS,
             "clock": CLOCK.now().isoformat(),
-            "conversations": [[list(turns), generation] for turns, generation in conversations],
+            "conversations": [[list(turns), generation, tools] for turns, generation, tools in conversations],
         }
         texts = []
         for answer in _WORKER.ask(request):

@@ -224,7 +224,7 @@ class Prompts(Kind[EncodedPrompt]):
             else:
                 columns = _json_columns(record, notes)
                 facts.update(columns.keys())
-                messages = [[message.role, message.content] for message in record.messages]
+                messages = [[message.role, message.content, True, message.extra] for message in record.messages]
                 origin = [record.origin.file, record.origin.row]
                 yield {"ids": ids, "record": json.dumps([messages, origin, columns])}
 
@@ -284,7 +284,10 @@ class Texts(Kind[list[str]]):
     ) -> Iterator[Row]:
         """Yields the texts of each record."""
         for record in records:
-            yield {"texts": [record.text] if isinstance(record, Text) else [m.content for m in record.messages]}
+            if isinstance(record, Text):
+                yield {"texts": [record.text]}
+            else:
+                yield {"texts": [text for m in record.messages for text in (m.content, m.extra) if text or not m.extra]}
 
     def length(self, row: Row) -> int:
         """Number of texts."""

@@ -96,14 +96,16 @@ def _compiled(source: str) -> "Template":
     return _environment().from_string(source)
 
 
-def _render(request: dict[str, Any], messages: list[dict[str, Any]], generation: bool) -> dict[str, str]:
+def _render(
+    request: dict[str, Any], messages: list[dict[str, Any]], generation: bool, tools: list[Any] | None
+) -> dict[str, str]:
     """{"text": ...}; {"refused": why the template refuses the conversation}; or {"failed": the template's mistake}."""
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
     try:
         text = _compiled(request["template"]).render(
             messages=messages,
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=generation,
             strftime_now=datetime.fromisoformat(request["clock"]).strftime,
@@ -130,9 +132,9 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         answers = []
-        for messages, generation in request["conversations"]:
+        for messages, generation, tools in request["conversations"]:
             signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # its signal ends the process, even in C code
-            answers.append(_render(request, messages, generation))
+            answers.append(_render(request, messages, generation, tools))
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answers) + "\n")
         sys.stdout.flush()

@@ -16,19 +16,22 @@ another token. Then no single sequence has every answer as the model would gener
   own, every answer is trained once, as the model generates it, and there are more tokens.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
+from data.calls import THOUGHTS, as_text, held
+from data.columns import lost
 from data.errors import DataError, RowRefused
 from data.records import Message
+from data.rendering import Conversation, Turn
 from data.template import BOS, END
 
-Turn: TypeAlias = dict[str, Any]
-Render = Callable[[Sequence[tuple[Sequence[Turn], bool]]], list[str]]
-"""[(messages, add_generation_prompt)] -> texts. Raises RowRefused where the template refuses the messages."""
+Render = Callable[[Sequence[Conversation]], list[str]]
+"""[(messages, add_generation_prompt, tools)] -> texts. Raises RowRefused where the template refuses the messages."""
 EarlierTurns: TypeAlias = Literal["strip", "keep", "fork"]
 
 _THOUGHT = re.compile(r"(?:<think>)?(.*?)</think>", re.DOTALL)
@@ -89,6 +92,10 @@ class Turns(Protocol):
         """
         ...
 
+    def takes(self, key: str) -> bool:
+        """Whether the template renders what a message holds under that key besides its text (data/calls.py)."""
+        ...
+
 
 class OwnTurns:
     """Baton's own template (see data/template.py), without rendering."""
@@ -116,6 +123,10 @@ class OwnTurns:
         whole = header + text + END
         return Rendered(whole, [(len(header), len(whole))])
 
+    def takes(self, key: str) -> bool:
+        """As `Turns.takes`."""
+        return False
+
 
 class TemplateTurns:
     """Any chat template, by rendering."""
@@ -128,7 +139,8 @@ class TemplateTurns:
                 is answered.
         """
         self._render, self._special = render, special
-        self._parts = False
+        self._parts = self._text_arguments = False
+        self._taken: dict[str, bool] = {}
         try:
             self._learn()
         except RowRefused as error:
@@ -136,7 +148,9 @@ class TemplateTurns:
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """As `Turns.prompt`."""
-        return self._render([(self._turns(messages), True)])[0]
+        text = self._render([(self._turns(messages), True, _tools(messages))])[0]
+        _check_results(messages, text)
+        return text
 
     def chat(self, messages: Sequence[Message], earlier: EarlierTurns) -> Chatted:
         """As `Turns.chat`."""
@@ -168,7 +182,8 @@ class TemplateTurns:
 
     def answer(self, text: str) -> Rendered:
         """As `Turns.answer`."""
-        whole = self._render([([self._turn("user", self._question), self._turn("assistant", text)], False)])[0]
+        asked = [self._turn("user", self._question), self._turn("assistant", text)]
+        whole = self._render([(asked, False, None)])[0]
         begin, end = len(self._prompt), 0
         if whole.startswith(self._prompt):
             end = self._aligned(whole, self._answered, self._mark)[0][1]
@@ -179,11 +194,51 @@ class TemplateTurns:
         cut = max((m.start() for m in self._special.finditer(self._prompt)), default=0)
         return Rendered(whole[cut:], [(begin - cut, end - cut)])
 
+    def takes(self, key: str) -> bool:
+        """As `Turns.takes`. A thought is taken if the template takes it under any of its keys."""
+        return any(self._takes(name) for name in (THOUGHTS if key in THOUGHTS else (key,)))
+
+    def _takes(self, key: str) -> bool:
+        """Whether the template renders a mark that stands under that key in a small conversation."""
+        if key not in self._taken:
+            mark = "qxmarkqx"
+            asked = self._turn("user", self._question)
+            if key == "tools":
+                nothing = {"type": "object", "properties": {}, "required": []}
+                tool = {"type": "function", "function": {"name": mark, "description": "d", "parameters": nothing}}
+                self._taken[key] = self._shows(mark, [asked], [tool])
+            elif key == "tool_calls":
+                call = {"id": "abcdefghi", "type": "function", "function": {"name": mark, "arguments": {"x": 1}}}
+                answer = self._turn("assistant", "")
+                objects = self._shows(mark, [asked, answer | {key: [call]}])
+                self._text_arguments = not objects and self._shows(mark, [asked, answer | {key: as_text([call])}])
+                self._taken[key] = objects or self._text_arguments
+            else:
+                self._taken[key] = self._shows(mark, [asked, self._turn("assistant", "an answer") | {key: mark}])
+        return self._taken[key]
+
+    def _shows(self, mark: str, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> bool:
+        try:
+            return mark in self._render([(turns, len(turns) == 1, tools)])[0]
+        except RowRefused:
+            return False
+
+    def _besides(self, message: Message) -> Turn:
+        """What the message holds besides its text, under the keys that the template takes."""
+        extra = held(message)
+        extra.pop("tools", None)
+        for key in THOUGHTS:
+            if key in extra and not self._takes(key):
+                extra[next(name for name in THOUGHTS if self._takes(name))] = extra.pop(key)
+        if "tool_calls" in extra and self._text_arguments:
+            extra["tool_calls"] = as_text(extra["tool_calls"])
+        return extra
+
     def _turn(self, role: str, content: str) -> Turn:
         return {"role": role, "content": [{"type": "text", "text": content}] if self._parts else content}
 
     def _turns(self, messages: Sequence[Message]) -> list[Turn]:
-        return [self._turn(message.role, message.content) for message in messages]
+        return [self._turn(message.role, message.content) | self._besides(message) for message in messages]
 
     def _learn(self) -> None:
         """Finds out how the template wraps an answer, from one question and a mark as its answer."""
@@ -221,7 +276,7 @@ class TemplateTurns:
         """The question, the question as a prompt, and the answered question."""
         question = [self._turn("user", self._question)]
         answered = [*question, self._turn("assistant", self._mark)]
-        return self._render([(question, False), (question, True), (answered, False)])
+        return self._render([(question, False, None), (question, True, None), (answered, False, None)])
 
     def _whole(self, messages: Sequence[Message]) -> Chatted:
         """The conversation as the template renders it, as one row.
@@ -230,23 +285,21 @@ class TemplateTurns:
         is written after the generation prompt instead, as the model generates it.
         """
         places = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        turns = self._turns(messages)
-        texts = [message.content for message in messages]
-        mark = next(chr(code) for code in _MARKS if not any(chr(code) in text for text in texts))
-        marked = [self._turn("assistant", mark) if i in places else turn for i, turn in enumerate(turns)]
-        whole, blank, *prompts = self._render(
-            [(turns, False), (marked, False), *((turns[:place], True) for place in places)]
-        )
-        found = self._aligned(whole, blank, mark)
-        if len(found) != len(places):
-            raise RowRefused("the chat template leaves out an answer, or joins it with another")
-        answers: list[tuple[int, int]] = []
-        for prompt, (text, end) in zip(prompts, found, strict=True):
-            last = answers[-1][1] if answers else 0
-            answers.append((len(prompt) if whole.startswith(prompt) else self._start(whole, last, text), end))
+        turns, tools = self._turns(messages), _tools(messages)
+        whole, *prompts = self._render([(turns, False, tools), *((turns[:place], True, tools) for place in places)])
+        _check_results(messages, whole)
+        answers = None
+        if any(message.extra for message in messages):
+            answers = self._appended(whole, prompts, turns, places, tools)
+        if answers is None:
+            answers = self._marked(whole, prompts, messages, turns, places, tools)
+        for place, (start, end) in zip(places, answers, strict=True):
+            self._check_held(messages[place], whole[start:end], last=place == places[-1])
         notes: Counter[str] = Counter()
         said, (start, end) = messages[places[-1]].content, answers[-1]
         if _thought_is_lost(said, whole[start:end]):
+            if messages[places[-1]].extra:
+                raise RowRefused("an answer has a thought in its text, which the chat template changes, and more")
             notes[
                 "answers whose thought the chat template leaves out or doubles; written after its generation prompt"
             ] += 1
@@ -258,12 +311,67 @@ class TemplateTurns:
             notes["answers that the chat template puts behind another text than its own prompt for them"] += 1
         return Chatted([Rendered(whole, answers)], notes)
 
+    def _appended(
+        self, whole: str, prompts: Sequence[str], turns: Sequence[Turn], places: Sequence[int], tools: Any
+    ) -> list[tuple[int, int]] | None:
+        """Where the answers of `whole` are, if the template only appends: each begins where its prompt ends, and ends
+        with the last special token of the conversation up to it. None if the template changes earlier turns."""
+        answers = []
+        texts = self._render([(turns[: place + 1], False, tools) for place in places])
+        for prompt, text in zip(prompts, texts, strict=True):
+            ends = [found.end() for found in self._special.finditer(text, len(prompt))]
+            if not ends or not whole.startswith(prompt) or not whole.startswith(text[: ends[-1]]):
+                return None
+            answers.append((len(prompt), ends[-1]))
+        return answers
+
+    def _marked(
+        self,
+        whole: str,
+        prompts: Sequence[str],
+        messages: Sequence[Message],
+        turns: Sequence[Turn],
+        places: Sequence[int],
+        tools: Any,
+    ) -> list[tuple[int, int]]:
+        """Where the answers of `whole` are, by the same conversation with a mark in place of each answer and its calls.
+
+        Raises RowRefused when the two cannot be compared.
+        """
+        texts = [text for message in messages for text in (message.content, message.extra)]
+        mark = next(chr(code) for code in _MARKS if not any(chr(code) in text for text in texts))
+        marked = [turn | self._turn("assistant", mark) if i in places else turn for i, turn in enumerate(turns)]
+        for turn in marked:
+            turn.pop("tool_calls", None)
+        found = self._aligned(whole, self._render([(marked, False, tools)])[0], mark)
+        if len(found) != len(places):
+            raise RowRefused("the chat template leaves out an answer, or joins it with another")
+        answers: list[tuple[int, int]] = []
+        for prompt, (text, end) in zip(prompts, found, strict=True):
+            last = answers[-1][1] if answers else 0
+            answers.append((len(prompt) if whole.startswith(prompt) else self._start(whole, last, text), end))
+        return answers
+
+    def _check_held(self, message: Message, said: str, *, last: bool) -> None:
+        """Raises RowRefused if the template has left out a call of an answer, its text beside a call, or the thought of
+        the last one."""
+        extra = held(message)
+        calls = extra.get("tool_calls", ())
+        if any(call["function"]["name"] not in said for call in calls):
+            raise lost("tool_calls")
+        if calls and message.content.strip() not in said:
+            raise RowRefused("the chat template leaves out the text of an answer that calls a tool")
+        for key in THOUGHTS:
+            if last and extra.get(key, "").strip() not in said:
+                raise lost(key)
+
     def _changed(self, messages: Sequence[Message], places: list[int], row: Rendered, trained: set[int]) -> list[int]:
         """The trained answers of earlier turns that the template renders in another way while they are the last."""
-        turns = self._turns(messages)
+        turns, tools = self._turns(messages), _tools(messages)
         earlier = [i for i in range(len(places) - 1) if i in trained]
         found = []
-        for i, text in zip(earlier, self._render([(turns[: places[i] + 1], False) for i in earlier]), strict=True):
+        texts = self._render([(turns[: places[i] + 1], False, tools) for i in earlier])
+        for i, text in zip(earlier, texts, strict=True):
             start, end = row.answers[i]
             said = row.text[start:end]
             if not text.startswith(row.text[:end]) or _thought_is_lost(messages[places[i]].content, said):
@@ -347,6 +455,18 @@ class TemplateTurns:
         length = _shared(a, b)
         cuts = (m.start() for text in (a, b) for m in self._special.finditer(text) if m.start() < length < m.end())
         return min(cuts, default=length)
+
+
+def _check_results(messages: Sequence[Message], text: str) -> None:
+    """Raises RowRefused if the turn of a tool is not in the rendered text, as it is or as a JSON string."""
+    for message in messages:
+        said = message.content.strip()
+        if message.role == "tool" and said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+            raise RowRefused("the chat template leaves out the turn of a tool")
+
+
+def _tools(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
+    return held(messages[0]).get("tools") if messages else None
 
 
 def _only(row: Rendered, chosen: set[int]) -> Rendered:

@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 Kind = Literal["tokenizer", "causal_lm", "reward_model", "evaluation", "dataset"]
 MODEL_KINDS: frozenset[Kind] = frozenset({"causal_lm", "reward_model"})
 """Kinds with weights."""
+SCORERS: frozenset[Kind] = frozenset({"reward_model"})
+"""Kinds that score answers."""
 KIND_WORDS: dict[Kind, str] = {
     "tokenizer": "a tokenizer",
     "causal_lm": "a language model",

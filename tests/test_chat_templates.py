@@ -359,7 +359,7 @@ def test_the_clock_of_a_template_is_frozen(monkeypatch):
         assert encoder(CHATML).fingerprint == plain  # rows under a template without a clock are found again
     finally:
         CLOCK.freeze(None)
-    (text,) = Renderer("{{ strftime_now('%Y') }}", {})([([], False)])
+    (text,) = Renderer("{{ strftime_now('%Y') }}", {})([([], False, None)])
     assert text == str(datetime.now().year)
 
 

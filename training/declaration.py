@@ -10,7 +10,7 @@ The runner, replay, the report and chat read declarations through `training.regi
 from dataclasses import dataclass
 from typing import Literal
 
-from handoff.manifest import MODEL_KINDS, Kind
+from handoff.manifest import MODEL_KINDS, SCORERS, Kind
 
 Role = Literal["policy", "critic", "reference", "reward"]
 
@@ -18,7 +18,7 @@ COMPARED = "models:"
 """Begins the roles of soft parents that a stage compares under their names: `models:sft`."""
 _KINDS: dict[str, frozenset[Kind]] = {
     COMPARED: frozenset({"causal_lm"}),
-    **dict.fromkeys(("critic", "ensemble:", "reward:"), frozenset({"reward_model"})),
+    **dict.fromkeys(("critic", "ensemble:", "reward:"), SCORERS),
 }
 
 

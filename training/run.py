@@ -113,9 +113,7 @@ class Run:
         earlier = self.dir.started_inputs()
         self.resumable = self.engine.on_main(lambda: self.dir.begin(inputs, origin=origin))
         if (aside := self.dir.set_aside()) is not None:
-            changed = (
-                "its record cannot be read" if earlier is None else f"changed: {', '.join(inputs.changed(earlier))}"
-            )
+            changed = "no record" if earlier is None else f"changed: {', '.join(inputs.changed(earlier))}"
             self.console.print(f"  begins anew ({changed}); the result of the earlier start is kept in {aside}")
         CLOCK.freeze(self.engine.on_main(self.dir.begun))
 
@@ -128,8 +126,7 @@ class Run:
         """
         if role in self._parents:
             return self._parents[role]
-        ref = self.section.parents[role]
-        kinds = Registry().declaration(self.section.stage).kinds(role)
+        ref, kinds = self.section.parents[role], Registry().declaration(self.section.stage).kinds(role)
         template = self.section.resolved.get("chat_template") if role == "parent" else None
         opened = self.engine.on_main(lambda: open_parent(ref, self.recipe.run_dir, kinds, chat_template=template))
         self._parents[role] = opened
