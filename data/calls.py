@@ -58,11 +58,17 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any, key: str) -> list[dict[str, Any]]:
-    """The tools of a row, given as a list or as its JSON text. Raises RowRefused if they are none."""
+    """The tools of a row, given as a list or as its JSON text. A bare function, {name, parameters}, becomes a tool.
+
+    Raises:
+        RowRefused: they are none.
+    """
     tools = parsed(value)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
         raise RowRefused(f"`{key}` cannot be read", "it is a list of objects, each of which describes a tool")
-    return [{"type": "function", "function": tool} for tool in tools] if key == "functions" else tools
+    return [
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
+    ]
 
 
 def parsed(value: Any) -> Any:

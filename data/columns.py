@@ -1,8 +1,8 @@
 """One row's columns and turns, with a record of what a reader did with each of them.
 
 Published data has many more keys than any reader uses. A key is used, or the accounting names it as not read, or the
-row is refused: without `tools`, `reasoning_content` or `images` a row is no example of what its author wrote. The
-source's `ignore` says which keys to leave out on purpose.
+row is refused: without `images` or `chat_template_kwargs` a row is no example of what its author wrote. Tools, calls
+and thoughts go on to the chat template (data/calls.py). The source's `ignore` says which keys to leave out on purpose.
 """
 
 from collections.abc import Mapping

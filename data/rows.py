@@ -287,7 +287,8 @@ class Texts(Kind[list[str]]):
             if isinstance(record, Text):
                 yield {"texts": [record.text]}
             else:
-                yield {"texts": [text for m in record.messages for text in (m.content, m.extra) if text or not m.extra]}
+                held = ((m.content, m.extra) if m.extra else (m.content,) for m in record.messages)
+                yield {"texts": [text for texts in held for text in texts]}
 
     def length(self, row: Row) -> int:
         """Number of texts."""

@@ -319,10 +319,17 @@ class TemplateTurns:
         answers = []
         texts = self._render([(turns[: place + 1], False, tools) for place in places])
         for prompt, text in zip(prompts, texts, strict=True):
-            ends = [found.end() for found in self._special.finditer(text, len(prompt))]
-            if not ends or not whole.startswith(prompt) or not whole.startswith(text[: ends[-1]]):
+            *_, last = [None, *self._special.finditer(text, len(prompt))]
+            # An answer of an earlier turn may end with another token than the last one.
+            stop = None if last is None else self._special.match(whole, last.start())
+            if (
+                last is None
+                or stop is None
+                or not whole.startswith(prompt)
+                or not whole.startswith(text[: last.start()])
+            ):
                 return None
-            answers.append((len(prompt), ends[-1]))
+            answers.append((len(prompt), stop.end()))
         return answers
 
     def _marked(

@@ -2,10 +2,15 @@
 
 import pytest
 
+from data.calls import held
 from data.config import FileSource
 from data.errors import DataError
 from data.records import Chat, Preference, Prompt, Text
-from tests.row_sets import Loaded, load
+from data.rows import Chats
+from tests.row_sets import Loaded, encode, load
+from tests.test_chat_templates import TEMPLATES, encoder
+from tests.test_chat_tools import theirs
+from tests.test_data_encode import own
 
 TEXTS = {
     "pretrain/tinyshakespeare.txt.gz": 144,
@@ -64,12 +69,21 @@ def test_chats(shared_data, path):
     assert len(read(shared_data, path, Chat).records) == CHATS[path]
 
 
-def test_conversations_with_tools_are_read_where_the_tools_are_left_out_on_purpose(shared_data):
+def test_conversations_with_tools_are_encoded_by_a_template_that_takes_them(shared_data):
     path = "tools/glaive-toolcall-300.json.gz"
-    assert len(read(shared_data, path, Chat, ignore=["tools"]).records) == 300
-    dropped = read(shared_data, path, Chat).accounting
+    loaded = read(shared_data, path, Chat)
+    chats = [record.messages for record in loaded.records]
+    for name in ("qwen3", "llama3_1", "gptoss"):
+        made = encoder(TEMPLATES[name])
+        for messages, rows in zip(chats[:100], made.chats(chats[:100]), strict=True):
+            assert isinstance(rows, list), (name, rows)
+            turns = [{"role": m.role, "content": m.content, **held(m)} for m in messages]
+            tools = turns[0].pop("tools", None)
+            assert rows[0][0] == theirs(made, turns, tools)
+    refused = encode(Chats(4096, "drop"), loaded.records, own(), loaded.accounting).accounting
     with pytest.raises(DataError, match=r"`tools` would be lost: 191 [\s\S]*set `ignore: .tools.` in the source"):
-        dropped.check(0.5)
+        refused.check(0.5)
+    assert len(read(shared_data, path, Chat, ignore=["tools"]).records) == 300
 
 
 @pytest.mark.parametrize("path", PREFERENCES)
