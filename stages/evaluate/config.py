@@ -125,8 +125,9 @@ class Config(StageConfig):
         return self
 
     def measured_on(self) -> dict[str, str]:
-        """What each metric is measured on: `greedy` or `sampled` answers, or `documents`."""
-        return MEASURED | {name: kind for entry in self.scores for kind, name in entry.metrics.items()}
+        """What each metric is measured on: `greedy` or `sampled` answers, `documents`, or `choices`."""
+        scores = {name: kind for entry in self.scores for kind, name in entry.metrics.items()}
+        return MEASURED | scores | {name: "choices" for entry in self.multiple_choice for name in entry.metrics}
 
     @property
     def metrics(self) -> list[str]:

@@ -104,7 +104,7 @@ def printed(results: Mapping[str, Any], on: Mapping[str, str]) -> list[list[str]
 
     Args:
         results: as in results.json.
-        on: {metric: `greedy` or `sampled` answers, or `documents`}.
+        on: {metric: `greedy` or `sampled` answers, `documents`, or `choices`}.
     """
     found = {model: dict(results["metrics"][model]) for model in results["models"]}
     for model, bits in results["bits_per_byte"].items():

@@ -64,6 +64,8 @@ def train(run: Run) -> None:
         entry.name: list(run.rows(entry.data, Choices(), label=f"{entry.name}'s questions"))
         for entry in config.multiple_choice
     }
+    # A prompt that one of the templates cannot express is an error before any model answers.
+    encoded = {name: [encoder.prompt(p.record.messages) for p in prompts] for name, encoder in encoders.items()}
     column, keys = _groups(run, prompts)
     scorers = _scorers(run, entries, present, list(parents.values()), prompts)
 
@@ -75,7 +77,7 @@ def train(run: Run) -> None:
     with run.progress(len(parents) * each, "evaluate") as advance:
         for name, parent in parents.items():
             encoder = encoders[name]
-            ids = [encoder.prompt(p.record.messages) for p in prompts]
+            ids = encoded[name]
             model = Model.load(run.engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
             with model.whole() as module:
                 answered[name] = _answer(run, module, encoder, ids, advance)
