@@ -25,7 +25,6 @@ from training.engines.launch import Request
 from training.engines.shares import alone, planned
 from training.engines.single import micro_batch as share_of
 from training.recipe import Recipe, Section, load_recipe
-from training.references import check_models
 from training.registry import Registry
 from training.shapes import Shape, shape_in, shape_of
 from training.work import Work
@@ -118,10 +117,10 @@ def plan(path: Path, overrides: Sequence[str] = (), launch: Path | None = None, 
     if request.device == "cuda" and device_name is None:
         raise UserError(f"{launch} runs on GPUs: say which, for example --gpu h100")
     device = this_cpu(request.processes) if device_name is None else gpu(device_name)
-    names = recipe.order()
-    check_models(recipe, names, fetch=False)
     shapes = Shapes(recipe)
-    sections = [found for name in names if (found := _section(recipe.sections[name], shapes, request, device, recipe))]
+    sections = [
+        found for name in recipe.order() if (found := _section(recipe.sections[name], shapes, request, device, recipe))
+    ]
     return Plan(recipe, request, device, sections)
 
 

@@ -64,7 +64,7 @@ def config(**keys) -> Config:
         ),
         (
             {"scores": [{"function": "exact_match", "on": "both"}, {"model": "r", "name": "exact_match_greedy"}]},
-            "two scores give the metric exact_match_greedy",
+            "two entries give the metric exact_match_greedy",
         ),
         ({"scores": [{"function": "exact_match", "name": "kl"}]}, "kl is measured anyway"),
         (
