@@ -70,8 +70,10 @@ class Speaker:
             )
         engine = engines.current()
         self.device = engine.device
-        model = Model.load(engine, parent, "policy", self.encoder, ModelArguments(), dropout=False, bf16=False).freeze()
-        self.model: PreTrainedModel = model.module
+        model = Model.load(
+            engine, parent, "policy", self.encoder, ModelArguments(), dropout=False, bf16=False, frozen=True
+        )
+        self.model: PreTrainedModel = model.freeze().module
         self.context = min(_context(self.model.config), longest_alike(self.model.config) or 1 << 30)
         self.sampling = sampling
         self.generator = torch.Generator(self.device).manual_seed(sampling.seed)

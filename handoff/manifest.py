@@ -55,13 +55,25 @@ class ParentRecord(_Record):
     """{path relative to the parent's directory: SHA-256} of its files at that time."""
 
 
+class QuantizationRecord(_Record):
+    """How the frozen weights of linear layers are quantised; with bitsandbytes."""
+
+    method: Literal["nf4", "int8"]
+    double_quant: bool
+    """Whether the scales of `nf4` are quantised, too."""
+    skipped: list[str] = Field(default_factory=list)
+    """Ends of the names of linear layers that are not quantised."""
+
+
 class AdapterRecord(_Record):
     """What an adapter needs besides its own files."""
 
     base: ParentRecord
-    """The whole model whose weights the adapter changes."""
+    """The whole model whose weights the adapter changes, as it was before it was quantised."""
     stack: list[str]
     """The stages or adapters whose training it holds, the oldest first; the last one is the stage itself."""
+    quantization: QuantizationRecord | None = None
+    """How the base was quantised while the adapter was trained; None: not, or its files are quantised themselves."""
 
 
 class TokenizerRecord(_Record):
@@ -291,8 +303,10 @@ class Manifest(_Record):
         """Identifies the result by kind, bytes, encoding, `extra` and an adapter's base, without time, place or
         parents."""
         tokenizer = None if self.tokenizer is None else self.tokenizer.model_dump(mode="json")
-        base = [] if self.adapter is None else [self.adapter.base.fingerprint]
-        return canonical_hash([self.kind, self.files, tokenizer, self.extra, *base])
+        below: list[Any] = [] if self.adapter is None else [self.adapter.base.fingerprint]
+        if self.adapter is not None and self.adapter.quantization is not None:
+            below.append(self.adapter.quantization.model_dump(mode="json"))
+        return canonical_hash([self.kind, self.files, tokenizer, self.extra, *below])
 
 
 def sealed(manifest: Manifest) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from handoff.manifest import (
     Kind,
     Manifest,
     ParentRecord,
+    QuantizationRecord,
     TokenizerRecord,
     kinds_in_words,
     read_manifest,
@@ -72,6 +73,12 @@ class Parent:
             return []
         record = None if self.manifest is None else self.manifest.adapter
         return [self.name] if record is None else record.stack
+
+    @property
+    def quantization(self) -> QuantizationRecord | None:
+        """How the base below the adapter was quantised when it was trained; None for a whole model."""
+        record = None if self.manifest is None else self.manifest.adapter
+        return None if record is None else record.quantization
 
     def record(self) -> ParentRecord:
         """The parent's entry in the manifest of a stage that starts from it."""

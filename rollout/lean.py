@@ -9,8 +9,8 @@ become one matrix, with the weights of the preceding norm folded into its column
 operations. This needs a second copy of the weights during the call.
 
 It applies only to models of exactly the families below, with unmodified modules, but for LoRA layers, whose updates are
-added to the packed weights. A wrapped, hooked or derived model uses its own forward pass. `rollout.forward` compares
-both on a few tokens before it uses this one.
+added to the packed weights, and quantised ones, which are dequantised for it. A wrapped, hooked or derived model uses
+its own forward pass. `rollout.forward` compares both on a few tokens before it uses this one.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from rollout.attention import Decode
 from rollout.positions import BY_LENGTH
+from rollout.quantised import plain_weight
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _OWN = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
@@ -32,6 +33,8 @@ _COMMON = {
     "torch.nn.modules.linear.Linear",
     "torch.nn.modules.sparse.Embedding",
     "transformers.activations.SiLUActivation",
+    "rollout.bnb_layers.FourBitLinear",
+    "rollout.bnb_layers.EightBitLinear",
     # A LoRA layer and its parts; other kinds of adapters have further parts.
     "peft.tuners.lora.layer.Linear",
     "torch.nn.modules.container.ModuleDict",
@@ -171,8 +174,8 @@ class _Product:
 def _weight(linear: nn.Module) -> Tensor:
     """The weight (out, in) of a linear layer, with the updates of its LoRA adapters."""
     if not isinstance(linear, LoraLayer):
-        return linear.get_parameter("weight")
-    weight: Tensor = linear.get_base_layer().get_parameter("weight")
+        return plain_weight(linear)
+    weight: Tensor = plain_weight(linear.get_base_layer())
     for name in linear.active_adapters:
         if name in linear.lora_A and not linear.disable_adapters:
             update: Tensor = linear.get_delta_weight(name)  # type: ignore[operator]

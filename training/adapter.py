@@ -2,14 +2,15 @@
 
 The layers are changed in place, so that the network stays a plain transformers model. Inside, a parameter has another
 name than outside: `q_proj.weight` is `q_proj.base_layer.weight`, and beside it are `q_proj.lora_A.default.weight` and
-`q_proj.lora_B.default.weight`. These names are known here alone.
+`q_proj.lora_B.default.weight`.
 
-If the parent is itself an adapter, it has been merged into the weights in memory. What is published has both: W + B₁A₁
-+ B₂A₂ is W + [B₁ B₂] [A₁; A₂], one adapter on the parent's base. So every published adapter is complete: it needs its
-base and nothing else, and loads with plain peft.
+If the parent is itself an adapter, it has been merged into the weights in memory or, if those are quantised, stands
+beside them, frozen. What is published has both: W + B₁A₁ + B₂A₂ is W + [B₁ B₂] [A₁; A₂], one adapter on the parent's
+base. So every published adapter is complete: it needs its base and nothing else, and loads with plain peft.
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,6 @@ from peft.functional import cast_adapter_dtype
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -32,12 +32,13 @@ from handoff.adapter import stored_name
 from handoff.errors import HandoffError
 from training.config import AdapterConfig
 from training.engines.single import Entry
+from training.frozen_adapter import ADAPTER, PARENT, activate
+from training.linear import HEAD, ends_with, inner_layers, inside, is_transposed, linear_layers, matrix
+from training.quantised_weights import dequantise, dequantised_entry
 from training.recipe import RecipeError
 from training.recipe_text import did_you_mean
 from training.stored_adapter import StoredAdapter, merged
 
-HEAD = "score"
-ADAPTER = "default"  # peft's name for a model's only adapter
 _EXPERTS = {"gate_proj", "up_proj", "down_proj", "gate"}
 _COPY = f".modules_to_save.{ADAPTER}."
 
@@ -67,7 +68,7 @@ class Adapter:
         Its values depend on `seed` only. A network without values gets an adapter with values all the same.
 
         Args:
-            module: the base's network, with `below` merged into it.
+            module: the base's network, with `below` merged into it or beside its quantised weights.
             config: the recipe's `adapter:`.
             seed: seed of the initial values.
             below: the parent's adapter, which the published adapter will contain.
@@ -78,20 +79,26 @@ class Adapter:
             HandoffError: the adapter and `below` are not one adapter.
         """
         self.config, self._below, self._module = config, below, module
-        modules = dict(module.named_modules())
+        linear = linear_layers(module)
         self._saved = _saved(module, config, head=role == "reward")
-        names = [name for name in _targets(module, config) if not _inside(name, self._saved)]
-        self._transposed = {name for name in names if isinstance(modules[name], Conv1D)}
+        names = [name for name in _targets(module, config) if not inside(name, self._saved)]
+        dequantise(module, self._saved)
+        self._transposed = {name for name in names if is_transposed(linear[name])}
+        self._beside = PARENT in vars(module).get("peft_config", {})  # whether `below` stands beside the weights
         if below is not None and not config.merge and not (below.plain and not config.use_dora):
             raise HandoffError(
                 "adapter: the parent is an adapter too, and with DoRA the two cannot be published as one; set "
                 "adapter.merge: true, which publishes the whole model"
             )
-        self._shapes = {name: tuple(modules[name].get_parameter("weight").shape) for name in names}
-        with torch.random.fork_rng(devices=[]):
+        self._shapes = {name: matrix(linear[name]) for name in names}
+        peft_config = self._peft_config(names, self._saved)
+        peft_config.fan_in_fan_out = any(isinstance(linear[name], Conv1D) for name in names)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of the parent's adapter
             torch.manual_seed(int(uniform(1, seed, "adapter", role)[0] * 2**32))
-            inject_adapter_in_model(self._peft_config(names, self._saved), module, ADAPTER)
+            inject_adapter_in_model(peft_config, module, ADAPTER)
         cast_adapter_dtype(module, ADAPTER)
+        activate(module)
         self._layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
         missed = [name for name, layer in self._layers.items() if not isinstance(layer, LoraLayer)]
         if missed:
@@ -120,15 +127,21 @@ class Adapter:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the network computes as if it had no adapter."""
+        """Inside, the network computes as its parent: as if it had not the adapter that is trained."""
         parts = [part for part in self._module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        beside = [part for part in parts if isinstance(part, LoraLayer) and PARENT in part.lora_A]
+        active = [part._active_adapter for part in beside]
         try:
             for part in parts:
-                part._disable_adapters = True
+                part._disable_adapters = part not in beside
+            for part in beside:
+                part._active_adapter = [PARENT]
             yield
         finally:
             for part in parts:
                 part._disable_adapters = False
+            for part, names in zip(beside, active, strict=True):
+                part._active_adapter = names
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name without the adapter, weight with the adapter merged) of a network whose weights are whole."""
@@ -155,14 +168,18 @@ class Adapter:
         `entries`: those of the network, by their names in it.
         """
         found: dict[str, Entry] = {}
-        own = tuple(f"{name}.lora_" for name in self._layers)
+        beside = self._below if self._beside else None
+        own = tuple(f"{name}.lora_" for name in [*self._layers, *(beside.layers if beside else ())])
         for name, entry in entries.items():
             if name.startswith(own):
                 continue
             plain = plain_name(name)
-            if _inside(plain, self._saved) and _COPY not in name:
+            if inside(plain, self._saved) and _COPY not in name:
                 continue  # the frozen original of a module that is trained as a whole
             layer = plain.removesuffix(".weight")
+            entry = dequantised_entry(self._module, name, entry)
+            if beside is not None and beside.order(layer) and layer != plain:
+                entry = replace(entry, whole=partial(_applied, beside, plain, entry))
             if layer in self._layers and layer != plain:
                 entry = self._merged(layer, entry, entries)
             found[plain] = replace(entry, name=plain)
@@ -193,7 +210,7 @@ class Adapter:
             for part, entry in self._stored_layer(name, entries):
                 found.append(replace(entry, name=stored_name(f"{name}.{part}"), dtype=torch.float32))
         for name, entry in whole.items():
-            if _inside(name, saved):
+            if inside(name, saved):
                 found.append(replace(entry, name=stored_name(name), dtype=torch.float32))
         return found
 
@@ -227,8 +244,7 @@ class Adapter:
         """(out, in) of a layer."""
         if self._below is not None and self._below.order(layer):
             return self._below.matrix(layer)
-        shape = self._shapes[layer]
-        return (shape[1], shape[0]) if layer in self._transposed else (shape[0], shape[1])
+        return self._shapes[layer]
 
     def _saved_modules(self) -> list[str]:
         """Modules of which the published adapter has the whole weights."""
@@ -242,7 +258,7 @@ class Adapter:
         ranks = {}
         for name in self._module.state_dict():
             layer = plain_name(name).removesuffix(".weight")
-            if (layer in self._layers or layer in under) and not _inside(layer, saved):
+            if (layer in self._layers or layer in under) and not inside(layer, saved):
                 own = int(self._layers[layer].r[ADAPTER]) if layer in self._layers else 0
                 ranks[layer] = own + (0 if self._below is None else self._below.order(layer))
         return ranks
@@ -265,19 +281,15 @@ class Adapter:
         return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
 
 
+def _applied(adapter: StoredAdapter, name: str, entry: Entry) -> torch.Tensor:
+    return adapter.apply(name, entry.whole())
+
+
 def _targets(module: PreTrainedModel, config: AdapterConfig) -> list[str]:
     """Names of the layers to adapt, in the network's order."""
-    # A fused kernel of Mamba reads this weight itself, past an adapter.
-    mixers = [dict(part.named_children()) for part in module.modules()]
-    fused = [parts["out_proj"] for parts in mixers if {"conv1d", "out_proj"} <= parts.keys()]
-    outside = [module.get_output_embeddings(), dict(module.named_children()).get(HEAD), *fused]
-    linear = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and not any(layer is other for other in outside)
-    ]
+    linear = list(inner_layers(module))
     # Where experts are held as one tensor, peft takes these names for theirs (Qwen2-MoE, DeepSeek-V3).
-    experts = any(_ends(name, "gate_up_proj") for name, _ in module.named_parameters())
+    experts = any(ends_with(name, "gate_up_proj") for name, _ in module.named_parameters())
     found = [name for name in linear if not (experts and name.rpartition(".")[2] in _EXPERTS)]
     if config.target_modules != "all-linear":
         found = _chosen("target_modules", config.target_modules, linear, module)
@@ -310,47 +322,42 @@ def _chosen(key: str, wanted: str | list[str], linear: Sequence[str], module: Pr
             raise RecipeError(f"adapter.{key}: the regular expression {wanted} fits no linear layer's whole name")
         return found
     for end in wanted:
-        if not any(_ends(name, end) for name in linear):
+        if not any(ends_with(name, end) for name in linear):
             ends = {name.rpartition(".")[2] for name in linear}
             raise RecipeError(
                 f"adapter.{key}: no linear layer's name ends with {end}"
                 + (
                     "; embeddings, head and out_proj of Mamba cannot be adapted, only trained whole (modules_to_save)"
-                    if any(_ends(name, end) for name, _ in module.named_modules())
+                    if any(ends_with(name, end) for name, _ in module.named_modules())
                     else did_you_mean(end, ends) or f"; there are {', '.join(sorted(ends))}"
                 )
             )
-    return [name for name in linear if any(_ends(name, end) for end in wanted)]
+    return [name for name in linear if any(ends_with(name, end) for end in wanted)]
 
 
 def _saved(module: PreTrainedModel, config: AdapterConfig, *, head: bool) -> list[str]:
-    """Names of the modules that are trained as a whole."""
+    """Names of the modules that are trained as a whole. `head`: the head of scores is one of them.
+
+    Raises:
+        RecipeError: a key names no module, or one whose weights another module shares.
+    """
     names = [name for name, _ in module.named_modules() if name]
     found = [HEAD] if head else []
     tied = module.all_tied_weights_keys
     shared = {*tied, *tied.values()}
     for end in config.modules_to_save:
-        matching = [name for name in names if _ends(name, end)]
+        matching = [name for name in names if ends_with(name, end)]
         if not matching:
             ends = {name.rpartition(".")[2] for name in names}
             raise RecipeError(f"adapter.modules_to_save: no module's name ends with {end}{did_you_mean(end, ends)}")
         for name in matching:
-            if any(_inside(parameter, [name]) for parameter in shared):
+            if any(inside(parameter, [name]) for parameter in shared):
                 raise RecipeError(
                     f"adapter.modules_to_save: {name} shares its weights with another module, and a copy of one of "
                     "them would not be tied; leave it out, or train all weights"
                 )
         found += matching
-    return [name for name in dict.fromkeys(found) if not _inside(name, [other for other in found if other != name])]
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
-
-
-def _inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module or parameter is one of these modules or inside one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+    return [name for name in dict.fromkeys(found) if not inside(name, [other for other in found if other != name])]
 
 
 def _number(name: str, pattern: str | None) -> int | None:

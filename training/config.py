@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
+from handoff.manifest import QuantizationRecord
 from reward.config import RewardConfig
 
 _LEAST_BF16_RATE = 1e-4
@@ -261,6 +262,49 @@ class AdapterConfig(Strict):
         return self
 
 
+class QuantizationArguments(Strict):
+    """How `quantization` stores the frozen weights, with the names of `transformers.BitsAndBytesConfig`."""
+
+    refused = {
+        **dict.fromkeys(
+            ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"), "write quantization: nf4, or quantization: int8"
+        ),
+        "bnb_4bit_compute_dtype": "follows from train.bf16: products are computed as those of other layers",
+        "bnb_4bit_quant_storage": "is for engines that cut weights up; those cannot hold quantised ones here",
+        "llm_int8_threshold": "activations are not quantised here, so none of them needs to be treated apart",
+        "llm_int8_has_fp16_weight": "would keep the weights in 16 bits beside the quantised ones",
+        "llm_int8_enable_fp32_cpu_offload": "all weights of a model are on the device of its process",
+    }
+
+    bnb_4bit_use_double_quant: bool = True
+    """`nf4` only: quantise the scales of the weights, too, which saves 0.37 bits a weight (Dettmers et al. 2023)."""
+    llm_int8_skip_modules: list[str] = Field(default_factory=list)
+    """Ends of the names of linear layers that are not quantised."""
+
+
+def quantised(
+    adapter: AdapterConfig | None, method: Literal["nf4", "int8"] | None, arguments: QuantizationArguments
+) -> QuantizationRecord | None:
+    """What a section's `quantization` and `quantization_args` say; None if the frozen weights are not quantised.
+
+    Raises:
+        ValueError: there is no adapter, or a key would not be read.
+    """
+    if method is None:
+        if arguments.model_fields_set:
+            raise ValueError("quantization_args is not read unless quantization is given")
+        return None
+    if adapter is None:
+        raise ValueError(
+            "quantization is for frozen weights below an adapter; trained weights cannot be quantised. Add "
+            "`adapter: {}`, or leave quantization out"
+        )
+    double = arguments.bnb_4bit_use_double_quant and method == "nf4"
+    if method == "int8" and "bnb_4bit_use_double_quant" in arguments.model_fields_set:
+        raise ValueError("quantization_args.bnb_4bit_use_double_quant is not read unless quantization is nf4")
+    return QuantizationRecord(method=method, double_quant=double, skipped=arguments.llm_int8_skip_modules)
+
+
 def adapted(train: Optimizer, adapter: AdapterConfig | None, rates: Sequence[str] = ("learning_rate",)) -> Optimizer:
     """`train` with the default learning rates for an adapter where the recipe gives none: ten times the usual ones."""
     if adapter is None:
@@ -271,9 +315,10 @@ def adapted(train: Optimizer, adapter: AdapterConfig | None, rates: Sequence[str
     return train.model_copy(update={rate: _ADAPTER_RATE * vars(train)[rate] for rate in unset})
 
 
-def adapter_note(adapter: AdapterConfig | None) -> str:
+def adapter_note(adapter: AdapterConfig | None, quantization: str | None = None) -> str:
     """What is said of a trained model (`HeldModel.note`): that its weights are frozen below an adapter."""
-    return "" if adapter is None else f"an adapter of rank {adapter.r}"
+    over = "" if quantization is None else f" over {quantization}"
+    return "" if adapter is None else f"an adapter of rank {adapter.r}{over}"
 
 
 class StageConfig(Strict):
@@ -315,6 +360,12 @@ class StageConfig(Strict):
         """The section's `adapter:`; None if all weights are trained."""
         return next((value for _, value in self if isinstance(value, AdapterConfig)), None)
 
+    def frozen_weights(self) -> QuantizationRecord | None:
+        """How `quantization` and `quantization_args` say that the weights below the section's adapter are quantised;
+        None: not. Raises ValueError if these keys do not fit together."""
+        arguments = next((value for _, value in self if isinstance(value, QuantizationArguments)), None)
+        return None if arguments is None else quantised(self.trained_adapter(), vars(self)["quantization"], arguments)
+
     def training(self) -> OptimizerConfig | None:
         """The section's `train:`; None if nothing is trained."""
         return next((value for _, value in self if isinstance(value, OptimizerConfig)), None)
@@ -351,12 +402,17 @@ class TrainedStageConfig(StageConfig):
     """How the weights are loaded."""
     adapter: AdapterConfig | None = None
     """Train an adapter instead of all weights."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """With an adapter: store the frozen weights of linear layers in four or eight bits (docs/adapters.md)."""
+    quantization_args: QuantizationArguments = Field(default_factory=QuantizationArguments)
+    """How they are stored."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training."""
 
     @model_validator(mode="after")
     def _weights_move(self) -> Self:
         vars(self)["train"] = adapted(self.train, self.adapter)
+        self.frozen_weights()
         if self.adapter is None:
             self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
         return self

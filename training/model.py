@@ -31,7 +31,7 @@ from transformers import (
 from data.encode import Encoder
 from handoff.errors import HandoffError
 from handoff.gate import ADAPTER_WEIGHTS, named_errors
-from handoff.manifest import AdapterRecord
+from handoff.manifest import AdapterRecord, QuantizationRecord
 from handoff.parent import Parent, is_hub_id
 from reward.learned import read_by_mask
 from training.adapter import Adapter
@@ -60,6 +60,8 @@ from training.publishing import (
     write_adapter_settings,
     write_weights,
 )
+from training.quantised_loading import Quantised, adopt_stored, quantised_twin
+from training.quantised_weights import dequantise, dequantised_entry
 from training.stored_adapter import StoredAdapter
 
 Role = Literal["policy", "reference", "critic", "reward"]
@@ -81,12 +83,15 @@ class Model:
         parent: Parent | None,
         later: ParentWeights | None = None,
         below: StoredAdapter | None = None,
+        quantization: QuantizationRecord | None = None,
     ) -> None:
         """`later`: the weights that `fill` will read, if the module has none yet. `below`: the parent's adapter, which
-        has been merged into the module."""
+        has been merged into the module, or stands beside its quantised weights. `quantization`: how they were quantised
+        while they were loaded."""
         self.engine, self.module, self.role = engine, module, role
         self.encoder, self.arguments, self.parent = encoder, arguments, parent
         self._later, self._below = later, below
+        self.quantization = quantization
         self.adapter: Adapter | None = None
         """What is trained instead of the module's own weights."""
         self.dtype = module.dtype
@@ -111,8 +116,14 @@ class Model:
         bf16: bool = True,
         seed: int = 0,
         adapter: AdapterConfig | None = None,
+        quantization: QuantizationRecord | None = None,
+        frozen: bool = False,
     ) -> Self:
-        """Loads a model from its parent. If that is an adapter, it is merged into its base's weights.
+        """Loads a model from its parent. If that is an adapter, it is merged into its base's weights, unless those stay
+        quantised.
+
+        An adapter that was trained over quantised weights belongs to these, so its base is quantised again in the same
+        way, whoever loads it. If all weights are to be trained, they are then turned back into plain ones.
 
         For `policy` and `reference` it is a causal language model; for `reward` it has a head with one output; for
         `critic` it is of the same kind as the parent.
@@ -131,11 +142,15 @@ class Model:
             bf16: whether the forward pass will run under bfloat16 autocast if there is a GPU for it.
             seed: seed of a new head, and of a new adapter.
             adapter: the recipe's `adapter:`; what is loaded is then frozen, and a new adapter is trained.
+            quantization: how the recipe says that the frozen weights are quantised.
+            frozen: the model will not be trained.
 
         Raises:
-            RecipeError: `adapter` names no layer, or one that cannot be adapted.
+            RecipeError: `adapter` names no layer, or one that cannot be adapted; or `quantization` does not suit the
+                architecture.
             HandoffError: the tokenizer has ids that the model has no embedding for, transformers does not have the
                 architecture or refuses its files, or its weights are quantised in a way that cannot be undone.
+            LaunchError: the engine cannot hold quantised weights.
         """
         scored = role == "reward" or (role == "critic" and parent.kind == "reward_model")
         config = parent_config(parent)
@@ -145,7 +160,10 @@ class Model:
             raise HandoffError(
                 f"{parent.path}: it gives {config.num_labels} scores for a text; a reward model gives one"
             )
-        plain = dequantised(parent, config)
+        quantised = Quantised.of(parent, config, quantization, trained=not frozen and adapter is None)
+        if quantised.held:
+            engine.check_quantised(str(parent.path))
+        plain = {} if quantised.stored else dequantised(parent, config)
         keys: dict[str, Any] = plain | {
             "dtype": dtype,
             "config": config,
@@ -157,13 +175,15 @@ class Model:
         loader: Any = AutoModelForCausalLM
         if scored:
             loader, config.num_labels = AutoModelForSequenceClassification, 1
-        if engine.splits:
-            if plain:
-                raise HandoffError(
-                    f"{parent.path}: its weights are quantised, and an engine that shards reads plain ones alone; load "
-                    "and save it once with transformers (`dequantize=True`), and name that directory"
-                )
+        if engine.splits and plain:
+            raise HandoffError(
+                f"{parent.path}: its weights are quantised, and an engine that shards reads plain ones alone; load "
+                "and save it once with transformers (`dequantize=True`), and name that directory"
+            )
+        if engine.splits or quantised.record is not None:
             keys["device_map"] = "meta"
+        elif quantised.stored:
+            keys["device_map"] = {"": engine.device}
         with engine.loading(), named_errors(parent.weights_dir):
             module, found = loader.from_pretrained(parent.weights_dir, output_loading_info=True, **keys)
         new_head = scored and parent.kind != "reward_model"
@@ -178,6 +198,19 @@ class Model:
         check_vocabulary(module, parent)
         below = StoredAdapter.of(parent, module)
         later: ParentWeights | None = None
+        if quantised.stored:
+            adopt_stored(module)
+        elif quantised.record is not None:
+            whole = [name.rpartition(".")[0] for name in (() if below is None else below.saved)]
+            missing = "score." if scored and not has_head else None
+            with engine.loading(), named_errors(parent.weights_dir):
+                precise = loader.from_pretrained(parent.weights_dir, **keys | {"dtype": torch.float32})
+                source = ParentWeights(parent, precise, adapted=False)
+                module = quantised_twin(module, source, loader, quantised.record, whole, engine.device, missing)
+        beside = quantised.held and (frozen or adapter is not None)
+        if quantised.held and not beside:
+            dequantise(module)
+            module.requires_grad_(True)
         if engine.splits:
             later = ParentWeights(parent, module)
             with engine.loading():
@@ -185,7 +218,7 @@ class Model:
             if scored and not new_head:
                 later.read_into(module, "score")
         elif below is not None:
-            below.merge_into(module)
+            (below.hold if beside else below.merge_into)(module)
         if scored:
             module.config.pad_token_id = parent.tokenizer.pad_id
         if new_head:
@@ -193,7 +226,8 @@ class Model:
             if later is not None:
                 later.own["score.weight"] = head
         module = module if dropout else without_dropout(module)
-        model = cls(engine, module, role, encoder, arguments, parent, later, below)
+        record = quantised.record if beside else None
+        model = cls(engine, module, role, encoder, arguments, parent, later, below, record)
         return model if adapter is None else model.adapt(adapter, seed)
 
     @classmethod
@@ -232,7 +266,8 @@ class Model:
         assert self.parent is not None
         if self.adapter is not None:
             return WithoutAdapter(self)
-        return Model.load(self.engine, self.parent, "reference", self.encoder, self.arguments, dropout=False, bf16=bf16)
+        keys: dict[str, Any] = {"dropout": False, "bf16": bf16, "frozen": True}
+        return Model.load(self.engine, self.parent, "reference", self.encoder, self.arguments, **keys)
 
     def freeze(self) -> Self:
         """Freezes the model; from then on it computes only inside `whole`. Every process calls it."""
@@ -272,7 +307,8 @@ class Model:
     def parameters(self) -> int:
         """The number of weights, trained or not; a tied weight counts once."""
         names = {name for name, _ in self.module.named_parameters()}
-        return sum(prod(entry.shape) for entry in self.engine.weights(self.module) if entry.name in names)
+        entries = [entry for entry in self.engine.weights(self.module) if entry.name in names]
+        return sum(prod(dequantised_entry(self.module, entry.name, entry).shape) for entry in entries)
 
     # ---- to disk
 
@@ -353,7 +389,7 @@ class Model:
             return None
         assert self.parent is not None
         base = self.parent.base or self.parent
-        return AdapterRecord(base=base.record(), stack=[*self.parent.stack, name])
+        return AdapterRecord(base=base.record(), stack=[*self.parent.stack, name], quantization=self.quantization)
 
     def _published(self, entries: Sequence[Entry], prefix: str) -> list[list[Entry]]:
         """The whole model's entries as they are published (`whole_model`)."""

@@ -27,15 +27,16 @@ class ParentWeights:
     One layer at a time is in memory: the one that was read last. So read the parameters in the model's order.
     """
 
-    def __init__(self, parent: Parent, skeleton: PreTrainedModel) -> None:
-        """`skeleton`: the parent's model on torch's meta device; it stays there."""
+    def __init__(self, parent: Parent, skeleton: PreTrainedModel, *, adapted: bool = True) -> None:
+        """`skeleton`: the parent's model on torch's meta device; it stays there. `adapted`: merge the parent's adapter
+        into what is read of its base."""
         self._parent, self._skeleton = parent, skeleton
         self._conversions = upstream.weight_conversions(skeleton)
         self._places = _places(parent)
         self._groups: dict[str, list[str]] = {}  # {layer: its tensors in the files}
         for stored, name in upstream.names_in_memory(skeleton, self._conversions, self._places).items():
             self._groups.setdefault(layer_of(name), []).append(stored)
-        self._adapter = StoredAdapter.of(parent, skeleton)
+        self._adapter = StoredAdapter.of(parent, skeleton) if adapted else None
         self.own: dict[str, torch.Tensor] = {}
         """Tensors that the model has instead of the parent's, such as a new head or an adapter."""
         self._layer: str | None = None

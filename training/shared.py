@@ -6,27 +6,21 @@ same base is, seen from there, its own adapter minus that of the policy's parent
 [A₂; A₁]. Where the reward model was trained on top of that parent, the parent's part is left out on both sides.
 """
 
-import re
-import warnings
 from copy import deepcopy
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.functional import set_adapter
 from torch import nn
 from transformers import PreTrainedModel
 
 from data.encode import Encoder
 from handoff.parent import Parent
-from training.adapter import ADAPTER, HEAD
 from training.config import AdapterConfig
+from training.frozen_adapter import Pairs, hold
+from training.linear import HEAD
 from training.model import Model, Role
 from training.stored_adapter import StoredAdapter
 
-_BELOW = "below"  # peft's name for the frozen adapter
-
-Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""{layer: (A, B)}, whose product is added to the layer's weight."""
+_BESIDE = "beside"  # peft's name for the adapter that leads from the policy's parent to another model
 
 
 def twin(module: PreTrainedModel) -> PreTrainedModel:
@@ -85,26 +79,6 @@ def _with_head(plain: PreTrainedModel) -> PreTrainedModel:
     return module
 
 
-def _add_frozen(module: PreTrainedModel, pairs: Pairs) -> None:
-    if not pairs:
-        return
-    sizes = {layer: a.shape[0] for layer, (a, _) in pairs.items()}
-    r = max(sizes.values())
-    pattern = {re.escape(layer): size for layer, size in sizes.items() if size != r}
-    config = LoraConfig(
-        r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=list(pairs)
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of the trained adapter
-        inject_adapter_in_model(config, module, _BELOW)
-    with torch.no_grad():
-        for layer, (a, b) in pairs.items():
-            found = module.get_submodule(layer)
-            for part, value in (("lora_A", a), ("lora_B", b)):
-                found.get_submodule(f"{part}.{_BELOW}").get_parameter("weight").copy_(value)
-    module.requires_grad_(False)
-
-
 class SharedBase:
     """The frozen weights of a policy, for other models. Make it before the policy gets its adapter."""
 
@@ -121,7 +95,8 @@ class SharedBase:
         adapter: AdapterConfig | None = None,
         seed: int = 0,
     ) -> Model | None:
-        """A model of `parent` on these weights; None if its weights differ from them in other ways than an adapter's.
+        """A model of `parent` on these weights; None if its weights differ from them in other ways than an adapter's,
+        or are quantised in another way.
 
         Args:
             parent: the policy's parent, or a reward model.
@@ -133,6 +108,9 @@ class SharedBase:
         policy = self._policy
         assert policy.parent is not None
         scored = parent.kind == "reward_model"
+        quantization = parent.quantization or (policy.quantization if adapter is not None else None)
+        if quantization != policy.quantization:
+            return None
         pairs = difference(policy.parent, parent, self._plain)
         if pairs is None or (scored and parent.adapter_dir is None):
             return None
@@ -147,16 +125,5 @@ class SharedBase:
         model = Model(policy.engine, module, role, encoder, policy.arguments, parent)
         if adapter is not None:
             model.adapt(adapter, seed)
-        _add_frozen(module, {layer: pair for layer, pair in pairs.items() if pair[0].shape[0]})
-        if adapter is not None:
-            _train_above(module)
+        hold(module, {layer: pair for layer, pair in pairs.items() if pair[0].shape[0]}, _BESIDE)
         return model
-
-
-def _train_above(module: PreTrainedModel) -> None:
-    """Lets the trained adapter of a network work together with the frozen one below it, if there is one."""
-    if _BELOW in vars(module)["peft_config"]:
-        set_adapter(module, [_BELOW, ADAPTER])
-        for name, parameter in module.named_parameters():
-            if f".{_BELOW}." in name:
-                parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Merges the adapter of a parent into the weights of its base while they are loaded."""
+"""The adapter of a parent: merged into the weights of its base while they are loaded, or beside quantised weights."""
 
 from collections.abc import Mapping
 
@@ -6,12 +6,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from handoff.adapter import AdapterFiles, read_adapter, stored_name
 from handoff.errors import HandoffError
 from handoff.files import quoted
 from handoff.parent import Parent
+from training.frozen_adapter import PARENT, hold
+from training.linear import is_transposed, linear_layers, matrix
 
 
 def merged(
@@ -52,13 +53,12 @@ class StoredAdapter:
         self.layers = list(files.layers)
         self.saved = set(files.saved)
         """Names of the parameters that it has as a whole."""
-        modules = dict(module.named_modules())
+        linear = linear_layers(module)
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
-        self._transposed = {name for name in self.layers if isinstance(modules.get(name), Conv1D)}
+        self._transposed = {name for name in self.layers if name in linear and is_transposed(linear[name])}
         for name in self.layers:
-            wanted = self.matrix(name)
-            found = shapes.get(f"{name}.weight") if isinstance(modules.get(name), nn.Linear | Conv1D) else None
-            self._check(name, wanted, found[::-1] if found and name in self._transposed else found, base)
+            found = matrix(linear[name]) if name in linear else None
+            self._check(name, self.matrix(name), found, base)
         tied = module.all_tied_weights_keys
         for name, info in files.saved.items():
             self._check(name, info.shape, shapes.get(name), base)
@@ -132,3 +132,21 @@ class StoredAdapter:
         parameters: Mapping[str, nn.Parameter] = dict(module.named_parameters(remove_duplicate=False))
         for name in [*(f"{layer}.weight" for layer in self.layers), *self.saved]:
             parameters[name].copy_(self.apply(name, parameters[name]))
+
+    def hold(self, module: PreTrainedModel) -> None:
+        """Puts it beside the weights of a network that has its base's quantised weights, frozen.
+
+        Raises:
+            HandoffError: it is no sum of weights and a product of two matrices.
+        """
+        if not self.plain:
+            raise HandoffError(
+                f"{self._files.path}: over a quantised base, an adapter with DoRA cannot be trained further; train it "
+                "with adapter.merge: true, and name the merged model"
+            )
+        with torch.no_grad():
+            for name in self.saved:
+                parameter = module.get_parameter(name)
+                parameter.copy_(self.tensor(name))
+        pairs = {layer: self.pair(layer) for layer in self.layers}
+        hold(module, {layer: (a.float(), b.float() * scaling) for layer, (a, b, scaling) in pairs.items()}, PARENT)

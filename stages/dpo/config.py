@@ -74,7 +74,7 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models held in memory. There is no separate reference: its log-probabilities are computed before training."""
-    return [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]
+    return [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter, config.quantization))]
 
 
 def work(config: Config) -> Work:

@@ -135,6 +135,7 @@ def train(run: Run) -> None:
         bf16=bool(args.bf16),
         seed=run.seed,
         adapter=config.adapter,
+        quantization=config.frozen_weights(),
     )
     check_positions(model.module, max(int(part.lengths.max()) for part in (rows, heldout) if part is not None))
     run.rehearse("causal_lm", model)

@@ -78,7 +78,9 @@ def train(run: Run) -> None:
         for name, parent in parents.items():
             encoder = encoders[name]
             ids = encoded[name]
-            model = Model.load(run.engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
+            model = Model.load(
+                run.engine, parent, "policy", encoder, config.model_args, bf16=False, frozen=True
+            ).freeze()
             with model.whole() as module:
                 answered[name] = _answer(run, module, encoder, ids, advance)
                 chosen[name] = _choices(run, module, encoder, questions, advance)
@@ -91,7 +93,9 @@ def train(run: Run) -> None:
             if before is not None:
                 origins[name] = before
                 other = parents[before]
-                reference = Model.load(run.engine, other, "reference", encoder, config.model_args, bf16=False).freeze()
+                reference = Model.load(
+                    run.engine, other, "reference", encoder, config.model_args, bf16=False, frozen=True
+                ).freeze()
                 with reference.whole() as module:
                     logp = _logprobs(module, ids, answered[name].sampled, encoder, config)
                 answered[name].kl = [sum(c.logprobs) - lp for c, lp in zip(answered[name].sampled, logp, strict=True)]

@@ -112,7 +112,7 @@ def _answers(
     if found:
         run.console.print(f"  {len(found)} of {len(prompts)} prompts were answered before")
     if missing:
-        model = Model.load(engine, parent, "policy", encoder, config.model_args, bf16=False).freeze()
+        model = Model.load(engine, parent, "policy", encoder, config.model_args, bf16=False, frozen=True).freeze()
         truncation = {"top_k": config.top_k, "top_p": config.top_p}
         spec = SamplingSpec.of(encoder, config.max_new_tokens, temperature=config.temperature, **truncation)
         size = max(1, _CHUNK * config.batch_size * engine.data_world // n)  # prompts

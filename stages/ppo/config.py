@@ -12,6 +12,7 @@ from stages.ppo.charts import CHARTS, SECTION
 from training.config import (
     AdapterConfig,
     OptimizerConfig,
+    QuantizationArguments,
     StageConfig,
     Strict,
     TrainedModelArguments,
@@ -299,6 +300,11 @@ class Config(StageConfig):
     adapter: AdapterConfig | None = None
     """Train an adapter of the policy, and one of the critic, instead of all weights. The reference is then the policy
     without its adapter, and models on the same base share its weights."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """With an adapter: store the frozen weights of linear layers of policy and critic in four or eight bits
+    (docs/adapters.md)."""
+    quantization_args: QuantizationArguments = Field(default_factory=QuantizationArguments)
+    """How they are stored."""
     train: PPOTrainConfig = Field(default_factory=PPOTrainConfig)
     """The loop."""
     guards: GuardConfig = Field(default_factory=GuardConfig)
@@ -328,6 +334,7 @@ class Config(StageConfig):
         else:
             self._adaptable(self.adapter)
         vars(self)["train"] = adapted(t, self.adapter, rates)
+        self.frozen_weights()
         return self
 
     def _adaptable(self, adapter: AdapterConfig) -> None:
@@ -355,11 +362,11 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
-    held = [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]
+    held = [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter, config.quantization))]
     if config.adapter is None:
         held.append(HeldModel("reference", config.parent))
     if config.advantage == "gae":
-        note = adapter_note(config.adapter)
+        note = adapter_note(config.adapter, config.quantization)
         if config.critic_parent is None:
             note = ", ".join([*([note] if note else []), "the policy's body, a new head"])
         held.append(HeldModel("critic", config.critic_parent or config.parent, trained=True, note=note))

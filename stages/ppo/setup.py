@@ -140,9 +140,10 @@ def load_policy(
     """
     config: Config = run.config
     keys: dict[str, Any] = {"dtype": dtype, "dropout": False, "bf16": bf16}
-    policy = Model.load(run.engine, parent, "policy", encoder, config.model_args, **keys)
     if config.adapter is None:
-        return policy, None
+        return Model.load(run.engine, parent, "policy", encoder, config.model_args, **keys), None
+    keys |= {"quantization": config.frozen_weights(), "frozen": True}  # until it has its adapter
+    policy = Model.load(run.engine, parent, "policy", encoder, config.model_args, **keys)
     base = None if run.engine.splits else SharedBase(policy)
     return policy.adapt(config.adapter, run.seed), base
 
@@ -213,6 +214,7 @@ def make_critic(
     model = None if base is None else base.model(parent, "critic", encoder, adapter=adapter, seed=run.seed)
     if model is None:
         keys: dict[str, Any] = {"dtype": dtype, "dropout": False, "bf16": bf16, "adapter": adapter, "seed": run.seed}
+        keys |= {"quantization": config.frozen_weights()}
         model = Model.load(run.engine, parent, "critic", encoder, config.model_args, **keys)
     critic = Critic(model.module)
     if ref is not None:

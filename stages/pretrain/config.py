@@ -1,11 +1,19 @@
 """The section of a recipe that the pretraining stage reads."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from data.config import SourceConfig
-from training.config import AdapterConfig, MuonTrainConfig, StageConfig, TrainedModelArguments, adapted
+from training.config import (
+    AdapterConfig,
+    MuonTrainConfig,
+    QuantizationArguments,
+    StageConfig,
+    TrainedModelArguments,
+    adapted,
+    adapter_note,
+)
 from training.declaration import BITS_PER_BYTE, LOSS, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
 from training.work import Batch, Work
 
@@ -45,6 +53,10 @@ class Config(StageConfig):
     """How the weights are loaded."""
     adapter: AdapterConfig | None = None
     """Train an adapter instead of all weights."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """With an adapter: store the frozen weights of linear layers in four or eight bits (docs/adapters.md)."""
+    quantization_args: QuantizationArguments = Field(default_factory=QuantizationArguments)
+    """How they are stored."""
     train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
     """The training."""
 
@@ -63,6 +75,7 @@ class Config(StageConfig):
         if self.adapter is not None and self.model is not None:
             raise ValueError("adapter is for a model that is trained further; random weights are all trained")
         vars(self)["train"] = adapted(self.train, self.adapter)
+        self.frozen_weights()
         if self.adapter is None:
             self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
         return self
@@ -75,7 +88,9 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
-    note = "" if config.model is None else f"random weights, {config.model['architecture']}"
+    note = adapter_note(config.adapter, config.quantization)
+    if config.model is not None:
+        note = f"random weights, {config.model['architecture']}"
     return [HeldModel("policy", config.parent, trained=True, note=note)]
 
 

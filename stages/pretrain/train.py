@@ -85,6 +85,7 @@ def train(run: Run) -> None:
             bf16=args.bf16,
             seed=run.seed,
             adapter=config.adapter,
+            quantization=config.frozen_weights(),
         )
     if config.isolate_documents:  # without that, all rows are of one length
         check_positions(model.module, min(config.block_size, int(rows.lengths.max())))

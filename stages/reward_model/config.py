@@ -73,7 +73,10 @@ def models(config: Config) -> list[HeldModel]:
     others = [
         HeldModel("reward", ref, note="compared after the training", in_turn=True) for ref in config.ensemble_with
     ]
-    return [HeldModel("reward", config.parent, trained=True, note=adapter_note(config.adapter)), *others]
+    return [
+        HeldModel("reward", config.parent, trained=True, note=adapter_note(config.adapter, config.quantization)),
+        *others,
+    ]
 
 
 def work(config: Config) -> Work:

@@ -80,6 +80,7 @@ def train(run: Run) -> None:
         bf16=bool(args.bf16),
         seed=run.seed,
         adapter=config.adapter,
+        quantization=config.frozen_weights(),
     )
     check_positions(model.module, max([int(rows.lengths.max()), *map(kind.length, heldout)]))
     run.rehearse("reward_model", model)
@@ -233,7 +234,9 @@ def measure_ensemble(
     mine = run.engine.share(len(answers))
     for ref, parent in others.items():
         encoder = load_encoder(parent)
-        member = Model.load(run.engine, parent, "reward", encoder, config.model_args, dropout=False, bf16=False)
+        member = Model.load(
+            run.engine, parent, "reward", encoder, config.model_args, dropout=False, bf16=False, frozen=True
+        )
         with member.freeze().whole() as module:
             raw = score(module, [answers[i] for i in mine], parent.tokenizer.pad_id).tolist()
         found = np.array(run.engine.join(zip(mine, raw, strict=True)))

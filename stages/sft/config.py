@@ -55,7 +55,7 @@ def parents(config: Config) -> dict[str, str]:
 
 def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
-    return [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter))]
+    return [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter, config.quantization))]
 
 
 def work(config: Config) -> Work:

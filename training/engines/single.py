@@ -128,6 +128,9 @@ class Single(Processes):
     def check_adapter(self, *, dora: bool) -> None:
         """Raises LaunchError if the engine cannot train an adapter of this kind."""
 
+    def check_quantised(self, place: str) -> None:
+        """Raises LaunchError if the engine cannot hold quantised weights. `place`: the model, for the message."""
+
     def check_pairs_on_adapter(self) -> None:
         """Raises LaunchError if preference pairs cannot be trained on from a parent that is an adapter."""
 

@@ -45,3 +45,10 @@ class Splitting(Single):
                 f"adapter.use_dora: DoRA measures whole matrices, and {self.request.name} cuts them into pieces; "
                 "use a ddp launch file, or LoRA"
             )
+
+    def check_quantised(self, place: str) -> None:
+        """Raises LaunchError: a quantised weight is no matrix of which each process could keep some rows."""
+        raise LaunchError(
+            f"{place}: its frozen weights are quantised, and {self.request.name} cannot share those out among "
+            "processes; use a ddp launch file, under which each process has all of them, or leave `quantization` out"
+        )

@@ -60,6 +60,7 @@ PRIVATE: tuple[PrivateName, ...] = (
     PrivateName(
         "transformers:PreTrainedModel", "_no_split_modules", None, "the classes of layers to shard as one unit"
     ),
+    PrivateName("transformers:PreTrainedModel", "_keep_in_fp32_modules", None, "layers that are not to be quantised"),
     PrivateName("transformers:PreTrainedModel", "_supports_sdpa", None, "the attention that an architecture has"),
     PrivateName("transformers:PreTrainedModel", "_supports_flash_attn", None, "the same"),
     PrivateName(
@@ -164,6 +165,9 @@ PRIVATE: tuple[PrivateName, ...] = (
         "the reference is the policy without its adapter; the public switch also changes what is trained",
     ),
     PrivateName("peft.utils.other:AuxiliaryTrainingWrapper", "_disable_adapters", None, "the same"),
+    PrivateName(
+        "peft.tuners.tuners_utils:BaseTunerLayer", "_active_adapter", None, "the same, beside a frozen adapter"
+    ),
     # DeepSpeed
     PrivateName(_ZERO12, "_hp_optimizer_states_linked", None, "links the moments of every group of parameters"),
     PrivateName(_ZERO12, "_lazy_init_hp_params_optimizer_state", (), "the same"),
