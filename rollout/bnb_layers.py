@@ -96,9 +96,14 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.dequantised().to(gradient.dtype), None
 
 
-def adopt(layer: nn.Module) -> None:
-    """Lets a layer that transformers has loaded from a quantised checkpoint compute as this module's layers do."""
+def adopt(layer: nn.Module) -> bool:
+    """Lets a layer that transformers has loaded from a quantised checkpoint compute as this module's layers do. Returns
+    whether it is such a layer."""
     if isinstance(layer, bnb.nn.Linear4bit):
         layer.__class__ = FourBitLinear
     elif isinstance(layer, bnb.nn.Linear8bitLt):
         layer.__class__ = EightBitLinear
+    else:
+        return False
+    layer.transposed = layer.source_cls is not nn.Linear
+    return True

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from handoff.manifest import read_manifest
+from handoff.manifest import QuantizationRecord, read_manifest
 from handoff.parent import open_parent
 from reward.learned import score
 from stages.ppo import setup
@@ -93,8 +94,6 @@ def test_the_published_adapter_holds_what_was_trained(adapters, micro_recipe, tm
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert (found(ids).logits - ours(ids).logits).abs().max() < 1e-5
-    from safetensors.torch import load_file
-
     state = load_file(folder / "state" / "step-2" / "model.safetensors")
     assert all("lora" in name or name.startswith("critic.head.") for name in state)
 
@@ -170,3 +169,90 @@ def test_the_adapter_of_a_policy_is_not_that_of_its_critic(adapters, tmp_path):
     name = "model.layers.0.mlp.up_proj.lora_A.default.weight"
     assert not torch.equal(policy.module.get_parameter(name), critic.module.get_parameter(name))
     assert StoredAdapter.of(sft, base._plain) is not None
+
+
+@pytest.fixture(scope="module")
+def quantised_adapters(micro_recipe, tmp_path_factory):
+    """SFT and a reward model on it, both over an NF4 base."""
+    root = tmp_path_factory.mktemp("quantised")
+    pretrained = load_recipe(micro_recipe).run_dir / "pretrain"
+    keys = ("adapter.r=4", "quantization=nf4", "train.max_steps=6")
+    sft = of(micro_recipe, root, f"parent={pretrained}", *keys, section="sft")
+    return sft, of(micro_recipe, root, f"parent={sft}", *keys, section="reward")
+
+
+def test_four_roles_share_one_quantised_base(quantised_adapters, micro_recipe, tmp_path):
+    """What PPO publishes is what it trained; an interrupted run ends as one that was not; the states hold no base."""
+    sft, reward = quantised_adapters
+    held = []
+
+    def seen(model, *others):
+        held.append({name: p.data_ptr() for name, p in model.named_parameters() if p.dtype == torch.uint8})
+        return setup_optimizer(model, *others)
+
+    setup_optimizer = setup.make_optimizer
+    keys = (f"parent={sft}", "reward=[{model: " + str(reward) + "}]", *QUICK, "quantization=nf4", "train.iterations=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.ppo.train.make_optimizer", seen)
+        whole = of(micro_recipe, tmp_path / "whole", *keys)
+    assert len(held[0]) == 14 and all(name.startswith("policy.") for name in held[0])  # the critic's are the same
+    found = lines(whole)
+    assert abs(next(line["objective/kl"] for line in found if line["step"] == 1)) < 1e-6
+    manifest = read_manifest(whole / "stage.json")
+    assert manifest.adapter.stack == ["sft", "ppo"] and manifest.adapter.quantization.method == "nf4"
+    state = load_file(whole / "state" / "step-3" / "model.safetensors")
+    assert all(".default." in name or name.startswith("critic.head.") for name in state)
+    with dies(Saves, "after_iteration", lambda _, saves, at, *__: at.iteration == 2):
+        of(micro_recipe, tmp_path / "cut", *keys)
+    again = of(micro_recipe, tmp_path / "cut", *keys)
+    assert lines(again) == found
+    for file in ("model/adapter_model.safetensors", "state/step-3/optimizer.safetensors"):
+        assert (again / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_the_reference_on_a_quantised_base_is_the_parent(method, quantised_adapters, tmp_path):
+    """Also where the parent is an adapter, which the adapter in training is switched off above."""
+    sft, _ = (open_parent(str(path), tmp_path, {"causal_lm", "reward_model"}) for path in quantised_adapters)
+    parent = sft if method == "nf4" else sft.base
+    record = QuantizationRecord(method=method, double_quant=method == "nf4")
+    policy = Model.load(
+        ENGINE, parent, "policy", load_encoder(parent), ModelArguments(), quantization=record, frozen=True
+    )
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = policy.module.eval()(ids).logits
+        policy.adapt(AdapterConfig(r=2), 1)
+        for name, parameter in policy.module.named_parameters():
+            if parameter.requires_grad:
+                assert ".default." in name
+                parameter.add_(0.1)
+        assert (policy.module(ids).logits - before).abs().max() > 1e-2
+        with policy.reference(bf16=False).whole() as module:
+            assert torch.equal(module(ids).logits, before)
+        assert (policy.module(ids).logits - before).abs().max() > 1e-2
+
+
+def test_a_reward_model_gives_the_same_scores_on_the_policys_quantised_weights(quantised_adapters, tmp_path):
+    sft, reward = (open_parent(str(path), tmp_path, {"causal_lm", "reward_model"}) for path in quantised_adapters)
+    keys = {"dropout": False, "frozen": True}
+    for policy_parent in (sft, sft.base):
+        policy = Model.load(
+            ENGINE, policy_parent, "policy", load_encoder(sft), ModelArguments(), quantization=sft.quantization, **keys
+        )
+        base = SharedBase(policy)
+        policy.adapt(AdapterConfig(), 1)
+        alone = Model.load(ENGINE, reward, "reward", load_encoder(reward), ModelArguments(), **keys).freeze()
+        beside = base.model(reward, "reward", load_encoder(reward)).freeze()
+        assert torch.allclose(score(alone.module, ROWS, 2), score(beside.module, ROWS, 2), atol=1e-5)
+        critic = base.model(reward, "critic", load_encoder(reward), adapter=AdapterConfig(r=3), seed=1)
+        assert torch.allclose(score(alone.module, ROWS, 2), score(critic.module, ROWS, 2), atol=1e-5)
+        own = {p.data_ptr() for p in policy.module.parameters()}
+        extra = [name for name, p in beside.module.named_parameters() if p.data_ptr() not in own]
+        assert extra and all("lora" in name or name == "score.weight" for name in extra)
+
+
+def test_a_base_that_is_quantised_in_another_way_is_not_shared(quantised_adapters, tmp_path):
+    sft, reward = (open_parent(str(path), tmp_path, {"causal_lm", "reward_model"}) for path in quantised_adapters)
+    policy = Model.load(ENGINE, sft.base, "policy", load_encoder(sft), ModelArguments(), dropout=False)
+    assert SharedBase(policy).model(reward, "reward", load_encoder(reward)) is None

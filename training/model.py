@@ -199,7 +199,7 @@ class Model:
         below = StoredAdapter.of(parent, module)
         later: ParentWeights | None = None
         if quantised.stored:
-            adopt_stored(module)
+            adopt_stored(module, dtype)
         elif quantised.record is not None:
             whole = [name.rpartition(".")[0] for name in (() if below is None else below.saved)]
             missing = "score." if scored and not has_head else None

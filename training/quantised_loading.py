@@ -206,16 +206,24 @@ def fill_quantised(
     module.requires_grad_(False)
 
 
-def adopt_stored(module: PreTrainedModel) -> None:
+def adopt_stored(module: PreTrainedModel, dtype: torch.dtype) -> None:
     """Makes a network that transformers has loaded from quantised files one of this project's: its layers compute as
-    all quantised layers here, and it bears no marks by which transformers would save or train it in another way."""
+    all quantised layers here, and it bears no marks by which transformers would save or train it in another way.
+
+    `dtype`: precision of the other weights, which transformers leaves in that of the files.
+    """
     from rollout.bnb_layers import adopt
 
+    packed = set()
     for layer in linear_layers(module).values():
-        adopt(layer)
+        if adopt(layer):
+            packed.add(layer.get_parameter("weight"))
     for mark in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(module).pop(mark, None)
     vars(module).pop("_weight_conversions", None)
     for config in {id(config): config for config in (module.config, module.config.get_text_config())}.values():
         vars(config).pop("quantization_config", None)
-    module.requires_grad_(False)
+        vars(config).pop("_is_quantized", None)
+    for parameter in module.requires_grad_(False).parameters():
+        if parameter not in packed:
+            parameter.data = parameter.data.to(dtype)
