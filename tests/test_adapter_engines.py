@@ -99,6 +99,25 @@ def test_dora_is_refused_where_matrices_are_cut(config, root, micro_recipe, tmp_
     assert "adapter.use_dora: DoRA measures whole matrices" in done.stderr
 
 
+def test_a_quantised_base_under_ddp_trains_as_on_one_process(root, micro_recipe, tmp_path):
+    found = {}
+    for config in ("cpu", "cpu2"):
+        recipe = tmp_path / f"{config}.yaml"
+        parent = micro_recipe.parent / "runs" / "micro" / "pretrain"
+        recipe.write_text(RECIPE.format(root=tmp_path / config, parent=parent, merge="false"))
+        done = launched(root, config, "stages.sft", recipe, "first.quantization=nf4", "--section", "first", timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        stage = StageDir(tmp_path / config / "launched" / "first")
+        lines = [json.loads(line) for line in stage.metrics_path.read_text().splitlines()]
+        found[config] = lines, load_file(stage.model_dir / "adapter_model.safetensors")
+    (one_lines, one), (lines, together) = found.values()
+    for mine, theirs in zip(one_lines, lines, strict=True):
+        for key in {"loss", "grad_norm", "eval_loss"} & mine.keys():
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-4 if key == "grad_norm" else 1e-5), key
+    for key, value in one.items():
+        torch.testing.assert_close(together[key], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def adapters(micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of an SFT and a reward model on it, both adapters."""

@@ -67,6 +67,10 @@ USUAL = ("Llama 3", "Qwen3", "Qwen3-MoE", "Gemma 2", "GPT-2", "Pythia")
 NO_SCORES = "transformers has no sequence classification, which a reward model needs"
 NO_REWARDS = {"reward": NO_SCORES, "ppo": "not published"}
 REFUSED = {"Mamba 2": NO_REWARDS, "Granite 4": NO_REWARDS, "Nemotron-H": NO_REWARDS}
+USUAL_QUANTISED = ("Qwen3",)
+# Most weights of these are no linear layers: the experts of a layer are one tensor.
+NOT_QUANTISED = ("Mixtral", "Qwen3-MoE", "GPT-OSS")
+NOT_LINEAR = "bitsandbytes quantises linear layers alone"
 
 TRAIN = {"max_steps": 2, "global_batch_size": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
 RECIPE: dict[str, Any] = {
@@ -126,22 +130,34 @@ def publish(folder: Path, family: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("adapter", [None, {"r": 4}], ids=["all weights", "an adapter"])
-@pytest.mark.parametrize("family", FAMILIES if os.environ.get("BATON_FAMILIES") == "all" else USUAL)
+ALL = os.environ.get("BATON_FAMILIES") == "all"
+WHOLE: dict[str, Any] = {}
+ADAPTED: dict[str, Any] = {"adapter": {"r": 4}}
+QUANTISED = ADAPTED | {"quantization": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        *((family, keys) for family in (FAMILIES if ALL else USUAL) for keys in (WHOLE, ADAPTED)),
+        *((family, QUANTISED) for family in (FAMILIES if ALL else USUAL_QUANTISED)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " over ".join(value) or "all weights",
+)
 def test_a_family_goes_through_every_stage_or_is_refused_before_the_first_step(
-    family: str, adapter: dict[str, Any] | None, tmp_path: Path
+    family: str, keys: dict[str, Any], tmp_path: Path
 ) -> None:
     publish(tmp_path / "model", family)
     sections = {name: section | {"parent": str(tmp_path / "model")} if section.get("parent") == "MODEL" else section
                 for name, section in RECIPE.items()}  # fmt: skip
-    if adapter is not None:
-        sections = {name: section if name == "evaluate" else section | {"adapter": adapter}
-                    for name, section in sections.items()}  # fmt: skip
+    sections = {name: section if name == "evaluate" else section | keys for name, section in sections.items()}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"name": "family", "output_root": str(tmp_path / "runs"), "stages": sections}))
     recipe = load_recipe(path)
     for name in sections:
         message = REFUSED.get(family, {}).get(name)
+        if keys == QUANTISED and family in NOT_QUANTISED:
+            message = NOT_LINEAR if name == "sft" else "published"
         if message is None:
             run_section(recipe, name)
             assert (recipe.run_dir / name / "stage.json").is_file()

@@ -6,11 +6,12 @@ loaded.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -107,29 +108,32 @@ def quantisable(module: PreTrainedModel, record: QuantizationRecord, trained: It
                 f"quantization_args.llm_int8_skip_modules: no linear layer's name ends with {end}"
                 + did_you_mean(end, ends)
             )
-    left_out = [*record.skipped, *(module._keep_in_fp32_modules or ())]
     tied = {name.removesuffix(".weight") for pair in module.all_tied_weights_keys.items() for name in pair}
-    found = [
+    kept = module._keep_in_fp32_modules or ()
+    possible = [
         name
         for name in layers
-        if name not in tied and not inside(name, trained) and not any(ends_with(name, end) for end in left_out)
+        if name not in tied and not inside(name, trained) and not any(ends_with(name, end) for end in kept)
     ]
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    outside = [part for part in (module.get_input_embeddings(), module.get_output_embeddings()) if part is not None]
-    counted = {
-        name: size
-        for name, size in sizes.items()
-        if not any(module.get_parameter(name) is other for part in outside for other in part.parameters())
-    }
-    quantised = sum(counted.get(f"{name}.weight", 0) for name in found)
-    if not record.skipped and quantised < _LEAST * sum(counted.values()):
-        rest = {name: size for name, size in counted.items() if name.removesuffix(".weight") not in found}
-        share, largest = quantised / sum(counted.values()), max(rest, key=lambda name: rest[name])
+    _check_share(module, possible)
+    return [name for name in possible if not any(ends_with(name, end) for end in record.skipped)]
+
+
+def _check_share(module: PreTrainedModel, layers: Sequence[str]) -> None:
+    """Raises RecipeError if most of the weights outside embeddings and head are not those of `layers`."""
+    outside = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    if (head := module.get_output_embeddings()) is not None:
+        outside.append(head)
+    excluded = {id(parameter) for part in outside for parameter in part.parameters()}
+    sizes = {name: p.numel() for name, p in module.named_parameters() if id(p) not in excluded}
+    rest = {name: size for name, size in sizes.items() if name.removesuffix(".weight") not in layers}
+    share = 1 - sum(rest.values()) / sum(sizes.values())
+    if share < _LEAST:
         raise RecipeError(
             f"quantization: bitsandbytes quantises linear layers alone, which hold {share:.0%} of the inner weights of "
-            f"{type(module).__name__}; the others, such as {largest}, would stay as they are. Leave quantization out"
+            f"{type(module).__name__}; the others, such as {max(rest, key=lambda name: rest[name])}, would stay as "
+            "they are. Leave quantization out"
         )
-    return found
 
 
 def quantised_twin(

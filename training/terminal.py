@@ -128,6 +128,8 @@ def prepare(encoding: str | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # peft imports it if it is installed; it then says which kernels it lacks, none of which is used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.excepthook = _print_traceback
 
 
