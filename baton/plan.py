@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from data.config import HubSource, SourceConfig, StageSource, WorldSource
 from data.errors import DataError
 from data.sources import read_rows
 from handoff.errors import HandoffError, UserError
+from handoff.files import read_json
 from handoff.gguf import is_gguf, sizes
-from handoff.manifest import Kind
+from handoff.manifest import Kind, QuantizationRecord, read_manifest
 from training.config import MuonTrainConfig, StageConfig
 from training.cost import Cost, Held, Settings, cost
 from training.declaration import HeldModel
@@ -179,15 +181,25 @@ def _held(model: HeldModel, section: Section, shapes: "Shapes", *, splits: bool)
     shape = shapes.of(model.parent, section.name, config)
     headless = model.role in ("critic", "reward")
     adapter = config.trained_adapter()
-    if adapter is None:
+    if adapter is None and model.trained:
         return Held(model, shape, headless)
+    trained_over = shapes.quantization(model.parent)
+    if adapter is None:
+        return Held(model, shape, headless, quantization=trained_over)
     policy = section.parents["parent"]
+    asked = config.frozen_weights()
+    quantization = trained_over or (asked if model.trained else None)
+    if quantization is not None and splits:
+        raise UserError(f"{section.name}.quantization: engines that cut weights up cannot hold quantised ones")
+    if quantization is not None and shape.experts:
+        raise UserError(f"{section.name}.quantization: the experts of a layer are one tensor, which stays as it is")
     beside = model.role != "policy" and len(Registry().models(section.stage, config)) > 1
-    shared = beside and not splits and shapes.base(model.parent) == shapes.base(policy)
+    same = shapes.base(model.parent) == shapes.base(policy) and quantization == (shapes.quantization(policy) or asked)
+    shared = beside and not splits and same
     if not model.trained:
-        return Held(model, shape, headless, shared=shared)
+        return Held(model, shape, headless, shared=shared, quantization=quantization)
     named = adapter.target_modules if isinstance(adapter.target_modules, list) else None
-    return Held(model, shape, headless, shape.adapter(adapter.r, named), shared)
+    return Held(model, shape, headless, shape.adapter(adapter.r, named), shared, quantization)
 
 
 class Shapes:
@@ -220,6 +232,29 @@ class Shapes:
                 break
             ref = section.parents["parent"]
         return ref
+
+    def quantization(self, ref: str) -> QuantizationRecord | None:
+        """How the weights below the adapter of a model are quantised, or those of its files."""
+        while ref in self._recipe.sections:
+            section = self._recipe.sections[ref]
+            adapter = section.config.trained_adapter()
+            if adapter is None or adapter.merge or "parent" not in section.parents:
+                return None
+            found: QuantizationRecord | None = section.config.frozen_weights()
+            if found is not None:
+                return found
+            ref = section.parents["parent"]
+        if is_gguf(ref):
+            return None
+        folder = _directory(ref)
+        manifest = read_manifest(folder.parent / "stage.json")
+        if manifest is not None and manifest.adapter is not None:
+            return manifest.adapter.quantization
+        stored: dict[str, Any] = read_json(folder / "config.json", infinity=True).get("quantization_config") or {}
+        if stored.get("quant_method") != "bitsandbytes":
+            return None
+        double = bool(stored.get("bnb_4bit_use_double_quant"))
+        return QuantizationRecord(method="int8" if stored.get("load_in_8bit") else "nf4", double_quant=double)
 
     def _find(self, ref: str) -> Shape:
         if ref not in self._recipe.sections:

@@ -64,6 +64,7 @@ def _sampler(rows: int, batch: int, answer: int, **more: Any) -> dict[str, Any]:
 
 _GROUP = {"advantage": "group", "reward": [{"function": "benchmarks.rl_setup:score"}]}
 _LORA = {"adapter": {"r": 16}}
+_NF4 = _LORA | {"quantization": "nf4"}
 _FOUR = {"num_generations": 4}
 CASES = (
     Case("pretrain 5M", "pretrain", "5M", 128, _trainer(8, 8)),
@@ -85,6 +86,11 @@ CASES = (
     Case("grpo 25M", "ppo", "25M", 64, _sampler(8, 16, 32, **_FOUR, bf16=False), _GROUP),
     Case("grpo 135M", "ppo", "135M", 32, _sampler(4, 8, 32, **_FOUR, bf16=False), _GROUP),
     Case("sft 25M, LoRA", "sft", "25M", 128, _trainer(8, 8), _LORA),
+    Case("sft 25M, NF4", "sft", "25M", 128, _trainer(8, 8), _NF4),
+    Case("sft 135M, NF4", "sft", "135M", 64, _trainer(4, 4), _NF4),
+    Case("sft 60M, int8", "sft", "60M", 128, _trainer(4, 4), _LORA | {"quantization": "int8"}),
+    Case("dpo 25M, NF4", "dpo", "25M", 128, _trainer(4, 4), _NF4),
+    Case("ppo 25M, NF4", "ppo", "25M", 64, _sampler(8, 16, 32, bf16=False), _NF4),
     Case("ppo 25M, LoRA", "ppo", "25M", 64, _sampler(8, 16, 32, bf16=False), _LORA),
     Case("sft 25M, DDP", "sft", "25M", 64, _trainer(4, 8), launch="cpu2"),
     Case("sft 25M, ZeRO-2", "sft", "25M", 64, _trainer(4, 8), launch="cpu2_zero2"),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from handoff.manifest import QuantizationRecord
 from training.declaration import HeldModel, Role
 from training.devices import Device
 from training.engines.launch import Request
@@ -31,6 +32,9 @@ _MORE = {"phi3": 2, "gpt_neox": 2, "opt": 2}
 """Further tensors of the queries' width that a family's attention keeps."""
 _GAPS = (0.7, 0.6)
 """Gaps between gradients, and between activations, as shares of their size; fitted to measured peaks."""
+_GAPS_OF_ADAPTERS = (0.8, 1.8)
+"""Gaps between activations where an adapter is trained, whose layers make short-lived tensors between those that are
+kept: if all passes have rows of the same size, and otherwise."""
 _PASSING = ("activations", "logits", "cache")
 FAMILIES_DECODED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose weights are packed once more for sampling on a CPU (`rollout.lean`)."""
@@ -64,11 +68,20 @@ class Held:
     """Parameters of the adapter that is trained in place of its weights; None: it has none."""
     shared: bool = False
     """Whether its weights below an adapter are those of the section's policy."""
+    quantization: QuantizationRecord | None = None
+    """How its frozen weights are quantised."""
 
     @property
     def parameters(self) -> int:
         """All its parameters."""
         return self.shape.body + self.shape.hidden + 1 if self.headless else self.shape.parameters
+
+    def frozen_bytes(self, width: int) -> float:
+        """Bytes of its weights while they are frozen. `width`: bytes of a number that is not quantised."""
+        if self.quantization is None:
+            return width * self.parameters
+        matrices = self.shape.layers * self.shape.matrices
+        return width * (self.parameters - matrices) + _bytes_of_a_weight(self.quantization, self.shape) * matrices
 
     @property
     def trained(self) -> int:
@@ -76,6 +89,14 @@ class Held:
         if not self.model.trained:
             return 0
         return self.parameters if self.adapter is None else self.adapter + self.headless * (self.shape.hidden + 1)
+
+
+def _bytes_of_a_weight(record: QuantizationRecord, shape: Shape) -> float:
+    """Bytes that a quantised weight takes with its share of the scales."""
+    if record.method == "int8":
+        return 1 + 4 / shape.hidden  # a scale for each row of a matrix
+    # A scale for 64 weights; with double quantisation it is one byte, and 256 of them have a scale of their own.
+    return 0.5 + (1 / 64 + 4 / (64 * 256) if record.double_quant else 4 / 64)
 
 
 @dataclass(frozen=True)
@@ -197,14 +218,14 @@ def _shares(held: Sequence[Held], settings: Settings, request: Request) -> list[
     result = []
     for one in held:
         if not one.model.trained:
-            result.append((one, frozen(request, 0 if one.shared else one.parameters)))
+            result.append((one, frozen(request, 0.0 if one.shared else one.frozen_bytes(4))))
             continue
         outside = one.parameters - one.shape.layers * one.shape.layer
         largest = outside + 2 * one.shape.layer
         width, moments = _width(one, settings), _moments(one, settings)
         shares = trained(request, one.trained, largest, width, moments, settings.bf16, together)
-        below = 0 if one.adapter is None or one.shared else one.parameters
-        rest = frozen(request, below, settings.width)
+        below = 0.0 if one.adapter is None or one.shared else one.frozen_bytes(settings.width)
+        rest = frozen(request, below)
         result.append((one, replace(shares, weights=shares.weights + rest.weights, whole=shares.whole + rest.whole)))
         if settings.muon:  # embeddings and norms are AdamW's
             odd = one.parameters - one.shape.layers * one.shape.matrices
@@ -284,7 +305,7 @@ def _training(
     base = replace(base, exchange=sum(found.live for _, found in shares))
     kept = {one.model.role: _kept(one, batch, settings, request, device) for one, _ in shares}
     shape = max((one.shape for one, _ in shares), key=lambda shape: shape.hidden * shape.layers)
-    working = _working(shape, batch.tokens, settings)
+    working = _working(shape, batch.tokens, settings) + _dequantised(held)
     embedding = max(4.0 * one.shape.embedding * (one.adapter is None) for one, _ in shares)
     before = gradients if accumulation > 1 else sum(found.lasting for _, found in shares)
     # Everything has been computed; the backward pass begins, with the model that was computed last.
@@ -313,8 +334,11 @@ def _training(
         return phases
     # glibc gives tensors back that are as large as the largest that were freed, such as logits and the gradients of
     # embeddings. The memory of smaller ones stays with the process, and tensors of other sizes do not fill its gaps.
+    gaps = _GAPS[1]
+    if any(one.adapter is not None for one, _ in shares):
+        gaps = _GAPS_OF_ADAPTERS[batch.head == "actions"]
     kept_pages = max(
-        max(0.0, one.gradients - 2 * embedding) * (1 + _GAPS[0]) + one.activations * (1 + _GAPS[1]) for one in phases
+        max(0.0, one.gradients - 2 * embedding) * (1 + _GAPS[0]) + one.activations * (1 + gaps) for one in phases
     )
     return [
         replace(one, allocator=kept_pages - max(0.0, one.gradients - 2 * embedding) - one.activations) for one in phases
@@ -337,6 +361,13 @@ def _working(shape: Shape, tokens: int, settings: Settings) -> float:
     number = 2 if settings.bf16 else 4
     used = max(1, shape.experts_used)
     return tokens * (8.0 * shape.hidden + number * max(3 * used * shape.intermediate, shape.attention_width))
+
+
+def _dequantised(held: Sequence[Held]) -> float:
+    """Bytes of a quantised layer's weights while it computes: it turns them into float32 each time."""
+    copies = {"nf4": 1, "int8": 2}
+    used = [(one.shape, copies[one.quantization.method]) for one in held if one.quantization is not None]
+    return max((4.0 * shape.largest * count for shape, count in used), default=0.0)
 
 
 def _logits(shape: Shape, batch: Batch, settings: Settings, device: Device, *, gradients: bool = True) -> float:
@@ -362,7 +393,7 @@ def _forward(
 ) -> Memory:
     shape = max((one.shape for one in held), key=lambda shape: shape.vocab * shape.hidden)
     logits = _logits(shape, batch, settings, device, gradients=False) if batch.logits else 0.0
-    working = _working(shape, batch.tokens, settings)
+    working = _working(shape, batch.tokens, settings) + _dequantised(held)
     return replace(
         base,
         phase="forward pass",
@@ -384,7 +415,7 @@ def _sampling(
         cache += number * shape.linear
     # The probabilities of a row, their sums and what they are made from.
     logits = 12.0 * rollout.rows * shape.vocab
-    working = _working(shape, min(_PREFILL[device.kind], rollout.rows * rollout.prompt), settings)
+    working = _working(shape, min(_PREFILL[device.kind], rollout.rows * rollout.prompt), settings) + _dequantised(held)
     return replace(base, phase="sampling", cache=cache, logits=logits, activations=working, exchange=whole)
 
 

@@ -155,6 +155,11 @@ class Shape:
         return self.body + (0 if self.tied else self.embedding)
 
     @property
+    def largest(self) -> int:
+        """Parameters of the largest linear layer of a layer."""
+        return self.hidden * max(self.intermediate, self.heads * self.head_dim)
+
+    @property
     def linear(self) -> int:
         """Parameters of all linear layers and the output head: what a token is multiplied with, if no expert rests."""
         return self.layers * self.matrices + self.embedding
@@ -282,6 +287,8 @@ def shape_in(model_dir: Path) -> Shape:
     """The shape of the model in a directory. Its parameters are counted from the headers of its weight files, if those
     are there.
 
+    Quantised weights are counted from the sizes, since files pack several of them into one number.
+
     Raises:
         HandoffError: config.json is missing or no object, or a weight file is damaged.
         ShapeError: as `shape_of`.
@@ -291,7 +298,7 @@ def shape_in(model_dir: Path) -> Shape:
     if not isinstance(config, dict):
         raise HandoffError(f"{place}: must be an object of keys and values; download it again")
     stored = None
-    if any(model_dir.glob("*.safetensors")):
+    if any(model_dir.glob("*.safetensors")) and not config.get("quantization_config"):
         tensors = read_tensors(model_dir).items()
         stored = sum(prod(info.shape) for name, info in tensors if not _NO_PARAMETER.search(name))
     return shape_of(config, stored, str(place))

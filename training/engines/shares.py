@@ -100,12 +100,13 @@ def process(request: Request) -> float:
     return _DEEPSPEED if request.name == "deepspeed" and request.device == "cpu" else 0.0
 
 
-def frozen(request: Request, parameters: int, width: int = 4) -> Shares:
-    """Of a model that is not trained: cut up where the engine cuts up its weights, and whole while it computes."""
+def frozen(request: Request, size: float) -> Shares:
+    """Of weights of `size` bytes that are not trained: cut up where the engine cuts them up, and whole while they
+    compute."""
     if request.name == "fsdp2" or request.zero_stage == 3:
-        share = parameters / request.processes
-        return Shares(width * share, whole=width * (parameters - share))
-    return Shares(width * parameters)
+        share = size / request.processes
+        return Shares(share, whole=size - share)
+    return Shares(size)
 
 
 def alone(request: Request) -> Request:
