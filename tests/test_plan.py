@@ -11,7 +11,9 @@ from baton.plan import plan
 from baton.plan_fit import mend
 from baton.plan_shown import as_json, show_plan
 from handoff.errors import UserError
-from training.cost import Settings, activations
+from handoff.manifest import QuantizationRecord
+from training.cost import Held, Settings, activations
+from training.declaration import HeldModel
 from training.devices import this_cpu
 from training.engines.launch import LaunchError
 from training.shapes import DEFAULTS, ShapeError, shape_in, shape_of
@@ -272,3 +274,52 @@ def test_an_adapter_makes_everything_but_the_weights_small(recipe: Path) -> None
     assert phase.optimizer == 8 * sft.held[0].trained and phase.weights > 4 * 8e9
     assert phase.gradients < 1e9 and sft.cost.disk < full.cost.disk / 50
     assert [one.model.role for one in grpo.held] == ["policy"]
+
+
+@pytest.mark.parametrize(
+    ("method", "double", "size"), [("nf4", True, 0.516), ("nf4", False, 0.5625), ("int8", False, 1.0)]
+)
+def test_quantised_weights_take_what_bitsandbytes_stores(method: str, double: bool, size: float) -> None:
+    import torch
+
+    from rollout.bnb_layers import EightBitLinear, FourBitLinear
+
+    shape = shape_of({"model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1})
+    record = QuantizationRecord(method=method, double_quant=double)
+    weight, cpu = torch.randn(512, 2048), torch.device("cpu")
+    layer = (
+        FourBitLinear.of(weight, None, cpu, double=double) if method == "nf4" else EightBitLinear.of(weight, None, cpu)
+    )
+    state = layer.state_dict()
+    stored = sum(value.nbytes for name, value in state.items() if "map" not in name and "bitsandbytes" not in name)
+    held = Held(HeldModel("policy", "x", trained=True), shape, False, 1000, quantization=record)
+    found = held.frozen_bytes(4) - 4 * (shape.parameters - shape.matrices)
+    assert found / shape.matrices == pytest.approx(stored / weight.numel(), rel=0.01) == pytest.approx(size, rel=0.01)
+
+
+def test_a_quantised_base_is_planned_in_every_section_that_holds_it(recipe: Path, root: Path) -> None:
+    keys = ["sft.adapter={r: 16}", "sft.quantization=nf4", "grpo.adapter={r: 16}"]
+    sft, grpo = plan(recipe, keys, device_name="4090").sections  # grpo takes it over from its parent
+    full = plan(recipe, [keys[0], keys[2]], device_name="4090").sections
+    for section, whole in zip((sft, grpo), full, strict=True):
+        assert section.held[0].quantization is not None
+        assert whole.cost.phases[0].weights - section.cost.phases[0].weights == pytest.approx(
+            3.484 * 6_979_321_856, rel=1e-3
+        )
+    merged = plan(recipe, [*keys, "sft.adapter.merge=true"], device_name="4090").sections[1]
+    assert merged.held[0].quantization is None
+    with pytest.raises(UserError, match=r"sft.quantization: engines that cut weights up cannot hold"):
+        plan(recipe, keys, launch(root, "zero3"), "h100")
+
+
+def test_a_checkpoint_that_is_quantised_itself_is_counted_from_its_sizes(recipe: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    model = recipe.parent / "model"
+    config = json.loads((model / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 1, dtype=torch.uint8)}, model / "model.safetensors")
+    held = plan(recipe, ["sft.adapter={r: 16}"], device_name="4090").sections[0].held[0]
+    assert held.parameters == 8_030_261_248 and held.quantization == QuantizationRecord(method="nf4", double_quant=True)

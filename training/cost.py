@@ -350,7 +350,7 @@ def _kept(one: Held, batch: Batch, settings: Settings, request: Request, device:
     if one.model.role not in settings.checkpointed:
         settings = replace(settings, checkpointing=False)
     kept = activations(one.shape, batch, settings, device)
-    if settings.bf16 and settings.width == 4 and not in_its_precision(request):
+    if settings.bf16 and settings.width == 4 and one.quantization is None and not in_its_precision(request):
         # Autocast keeps a bfloat16 copy of each linear layer's weights until the backward pass has used it.
         kept += 2.0 * one.shape.layers * one.shape.matrices
     return kept
