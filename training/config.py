@@ -363,8 +363,10 @@ class StageConfig(Strict):
     def frozen_weights(self) -> QuantizationRecord | None:
         """How `quantization` and `quantization_args` say that the weights below the section's adapter are quantised;
         None: not. Raises ValueError if these keys do not fit together."""
-        arguments = next((value for _, value in self if isinstance(value, QuantizationArguments)), None)
-        return None if arguments is None else quantised(self.trained_adapter(), vars(self)["quantization"], arguments)
+        if "quantization" not in type(self).model_fields:
+            return None
+        own: Any = self
+        return quantised(own.adapter, own.quantization, own.quantization_args)
 
     def training(self) -> OptimizerConfig | None:
         """The section's `train:`; None if nothing is trained."""

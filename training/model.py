@@ -207,6 +207,7 @@ class Model:
                 precise = loader.from_pretrained(parent.weights_dir, **keys | {"dtype": torch.float32})
                 source = ParentWeights(parent, precise, adapted=False)
                 module = quantised_twin(module, source, loader, quantised.record, whole, engine.device, missing)
+            engine.release_memory()  # that of the float32 layers
         beside = quantised.held and (frozen or adapter is not None)
         if quantised.held and not beside:
             dequantise(module)
