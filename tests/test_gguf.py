@@ -14,8 +14,13 @@ from baton.runner import run_pipeline
 from baton.status import State, overview
 from handoff.errors import HandoffError
 from handoff.gguf import sizes, unpacked
+from handoff.manifest import QuantizationRecord
 from handoff.parent import UNPACKED, open_parent, packed
+from rollout.quantised import QuantisedLinear
 from tests.hostile_models import write_good
+from training import engines
+from training.config import AdapterConfig, ModelArguments
+from training.model import Model, load_encoder
 from training.recipe import load_recipe
 from training.shapes import shape_of
 
@@ -113,6 +118,21 @@ def test_a_gguf_file_is_the_model_that_was_written(model, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, built(ids).logits)
     assert sorted(entry.name for entry in parent.path.parent.iterdir()) == [parent.path.name]
+
+
+def test_it_can_be_a_quantised_frozen_base(model, tmp_path):
+    path, built = model
+    parent = open_parent(str(path), tmp_path / "runs" / "own", {"causal_lm"})
+    record = QuantizationRecord(method="nf4", double_quant=True)
+    keys = {"adapter": AdapterConfig(r=2), "quantization": record}
+    found = Model.load(engines.current(), parent, "policy", load_encoder(parent), ModelArguments(), **keys).module
+    layers = [layer for layer in found.modules() if isinstance(layer, QuantisedLinear)]
+    plain = [layer for layer in built.model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) == len(plain) > 6
+    for ours, theirs in zip(layers, plain, strict=True):
+        difference = ours.dequantised() - theirs.weight
+        assert 0 < difference.abs().max() < theirs.weight.abs().max() / 4
+    assert torch.equal(found.get_input_embeddings().weight, built.get_input_embeddings().weight)
 
 
 def test_it_is_unpacked_once_and_again_when_the_content_changes(model, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from handoff.errors import HandoffError
 from handoff.manifest import QuantizationRecord
 from handoff.parent import open_parent
 from handoff.verify import verify_run
+from rollout.bnb_layers import EightBitLinear, FourBitLinear
 from rollout.quantised import QuantisedLinear
 from tests.stage_chain import chain, foreign_checkpoint, result, run_stage, runs, stage_recipe
 from tests.test_adapter import ENGINE, IDS, by_peft, loaded, logits, remembered
@@ -148,6 +149,28 @@ def test_the_base_is_quantised_layer_by_layer(base, monkeypatch):
         len(held) == 20
         and max(held) < sum(value.numel() for value in load_file(base / "model.safetensors").values()) / 2
     )
+
+
+@pytest.mark.parametrize("record", [NF4, INT8])
+def test_under_autocast_products_are_those_of_a_linear_layer_with_the_dequantised_weights(record):
+    """Also with rows that are no multiple of a block of 64, a bias, and a gradient for the input."""
+    torch.manual_seed(0)
+    bias, cpu = torch.nn.Parameter(torch.randn(7), requires_grad=False), torch.device("cpu")
+    weight = torch.randn(7, 50)
+    layer = FourBitLinear.of(weight, bias, cpu, double=True) if record == NF4 else EightBitLinear.of(weight, bias, cpu)
+    plain = torch.nn.Linear(50, 7)
+    plain.weight.data, plain.bias.data = layer.dequantised(), bias.data.clone()
+    assert 0 < (plain.weight - weight).abs().max() < (0.5 if record == NF4 else 0.05)
+    for bf16 in (False, True):
+        x, y = (torch.randn(3, 50, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            found, expected = layer(x), plain(y)
+        assert found.dtype == expected.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        torch.testing.assert_close(found, expected)
+        found.float().square().sum().backward()
+        expected.float().square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=0.02 if bf16 else 1e-5, atol=0.1 if bf16 else 1e-4)
+    assert torch.equal(layer.bias, bias) and layer.bias.dtype == torch.float32
 
 
 def gpt2(folder):

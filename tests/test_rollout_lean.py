@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from rollout import forward
+from rollout.bnb_layers import EightBitLinear, FourBitLinear
 from rollout.engine import generate
 from rollout.lean import _POSITIONS, Lean, fits
 from rollout.sampling import SamplingSpec
@@ -134,3 +135,22 @@ def test_other_models_use_their_own_forward_pass(what, calls):
     assert not fits(model)
     answers(model)
     assert not calls
+
+
+@pytest.mark.parametrize("method", [FourBitLinear, EightBitLinear])
+def test_quantised_layers_are_computed_with_the_weights_that_they_stand_for(method, calls):
+    model = model_of(LlamaConfig(**SIZES))
+    keys = {"double": True} if method is FourBitLinear else {}
+    for name, layer in list(model.model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            quantised = method.of(layer.weight.detach(), layer.bias, torch.device("cpu"), **keys)
+            model.model.set_submodule(name, quantised)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    for one in (model, adapted.base_model.model):
+        assert fits(one)
+        fast = answers(one)
+        assert calls
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forward, "fits", lambda model: False)
+            slow = answers(one)
+        assert [found.ids for found in fast] == [found.ids for found in slow]
