@@ -1,13 +1,15 @@
 """Linear layers with weights that bitsandbytes has quantised: to NF4 (Dettmers et al. 2023, QLoRA), or to the int8 of
 LLM.int8() (Dettmers et al. 2022).
 
-bitsandbytes quantises, stores and turns back. How a layer computes differs from its own layers in three points:
+bitsandbytes quantises, stores and turns back. How a layer computes differs from its own layers in four points:
 
 1. In training and in evaluation alike, the input is multiplied with the dequantised weights. bitsandbytes takes other
    kernels in evaluation: on CPUs with AVX-512 it rounds NF4's products to bfloat16, and int8 quantises the activations.
    The first ratio of a policy-gradient step would not be 1, and a merged model would not be the trained one.
 2. Under autocast, products are computed in its precision, as those of other layers.
 3. A bias stays as it is; bitsandbytes rounds it to the precision of the first input.
+4. Blocks of NF4 are turned back in one row. bitsandbytes 0.50 takes wrong scales on CPUs with AVX-512 where the rows
+   of a matrix are no multiple of a block.
 """
 
 import copy
@@ -44,16 +46,19 @@ class FourBitLinear(QuantisedLinear, bnb.nn.Linear4bit):  # type: ignore[misc]  
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         x = _cast(x)
+        if x.device.type == "cpu":
+            return _product(x, self)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         out: Tensor = bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=self.weight.quant_state)
         return out
 
-    def dequantised(self) -> Tensor:
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """As `QuantisedLinear.dequantised`."""
         state = copy.copy(self.weight.quant_state)
-        state.dtype = torch.float32
+        shape = state.shape
+        state.dtype, state.shape = dtype, torch.Size((1, shape.numel()))
         weight: Tensor = bnb.functional.dequantize_4bit(self.weight.data, state)
-        return weight
+        return weight.view(shape)
 
 
 class EightBitLinear(QuantisedLinear, bnb.nn.Linear8bitLt):  # type: ignore[misc]  # as above
@@ -71,29 +76,33 @@ class EightBitLinear(QuantisedLinear, bnb.nn.Linear8bitLt):  # type: ignore[misc
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        out: Tensor = _Product.apply(_cast(x), self)  # type: ignore[no-untyped-call]
-        return out
+        return _product(_cast(x), self)
 
-    def dequantised(self) -> Tensor:
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """As `QuantisedLinear.dequantised`."""
         weight: Tensor = self.weight.data
         scales: Tensor = self.weight.SCB
-        return weight.float() * (scales.to(weight.device, torch.float32) / 127)[:, None]
+        return (weight.float() * (scales.to(weight.device, torch.float32) / 127)[:, None]).to(dtype)
 
 
 class _Product(torch.autograd.Function):
     """x Wᵀ + b, which dequantises W once more in the backward pass instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: EightBitLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.dequantised().to(x.dtype), bias)
+        return F.linear(x, layer.dequantised(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.layer.dequantised().to(gradient.dtype), None
+        return gradient @ ctx.layer.dequantised(gradient.dtype), None
+
+
+def _product(x: Tensor, layer: QuantisedLinear) -> Tensor:
+    out: Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
+    return out
 
 
 def adopt(layer: nn.Module) -> bool:

@@ -5,6 +5,7 @@ The layers themselves are in `rollout.bnb_layers`, which needs bitsandbytes; thi
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,8 +20,8 @@ class QuantisedLinear(nn.Module):
     """Whether the model's files have the weight as (in, out), as GPT-2's do."""
 
     @abstractmethod
-    def dequantised(self) -> Tensor:
-        """The weight (out, in), float32."""
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (out, in)."""
 
 
 def plain_weight(linear: nn.Module) -> Tensor:

@@ -113,9 +113,26 @@ def test_the_weights_are_those_that_transformers_loads_quantised(record, keys, b
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, ours[name]), name
     assert len(quantised_layers(found)) == 14
-    with torch.no_grad():  # in evaluation, bitsandbytes computes in another precision
-        assert (theirs.train()(input_ids=IDS).logits - logits(found)).abs().max() < 1e-5
     assert (logits(loaded(base.parent).module) - logits(found)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("width", [16, 32, 48, 50, 64, 96, 128])
+@pytest.mark.parametrize("double", [False, True])
+def test_the_weights_are_the_codes_times_their_scales(width, double):
+    """bitsandbytes' own kernel for CPUs takes wrong scales where a row is no multiple of a block of 64."""
+    torch.manual_seed(0)
+    weight = torch.randn(24, width)
+    layer = FourBitLinear.of(weight, None, torch.device("cpu"), double=double)
+    packed, state = layer.weight.data.flatten(), layer.weight.quant_state
+    scales = state.absmax
+    if double:
+        scales = state.state2.code[state.absmax.long()] * state.state2.absmax[0] + state.offset
+    codes = torch.stack((packed >> 4, packed & 15), 1).flatten().long()  # the first of two is in the higher bits
+    expected = state.code[codes] * scales.repeat_interleave(64)[: codes.numel()]
+    torch.testing.assert_close(layer.dequantised(), expected.view(24, width), rtol=1e-6, atol=1e-6)
+    assert (layer.dequantised() - weight).norm() < 0.1 * weight.norm()
+    x = torch.randn(5, width)
+    torch.testing.assert_close(layer(x), x @ layer.dequantised().T)
 
 
 def test_training_and_evaluation_compute_alike(base):
@@ -223,9 +240,7 @@ def test_an_adapter_belongs_to_its_quantised_base(tmp_path, base):
     assert run.manifest.model_copy(update={"adapter": without}).fingerprint != run.manifest.fingerprint
 
 
-@pytest.mark.parametrize(
-    "keys", [("quantization=nf4",), ("quantization=nf4", "adapter.use_dora=true"), ("quantization=int8",)]
-)
+@pytest.mark.parametrize("keys", [("quantization=nf4",), ("quantization=int8",)])
 def test_a_merged_model_equals_the_trained_one(keys, tmp_path, monkeypatch):
     kept = remembered(monkeypatch, "sft")
     run = run_stage("sft", tmp_path, *QUICK, *keys, "adapter.merge=true")
@@ -266,10 +281,15 @@ def test_a_reward_model_over_a_quantised_base_gives_the_same_scores_again(tmp_pa
     assert (logits(whole.module) - kept["logits"]).abs().max() < 1e-5
 
 
-def test_dora_over_a_quantised_base_cannot_be_trained_further(tmp_path):
-    run = run_stage("sft", tmp_path, *QUICK, "quantization=nf4", "adapter.use_dora=true")
-    with pytest.raises(HandoffError, match=r"DoRA cannot be trained further.*adapter.merge: true"):
-        loaded(run.folder, frozen=True)
+def test_dora_is_refused_over_quantised_weights(tmp_path, base):
+    with pytest.raises(RecipeError, match=r"over quantised ones take LoRA"):
+        load_recipe(chain(), ["sft.adapter.use_dora=true", "sft.quantization=nf4"])
+    first = run_stage("sft", tmp_path / "a", *QUICK, "quantization=nf4")
+    with pytest.raises(RecipeError, match=r"over quantised ones take LoRA"):  # the parent's quantisation
+        loaded(first.folder, adapter=AdapterConfig(r=4, use_dora=True))
+    dora = run_stage("sft", tmp_path / "b", *QUICK, "adapter.use_dora=true")
+    with pytest.raises(HandoffError, match=r"an adapter with DoRA cannot stand beside a quantised base"):
+        loaded(dora.folder, adapter=AdapterConfig(r=4), quantization=NF4)
 
 
 def test_an_interrupted_stage_ends_as_if_it_had_not_been(tmp_path):

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from data.sampling import uniform
 from handoff.adapter import stored_name
 from handoff.errors import HandoffError
+from rollout.quantised import QuantisedLinear
 from training.config import AdapterConfig
 from training.engines.single import Entry
 from training.frozen_adapter import ADAPTER, PARENT, activate
@@ -82,6 +83,10 @@ class Adapter:
         linear = linear_layers(module)
         self._saved = _saved(module, config, head=role == "reward")
         names = [name for name in _targets(module, config) if not inside(name, self._saved)]
+        if config.use_dora and any(isinstance(linear[name], QuantisedLinear) for name in names):
+            raise RecipeError(
+                "adapter.use_dora: DoRA measures whole weights in every step; over quantised ones take LoRA"
+            )
         dequantise(module, self._saved)
         self._transposed = {name for name in names if is_transposed(linear[name])}
         self._beside = PARENT in vars(module).get("peft_config", {})  # whether `below` stands beside the weights

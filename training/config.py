@@ -244,7 +244,7 @@ class AdapterConfig(Strict):
     """Scale by α / √r, so that larger ranks learn faster (Kalajdzievski 2023)."""
     use_dora: bool = False
     """DoRA: length and direction of the weights are trained apart (Liu et al. 2024). Slower; not for DeepSpeed or
-    FSDP."""
+    FSDP, nor over a quantised base."""
     init_lora_weights: Literal[True, "gaussian"] = True
     """Initial values of the first of the two matrices: uniform (true), or normal. The second one begins at zero, so the
     adapter changes nothing at the start."""
@@ -299,6 +299,8 @@ def quantised(
             "quantization is for frozen weights below an adapter; trained weights cannot be quantised. Add "
             "`adapter: {}`, or leave quantization out"
         )
+    if adapter.use_dora:
+        raise ValueError("adapter.use_dora: DoRA measures whole weights in every step; over quantised ones take LoRA")
     double = arguments.bnb_4bit_use_double_quant and method == "nf4"
     if method == "int8" and "bnb_4bit_use_double_quant" in arguments.model_fields_set:
         raise ValueError("quantization_args.bnb_4bit_use_double_quant is not read unless quantization is nf4")
