@@ -141,8 +141,8 @@ class StoredAdapter:
         """
         if not self.plain:
             raise HandoffError(
-                f"{self._files.path}: an adapter with DoRA cannot stand beside a quantised base; merge it into its base "
-                "(adapter.merge: true, or merge_and_unload of peft), and name the merged model"
+                f"{self._files.path}: an adapter with DoRA cannot stand beside a quantised base; merge it into "
+                "its base (adapter.merge: true, or merge_and_unload of peft), and name the merged model"
             )
         with torch.no_grad():
             for name in self.saved:
