@@ -41,7 +41,7 @@ def test_a_section_that_does_not_exist_is_refused_with_those_that_do(tmp_path, m
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "name: r\nstages:\n  words: {stage: tokenizer, data: [{source: world, kind: documents}]}\n"
-        "  tuned: {stage: sft, parent: words, data: [{source: world, kind: chats}]}\n"
+        "  tuned: {stage: sft, parent: org/model, data: [{source: world, kind: chats}]}\n"
     )
     run_dir = tmp_path / "runs" / "r"
     (run_dir / "words").mkdir(parents=True)

@@ -271,7 +271,7 @@ def test_an_end_token_that_only_the_configuration_names_is_published_as_it_was_r
 
 def test_a_tokenizer_is_refused_as_a_parent(tmp_path):
     recipe = stage_recipe("sft", tmp_path, f"parent={runs() / 'tiny' / 'tokenizer'}")
-    with pytest.raises(HandoffError, match="tokenizer"):
+    with pytest.raises(RecipeError, match="tokenizer is a tokenizer, and a language model is needed here"):
         run_section(recipe, "sft")
 
 
