@@ -66,6 +66,33 @@ def run(
 
 
 @app.command()
+def rehearse(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this section and what it needs; may be given several times.", show_default=False),
+    ] = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(help="An accelerate configuration, e.g. recipes/launch/cpu2_zero3.yaml.", show_default=False),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the rehearsal's folder.")] = False,
+) -> None:
+    """Run every stage of a recipe once in about a minute, with tiny models of the same architectures and a sample of
+    its data, before the real run is paid for.
+
+    Nothing of the recipe's own run is changed. Says what it has checked and what it cannot check. Exit code 2, with the
+    stage's own error, when a stage fails.
+    """
+    from baton.rehearse import rehearse as rehearsed
+    from training.engines.launch import check_environment
+
+    check_environment(launched=False)
+    sys.exit(rehearsed(recipe, overrides or (), to or (), launch, keep=keep))
+
+
+@app.command()
 def status(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Show the state of each stage: up to date, stale (with the reason), unfinished, or new."""
     from baton.status import print_overview
