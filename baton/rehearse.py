@@ -99,7 +99,7 @@ class Models:
         tiny = {ref: self._directory(ref) for ref in sorted(refs - self._recipe.sections.keys())}
         found = {}
         for path in leaves(section.resolved):
-            value = section.resolved
+            value: Any = section.resolved
             for part in path:
                 value = value[part]
             named = value if isinstance(value, list) else [value]

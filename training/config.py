@@ -10,7 +10,7 @@ from reward.config import RewardConfig
 
 REHEARSED_STEPS = 2
 """Steps of each training in a rehearsal."""
-REHEARSED_ROWS, REHEARSED_HELD_OUT = 32, 8
+REHEARSED_ROWS, REHEARSED_HELD_OUT = 64, 4
 """Rows that a rehearsal reads of each source of training data, and of each other source."""
 REHEARSED_ANSWER = 16
 """Most tokens of an answer in a rehearsal."""
@@ -79,12 +79,11 @@ class OptimizerConfig(Strict):
     report_to: Literal["none", "wandb"] = "none"
     """Also mirror metrics.jsonl to Weights & Biases."""
 
-
     def rehearsal(self, processes: int) -> dict[str, Any]:
         """What is laid over `train:` in a rehearsal on so many processes (`StageConfig.rehearsal`)."""
         only_on_gpus = {"bf16": "auto"} if self.bf16 is True else {}
         quiet = {"report_to": "none"} if self.report_to != "none" else {}
-        return {"per_device_train_batch_size": min(self.per_device_train_batch_size, 2), **only_on_gpus, **quiet}
+        return {"per_device_train_batch_size": 1, **only_on_gpus, **quiet}
 
 
 Optimizer = TypeVar("Optimizer", bound=OptimizerConfig)
@@ -143,7 +142,7 @@ class TrainConfig(OptimizerConfig):
             **super().rehearsal(processes),
             **compiled,
             "max_steps": REHEARSED_STEPS if self.max_steps < 0 else min(self.max_steps, REHEARSED_STEPS),
-            "global_batch_size": 4 * processes,
+            "global_batch_size": 2 * processes,
             "per_device_eval_batch_size": min(self.per_device_eval_batch_size, 4),
             "logging_steps": 1,
             "save_steps": 1,
@@ -356,7 +355,7 @@ class StageConfig(Strict):
         changed: dict[str, Any] = {}
         for key, entries in self:
             sources = [one for one in entries if isinstance(one, SourceBase)] if isinstance(entries, list) else []
-            most = REHEARSED_ROWS if key == "data" else REHEARSED_HELD_OUT
+            most = REHEARSED_ROWS if key == "data" and self.training() is not None else REHEARSED_HELD_OUT
             changed |= {f"{key}.{row}.limit": min(most, one.limit or most) for row, one in enumerate(sources)}
             if isinstance(entries, OptimizerConfig):
                 changed |= {f"{key}.{name}": value for name, value in entries.rehearsal(processes).items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from handoff.errors import HandoffError
 from handoff.files import remove_tree
@@ -16,20 +17,22 @@ from handoff.gate import ADAPTER_CONFIG, loaded_files, named_errors
 from handoff.parent import Outline
 from training.architecture import LOCAL, type_of_config
 
-_WIDTH, _WIDER, _HEADS, _HEAD = 64, 128, 4, 16
+_WIDTH, _WIDER, _HEADS, _HEAD = 32, 64, 4, 8
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), _WIDTH),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "shared_intermediate_size"), _WIDER),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "shared_intermediate_size"), _WIDER),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), _HEADS),
     "head_dim": _HEAD,
     # attention whose keys and values are compressed
-    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
     # experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 32
+    ),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     # recurrent layers: their heads together are twice as wide as the network
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "num_heads"), 8),
@@ -63,7 +66,7 @@ def shrunk_network(network: dict[str, Any]) -> dict[str, Any]:
 
 def _smaller(keys: dict[str, Any]) -> dict[str, Any]:
     """The content of a config.json with the sizes of a tiny network; also in the configurations inside it."""
-    small = {key: _smaller(value) if key.endswith("_config") and isinstance(value, dict) else value
+    small: dict[str, Any] = {key: _smaller(value) if key.endswith("_config") and isinstance(value, dict) else value
              for key, value in keys.items()}  # fmt: skip
     small |= {key: size for key, size in _SIZES.items() if isinstance(keys.get(key), int)}
     heads = next((keys[key] for key in ("num_attention_heads", "n_head", "n_heads") if key in keys), None)
@@ -118,10 +121,11 @@ def write_tiny(parent: Outline, folder: Path) -> PretrainedConfig:
     with named_errors(parent.config_dir / "config.json"):
         config = AutoConfig.from_pretrained(parent.config_dir, **LOCAL)
     scored = parent.kind == "reward_model"
+    disable_progress_bar()
     try:
         small = shrunk(config)
         torch.manual_seed(0)
-        kind = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+        kind: Any = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
         model = kind.from_config(small, dtype=small.dtype or torch.float32)
         model.save_pretrained(folder)
     except Exception as error:  # each architecture raises its own errors for sizes that do not fit together

@@ -67,9 +67,13 @@ class Config(TrainedStageConfig):
         return self
 
     def rehearsal(self, processes: int) -> dict[str, Any]:
-        """As `StageConfig.rehearsal`: few, short answers."""
-        answers = {"eval_answers": min(self.eval_answers, 2), "max_new_tokens": min(self.max_new_tokens, REHEARSED_ANSWER)}
-        return {**super().rehearsal(processes), **answers}
+        """As `StageConfig.rehearsal`: few, short answers, and few pairs, all of which the reference reads."""
+        pairs = {f"data.{row}.limit": min(16, one.limit or 16) for row, one in enumerate(self.data)}
+        answers = {
+            "eval_answers": min(self.eval_answers, 2),
+            "max_new_tokens": min(self.max_new_tokens, REHEARSED_ANSWER),
+        }
+        return {**super().rehearsal(processes), **answers, **pairs}
 
 
 def parents(config: Config) -> dict[str, str]:

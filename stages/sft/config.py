@@ -49,7 +49,10 @@ class Config(TrainedStageConfig):
 
     def rehearsal(self, processes: int) -> dict[str, Any]:
         """As `StageConfig.rehearsal`: few, short answers."""
-        answers = {"eval_answers": min(self.eval_answers, 2), "max_new_tokens": min(self.max_new_tokens, REHEARSED_ANSWER)}
+        answers = {
+            "eval_answers": min(self.eval_answers, 2),
+            "max_new_tokens": min(self.max_new_tokens, REHEARSED_ANSWER),
+        }
         return {**super().rehearsal(processes), **answers}
 
 
