@@ -165,7 +165,7 @@ def test_a_data_set_is_read_by_name(tmp_path, monkeypatch):
 def test_a_limit_streams_a_data_set_of_the_hub_where_that_is_possible(monkeypatch, streams):
     asked = []
 
-    def load_dataset(name, *, streaming=False, **keys):
+    def load_dataset(path, *, streaming=False, **keys):
         asked.append(streaming)
         if streaming and not streams:
             raise ConnectionError("no network")
