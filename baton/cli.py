@@ -185,6 +185,29 @@ def config(
 
 
 @app.command()
+def init(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint directory, a .gguf file, or a model id of the hub.", show_default=False)
+    ],
+    data: Annotated[list[str], typer.Argument(help="Files, folders, or names of hub data sets.", show_default=False)],
+    method: Annotated[
+        str | None, typer.Option(help="sft, dpo, grpo or rlhf; by default what the data are for.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file; by default MODEL-METHOD.yaml.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a recipe for a model and data, with defaults for their size and format, and the reason for every value.
+
+    No file is overwritten.
+    """
+    from baton.init import init as written
+
+    path = written(model, data, method, output)
+    print(shown(f"wrote {path}; next: baton plan {path}, baton rehearse {path}, baton run {path}"))
+
+
+@app.command()
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,

@@ -21,6 +21,7 @@ from typing import Any
 
 from training.config import StageConfig
 from training.declaration import Declaration, HeldModel
+from training.starter import Given, Line
 from training.work import Work
 
 
@@ -78,6 +79,11 @@ class Registry:
         module = self._module(stage)
         result: Work = module.work(config) if "work" in vars(module) else Work()
         return result
+
+    def starter(self, stage: str, given: Given) -> list[Line]:
+        """The section of a stage that `baton init` writes; empty if the stage cannot be used with what is given."""
+        module = importlib.import_module(f"{self.package}.{stage}.starter")
+        return list(module.section(given))
 
     def _module(self, stage: str) -> Any:
         return importlib.import_module(f"{self.package}.{stage}.config")

@@ -35,6 +35,8 @@ DECLARATION = Declaration(
             "nats per token; far below 0 is collapse",
         ),
     ),
+    methods={"dpo": "dpo"},
+    learns="pairs",
     missing="no DPO to compare with",
 )
 

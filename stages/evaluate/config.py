@@ -15,6 +15,7 @@ DECLARATION = Declaration(
     targets=("eval",),
     publishes="evaluation",
     headline=(("models", "models compared"), ("prompts", "prompts")),
+    methods={"sft": "evaluate", "dpo": "evaluate", "grpo": "evaluate", "rlhf": "evaluate"},
     missing="no evaluation, so no intervals, win rates or answers side by side",
 )
 

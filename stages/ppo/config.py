@@ -31,6 +31,8 @@ DECLARATION = Declaration(
     headline=(("objective/scores", "score"), ("objective/kl", "nats of KL")),
     charts=CHARTS,
     section=SECTION,
+    methods={"grpo": "grpo", "rlhf": "ppo"},
+    learns="prompts",
     missing="no PPO curves",
 )
 

@@ -15,6 +15,7 @@ DECLARATION = Declaration(
     compared=TRAINER_LINE,
     headline=(("eval_accuracy", "of held-out pairs right"), ("eval_length_alone", "by length alone")),
     charts=(LOSS, *pair_charts("accuracy", "margin")),
+    methods={"rlhf": "reward"},
     missing="no reward model",
 )
 

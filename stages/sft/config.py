@@ -16,6 +16,8 @@ DECLARATION = Declaration(
     answers="tuned",
     headline=(("eval_loss", "held-out loss"), ("eval_stop_rate", "of answers stop")),
     charts=(LOSS, TOKEN_ACCURACY, STOP_RATE),
+    methods={"sft": "sft", "dpo": "sft", "grpo": "sft", "rlhf": "sft"},
+    learns="conversations",
     missing="no instruction tuning",
 )
 
