@@ -71,7 +71,7 @@ def init(model: str, data: Sequence[str], method: str | None, output: Path | Non
     sections = _sections(given)
     head = [
         f"# Purpose:  {method} of {model}, on {', '.join(data)}. Written by `baton init`; change what you like.",
-        f"# Hardware: {shape.parameters / 1e9:.2g} B parameters; `baton plan {path} --gpu NAME --fit` says what it takes.",
+        f"# Hardware: {shape.parameters / 1e9:.2g} B parameters; `baton plan {path} --gpu NAME --fit` says which.",
         f"# Command:  baton rehearse {path} && baton run {path}",
         "# Expected: not measured; the held-out metrics of each section say what it brought.",
     ]
@@ -99,7 +99,7 @@ def _sections(given: Given) -> list[str]:
     for stage in order:
         declared = chosen[stage]
         name = declared.methods[given.method]
-        keys = registry.starter(stage, replace(given, alone=[stage] == trained))
+        keys = registry.starter(stage, given)
         if not keys:
             if stage == trained[-1] or declared.publishes == "reward_model":  # a kind that the method is about
                 raise UserError(_misfit(given))

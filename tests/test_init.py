@@ -17,18 +17,20 @@ from training.recipe import load_recipe
 pytestmark = pytest.mark.slow
 QUESTIONS = [f"Sort the words: pear{n}, apple" for n in range(90)]
 DATA = {
-    "chats": [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "apple"}]} for q in QUESTIONS],
+    "chats": [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "apple"}]}
+              for q in QUESTIONS],
     "alpaca": [{"instruction": q, "input": "", "output": "apple"} for q in QUESTIONS],
     "pairs": [{"prompt": q, "chosen": "apple, pear", "rejected": "pear"} for q in QUESTIONS],
     "maths": [{"question": q, "answer": f"It is so. #### {n}"} for n, q in enumerate(QUESTIONS)],
-    "checked": [{"prompt": q, "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]} for q in QUESTIONS],
+    "checked": [{"prompt": q, "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
+                for q in QUESTIONS],
     "documents": [{"text": q} for q in QUESTIONS],
 }  # fmt: skip
 CHAINS = {
     "sft": (["chats"], ["sft", "evaluate"]),
     "dpo": (["chats", "pairs"], ["sft", "dpo", "evaluate"]),
     "grpo": (["maths"], ["sft", "grpo", "evaluate"]),
-    "rlhf": (["pairs"], ["reward", "ppo", "evaluate"]),
+    "rlhf": (["pairs"], ["sft", "reward", "ppo", "evaluate"]),
 }
 
 
@@ -80,7 +82,7 @@ def test_the_method_follows_from_the_data(here, data, chosen):
 
 def test_the_reward_is_one_that_reads_the_columns(here):
     assert "{function: ifeval}" in init("model", files("checked"), None, None).read_text()
-    assert "{function: math_equal}" in init("model", files("maths"), "grpo", None).read_text()
+    assert "{function: math_equal}" in init("model", files("maths"), "grpo", Path("maths.yaml")).read_text()
 
 
 def test_a_large_model_gets_an_adapter_and_ten_times_the_rate(here):

@@ -68,8 +68,6 @@ class Given:
     scorer: str | None = None
     """The section with a reward model."""
     method: str = ""
-    alone: bool = False
-    """Whether the method trains nothing but this section."""
 
     @property
     def adapted(self) -> bool:
@@ -95,7 +93,7 @@ def data_lines(sources: Sequence[FoundData], why: str, *, held_out: bool = True)
 
 
 def tokens(characters: int, given: Given, *, least: int = 64, share: float = 1.0) -> int:
-    """A power of two of tokens in which so many characters and a chat template fit, or a share of the model's window."""
+    """A power of two of tokens in which so many characters and a template fit, or a share of the model's window."""
     need, size = characters / _CHARACTERS + _TEMPLATE, least
     while size < need:
         size *= 2

@@ -16,11 +16,13 @@ from training.starter import (
 def section(given: Given) -> list[Line]:
     """The keys with their reasons; none if there are no answers to learn from."""
     sources = given.of("conversations", "pairs")
-    if not sources or (sources[0].kind == "pairs" and not given.alone):
+    if not sources:
         return []
     length = length_line(sources, given)
     answer = min(256, tokens(max(one.answer for one in sources), given))
-    why = "conversations" if sources[0].kind == "conversations" else "pairs, of which the chosen answers are learned"
+    why = "conversations"
+    if sources[0].kind == "pairs":
+        why = "the chosen answers of the pairs, as Rafailov et al. 2023 do where there are no conversations"
     small = "Baton's default; models of this size take larger rates than those of 1 B and more"
     rate = rate_line(given, 2e-5, "2e-5: Zephyr, SmolLM3, OLMo 2") if given.adapted else rate_line(given, 1e-4, small)
     return [
