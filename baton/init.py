@@ -64,7 +64,7 @@ def init(model: str, data: Sequence[str], method: str | None, output: Path | Non
         method = _default(sources)
     elif method not in methods():
         raise UserError(f"--method {method}: there are {', '.join(methods())}")
-    name = re.sub(r"[^a-z0-9]+", "-", f"{Path(model).name.removesuffix('.gguf')}-{method}".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{Path(model).name.removesuffix('.gguf')}-{method}".lower()).strip("-.")
     name = name if name[0].isalpha() else f"m-{name}"
     path = output or Path(f"{name}.yaml")
     given = Given(model, shape.parameters, window, sources, model, (model,), method=method)

@@ -9,7 +9,10 @@ def section(given: Given) -> list[Line]:
     if not sources:
         return []
     checks = dict.fromkeys(one.reward for one in sources if one.reward is not None)
-    scores = [*([f"{{model: {given.scorer}}}"] if given.scorer else []), *(str(check) for check in checks)]
+    scores = [
+        *([f"{{model: {given.scorer}, reencode: true}}"] if given.scorer else []),
+        *(str(check) for check in checks),
+    ]
     prompt = tokens(max(one.prompt for one in sources), given, share=0.5)
     return [
         Line("models", [*given.policies], "before and after each training"),
