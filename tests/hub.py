@@ -1,5 +1,6 @@
-"""Folders in the working directory that stand for models and data sets of the hub: tiny models with random weights, and a
-few rows of our own in the format of each public data set. `datasets` and Baton take a folder where a name is one."""
+"""Folders that stand for models and data sets of the hub: tiny models with random weights, and rows of our own in the
+format of each public data set. Where the working directory has a folder with such a name, `datasets` and Baton take it.
+"""
 
 import json
 from collections.abc import Callable
@@ -11,9 +12,10 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.test_chat_templates import NAMES, TEMPLATES, tokenizer
-from tests.test_families import GEMMA, publish
+from tests.test_families import FAMILIES, GEMMA, publish
 
-ROWS = 120
+ROWS = 600
+_SEEING = "Gemma 3, with pictures"
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VISION |= {"image_size": 32, "patch_size": 8}
 
@@ -82,28 +84,24 @@ DATA: dict[str, tuple[str, dict[str, Callable[[int], dict[str, Any]]]]] = {
     "allenai/olmo-2-1124-7b-preference-mix": ("default", {"train": _preference}),
     "allenai/RLVR-GSM-MATH-IF-Mixed-Constraints": ("default", {"train": _verifiable}),
 }
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 # {model: (family of tests/test_families.py, the published sizes)}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen/Qwen3-0.6B-Base": ("Qwen3", {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
-                                       "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936}),
-    "Qwen/Qwen3-8B-Base": ("Qwen3", {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
-                                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
-                                     "tie_word_embeddings": False}),
-    "HuggingFaceTB/SmolLM3-3B": ("SmolLM3", {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-                                             "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256,
-                                             "tie_word_embeddings": True}),
-    "meta-llama/Llama-3.1-8B-Instruct": ("Llama 3", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                                                     "num_attention_heads": 32, "num_key_value_heads": 8,
-                                                     "vocab_size": 128256}),
-    "mistralai/Mistral-7B-Instruct-v0.3": ("Mistral", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                                                       "num_attention_heads": 32, "num_key_value_heads": 8,
-                                                       "vocab_size": 32768}),
-    "google/gemma-3-4b-it": ("Gemma 3 with pictures", {"hidden_size": 2560, "intermediate_size": 10240,
-                                                       "num_hidden_layers": 34, "num_attention_heads": 8,
-                                                       "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}),
-    "allenai/OLMo-2-1124-7B-SFT": ("OLMo 2", {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                                              "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100352}),
-}  # fmt: skip
+MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "Qwen/Qwen3-0.6B-Base": ("Qwen3", (1024, 3072, 28, 16, 8, 151936), {"head_dim": 128, "tie_word_embeddings": True}),
+    "Qwen/Qwen3-8B-Base": ("Qwen3", (4096, 12288, 36, 32, 8, 151936), {"head_dim": 128}),
+    "HuggingFaceTB/SmolLM3-3B": ("SmolLM3", (2048, 11008, 36, 16, 4, 128256), {"tie_word_embeddings": True}),
+    "meta-llama/Llama-3.1-8B-Instruct": ("Llama 3", (4096, 14336, 32, 32, 8, 128256), {}),
+    "mistralai/Mistral-7B-Instruct-v0.3": ("Mistral", (4096, 14336, 32, 32, 8, 32768), {}),
+    "google/gemma-3-4b-it": (_SEEING, (2560, 10240, 34, 8, 4, 262208), {"head_dim": 256, "tie_word_embeddings": True}),
+    "allenai/OLMo-2-1124-7B-SFT": ("OLMo 2", (4096, 11008, 32, 32, 32, 100352), {}),
+}
 
 
 def write_data(folder: Path) -> None:
@@ -122,7 +120,7 @@ def write_data(folder: Path) -> None:
 def write_model(folder: Path, name: str) -> None:
     """A tiny model of the family of `name`, as a folder with that name."""
     family = MODELS[name][0]
-    if family != "Gemma 3 with pictures":
+    if family != _SEEING:
         publish(folder / name, family)
         return
     made = tokenizer()
@@ -137,9 +135,8 @@ def write_model(folder: Path, name: str) -> None:
 
 def write_sizes(folder: Path, name: str) -> None:
     """The config.json of the published model, as far as `baton plan` reads it."""
-    from tests.test_families import FAMILIES
-
-    family, keys = MODELS[name]
-    sizes = {"architectures": ["ForCausalLM"], "model_type": FAMILIES.get(family, ("gemma3_text",))[0], **keys}
+    family, sizes, more = MODELS[name]
+    kind = "gemma3_text" if family == _SEEING else FAMILIES[family][0]
+    keys = {"model_type": kind, "tie_word_embeddings": False, **dict(zip(_SIZES, sizes, strict=True)), **more}
     (folder / name).mkdir(parents=True)
-    (folder / name / "config.json").write_text(json.dumps({"tie_word_embeddings": family == "Qwen3"} | sizes))
+    (folder / name / "config.json").write_text(json.dumps(keys))
