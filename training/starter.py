@@ -109,13 +109,13 @@ def length_line(sources: Sequence[FoundData], given: Given) -> Line:
     )
 
 
-def adapter_lines(given: Given, rank: int, why: str) -> list[Line]:
+def adapter_lines(given: Given, r: int, why: str) -> list[Line]:
     """`adapter:`, where the model is large."""
     if not given.adapted:
         return []
     whole = f"all {given.parameters / 1e9:.2g} B weights would need {16 * given.parameters / 1e9:.0f} GB to train"
     return [
-        Line("adapter.r", rank, why),
+        Line("adapter.r", r, why),
         Line("adapter.lora_alpha", 32, f"docs/adapters.md: whatever the rank; {whole}"),
     ]
 
