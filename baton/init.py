@@ -17,7 +17,7 @@ from baton.plan import model_directory, model_shape
 from data.accounting import Accounting
 from data.config import FileSource, HubSource
 from data.errors import DataError, RowRefused
-from data.formats import Conversation, Document, Pair, Parsed, detect, parse
+from data.formats import Choice, Conversation, Document, Pair, Parsed, detect, parse
 from data.load import read
 from data.records import Message, Prompt
 from data.sources import read_rows
@@ -192,6 +192,9 @@ def _kind(name: str, rows: Sequence[Parsed]) -> tuple[RowKind, int, int]:
         if isinstance(row, Document):
             raise UserError(f"{name}: holds documents, for pretraining; `baton init` writes recipes that tune a model "
                             "(docs/stages/pretrain.md has a section for documents)")  # fmt: skip
+        if isinstance(row, Choice):
+            raise UserError(f"{name}: holds questions with answers to choose from, which models are evaluated on "
+                            "(docs/stages/evaluate.md, `multiple_choice`)")  # fmt: skip
         if isinstance(row, Pair):
             kinds["pairs"] += 1
             prompts.append(_length(row.prompt))

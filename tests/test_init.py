@@ -24,6 +24,9 @@ DATA = {
     "maths": [{"question": q, "answer": f"It is so. #### {n}"} for n, q in enumerate(QUESTIONS)],
     "checked": [{"prompt": q, "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
                 for q in QUESTIONS],
+    "arc": [
+        {"question": q, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"} for q in QUESTIONS
+    ],
     "documents": [{"text": q} for q in QUESTIONS],
 }  # fmt: skip
 CHAINS = {
@@ -102,6 +105,7 @@ MISTAKES = {
     "no pairs": (["chats.jsonl"], "dpo", "--method dpo: these data have no rows for it"),
     "nothing to check": (["chats.jsonl"], "grpo", "--method grpo: these data have no rows"),
     "no answers": (["checked.jsonl"], "sft", "--method sft: these data have no rows"),
+    "choices": (["arc.jsonl"], None, "holds questions with answers to choose from"),
     "documents": (["documents.jsonl"], None, "holds documents, for pretraining"),
 }
 

@@ -14,6 +14,7 @@ from handoff.files import hash_tree
 from handoff.parent import outline
 from tests.rehearsing import rehearsed
 from tests.test_families import FAMILIES, publish
+from training.recipe import load_recipe
 from training.shrink import shrunk, shrunk_network, write_tiny
 
 pytestmark = pytest.mark.slow
@@ -144,3 +145,22 @@ def test_a_recipes_own_network_keeps_the_keys_that_are_no_sizes():
     small = shrunk_network(keys)
     assert small["architecture"] == "qwen3" and small["rms_norm_eps"] == 1e-5
     assert small["hidden_size"] < 100 and small["num_hidden_layers"] == 2 and small["num_key_value_heads"] <= 4
+
+
+def test_every_source_is_limited_wherever_a_section_names_it(tmp_path):
+    choices = [{"name": "arc", "data": source("chats", limit=3)}]
+    path = recipe(
+        tmp_path,
+        sft={"parent": str(tmp_path), "data": source("chats"), "eval_data": source("chats", limit=2)},
+        evaluate={"models": ["sft"], "data": source("prompts"), "multiple_choice": choices},
+    )
+    sections = load_recipe(path).sections
+    laid = {name: sections[name].config.rehearsal(processes=3) for name in sections}
+    limits = {f"{name}.{key}": value for name in laid for key, value in laid[name].items() if key.endswith(".limit")}
+    assert limits == {
+        "sft.data.0.limit": 64,
+        "sft.eval_data.0.limit": 2,
+        "evaluate.data.0.limit": 4,
+        "evaluate.multiple_choice.0.data.0.limit": 3,
+    }
+    assert laid["sft"]["train.global_batch_size"] == 6, "a multiple of the processes"

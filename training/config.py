@@ -1,6 +1,6 @@
 """Configuration classes shared by the sections of a recipe. Each stage's `config.py` builds on them. No torch here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -302,6 +302,15 @@ def adapter_note(adapter: AdapterConfig | None) -> str:
     return "" if adapter is None else f"an adapter of rank {adapter.r}"
 
 
+def _sources(place: str, value: Any) -> Iterator[tuple[str, SourceBase]]:
+    """The data sources below a value of the recipe, each with its dotted place."""
+    if isinstance(value, SourceBase):
+        yield place, value
+    elif isinstance(value, list | BaseModel):
+        for key, inner in enumerate(value) if isinstance(value, list) else value:
+            yield from _sources(f"{place}.{key}", inner)
+
+
 class StageConfig(Strict):
     """Keys that every section may have."""
 
@@ -354,9 +363,8 @@ class StageConfig(Strict):
         shorter, and leaves out what needs a GPU, writes elsewhere, or demands something of the result."""
         changed: dict[str, Any] = {}
         for key, entries in self:
-            sources = [one for one in entries if isinstance(one, SourceBase)] if isinstance(entries, list) else []
             most = REHEARSED_ROWS if key == "data" and self.training() is not None else REHEARSED_HELD_OUT
-            changed |= {f"{key}.{row}.limit": min(most, one.limit or most) for row, one in enumerate(sources)}
+            changed |= {f"{place}.limit": min(most, one.limit or most) for place, one in _sources(key, entries)}
             if isinstance(entries, OptimizerConfig):
                 changed |= {f"{key}.{name}": value for name, value in entries.rehearsal(processes).items()}
             if isinstance(entries, ModelArguments) and entries.attn_implementation not in ("auto", "eager"):
