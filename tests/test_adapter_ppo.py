@@ -3,12 +3,14 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from handoff.manifest import read_manifest
 from handoff.parent import open_parent
 from reward.learned import score
+from rollout.batch import pad_batch
 from stages.ppo import setup
+from stages.ppo.actor_critic import Critic
 from stages.ppo.saves import Saves
 from tests.test_resume import dies
 from training import engines
@@ -170,3 +172,19 @@ def test_the_adapter_of_a_policy_is_not_that_of_its_critic(adapters, tmp_path):
     name = "model.layers.0.mlp.up_proj.lora_A.default.weight"
     assert not torch.equal(policy.module.get_parameter(name), critic.module.get_parameter(name))
     assert StoredAdapter.of(sft, base._plain) is not None
+
+
+def test_the_critics_head_moves_on_a_frozen_body_in_bfloat16():
+    """In bfloat16 a step of 3e-6 would be rounded away."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+    )
+    body = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    critic = Critic(body, torch.float32)
+    torch.nn.init.ones_(critic.head.weight)
+    optimizer = torch.optim.AdamW([critic.head.weight], lr=3e-6, weight_decay=0)
+    values = critic(pad_batch([ROWS[0][:3]], [ROWS[0][3:]], 0, torch.device("cpu")))
+    assert values.dtype == torch.float32 and values.shape == (1, 2)
+    values.sum().backward()
+    optimizer.step()
+    assert (critic.head.weight != 1).all()

@@ -7,6 +7,8 @@ A stage's `config.py` has
 - `parents(config) -> {role: reference}`: the parents that the section needs, e.g. `{"parent": config.parent}`;
 - optionally `soft_parents(config) -> {role: reference}`: parents that run before the section, but are not needed;
 - optionally `models(config) -> [HeldModel]`: the models that the section has in memory while it runs;
+- optionally, in `starter.py` beside it, `section(given) -> [Line]`: the section that `baton init` writes
+  (`training/starter.py`), if the declaration names methods;
 - optionally `work(config) -> Work`: how much the section computes at once, for `baton plan` (`training/work.py`).
 
 Neither this module nor any `config.py` imports torch.
