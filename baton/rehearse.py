@@ -94,7 +94,7 @@ class Models:
         Raises:
             HandoffError: the model is not there, cannot be fetched, or no tiny one of its architecture can be made.
         """
-        roles = (section.parents | section.soft_parents).items()
+        roles = section.references.items()
         refs = {ref for role, ref in roles if not role.startswith(DATA_ROLE)}
         tiny = {ref: self._directory(ref) for ref in sorted(refs - self._recipe.sections.keys())}
         found = {}
