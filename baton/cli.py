@@ -66,6 +66,33 @@ def run(
 
 
 @app.command()
+def rehearse(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this section and what it needs; may be given several times.", show_default=False),
+    ] = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(help="An accelerate configuration, e.g. recipes/launch/cpu2_zero3.yaml.", show_default=False),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the rehearsal's folder.")] = False,
+) -> None:
+    """Run every stage of a recipe once in about a minute, with tiny models of the same architectures and a sample of
+    its data, before the real run is paid for.
+
+    Nothing of the recipe's own run is changed. Says what it has checked and what it cannot check. Exit code 2, with the
+    stage's own error, when a stage fails.
+    """
+    from baton.rehearse import rehearse as rehearsed
+    from training.engines.launch import check_environment
+
+    check_environment(launched=False)
+    sys.exit(rehearsed(recipe, overrides or (), to or (), launch, keep=keep))
+
+
+@app.command()
 def status(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Show the state of each stage: up to date, stale (with the reason), unfinished, or new."""
     from baton.status import print_overview
@@ -155,6 +182,29 @@ def config(
 
     loaded = load_recipe(recipe, overrides or ())
     print(shown(show_recipe(loaded, None if section is None else loaded.section(section))), end="")
+
+
+@app.command()
+def init(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint directory, a .gguf file, or a model id of the hub.", show_default=False)
+    ],
+    data: Annotated[list[str], typer.Argument(help="Files, folders, or names of hub data sets.", show_default=False)],
+    method: Annotated[
+        str | None, typer.Option(help="sft, dpo, grpo or rlhf; by default what the data are for.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file; by default MODEL-METHOD.yaml.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a recipe for a model and data, with defaults for their size and format, and the reason for every value.
+
+    No file is overwritten.
+    """
+    from baton.init import init as written
+
+    path = written(model, data, method, output)
+    print(shown(f"wrote {path}; next: baton plan {path}, baton rehearse {path}, baton run {path}"))
 
 
 @app.command()

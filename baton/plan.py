@@ -258,10 +258,7 @@ class Shapes:
 
     def _find(self, ref: str) -> Shape:
         if ref not in self._recipe.sections:
-            if is_gguf(ref):
-                config, stored = sizes(Path(ref).expanduser())
-                return shape_of(config, stored, ref)
-            return shape_in(_directory(ref))
+            return model_shape(ref)
         made = self._recipe.sections[ref]
         parent = made.parents.get("parent")
         if parent is None:
@@ -282,7 +279,15 @@ class Shapes:
         return opened.tokenizer.vocab_size
 
 
-def _directory(ref: str) -> Path:
+def model_shape(ref: str) -> Shape:
+    """The shape of a model that is no section: a directory, a GGUF file or a model of the hub. Raises UserError."""
+    if is_gguf(ref):
+        config, stored = sizes(Path(ref).expanduser())
+        return shape_of(config, stored, ref)
+    return shape_in(model_directory(ref))
+
+
+def model_directory(ref: str) -> Path:
     """The folder with the config.json of a checkpoint directory, a published stage, or a model of the hub. Of a hub
     model that is not on this machine, config.json alone is fetched."""
     folder = Path(ref).expanduser()

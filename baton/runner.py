@@ -94,14 +94,23 @@ StartOf = Callable[[Recipe, Section], Start]
 class Runner:
     """One run of a recipe's stages.
 
-    `start` starts a stage; `inputs_of` gives what its result depends on.
+    `start` starts a stage; `inputs_of` gives what its result depends on; `kept` says whether the run's folder stays.
     """
 
-    def __init__(self, recipe: Recipe, start: StartOf, console: Screen, inputs_of: InputsOf = stage_inputs) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        start: StartOf,
+        console: Screen,
+        inputs_of: InputsOf = stage_inputs,
+        *,
+        kept: bool = True,
+    ) -> None:
         self.recipe = recipe
         self.start = start
         self.console = console
         self.inputs_of = inputs_of
+        self.kept = kept
         self._running: Running | None = None
         self._signals: list[int] = []
 
@@ -180,8 +189,9 @@ class Runner:
         said.print(ended.append("; its last lines:") if tail else ended)
         for line in tail[-SHOWN:]:
             said.print(f"  | {line}")
-        said.print(f"log:    {log_path}")
-        said.print(f"repeat: {command}")
+        if self.kept:
+            said.print(f"log:    {log_path}")
+            said.print(f"repeat: {command}")
 
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
@@ -208,9 +218,15 @@ class Runner:
 
 
 def run_pipeline(
-    recipe: Recipe, targets: Sequence[str], force: Sequence[str], launch: Path | None, *, dry_run: bool
+    recipe: Recipe,
+    targets: Sequence[str],
+    force: Sequence[str],
+    launch: Path | None,
+    *,
+    dry_run: bool,
+    kept: bool = True,
 ) -> int:
-    """The command `baton run` (see `baton.cli.run`). Returns the exit code."""
+    """The command `baton run` (see `baton.cli.run`). Returns the exit code. `kept`: whether the run's folder stays."""
     names = recipe.order(targets or None)
     for name in force:
         if recipe.section(name).name not in names:
@@ -228,7 +244,8 @@ def run_pipeline(
     check_models(recipe, names, fetch=True)
     registry = Registry()
     preload = launch is None and any(registry.declaration(recipe.sections[name].stage).distributed for name in names)
-    return Runner(recipe, lambda r, s: start_of(r, s, launch, preload=preload), console).run(names, force)
+    runner = Runner(recipe, lambda r, s: start_of(r, s, launch, preload=preload), console, kept=kept)
+    return runner.run(names, force)
 
 
 def check_data(recipe: Recipe, names: Sequence[str]) -> None:

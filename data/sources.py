@@ -7,8 +7,10 @@ import fnmatch
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from data.config import FileSource, HubSource, StageSource
 from data.errors import DataError
@@ -154,8 +156,14 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[Row, Origin]]:
     import datasets
 
     name = f"hub:{source.name}" + (f"/{source.subset}" if source.subset else "") + f"[{source.hub_split}]"
+    keys = {"name": source.subset, "split": source.hub_split, "revision": source.revision}
+    rows: Iterable[Any] | None = None
+    if source.limit is not None and "[" not in source.hub_split:  # the rest need not be fetched
+        with suppress(Exception):  # it may be in the cache, or the next attempt says what is wrong
+            rows = datasets.load_dataset(source.name, **keys, streaming=True)
     try:
-        rows = datasets.load_dataset(source.name, source.subset, split=source.hub_split, revision=source.revision)
+        if rows is None:
+            rows = datasets.load_dataset(source.name, **keys)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{name}: cannot be loaded: {error}. Check name, subset, hub_split and revision; without a network it must "

@@ -81,10 +81,10 @@ def check_published(model_dir: Path, kind: Kind, recorded: TokenizerRecord) -> N
         HandoffError: as `check_model`; or it is of another kind or has another encoding than its manifest says.
     """
     found = check_model(model_dir, kind)
-    if kind != "tokenizer" and _kind(model_dir) != kind:
+    if kind != "tokenizer" and kind_of(model_dir) != kind:
         raise HandoffError(
-            f"{model_dir}: stage.json says {kind}, config.json {_kind(model_dir)}; the folder was not published as it "
-            "is: run the stage again, or take stage.json away and name the folder as a checkpoint"
+            f"{model_dir}: stage.json says {kind}, config.json {kind_of(model_dir)}; the folder was not published as "
+            "it is: run the stage again, or take stage.json away and name the folder as a checkpoint"
         )
     if found != recorded:
         raise HandoffError(
@@ -161,7 +161,7 @@ def check_foreign(model_dir: Path) -> tuple[Kind, TokenizerRecord]:
         raise HandoffError(f"{model_dir} is not a checkpoint: it has neither stage.json nor config.json")
     if not has_weights:
         raise HandoffError(f"{model_dir} has a config.json but no weights (*.safetensors)")
-    kind = _kind(model_dir)
+    kind = kind_of(model_dir)
     tokenizer = read_tokenizer(model_dir, choose_pad=True)
     _check_weights(model_dir, tokenizer)
     return kind, tokenizer
@@ -177,9 +177,7 @@ def check_foreign_adapter(path: Path, base_dir: Path, base_kind: Kind) -> tuple[
         HandoffError: the gate refuses a file, it is not an adapter that can be merged, or it breaks the contract.
     """
     check_directory(path)
-    adapter = read_adapter(path)
-    kind: Kind = "reward_model" if any(name.startswith("score.") for name in adapter.saved) else base_kind
-    where = path if (path / "tokenizer.json").is_file() else base_dir
+    kind, where = adapter_parts(path, base_dir, base_kind)
     tokenizer = read_tokenizer(where, choose_pad=True)
     rows, _ = embedding_shape(base_dir)
     if tokenizer.vocab_size > rows:
@@ -188,6 +186,12 @@ def check_foreign_adapter(path: Path, base_dir: Path, base_kind: Kind) -> tuple[
             "base with as many (resize_token_embeddings), or remove the adapter's tokenizer files"
         )
     return kind, tokenizer, where
+
+
+def adapter_parts(path: Path, base_dir: Path, base_kind: Kind) -> tuple[Kind, Path]:
+    """The kind of a foreign adapter on a base, and the directory with its tokenizer. Raises HandoffError."""
+    scored = any(name.startswith("score.") for name in read_adapter(path).saved)
+    return "reward_model" if scored else base_kind, path if (path / "tokenizer.json").is_file() else base_dir
 
 
 class Encoded(Protocol):
@@ -257,7 +261,8 @@ def _config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _kind(model_dir: Path) -> Kind:
+def kind_of(model_dir: Path) -> Kind:
+    """The kind of model that config.json says. Raises HandoffError."""
     architectures = _config(model_dir).get("architectures") or []
     for name in architectures:
         for ending, kind in _ARCHITECTURES:

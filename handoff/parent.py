@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 
 from handoff.adapter import read_adapter
-from handoff.contract import check_foreign, check_foreign_adapter, check_published
+from handoff.contract import adapter_parts, check_foreign, check_foreign_adapter, check_published, kind_of
 from handoff.encoding import read_tokenizer
 from handoff.errors import HandoffError
-from handoff.files import HashCache, canonical_hash, changed_files, list_files, quoted
+from handoff.files import HashCache, canonical_hash, changed_files, list_files, quoted, sha256_file
 from handoff.gate import ADAPTER_CONFIG, check_directory, is_adapter, loaded_files
 from handoff.gguf import folder_name, is_gguf, unpacked
 from handoff.manifest import (
@@ -102,6 +102,44 @@ class Dataset:
         """The data set's entry in the manifest of a stage that reads the rows."""
         made = self.manifest
         return ParentRecord(path=str(self.path), fingerprint=made.fingerprint, name=made.name, files=made.files)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What can be known of a parent without its weights."""
+
+    kind: Kind
+    config_dir: Path
+    """The directory of config.json: the base's if the parent is an adapter. A tokenizer's has none."""
+    model_dir: Path
+    """The directory of tokenizer, template and generation settings."""
+    adapted: bool = False
+    """Whether the parent is an adapter."""
+
+
+def outline(ref: str, run_dir: Path) -> Outline:
+    """Looks at a parent as `open_parent` does, but reads no weights; of a model of the hub, none are fetched.
+
+    Raises:
+        HandoffError: it is missing or unfinished, nothing can start from it, or the gate refuses one of its files.
+    """
+    directory, _ = _locate(ref, run_dir, weights=False)
+    manifest = _manifest(directory)
+    if manifest is not None:
+        made = _open_published(directory, manifest.model_copy(update={"adapter": None}), sha256_file, verify=False)
+        if manifest.adapter is None:
+            return Outline(made.kind, made.model_dir, made.model_dir)
+        beside = directory.parent / manifest.adapter.base.path
+        base = outline(str(beside) if beside.is_dir() else manifest.adapter.base.name, run_dir)
+        return Outline(made.kind, base.config_dir, made.model_dir, adapted=True)
+    if is_adapter(directory):
+        base = outline(_base_of(directory), directory)
+        kind, model_dir = adapter_parts(directory, base.model_dir, base.kind)
+        return Outline(kind, base.config_dir, model_dir, adapted=True)
+    if "/" in ref and not Path(ref).expanduser().exists():
+        check_directory(directory)
+        return Outline(kind_of(directory), directory, directory)
+    return Outline(check_foreign(directory)[0], directory, directory)
 
 
 def open_parent(
@@ -341,15 +379,8 @@ def _open_base(path: Path, name: str, sha256: Callable[[Path], str], *, verify: 
 def _named_base(directory: Path, sha256: Callable[[Path], str]) -> Parent:
     """The base that a foreign adapter names: a directory, seen from here or from the adapter, or a model of the hub."""
     file = directory / ADAPTER_CONFIG
-    check_directory(directory)
-    ref = read_adapter(directory).settings.base_model_name_or_path
-    if not ref:
-        raise HandoffError(f"{file}: base_model_name_or_path is missing; write the directory or hub id of the base")
-    beside = directory / ref
-    if Path(ref).is_file() or beside.is_file():
-        raise HandoffError(f"{file}: base_model_name_or_path: {ref} is a file; write the directory of the base there")
     try:
-        path, name = _locate(str(beside) if beside.is_dir() else ref if "/" in ref else f"./{ref}", directory)
+        path, name = _locate(_base_of(directory), directory)
         base = _open_base(path, name, sha256, verify=True)
     except HandoffError as error:
         raise HandoffError(
@@ -361,8 +392,21 @@ def _named_base(directory: Path, sha256: Callable[[Path], str]) -> Parent:
     return base
 
 
-def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:
-    """(directory, name) of a reference."""
+def _base_of(directory: Path) -> str:
+    """The reference to the base that a foreign adapter names."""
+    file = directory / ADAPTER_CONFIG
+    check_directory(directory)
+    ref = read_adapter(directory).settings.base_model_name_or_path
+    if not ref:
+        raise HandoffError(f"{file}: base_model_name_or_path is missing; write the directory or hub id of the base")
+    beside = directory / ref
+    if Path(ref).is_file() or beside.is_file():
+        raise HandoffError(f"{file}: base_model_name_or_path: {ref} is a file; write the directory of the base there")
+    return str(beside) if beside.is_dir() else ref if "/" in ref else f"./{ref}"
+
+
+def _locate(ref: str, run_dir: Path, *, weights: bool = True) -> tuple[Path, str]:
+    """(directory, name) of a reference. `weights`: fetch those of a model of the hub, too."""
     if "/" not in ref and (run_dir / ref).is_dir():
         return run_dir / ref, ref
     directory = Path(ref).expanduser()
@@ -383,18 +427,19 @@ def _locate(ref: str, run_dir: Path) -> tuple[Path, str]:
         )
     if directory.is_absolute() or ref.startswith(("./", "../", "~")) or not _HUB_ID.fullmatch(ref):
         raise HandoffError(f"{ref}: no such directory")
-    return _download(ref), ref
+    return _download(ref, weights=weights), ref
 
 
-def _download(ref: str) -> Path:
-    """The newest available snapshot of a hub model, without its pickles and code."""
+def _download(ref: str, *, weights: bool = True) -> Path:
+    """The newest available snapshot of a hub model, without its pickles and code, or also without its weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         # `*/*` leaves out subdirectories, which hold other formats of the same weights (fnmatch's * matches slashes).
         snapshot_download(ref, allow_patterns=["additional_chat_templates/*.jinja"])
-        return Path(snapshot_download(ref, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "consolidated*"]))
+        left_out = ["*/*", "consolidated*", *([] if weights else ["*.safetensors", "*.safetensors.index.json"])]
+        return Path(snapshot_download(ref, allow_patterns=list(_DOWNLOADED), ignore_patterns=left_out))
     except GatedRepoError as error:
         raise HandoffError(
             f"{ref}: its owner grants access on request; ask on its page, then `hf auth login`"

@@ -250,8 +250,9 @@ def _hidden(
 
 
 def _head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """(..., H) -> (...,) fp32."""
-    scores: torch.Tensor = model.get_submodule("score")(hidden).squeeze(-1).float()
+    """(..., H) -> (...,) fp32. The head may be float32 on a frozen body in bfloat16."""
+    head = model.get_submodule("score")
+    scores: torch.Tensor = head(hidden.to(head.get_parameter("weight").dtype)).squeeze(-1).float()
     return scores
 
 

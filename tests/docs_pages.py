@@ -311,6 +311,8 @@ def _baton(book: Book, words: list[str]) -> str | None:
         return None
     except TyperException as error:
         return error.format_message()
+    if not given.keys() & {"recipe", "target"}:
+        return None
     target = str(given.get("recipe") or given.get("target"))
     if target.startswith(RUNS) and not target.endswith(".yaml"):
         return None

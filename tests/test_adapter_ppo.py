@@ -4,12 +4,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from handoff.manifest import QuantizationRecord, read_manifest
 from handoff.parent import open_parent
 from reward.learned import score
+from rollout.batch import pad_batch
 from stages.ppo import setup
+from stages.ppo.actor_critic import Critic
 from stages.ppo.saves import Saves
 from tests.test_resume import dies
 from training import engines
@@ -256,3 +258,19 @@ def test_a_base_that_is_quantised_in_another_way_is_not_shared(quantised_adapter
     sft, reward = (open_parent(str(path), tmp_path, {"causal_lm", "reward_model"}) for path in quantised_adapters)
     policy = Model.load(ENGINE, sft.base, "policy", load_encoder(sft), ModelArguments(), dropout=False)
     assert SharedBase(policy).model(reward, "reward", load_encoder(reward)) is None
+
+
+def test_the_critics_head_moves_on_a_frozen_body_in_bfloat16():
+    """In bfloat16 a step of 3e-6 would be rounded away."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+    )
+    body = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    critic = Critic(body, torch.float32)
+    torch.nn.init.ones_(critic.head.weight)
+    optimizer = torch.optim.AdamW([critic.head.weight], lr=3e-6, weight_decay=0)
+    values = critic(pad_batch([ROWS[0][:3]], [ROWS[0][3:]], 0, torch.device("cpu")))
+    assert values.dtype == torch.float32 and values.shape == (1, 2)
+    values.sum().backward()
+    optimizer.step()
+    assert (critic.head.weight != 1).all()

@@ -161,6 +161,22 @@ def test_a_data_set_is_read_by_name(tmp_path, monkeypatch):
     assert loaded.records[4].origin == Origin(f"hub:{name}[train[:5]]", 5)
 
 
+@pytest.mark.parametrize("streams", [True, False], ids=["it can be streamed", "only the cache has it"])
+def test_a_limit_streams_a_data_set_of_the_hub_where_that_is_possible(monkeypatch, streams):
+    asked = []
+
+    def load_dataset(path, *, streaming=False, **keys):
+        asked.append(streaming)
+        if streaming and not streams:
+            raise ConnectionError("no network")
+        return ({"prompt": f"q{n}", "completion": "a"} for n in range(10**9 if streaming else 20))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    found = load([HubSource(source="hub", name="o/n", limit=3)], Chat, None, 0).records
+    assert [record.messages[0].content for record in found] == ["q0", "q1", "q2"]
+    assert asked == ([True] if streams else [True, False])
+
+
 BOOK = (
     "\ufeffThe Project Gutenberg EBook\r\n\r\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\r\n\r\n"
     + "\r\n\r\n".join(f"Paragraph {i}\r\nof two lines. " + "word " * 100 for i in range(60))

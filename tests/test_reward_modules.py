@@ -13,7 +13,8 @@ RECIPE = """\
 name: own
 stages:
   tokenizer: {{data: [{{source: world, kind: documents, size: 50}}], vocab_size: 300}}
-  pretrain: {{parent: tokenizer, model: {{architecture: llama, hidden_size: 16}}, data: [{{source: world, kind: documents}}]}}
+  pretrain:
+    {{parent: tokenizer, model: {{architecture: llama}}, data: [{{source: world, kind: documents}}]}}
   generate:
     parent: pretrain
     data: [{{source: world, kind: prompts}}]
@@ -103,7 +104,7 @@ def test_baton_run_refuses_before_anything_is_written(here, root, start):
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "r.yaml:10: generate.scores.1.function: reward function `broken:f` cannot be imported: ValueError: not here "
+        "r.yaml:11: generate.scores.1.function: reward function `broken:f` cannot be imported: ValueError: not here "
         f"({here / 'broken.py'}:2)\n"
     )
     assert not (here / "runs").exists()

@@ -113,7 +113,7 @@ def test_log_probabilities_and_gradients_equal_those_of_padded_rows(family, chec
 def test_a_critic_gives_the_same_values(family):
     config = FAMILIES[family]
     config.num_labels, config.pad_token_id = 1, 0
-    padded = Critic(model_of(config, AutoModelForSequenceClassification))
+    padded = Critic(model_of(config, AutoModelForSequenceClassification), torch.float32)
     torch.nn.init.normal_(padded.head.weight)
     unpadded = copy.deepcopy(padded)
     ragged.enable(unpadded.body)
@@ -131,7 +131,7 @@ def test_of_a_conversation_the_policys_tokens_alone_are_computed_and_all_are_rea
     mask = batch.completion_mask
     assert mask.sum() == sum(int(own.sum()) for own in actions) < BATCH.completion_mask.sum()
     policy, body = model_of(FAMILIES[family]), model_of(FAMILIES[family])
-    critic = Critic(body)
+    critic = Critic(body, torch.float32)
     torch.nn.init.normal_(critic.head.weight)
     for _ in range(2):
         logp, part = (completion_logprobs(policy, b, 0.8)[0] for b in (BATCH, batch))

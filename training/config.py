@@ -1,14 +1,20 @@
 """Configuration classes shared by the sections of a recipe. Each stage's `config.py` builds on them. No torch here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
+from data.config import FileSource, HubSource, SourceBase, SourceConfig, StageSource, WorldSource
 from handoff.manifest import QuantizationRecord
 from reward.config import RewardConfig
 
+REHEARSED_STEPS = 2
+"""Steps of each training in a rehearsal."""
+REHEARSED_ROWS, REHEARSED_HELD_OUT = 64, 4
+"""Rows that a rehearsal reads of each source of training data, and of each other source."""
+REHEARSED_ANSWER = 16
+"""Most tokens of an answer in a rehearsal."""
 _LEAST_BF16_RATE = 1e-4
 _ADAPTER_RATE = 10  # Schulman et al. 2025: the best learning rate of LoRA is ten times that of full training
 
@@ -74,6 +80,12 @@ class OptimizerConfig(Strict):
     report_to: Literal["none", "wandb"] = "none"
     """Also mirror metrics.jsonl to Weights & Biases."""
 
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """What is laid over `train:` in a rehearsal on so many processes (`StageConfig.rehearsal`)."""
+        only_on_gpus = {"bf16": "auto"} if self.bf16 is True else {}
+        quiet = {"report_to": "none"} if self.report_to != "none" else {}
+        return {"per_device_train_batch_size": 1, **only_on_gpus, **quiet}
+
 
 Optimizer = TypeVar("Optimizer", bound=OptimizerConfig)
 
@@ -122,6 +134,20 @@ class TrainConfig(OptimizerConfig):
             "passes": 1.0 if stepped else self.num_train_epochs,
             "states": self.save_total_limit + 1,
             "step_keys": ("train.max_steps",),
+        }
+
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """A few steps, each of two micro-batches, an evaluation and a saved state after each of them."""
+        compiled = {"torch_compile": "auto"} if self.torch_compile is True else {}
+        return {
+            **super().rehearsal(processes),
+            **compiled,
+            "max_steps": REHEARSED_STEPS if self.max_steps < 0 else min(self.max_steps, REHEARSED_STEPS),
+            "global_batch_size": 2 * processes,
+            "per_device_eval_batch_size": min(self.per_device_eval_batch_size, 4),
+            "logging_steps": 1,
+            "save_steps": 1,
+            **({"eval_steps": 1} if self.eval_steps else {}),
         }
 
     @model_validator(mode="after")
@@ -323,6 +349,15 @@ def adapter_note(adapter: AdapterConfig | None, quantization: str | None = None)
     return "" if adapter is None else f"an adapter of rank {adapter.r}{over}"
 
 
+def _sources(place: str, value: Any) -> Iterator[tuple[str, SourceBase]]:
+    """The data sources below a value of the recipe, each with its dotted place."""
+    if isinstance(value, SourceBase):
+        yield place, value
+    elif isinstance(value, list | BaseModel):
+        for key, inner in enumerate(value) if isinstance(value, list) else value:
+            yield from _sources(f"{place}.{key}", inner)
+
+
 class StageConfig(Strict):
     """Keys that every section may have."""
 
@@ -377,6 +412,19 @@ class StageConfig(Strict):
     def loading(self) -> ModelArguments:
         """The section's `model_args:`."""
         return next((value for _, value in self if isinstance(value, ModelArguments)), ModelArguments())
+
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """What is laid over the section in a rehearsal on so many processes: {dotted key: value}. It makes everything
+        shorter, and leaves out what needs a GPU, writes elsewhere, or demands something of the result."""
+        changed: dict[str, Any] = {}
+        for key, entries in self:
+            most = REHEARSED_ROWS if key == "data" and self.training() is not None else REHEARSED_HELD_OUT
+            changed |= {f"{place}.limit": min(most, one.limit or most) for place, one in _sources(key, entries)}
+            if isinstance(entries, OptimizerConfig):
+                changed |= {f"{key}.{name}": value for name, value in entries.rehearsal(processes).items()}
+            if isinstance(entries, ModelArguments) and entries.attn_implementation not in ("auto", "eager"):
+                changed[f"{key}.attn_implementation"] = "auto"
+        return changed
 
     def optimizer_steps(self) -> TrainConfig | None:
         """The section's `train:`, if its optimizer steps take rows of the data; otherwise None."""

@@ -7,7 +7,8 @@ Every `stages/<stage>/config.py` has a `DECLARATION`; only its caption is requir
 The runner, replay, the report and chat read declarations through `training.registry.Registry.declaration`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from handoff.manifest import MODEL_KINDS, SCORERS, Kind
@@ -133,6 +134,10 @@ class Declaration:
     """Charts of the report. Empty: one for each metric that was logged at two steps or more."""
     section: Section | None = None
     """The stage's own section in the report; None: its charts appear among those of the other stages."""
+    methods: Mapping[str, str] = field(default_factory=dict)
+    """{method of `baton init` that the stage is part of: its section's name there}. Such a stage has a starter.py."""
+    learns: Literal["", "conversations", "pairs", "prompts"] = ""
+    """The rows that such a stage learns from."""
     missing: str = ""
     """Text of the report when the run has no such stage, e.g. "no reward model"; empty: no text."""
 

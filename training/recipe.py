@@ -46,6 +46,7 @@ from training.recipe_text import (
 from training.registry import Registry
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
+_RUN_NAME = re.compile(r"[A-Za-z](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
 _VARIABLE = re.compile(r"\$(?:\{\w+\}|[A-Za-z_]\w*)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DATA_ROLE = "data:"
@@ -260,9 +261,10 @@ class _Loader:
             section = self._section(name, {} if content is None else content)
             if section is not None:
                 sections[name] = section
-        if isinstance(top, TopLevel) and not _NAME.fullmatch(top.name):
+        if isinstance(top, TopLevel) and not _RUN_NAME.fullmatch(top.name):
             self.document.complain(
-                ("name",), f"'{top.name}' cannot name a folder: a letter, then at most 99 letters, digits, - and _"
+                ("name",),
+                f"'{top.name}' cannot name a folder: a letter, then at most 99 letters, digits, -, _ and dots inside",
             )
         places = {key: self._folder(top, key) for key in ("data_root", "output_root")}
         for section in sections.values():

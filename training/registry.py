@@ -7,6 +7,8 @@ A stage's `config.py` has
 - `parents(config) -> {role: reference}`: the parents that the section needs, e.g. `{"parent": config.parent}`;
 - optionally `soft_parents(config) -> {role: reference}`: parents that run before the section, but are not needed;
 - optionally `models(config) -> [HeldModel]`: the models that the section has in memory while it runs;
+- optionally, in `starter.py` beside it, `section(given) -> [Line]`: the section that `baton init` writes
+  (`training/starter.py`), if the declaration names methods;
 - optionally `work(config) -> Work`: how much the section computes at once, for `baton plan` (`training/work.py`).
 
 Neither this module nor any `config.py` imports torch.
@@ -21,6 +23,7 @@ from typing import Any
 
 from training.config import StageConfig
 from training.declaration import Declaration, HeldModel
+from training.starter import Given, Line
 from training.work import Work
 
 
@@ -78,6 +81,11 @@ class Registry:
         module = self._module(stage)
         result: Work = module.work(config) if "work" in vars(module) else Work()
         return result
+
+    def starter(self, stage: str, given: Given) -> list[Line]:
+        """The section of a stage that `baton init` writes; empty if the stage cannot be used with what is given."""
+        module = importlib.import_module(f"{self.package}.{stage}.starter")
+        return list(module.section(given))
 
     def _module(self, stage: str) -> Any:
         return importlib.import_module(f"{self.package}.{stage}.config")

@@ -1,10 +1,10 @@
 """The section of a recipe that the DPO stage reads."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from training.config import TrainConfig, TrainedStageConfig, adapter_note
+from training.config import REHEARSED_ANSWER, TrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import (
     LOSS,
     STOP_RATE,
@@ -35,6 +35,8 @@ DECLARATION = Declaration(
             "nats per token; far below 0 is collapse",
         ),
     ),
+    methods={"dpo": "dpo"},
+    learns="pairs",
     missing="no DPO to compare with",
 )
 
@@ -65,6 +67,15 @@ class Config(TrainedStageConfig):
         if self.label_smoothing > 0 and self.loss_type != "sigmoid":
             raise ValueError("label_smoothing is for loss_type sigmoid")
         return self
+
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """As `StageConfig.rehearsal`: few, short answers, and few pairs, all of which the reference reads."""
+        pairs = {f"data.{row}.limit": min(16, one.limit or 16) for row, one in enumerate(self.data)}
+        answers = {
+            "eval_answers": min(self.eval_answers, 2),
+            "max_new_tokens": min(self.max_new_tokens, REHEARSED_ANSWER),
+        }
+        return {**super().rehearsal(processes), **answers, **pairs}
 
 
 def parents(config: Config) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """The section of a recipe that the evaluation stage reads."""
 
-from typing import ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
 from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
-from training.config import ModelArguments, StageConfig, Strict
+from training.config import REHEARSED_ANSWER, ModelArguments, StageConfig, Strict
 from training.declaration import COMPARED, Declaration, HeldModel
 from training.work import Batch, Rollout, Work
 
@@ -15,6 +15,7 @@ DECLARATION = Declaration(
     targets=("eval",),
     publishes="evaluation",
     headline=(("models", "models compared"), ("prompts", "prompts")),
+    methods={"sft": "evaluate", "dpo": "evaluate", "grpo": "evaluate", "rlhf": "evaluate"},
     missing="no evaluation, so no intervals, win rates or answers side by side",
 )
 
@@ -128,6 +129,11 @@ class Config(StageConfig):
         """What each metric is measured on: `greedy` or `sampled` answers, `documents`, or `choices`."""
         scores = {name: kind for entry in self.scores for kind, name in entry.metrics.items()}
         return MEASURED | scores | {name: "choices" for entry in self.multiple_choice for name in entry.metrics}
+
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """As `StageConfig.rehearsal`: short answers."""
+        answer = min(self.max_new_tokens, REHEARSED_ANSWER)
+        return {**super().rehearsal(processes), "max_new_tokens": answer, "batch_size": min(self.batch_size, 8)}
 
     @property
     def metrics(self) -> list[str]:

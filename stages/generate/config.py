@@ -1,12 +1,12 @@
 """The section of a recipe that the generation stage reads."""
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
-from training.config import ModelArguments, StageConfig
+from training.config import REHEARSED_ANSWER, ModelArguments, StageConfig
 from training.declaration import Declaration, HeldModel
 from training.work import Rollout, Work
 
@@ -74,6 +74,17 @@ class Config(StageConfig):
             if self.top_k is not None or self.top_p is not None:
                 raise ValueError("top_k and top_p are not read where temperature is 0")
         return self
+
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """As `StageConfig.rehearsal`: short answers, all of which are kept, since random weights never stop."""
+        return {
+            **super().rehearsal(processes),
+            "num_generations": min(self.num_generations, 2),
+            "max_new_tokens": min(self.max_new_tokens, REHEARSED_ANSWER),
+            "batch_size": min(self.batch_size, 8),
+            "unfinished": "keep",
+            **({"min_score": None} if self.min_score is not None else {}),
+        }
 
 
 def parents(config: Config) -> dict[str, str]:

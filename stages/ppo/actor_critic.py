@@ -18,11 +18,12 @@ from rollout.ragged import enabled, inputs, spread
 class Critic(nn.Module):
     """A transformer body with a linear head that computes a value at every position."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """`model`: its body becomes the critic's; the head starts at zero."""
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """`model`: its body becomes the critic's; the head starts at zero. `dtype`: precision of the head, which is
+        trained, while the body may be frozen in bfloat16."""
         super().__init__()
         self.body = backbone(model)
-        self.head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=model.dtype)
+        self.head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -36,7 +37,7 @@ class Critic(nn.Module):
         """Values (B, R), fp32: at an action, the value of the tokens before it; at other positions, arbitrary."""
         if enabled(self.body):
             hidden = self.body(**inputs(self.body, batch)).last_hidden_state[0, batch.unpadded.before]  # (A, H)
-            return spread(self.head(hidden).squeeze(-1).float(), batch)
+            return spread(self._values(hidden), batch)
         width = batch.completion_ids.shape[1]
         hidden = self.body(
             input_ids=batch.input_ids,
@@ -44,7 +45,11 @@ class Critic(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state[:, -width - 1 : -1]  # (B, R, H)
-        values: Tensor = self.head(hidden)  # (B, R, 1)
+        return self._values(hidden)
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (...,) fp32."""
+        values: Tensor = self.head(hidden.to(self.head.weight.dtype))
         return values.squeeze(-1).float()
 
 

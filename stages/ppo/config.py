@@ -1,7 +1,7 @@
 """The section of a recipe that the policy-gradient stage reads: PPO, GRPO, RLOO and REINFORCE++ by `advantage`."""
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -10,6 +10,8 @@ from reward.config import RewardConfig, check_rewards
 from rollout.config import VLLMConfig
 from stages.ppo.charts import CHARTS, SECTION
 from training.config import (
+    REHEARSED_ANSWER,
+    REHEARSED_STEPS,
     AdapterConfig,
     OptimizerConfig,
     QuantizationArguments,
@@ -30,6 +32,8 @@ DECLARATION = Declaration(
     headline=(("objective/scores", "score"), ("objective/kl", "nats of KL")),
     charts=CHARTS,
     section=SECTION,
+    methods={"grpo": "grpo", "rlhf": "ppo"},
+    learns="prompts",
     missing="no PPO curves",
 )
 
@@ -215,6 +219,18 @@ class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerCo
     sample_iterations: int = Field(default=10, ge=1)
     """Iterations between two evaluations on held-out prompts, which log scores and add answers to samples.jsonl."""
 
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """As `OptimizerConfig.rehearsal`: a few iterations with few and short answers, each evaluated and saved."""
+        most = {
+            **{"iterations": REHEARSED_STEPS, "num_ppo_epochs": 2, "num_mini_batches": 2, "num_generations": 2},
+            **{"max_completion_length": REHEARSED_ANSWER, "overlong_buffer": REHEARSED_ANSWER},
+            **{"rollout_micro_batch_size": 8, "warmup_iterations": 1, "critic_warmup_iterations": 1},
+            "dynamic_sampling_rounds": 1,
+        }
+        fewer = {key: size for key, size in most.items() if vars(self)[key] > size}
+        often = {"save_iterations": 1, "sample_iterations": 1}
+        return {**super().rehearsal(processes), **fewer, **often, "rollout_batch_size": 4 * processes}
+
     @model_validator(mode="after")
     def _divides(self) -> Self:
         for key, size in (("num_mini_batches", self.num_mini_batches), ("num_generations", self.num_generations)):
@@ -336,6 +352,12 @@ class Config(StageConfig):
         vars(self)["train"] = adapted(t, self.adapter, rates)
         self.frozen_weights()
         return self
+
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """As `StageConfig.rehearsal`: no guard stops it, and the in-process engine samples."""
+        guards = {"probe_prompts": 0, "patience": 1000, "overoptimization_looks": 1000, "keep": self.guards.keep}
+        vllm = {"vllm": None} if self.vllm is not None else {}
+        return {**super().rehearsal(processes), "guards": guards, **vllm}
 
     def _adaptable(self, adapter: AdapterConfig) -> None:
         if adapter.lora_dropout:

@@ -216,7 +216,7 @@ def make_critic(
         keys: dict[str, Any] = {"dtype": dtype, "dropout": False, "bf16": bf16, "adapter": adapter, "seed": run.seed}
         keys |= {"quantization": config.frozen_weights()}
         model = Model.load(run.engine, parent, "critic", encoder, config.model_args, **keys)
-    critic = Critic(model.module)
+    critic = Critic(model.module, model.module.dtype if adapter is None else torch.float32)
     if ref is not None:
         weight = next((entry.weight for entry in config.reward if ref in entry.references), 1.0)
         head = model.module.get_submodule("score")

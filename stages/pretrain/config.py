@@ -80,6 +80,15 @@ class Config(StageConfig):
             self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
         return self
 
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """As `StageConfig.rehearsal`: a tiny network, and short rows."""
+        changed = {**super().rehearsal(processes), "block_size": min(self.block_size, 128)}
+        if self.model is not None:
+            from training.shrink import shrunk_network
+
+            changed["model"] = shrunk_network(self.model)
+        return changed
+
 
 def parents(config: Config) -> dict[str, str]:
     """Role -> reference."""

@@ -1,6 +1,6 @@
 """The section of a recipe that the reward model stage reads."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ DECLARATION = Declaration(
     compared=TRAINER_LINE,
     headline=(("eval_accuracy", "of held-out pairs right"), ("eval_length_alone", "by length alone")),
     charts=(LOSS, *pair_charts("accuracy", "margin")),
+    methods={"rlhf": "reward"},
     missing="no reward model",
 )
 
@@ -61,6 +62,10 @@ class Config(TrainedStageConfig):
         if len(set(self.ensemble_with)) != len(self.ensemble_with):
             raise ValueError("`ensemble_with` names one model twice")
         return self
+
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """As `StageConfig.rehearsal`: nothing is demanded of the scores of a model with random weights."""
+        return {**super().rehearsal(processes), **({"gate": {}} if "gate" in self.model_fields_set else {})}
 
 
 def parents(config: Config) -> dict[str, str]:

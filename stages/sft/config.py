@@ -1,11 +1,11 @@
 """The section of a recipe that the SFT stage reads."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from data.turns import EarlierTurns
-from training.config import MuonTrainConfig, TrainedStageConfig, adapter_note
+from training.config import REHEARSED_ANSWER, MuonTrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import LOSS, STOP_RATE, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
 from training.work import Batch, Rollout, Work
 
@@ -16,6 +16,8 @@ DECLARATION = Declaration(
     answers="tuned",
     headline=(("eval_loss", "held-out loss"), ("eval_stop_rate", "of answers stop")),
     charts=(LOSS, TOKEN_ACCURACY, STOP_RATE),
+    methods={"sft": "sft", "dpo": "sft", "grpo": "sft", "rlhf": "sft"},
+    learns="conversations",
     missing="no instruction tuning",
 )
 
@@ -46,6 +48,14 @@ class Config(TrainedStageConfig):
         if self.packing and "group_by_length" in self.model_fields_set and self.group_by_length:
             raise ValueError("packing and group_by_length are two ways to avoid padding; choose one")
         return self
+
+    def rehearsal(self, processes: int) -> dict[str, Any]:
+        """As `StageConfig.rehearsal`: few, short answers."""
+        answers = {
+            "eval_answers": min(self.eval_answers, 2),
+            "max_new_tokens": min(self.max_new_tokens, REHEARSED_ANSWER),
+        }
+        return {**super().rehearsal(processes), **answers}
 
 
 def parents(config: Config) -> dict[str, str]:
