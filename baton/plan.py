@@ -246,7 +246,7 @@ class Shapes:
             ref = section.parents["parent"]
         if is_gguf(ref):
             return None
-        folder = _directory(ref)
+        folder = model_directory(ref)
         manifest = read_manifest(folder.parent / "stage.json")
         if manifest is not None and manifest.adapter is not None:
             return manifest.adapter.quantization
