@@ -163,7 +163,8 @@ def _section(
         settings = Settings(
             bf16=engine.choose_bf16(train.bf16, device.bf16, width),
             checkpointing=train.gradient_checkpointing,
-            width=2 if section.resolved["model_args"]["dtype"] == "bfloat16" else 4,
+            width=2 if _in_bfloat16(section) else 4,
+            published=shapes.published(section.name),
             muon=muon,
             checkpointed=work.checkpointed,
         )
@@ -181,11 +182,14 @@ def _held(model: HeldModel, section: Section, shapes: "Shapes", *, splits: bool)
     shape = shapes.of(model.parent, section.name, config)
     headless = model.role in ("critic", "reward")
     adapter = config.trained_adapter()
+    width = _frozen_width(model, section, shapes, splits=splits)
     if adapter is None and model.trained:
-        return Held(model, shape, headless)
+        return Held(model, shape, headless, width=width)
     trained_over = shapes.quantization(model.parent)
+    if trained_over is not None or config.frozen_weights() is not None:
+        width = 4
     if adapter is None:
-        return Held(model, shape, headless, quantization=trained_over)
+        return Held(model, shape, headless, width=width, quantization=trained_over)
     policy = section.parents["parent"]
     asked = config.frozen_weights()
     quantization = trained_over or (asked if model.trained else None)
@@ -197,9 +201,25 @@ def _held(model: HeldModel, section: Section, shapes: "Shapes", *, splits: bool)
     same = shapes.base(model.parent) == shapes.base(policy) and quantization == (shapes.quantization(policy) or asked)
     shared = beside and not splits and same
     if not model.trained:
-        return Held(model, shape, headless, shared=shared, quantization=quantization)
+        return Held(model, shape, headless, width=width, shared=shared, quantization=quantization)
     named = adapter.target_modules if isinstance(adapter.target_modules, list) else None
-    return Held(model, shape, headless, shape.adapter(adapter.r, named), shared, quantization)
+    return Held(model, shape, headless, shape.adapter(adapter.r, named), width, shared, quantization)
+
+
+def _in_bfloat16(section: Section) -> bool:
+    """Whether a section's `model_args` ask for weights in bfloat16."""
+    return bool(section.resolved["model_args"].get("dtype") == "bfloat16")
+
+
+def _frozen_width(model: HeldModel, section: Section, shapes: "Shapes", *, splits: bool) -> int:
+    """Bytes of a number of a model's frozen weights, or of those below its adapter."""
+    if model.trained and section.resolved["model_args"].get("dtype") != "auto":
+        return 2 if _in_bfloat16(section) else 4
+    if model.role == "reference" and _in_bfloat16(section):
+        return 2
+    if model.moves or (model.role == "policy" and not (model.trained and not splits)):
+        return 4
+    return shapes.stored(model.parent)
 
 
 class Shapes:
@@ -255,6 +275,28 @@ class Shapes:
             return None
         double = bool(stored.get("bnb_4bit_use_double_quant"))
         return QuantizationRecord(method="int8" if stored.get("load_in_8bit") else "nf4", double_quant=double)
+
+    def stored(self, ref: str) -> int:
+        """Bytes of a number of a model that is loaded as it is stored. An adapter is merged in float32."""
+        if ref in self._recipe.sections:
+            return 4 if self.base(ref) != ref else self.published(ref)
+        if is_gguf(ref):
+            return 4
+        config = read_json(model_directory(ref) / "config.json", infinity=True)
+        return 2 if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else 4
+
+    def published(self, name: str) -> int:
+        """Bytes of a number of the whole weights that a section publishes."""
+        section = self._recipe.sections[name]
+        asked = section.resolved.get("publish_dtype", "float32")
+        if asked != "auto":
+            return 4 if asked == "float32" else 2
+        if section.config.network() is not None:
+            return 4
+        parent = section.parents["parent"]
+        while self.base(parent) != parent:
+            parent = self.base(parent)
+        return self.stored(parent)
 
     def _find(self, ref: str) -> Shape:
         if ref not in self._recipe.sections:

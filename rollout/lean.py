@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rollout.attention import Decode
+from rollout.halves import Half, computes_in
 from rollout.positions import BY_LENGTH
 from rollout.quantised import plain_weight
 
@@ -65,7 +66,8 @@ def _is_one_of(module: nn.Module, names: set[str]) -> bool:
     weights are already gathered.
     """
     kind: Any = next((c for c in type(module).__mro__ if f"{c.__module__}.{c.__qualname__}" in names), None)
-    if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
+    own: Any = next(c for c in type(module).__mro__ if not issubclass(c, Half))  # a `Half` computes what its class does
+    if kind is None or own.forward is not kind.forward or "forward" in vars(module):
         return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return all(hook.__module__.startswith("torch.distributed.") for hook in hooks)
@@ -77,7 +79,7 @@ class Lean:
     def __init__(self, model: PreTrainedModel) -> None:
         self._body: Any = model.model
         config = model.config
-        dtype = model.dtype
+        dtype = computes_in(model)
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
         self._eps = torch.tensor(config.rms_norm_eps)

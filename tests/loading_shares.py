@@ -1,4 +1,5 @@
-"""Loads a model under the launch file's engine, and writes what each process held at most meanwhile.
+"""Loads a model under the launch file's engine, and writes what each process held at most meanwhile, as a share of the
+model's files: frozen as they are stored, and trained in float32.
 
 accelerate launch --config_file FILE -m tests.loading_shares SMALL LARGE OUT: two model directories; the small one is
 loaded first, so that imports and buffers of the libraries do not count.
@@ -7,6 +8,7 @@ loaded first, so that imports and buffers of the libraries do not count.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def program(small: Path, large: Path, out: Path) -> None:
@@ -21,9 +23,9 @@ def program(small: Path, large: Path, out: Path) -> None:
     from training.config import ModelArguments, OptimizerConfig
     from training.model import Model, load_encoder
 
-    def load(folder: Path) -> Model:
+    def load(folder: Path, **keys: Any) -> Model:
         parent = open_parent(str(folder), folder, {"causal_lm"})
-        return Model.load(engine, parent, "policy", load_encoder(parent), ModelArguments())
+        return Model.load(engine, parent, "policy", load_encoder(parent), ModelArguments(), **keys)
 
     def trained(model: Model) -> object:
         engine.set_up(OptimizerConfig(), width=16)
@@ -36,15 +38,14 @@ def program(small: Path, large: Path, out: Path) -> None:
         return [grown / size for grown in engine.of_all(resident("VmHWM") - before)]
 
     disable_progress_bar()
-    size = 1
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     seen = {}
-    for part, ready in (("frozen", lambda model: model.freeze().module), ("trained", trained)):
-        before = 0
-        ready(load(small))
+    as_stored = {"dtype": None, "frozen": True}
+    for part, ready, keys in (("frozen", lambda model: model.freeze().module, as_stored), ("trained", trained, {})):
+        ready(load(small, **keys))
         engine.release_memory()
         before = forget_peak()
-        model = load(large)
-        size = 4 * model.parameters()
+        model = load(large, **keys)
         loaded = grown()
         prepared = ready(model)
         peaks = grown()

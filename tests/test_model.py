@@ -142,7 +142,7 @@ def test_a_foreign_parent_keeps_its_tokenizer_its_template_and_its_settings(fore
     assert settings["eos_token_id"] == sorted({1, 9, *encoder.stop_ids})
     assert settings["pad_token_id"] == encoder.pad_id
     assert read_tokenizer(out).fingerprint == parent.tokenizer.fingerprint
-    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}  # as the parent
 
 
 def test_rollouts_evaluation_and_chat_stop_where_the_published_model_does(foreign, tmp_path):
@@ -284,22 +284,34 @@ def test_the_share_of_changed_weights_is_counted_while_they_are_written(foreign,
     model = load(parent)
     out = tmp_path / "out"
     out.mkdir()
-    assert model.write(out, model.module).changed == 0.0
+    written = model.write(out, model.module)
+    assert (written.changed, written.published) == (0.0, 0.0)
     with torch.no_grad():
-        model.module.get_input_embeddings().weight[0] += 1
+        embeddings = model.module.get_input_embeddings().weight
+        embeddings[0] += 1
+        embeddings[1] *= 1 + 1e-5  # too little for bfloat16
     width, total = model.module.config.hidden_size, model.parameters()
-    assert model.write(out, model.module).changed == pytest.approx(width / total)
+    written = model.write(out, model.module)
+    assert written.changed == pytest.approx(2 * width / total)
+    assert written.published == pytest.approx(width / total)
 
 
 def test_a_reference_is_a_frozen_view_of_what_the_policy_started_from(foreign, tmp_path):
-    policy = load(open_parent(str(foreign), tmp_path, {"causal_lm"}), dtype=torch.bfloat16)
-    with torch.no_grad():
-        policy.module.get_input_embeddings().weight += 1
-    reference = policy.reference(bf16=False).freeze()
-    assert (reference.role, reference.dtype) == ("reference", torch.float32)
-    assert not any(p.requires_grad for p in reference.module.parameters()) and not reference.module.training
-    before = load(policy.parent).module.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in reference.module.state_dict().items())
+    parent = open_parent(str(foreign), tmp_path, {"causal_lm"})
+    before = load(parent).module.state_dict()
+    for dtype, moves, stored in (
+        (torch.float32, False, torch.bfloat16),
+        (torch.float32, True, torch.float32),
+        (torch.bfloat16, False, torch.bfloat16),
+    ):
+        policy = load(parent, dtype=dtype)
+        with torch.no_grad():
+            policy.module.get_input_embeddings().weight += 1
+        reference = policy.reference(bf16=False, moves=moves).freeze()
+        assert (reference.role, reference.dtype) == ("reference", policy.dtype)
+        assert reference.module.get_input_embeddings().weight.dtype == stored
+        assert not any(p.requires_grad for p in reference.module.parameters()) and not reference.module.training
+        assert all(torch.equal(value, before[name]) for name, value in reference.module.state_dict().items())
 
 
 def test_dropout_can_be_switched_off_wherever_an_architecture_keeps_it(encoder):

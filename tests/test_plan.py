@@ -323,3 +323,25 @@ def test_a_checkpoint_that_is_quantised_itself_is_counted_from_its_sizes(recipe:
     save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 1, dtype=torch.uint8)}, model / "model.safetensors")
     held = plan(recipe, ["sft.adapter={r: 16}"], device_name="4090").sections[0].held[0]
     assert held.parameters == 8_030_261_248 and held.quantization == QuantizationRecord(method="nf4", double_quant=True)
+
+
+def test_frozen_weights_are_counted_in_the_parents_precision(recipe: Path) -> None:
+    """A bfloat16 parent: the reference takes half, the base below an adapter too, and what is published is bfloat16."""
+    before = plan(recipe, [], device_name="h200").sections
+    config = recipe.parent / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
+    sft, grpo = plan(recipe, [], device_name="h200").sections
+    assert (grpo.held[1].width, before[1].held[1].width) == (2, 4)
+    saved = before[1].cost.peak.weights - grpo.cost.peak.weights
+    assert saved == 2 * grpo.held[1].parameters
+    assert before[0].cost.disk - sft.cost.disk == 2 * sft.held[0].parameters
+    for keys, width in (([], 2), (["sft.model_args.dtype=float32"], 4)):
+        adapted = plan(recipe, ["sft.adapter={r: 16}", *keys], device_name="h200").sections[0]
+        assert adapted.held[0].width == width
+    half = plan(recipe, ["sft.model_args.dtype=bfloat16"], device_name="h200").sections[0]
+    assert (
+        half.cost.peak.weights == 2 * half.held[0].parameters
+        and half.cost.peak.optimizer == 4 * half.held[0].parameters
+    )
+    wide = plan(recipe, ["sft.publish_dtype=float32"], device_name="h200").sections
+    assert wide[0].cost.disk == before[0].cost.disk and wide[1].held[1].width == 4

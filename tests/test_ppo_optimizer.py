@@ -20,7 +20,7 @@ def gpt2() -> GPT2LMHeadModel:
 @pytest.mark.parametrize("with_critic", [True, False])
 def test_norms_and_biases_do_not_decay_as_in_the_trainer(with_critic):
     model = ActorCritic(gpt2(), Critic(gpt2(), torch.float32) if with_critic else None)
-    optimizer = make_optimizer(model, PPOTrainConfig(weight_decay=0.1))
+    optimizer = make_optimizer(model, PPOTrainConfig(weight_decay=0.1), 0)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     decayed = {name for name, p in model.named_parameters() if decay[id(p)] == 0.1}
     others = {name for name, p in model.named_parameters() if decay[id(p)] == 0.0}
@@ -40,7 +40,7 @@ def test_norms_and_biases_do_not_decay_as_in_the_trainer(with_critic):
 
 def test_policy_and_critic_have_their_own_learning_rates():
     t = PPOTrainConfig(learning_rate=0.2, critic_learning_rate=0.5, critic_warmup_iterations=1, lr_decay="none")
-    optimizer = make_optimizer(ActorCritic(gpt2(), Critic(gpt2(), torch.float32)), t)
+    optimizer = make_optimizer(ActorCritic(gpt2(), Critic(gpt2(), torch.float32)), t, 0)
     for iteration, policy in ((0, 0.0), (1, 0.2)):
         assert set_learning_rates(optimizer, t, iteration, 1.0) == policy
         found = {(group["part"], group["lr"]) for group in optimizer.param_groups}

@@ -251,7 +251,7 @@ def test_a_foreign_checkpoint_is_tuned_with_its_own_tokenizer_and_template(tmp_p
     assert run.lines[-2]["eval_stop_rate"] >= 0.75  # it learned the end of turn of that template
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (run.folder / "model" / name).read_bytes() == (foreign / name).read_bytes()
-    assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in run.weights.values()} == {torch.bfloat16}
     # It can also be a parent.
     on = run_stage("dpo", tmp_path / "runs", f"parent={run.folder}", "train.max_steps=2")
     assert on.manifest.tokenizer == run.manifest.tokenizer

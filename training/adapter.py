@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from data.sampling import uniform
 from handoff.adapter import stored_name
 from handoff.errors import HandoffError
+from rollout.halves import seeming_float32
 from rollout.quantised import QuantisedLinear
 from training.config import AdapterConfig
 from training.engines.single import Entry
@@ -98,11 +99,15 @@ class Adapter:
         self._shapes = {name: matrix(linear[name]) for name in names}
         peft_config = self._peft_config(names, self._saved)
         peft_config.fan_in_fan_out = any(isinstance(linear[name], Conv1D) for name in names)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        precise = seeming_float32(module, names, values=config.use_dora)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), precise:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of the parent's adapter
             torch.manual_seed(int(uniform(1, seed, "adapter", role)[0] * 2**32))
             inject_adapter_in_model(peft_config, module, ADAPTER)
         cast_adapter_dtype(module, ADAPTER)
+        for parameter in module.parameters():
+            if parameter.requires_grad:  # peft leaves copies of whole modules as they are
+                parameter.data = parameter.data.float()
         activate(module)
         self._layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
         missed = [name for name, layer in self._layers.items() if not isinstance(layer, LoraLayer)]

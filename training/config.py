@@ -15,7 +15,6 @@ REHEARSED_ROWS, REHEARSED_HELD_OUT = 64, 4
 """Rows that a rehearsal reads of each source of training data, and of each other source."""
 REHEARSED_ANSWER = 16
 """Most tokens of an answer in a rehearsal."""
-_LEAST_BF16_RATE = 1e-4
 _ADAPTER_RATE = 10  # Schulman et al. 2025: the best learning rate of LoRA is ten times that of full training
 
 
@@ -118,6 +117,9 @@ class TrainConfig(OptimizerConfig):
     """`warmup_stable_decay` only: steps of decay at the end; a value below 1 is a share of all steps."""
     torch_compile: bool | Literal["auto"] = "auto"
     """Compile the model's forward pass; `auto`: on GPUs only."""
+    use_liger_kernel: bool | Literal["auto"] = "auto"
+    """Liger's kernels for norms, rotary positions and feed-forward layers; `auto`: on GPUs where the package is
+    installed, without `torch_compile`."""
     logging_steps: int = Field(default=10, ge=1)
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_steps: int = Field(default=0, ge=0)
@@ -186,26 +188,11 @@ class ModelArguments(Strict):
 class TrainedModelArguments(ModelArguments):
     """How a stage loads the weights that it trains."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained weights; frozen and published weights are float32. `bfloat16` halves their memory, needs
-    a learning rate of 1e-4 or more, and is not for DeepSpeed or FSDP, which train in float32. With an adapter:
-    precision of the frozen weights below it; the adapter is float32."""
-
-    def check_rates(self, rates: Mapping[str, float]) -> None:
-        """Raises ValueError, naming the key, when one of AdamW's learning rates is too small for this precision.
-
-        AdamW's step is about as large as the learning rate. A bfloat16 number has an eight-bit significand, so it does
-        not change when less than a 512th of it is added. A rate of 1e-4 changes weights up to 0.03, which are most of a
-        language model's.
-        """
-        for key, rate in rates.items():
-            if self.dtype == "bfloat16" and rate < _LEAST_BF16_RATE:
-                raise ValueError(
-                    f"{key} {rate:g} is too small for model_args.dtype bfloat16 (at least {_LEAST_BF16_RATE:g}): a "
-                    "step of AdamW is about as large as the learning rate, below the weights' precision, so most "
-                    "of them would never change. Use model_args.dtype float32; autocast (train.bf16) brings bfloat16's "
-                    "speed there too"
-                )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the weights that are trained: float32 with `auto`. `bfloat16` holds weights and AdamW's moments in
+    it, with stochastic rounding: 8 bytes a parameter instead of 16; not for Muon, DeepSpeed or FSDP. With an adapter:
+    precision of the frozen weights below it, with `auto` the parent's; the adapter is float32. See
+    docs/precision.md."""
 
 
 class AdapterConfig(Strict):
@@ -458,6 +445,9 @@ class TrainedStageConfig(StageConfig):
     """With an adapter: store the frozen weights of linear layers in four or eight bits (docs/adapters.md)."""
     quantization_args: QuantizationArguments = Field(default_factory=QuantizationArguments)
     """How they are stored."""
+    publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the published weights; `auto`: that of the parent's, float32 from random weights and for an adapter
+    (docs/precision.md)."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training."""
 
@@ -465,6 +455,4 @@ class TrainedStageConfig(StageConfig):
     def _weights_move(self) -> Self:
         vars(self)["train"] = adapted(self.train, self.adapter)
         self.frozen_weights()
-        if self.adapter is None:
-            self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
         return self

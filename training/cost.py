@@ -49,6 +49,8 @@ class Settings:
     checkpointing: bool = False
     width: int = 4
     """Bytes of a number of the trained weights."""
+    published: int = 4
+    """Bytes of a number of the published weights, if they are not an adapter's."""
     muon: bool = False
     checkpointed: tuple[Role, ...] = ("policy", "critic", "reward")
     """Models whose activations `checkpointing` recomputes."""
@@ -66,6 +68,8 @@ class Held:
     """Whether it has no output head, as critics and reward models."""
     adapter: int | None = None
     """Parameters of the adapter that is trained in place of its weights; None: it has none."""
+    width: int = 4
+    """Bytes of a number of the weights that are frozen: of all, or of those below an adapter."""
     shared: bool = False
     """Whether its weights below an adapter are those of the section's policy."""
     quantization: QuantizationRecord | None = None
@@ -193,8 +197,8 @@ def cost(
     if work.rollout is not None:
         phases.append(_sampling(held, work.rollout, settings, device, base, whole))
     phases = [phase.corrected(settings.correction) for phase in phases] or [base]
-    published = max((4.0 * one.trained for one in held), default=0.0)
-    saved = sum(one.trained * (4.0 + _moments(one, settings)) for one in held)
+    published = max((one.trained * (settings.published if one.adapter is None else 4.0) for one in held), default=0.0)
+    saved = sum(one.trained * (_width(one, settings) + _moments(one, settings)) for one in held)
     tokens = None if rows is None else rows * work.row_tokens * work.passes
     flops = _flops(held, work, settings, rows)
     return Cost(phases, work.states * saved + published, tokens, flops, micro_batch, accumulation)
@@ -218,13 +222,13 @@ def _shares(held: Sequence[Held], settings: Settings, request: Request) -> list[
     result = []
     for one in held:
         if not one.model.trained:
-            result.append((one, frozen(request, 0.0 if one.shared else one.frozen_bytes(4))))
+            result.append((one, frozen(request, 0.0 if one.shared else one.frozen_bytes(one.width))))
             continue
         outside = one.parameters - one.shape.layers * one.shape.layer
         largest = outside + 2 * one.shape.layer
         width, moments = _width(one, settings), _moments(one, settings)
         shares = trained(request, one.trained, largest, width, moments, settings.bf16, together)
-        below = 0.0 if one.adapter is None or one.shared else one.frozen_bytes(settings.width)
+        below = 0.0 if one.adapter is None or one.shared else one.frozen_bytes(one.width)
         rest = frozen(request, below)
         result.append((one, replace(shares, weights=shares.weights + rest.weights, whole=shares.whole + rest.whole)))
         if settings.muon:  # embeddings and norms are AdamW's
@@ -350,7 +354,8 @@ def _kept(one: Held, batch: Batch, settings: Settings, request: Request, device:
     if one.model.role not in settings.checkpointed:
         settings = replace(settings, checkpointing=False)
     kept = activations(one.shape, batch, settings, device)
-    if settings.bf16 and settings.width == 4 and one.quantization is None and not in_its_precision(request):
+    cast = settings.width if one.adapter is None else one.width
+    if settings.bf16 and cast == 4 and one.quantization is None and not in_its_precision(request):
         # Autocast keeps a bfloat16 copy of each linear layer's weights until the backward pass has used it.
         kept += 2.0 * one.shape.layers * one.shape.matrices
     return kept

@@ -36,6 +36,8 @@ class HeldModel:
     """Other information for the reader, e.g. that the weights are random at the start."""
     in_turn: bool = False
     """Whether it is in memory without the other models of the section that are `in_turn`."""
+    moves: bool = False
+    """Whether its weights are changed, though not trained. They are float32 then."""
 
     def __str__(self) -> str:
         words = [word for word in ("trained" if self.trained else "", self.note) if word]

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.functional import cast_adapter_dtype
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ def hold(module: PreTrainedModel, pairs: Pairs, name: str) -> None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of another adapter
         inject_adapter_in_model(config, module, name)
+        cast_adapter_dtype(module, name)
     with torch.no_grad():
         for layer, (a, b) in pairs.items():
             found = module.get_submodule(layer)

@@ -34,6 +34,7 @@ from handoff.gate import ADAPTER_WEIGHTS, named_errors
 from handoff.manifest import AdapterRecord, QuantizationRecord
 from handoff.parent import Parent, is_hub_id
 from reward.learned import read_by_mask
+from rollout.halves import HALVES, can_keep_halves, computes_in, keep_halves
 from training.adapter import Adapter
 from training.architecture import (
     LOCAL,
@@ -46,11 +47,19 @@ from training.architecture import (
     parent_network,
     without_dropout,
 )
-from training.config import AdapterConfig, ModelArguments, TrainedModelArguments
+from training.config import AdapterConfig, ModelArguments
 from training.engines.protocol import Engine
 from training.engines.single import Entry
 from training.model_files import in_words, warn, write_configuration
-from training.parent_weights import ChangeTally, ParentWeights, without_values
+from training.parent_weights import (
+    ChangeTally,
+    ParentWeights,
+    check_complete,
+    draw_head,
+    restore_buffers,
+    without_values,
+)
+from training.precision import PublishDtype, Published, precision
 from training.publishing import (
     Written,
     adapter_alone,
@@ -84,18 +93,19 @@ class Model:
         later: ParentWeights | None = None,
         below: StoredAdapter | None = None,
         quantization: QuantizationRecord | None = None,
+        publish: PublishDtype = "auto",
     ) -> None:
         """`later`: the weights that `fill` will read, if the module has none yet. `below`: the parent's adapter, which
         has been merged into the module, or stands beside its quantised weights. `quantization`: how they were quantised
-        while they were loaded."""
+        while they were loaded. `publish`: the recipe's `publish_dtype`."""
         self.engine, self.module, self.role = engine, module, role
         self.encoder, self.arguments, self.parent = encoder, arguments, parent
-        self._later, self._below = later, below
-        self.quantization = quantization
+        self._later, self._below, self.quantization = later, below, quantization
+        self._published_in = Published(publish, parent)
         self.adapter: Adapter | None = None
         """What is trained instead of the module's own weights."""
-        self.dtype = module.dtype
-        """Precision of the weights in memory."""
+        self.dtype = computes_in(module)
+        """Precision of the weights that are trained, and of what the others compute without autocast."""
         self._class_name = type(module).__name__  # an engine may change the class
         if role == "reward":
             read_by_mask(module)
@@ -111,13 +121,14 @@ class Model:
         encoder: Encoder,
         arguments: ModelArguments,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         dropout: bool = True,
         bf16: bool = True,
         seed: int = 0,
         adapter: AdapterConfig | None = None,
         quantization: QuantizationRecord | None = None,
         frozen: bool = False,
+        publish: PublishDtype = "auto",
     ) -> Self:
         """Loads a model from its parent. If that is an adapter, it is merged into its base's weights, unless those stay
         quantised.
@@ -137,13 +148,14 @@ class Model:
             role: see the docstring of this module.
             encoder: the parent's encoder (`load_encoder`).
             arguments: `model_args` of the recipe.
-            dtype: type of the weights, whatever the parent's type is.
+            dtype: type of the weights, whatever the parent's type is; None: the parent's.
             dropout: False sets every dropout of the network to zero, whatever the configuration says.
             bf16: whether the forward pass will run under bfloat16 autocast if there is a GPU for it.
             seed: seed of a new head, and of a new adapter.
             adapter: the recipe's `adapter:`; what is loaded is then frozen, and a new adapter is trained.
             quantization: how the recipe says that the frozen weights are quantised.
-            frozen: the model will not be trained.
+            frozen: the weights will not be trained. They compute as float32 ones, whatever their type is.
+            publish: the recipe's `publish_dtype`.
 
         Raises:
             RecipeError: `adapter` names no layer, or one that cannot be adapted; or `quantization` does not suit the
@@ -164,6 +176,10 @@ class Model:
         if quantised.held:
             engine.check_quantised(str(parent.path))
         plain = {} if quantised.stored else dequantised(parent, config)
+        plainly = can_keep_halves(config) and not quantised.held
+        if dtype is None:
+            dtype = precision(parent) if plainly else torch.float32
+        kept = dtype in HALVES and (frozen or adapter is not None) and plainly
         keys: dict[str, Any] = plain | {
             "dtype": dtype,
             "config": config,
@@ -187,7 +203,7 @@ class Model:
         with engine.loading(), named_errors(parent.weights_dir):
             module, found = loader.from_pretrained(parent.weights_dir, output_loading_info=True, **keys)
         new_head = scored and parent.kind != "reward_model"
-        _check_complete(parent, set(found["missing_keys"]), "score." if scored and not has_head else None)
+        check_complete(parent, set(found["missing_keys"]), "score." if scored and not has_head else None)
         if plain:  # what is published has plain weights under their plain names
             vars(module).pop("_weight_conversions")
         if type(module.config) is not type(config):
@@ -196,6 +212,8 @@ class Model:
                 "published; its other parts and their processor's files are left out"
             )
         check_vocabulary(module, parent)
+        if kept:
+            keep_halves(module)
         below = StoredAdapter.of(parent, module)
         later: ParentWeights | None = None
         if quantised.stored:
@@ -218,17 +236,20 @@ class Model:
                 module = without_values(module, loader)
             if scored and not new_head:
                 later.read_into(module, "score")
-        elif below is not None:
+        elif kept:
+            with engine.loading():
+                restore_buffers(module, loader)
+        if below is not None and not engine.splits:
             (below.hold if beside else below.merge_into)(module)
         if scored:
             module.config.pad_token_id = parent.tokenizer.pad_id
         if new_head:
-            head = _draw_head(module.get_submodule("score"), seed)
+            head = draw_head(module.get_submodule("score"), seed)
             if later is not None:
                 later.own["score.weight"] = head
         module = module if dropout else without_dropout(module)
         record = quantised.record if beside else None
-        model = cls(engine, module, role, encoder, arguments, parent, later, below, record)
+        model = cls(engine, module, role, encoder, arguments, parent, later, below, record, publish)
         return model if adapter is None else model.adapt(adapter, seed)
 
     @classmethod
@@ -241,6 +262,7 @@ class Model:
         *,
         bf16: bool,
         dtype: torch.dtype = torch.float32,
+        publish: PublishDtype = "auto",
     ) -> Self:
         """A causal language model with random weights, drawn from torch's global generator."""
         kind = network(config, scored=False)
@@ -249,7 +271,7 @@ class Model:
             module = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention(arguments, bf16, kind)
             )
-        return cls(engine, module, "policy", encoder, arguments, None)
+        return cls(engine, module, "policy", encoder, arguments, None, publish=publish)
 
     def adapt(self, config: AdapterConfig, seed: int) -> Self:
         """Freezes the module and puts a new adapter on it. Raises as `load`."""
@@ -259,15 +281,23 @@ class Model:
             self._later.own |= self.adapter.own()
         return self
 
-    def reference(self, bf16: bool) -> "Model | WithoutAdapter":
+    def reference(self, bf16: bool, *, moves: bool = False) -> "Model | WithoutAdapter":
         """The reference for the KL: this policy's parent, loaded once more; the caller freezes it.
 
-        Of a policy that trains an adapter, it is the policy itself without it. `bf16` as in `load`.
+        Of a policy that trains an adapter, it is the policy itself without it.
+
+        Args:
+            bf16: as in `load`.
+            moves: its weights will be moved towards the policy's, in steps that half precision would lose.
         """
         assert self.parent is not None
         if self.adapter is not None:
             return WithoutAdapter(self)
-        keys: dict[str, Any] = {"dropout": False, "bf16": bf16, "frozen": True}
+        keys: dict[str, Any] = {"dropout": False, "bf16": bf16, "dtype": None, "frozen": True}
+        if moves:
+            keys["dtype"] = torch.float32
+        elif self.dtype in HALVES:  # its numbers are rounded as the policy's
+            keys |= {"dtype": self.dtype, "frozen": False}
         return Model.load(self.engine, self.parent, "reference", self.encoder, self.arguments, **keys)
 
     def freeze(self) -> Self:
@@ -316,7 +346,7 @@ class Model:
     def write(self, path: Path | None, prepared: Any, part: str = "") -> Written:
         """Writes a model that other programs can load. Every process calls it; only the main process writes.
 
-        Each tensor in turn is gathered, compared with the parent's, written in float32 and hashed. Afterwards
+        Each tensor in turn is gathered, compared with the parent's, rounded, written and hashed. Afterwards
         transformers reads back the configuration, names and shapes, without the weights, as a check.
 
         Args:
@@ -326,20 +356,20 @@ class Model:
         """
         entries, prefix = self.engine.weights(prepared), f"{part}." if part else ""
         if self.adapter is not None and not self.adapter.config.merge:
-            stored = adapter_alone(self.adapter, entries, prefix)
+            stored = self._stored(entries, prefix)
             hashes = write_weights(self.engine, path, {ADAPTER_WEIGHTS: stored})
             if path is not None:
                 self._write_configuration(path)
                 self._check_adapter(path, stored)
-            return Written(hashes, None)
+            return Written(hashes)
         tally = ChangeTally(self.parent, self.dtype, self._below)
         files = model_files([entry for group in self._published(entries, prefix) for entry in group])
         hashes = write_weights(self.engine, path, files, tally)
         if path is None:
-            return Written({}, None)
+            return Written({})
         self._write_configuration(path)
         self._check(path)
-        return Written(hashes, tally.share())
+        return Written(hashes, *tally.shares())
 
     def rehearse(self, path: Path) -> None:
         """Writes what `write` will write besides the weights, and loads it with the names and shapes of the weights.
@@ -370,13 +400,13 @@ class Model:
         if wrong:
             raise HandoffError(f"{source}: the weights do not load under the names that they are saved by: {wrong}")
         if self.adapter is not None and not self.adapter.config.merge:
-            self._check_adapter(path, adapter_alone(self.adapter, self.engine.weights(self.module), ""))
+            self._check_adapter(path, self._stored(self.engine.weights(self.module), ""))
 
     def published_bytes(self) -> int:
         """Bytes of the weights that `write` writes."""
         entries = self.engine.weights(self.module)
         if self.adapter is not None and not self.adapter.config.merge:
-            written = adapter_alone(self.adapter, entries, "")
+            written = self._stored(entries, "")
         else:
             written = [entry for group in self._published(entries, "") for entry in group]
         return sum(prod(entry.shape) * entry.dtype.itemsize for entry in written)
@@ -394,11 +424,18 @@ class Model:
 
     def _published(self, entries: Sequence[Entry], prefix: str) -> list[list[Entry]]:
         """The whole model's entries as they are published (`whole_model`)."""
-        return whole_model(self.module, entries, prefix, self.adapter)
+        return [self._published_in.of(group) for group in whole_model(self.module, entries, prefix, self.adapter)]
+
+    def _stored(self, entries: Sequence[Entry], prefix: str) -> list[Entry]:
+        """The entries of the adapter's file, which is float32 unless the recipe says otherwise."""
+        assert self.adapter is not None
+        found = adapter_alone(self.adapter, entries, prefix)
+        return found if self._published_in.asked is None else self._published_in.of(found)
 
     def _write_configuration(self, path: Path) -> None:
         template = None if self.parent is None else self.parent.chat_template
-        write_configuration(path, self.module.config, self._class_name, self.encoder, template)
+        dtype = self._published_in.main
+        write_configuration(path, self.module.config, dtype, self._class_name, self.encoder, template)
         if self.adapter is not None and not self.adapter.config.merge:
             assert self.parent is not None
             base = self.parent.base or self.parent
@@ -440,17 +477,6 @@ def _not_loaded(found: Mapping[str, Any]) -> dict[str, list[str]]:
     return {key: sorted(map(str, names))[:3] for key, names in found.items() if names}
 
 
-def trained_dtype(engine: Engine, arguments: TrainedModelArguments) -> torch.dtype:
-    """The precision of the weights that are trained.
-
-    Raises:
-        LaunchError: bfloat16 under an engine that keeps and trains float32 weights anyway.
-    """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
-    engine.check_trained_dtype(dtype)
-    return dtype
-
-
 def load_encoder(parent: Parent) -> Encoder:
     """The parent's tokenizer and chat template, with the end and pad tokens and stop ids of its tokenizer record."""
     return Encoder.from_pretrained(parent.model_dir, parent.tokenizer, parent.chat_template)
@@ -462,26 +488,6 @@ def check_vocabulary(module: PreTrainedModel, parent: Parent) -> None:
     size = parent.tokenizer.vocab_size
     if size > rows:
         raise HandoffError(f"{parent.path}: the tokenizer has {size} ids, the model only {rows} embeddings")
-
-
-def _check_complete(parent: Parent, missing: set[str], drawn: str | None) -> None:
-    """Raises HandoffError for weights that the files lack; transformers would draw them. `drawn`: their prefix here."""
-    lacking = sorted(name for name in missing if drawn is None or not name.startswith(drawn))
-    if lacking:
-        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-        raise HandoffError(
-            f"{parent.path}: the weight files lack {shown}, which {parent.weights_dir / 'config.json'} asks for; "
-            "copy the model again, with all of its files"
-        )
-
-
-@torch.no_grad()
-def _draw_head(head: torch.nn.Module, seed: int) -> torch.Tensor:
-    """Draws the head's weights. Returns a copy of them."""
-    weight = head.get_parameter("weight")  # (1, H)
-    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-    weight.copy_(drawn / (weight.shape[1] + 1) ** 0.5)
-    return weight.detach().clone()
 
 
 @contextmanager

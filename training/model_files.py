@@ -31,13 +31,19 @@ _log = logging.getLogger(__name__)
 
 
 def write_configuration(
-    path: Path, module_config: PretrainedConfig, class_name: str, encoder: Encoder, chat_template: str | None
+    path: Path,
+    module_config: PretrainedConfig,
+    dtype: torch.dtype,
+    class_name: str,
+    encoder: Encoder,
+    chat_template: str | None,
 ) -> None:
     """Writes config.json, the tokenizer, generation_config.json and, for a model of images or sound, its processor.
 
     Args:
         path: an existing directory.
         module_config: the configuration of the module whose weights are published.
+        dtype: the precision of most of its published weights.
         class_name: the module's class.
         encoder: its tokenizer's directory has the files to copy.
         chat_template: name of the chosen chat template, which becomes the only one; None: the default one.
@@ -47,7 +53,7 @@ def write_configuration(
     """
     source = Path(encoder.tokenizer.name_or_path)
     config = deepcopy(module_config)
-    config.dtype, config.architectures = torch.float32, [class_name]
+    config.dtype, config.architectures = dtype, [class_name]
     vars(config).pop("auto_map", None)  # code of the parent, which is not published
     try:
         config.save_pretrained(path)

@@ -1,4 +1,5 @@
-"""Muon for a transformer's hidden matrices and AdamW for everything else, in one `torch.optim.Optimizer`.
+"""AdamW for the weights of a stage; and Muon for a transformer's hidden matrices with AdamW for everything else, in one
+`torch.optim.Optimizer`.
 
 Muon orthogonalises the momentum of a weight matrix before each step (Keller Jordan 2024,
 https://kellerjordan.github.io/posts/muon/; `torch.optim.Muon`). It suits hidden matrices only: embeddings, the output
@@ -9,6 +10,7 @@ An orthogonalised step is scaled by √max(1, out / in). `torch.optim.Muon` take
 `nn.Linear`. GPT-2's `Conv1D` stores its matrices as (in, out), so their learning rate corrects the scale (`_groups`).
 """
 
+from collections.abc import Iterable
 from math import sqrt
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
-from training.config import MuonTrainConfig
+from training.config import MuonTrainConfig, OptimizerConfig
+from training.rounding import StochasticAdamW
 
 
 def decayed_names(module: nn.Module) -> set[str]:
@@ -37,6 +40,31 @@ def hidden_matrices(model: PreTrainedModel) -> list[str]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter.ndim == 2 and id(parameter) not in outside | embeddings
     ]
+
+
+def decay_groups(
+    named: Iterable[tuple[str, nn.Parameter]], decayed: set[str], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of an optimizer: the parameters in `decayed`, and those without weight decay. Frozen ones are left out."""
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def in_bfloat16(module: nn.Module) -> bool:
+    """Whether the weights that are trained are held in bfloat16 alone."""
+    return any(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig, seed: int, *, half: bool) -> torch.optim.Optimizer:
+    """AdamW, in one kernel for all parameters; for bfloat16 ones (`half`), with stochastic rounding by `seed`."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    if half:
+        return StochasticAdamW(groups, seed, config.learning_rate, betas, config.adam_epsilon)
+    return torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_epsilon, fused=True)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -87,14 +115,10 @@ def muon_adamw(model: PreTrainedModel, decayed: set[str], config: MuonTrainConfi
     """The optimizer for `model`; `decayed` names the AdamW parameters with weight decay. Muon decays all of its own."""
     matrices = set(hidden_matrices(model))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    rest = [(name, p) for name, p in named if name not in matrices]
-    others = [
-        {"params": [p for name, p in rest if name in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
-    ]
+    others = decay_groups([(name, p) for name, p in named if name not in matrices], decayed, config.weight_decay)
     transposed = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
     groups = _groups([p for name, p in named if name in matrices], transposed, config)
-    return MuonAdamW(groups, [g for g in others if g["params"]], config)
+    return MuonAdamW(groups, others, config)
 
 
 def _groups(matrices: list[nn.Parameter], transposed: set[int], config: MuonTrainConfig) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from handoff.errors import HandoffError
 from handoff.parent import Parent
 from handoff.weights import weight_files
+from rollout.halves import HALVES, computes_in
 from training.adapter import plain_name
 from training.engines import upstream
 from training.stored_adapter import StoredAdapter
@@ -97,12 +98,13 @@ class ChangeTally:
     def __init__(self, parent: Parent | None, dtype: torch.dtype, below: StoredAdapter | None = None) -> None:
         """`below`: the parent's adapter."""
         self._dtype = dtype  # loading rounded the parent's weights to this type, which does not count as a change
-        self._changed = self._total = 0
+        self._changed = self._total = self._published = 0
+        self._rounds = False
         self._files = {} if parent is None or parent.kind == "tokenizer" else _places(parent)
         self._adapter = below
 
-    def see(self, name: str, now: torch.Tensor) -> None:
-        """Compares one whole tensor."""
+    def see(self, name: str, now: torch.Tensor, published: torch.dtype) -> None:
+        """Compares one whole tensor, which is published in that precision."""
         if name not in self._files:
             return
         with safe_open(self._files[name], "pt") as file:
@@ -112,11 +114,16 @@ class ChangeTally:
             if self._adapter is not None:
                 before = self._adapter.apply(name, before.to(self._dtype))
             self._changed += int((before.to(self._dtype).float() != now).sum())
+            self._published += int((before.float() != now.to(published)).sum())
+            self._rounds |= published in HALVES
             self._total += now.numel()
 
-    def share(self) -> float | None:
-        """The changed share of the weights that could be compared; None if there were none."""
-        return self._changed / self._total if self._total else None
+    def shares(self) -> tuple[float | None, float | None]:
+        """The changed share of the weights that could be compared (None: there were none), and the share that differs
+        from the parent's as published (None: nothing was rounded)."""
+        if not self._total:
+            return None, None
+        return self._changed / self._total, self._published / self._total if self._rounds else None
 
 
 def _places(parent: Parent) -> dict[str, Path]:
@@ -150,11 +157,25 @@ def without_values(skeleton: PreTrainedModel, loader: Any) -> PreTrainedModel:
         if parameter not in new:
             new[parameter] = torch.nn.Parameter(_untouched(parameter), parameter.requires_grad)
         _replace(module, name, new[parameter])
-    with init_empty_weights(include_buffers=False):
-        twin = loader.from_config(skeleton.config, dtype=skeleton.dtype)
-    for name, buffer in twin.named_buffers():
+    for name, buffer in _buffers(skeleton, loader).items():
         _replace(module, name, buffer)
     return module
+
+
+def _buffers(model: PreTrainedModel, loader: Any) -> dict[str, torch.Tensor]:
+    """A model's buffers as its class makes them, in the precision in which the model computes."""
+    with init_empty_weights(include_buffers=False):
+        twin = loader.from_config(model.config, dtype=computes_in(model))
+    return dict(twin.named_buffers())
+
+
+def restore_buffers(module: PreTrainedModel, loader: Any) -> None:
+    """Gives a model that was loaded in half precision the buffers of a float32 one."""
+    stored = module.state_dict().keys()
+    for name, buffer in _buffers(module, loader).items():
+        own = module.get_buffer(name)
+        if buffer.is_floating_point():
+            _replace(module, name, own.float() if name in stored else buffer)
 
 
 def _untouched(like: torch.Tensor) -> torch.Tensor:
@@ -166,3 +187,23 @@ def _untouched(like: torch.Tensor) -> torch.Tensor:
 def _replace(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, tensor)
+
+
+def check_complete(parent: Parent, missing: set[str], drawn: str | None) -> None:
+    """Raises HandoffError for weights that the files lack; transformers would draw them. `drawn`: their prefix here."""
+    lacking = sorted(name for name in missing if drawn is None or not name.startswith(drawn))
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise HandoffError(
+            f"{parent.path}: the weight files lack {shown}, which {parent.weights_dir / 'config.json'} asks for; "
+            "copy the model again, with all of its files"
+        )
+
+
+@torch.no_grad()
+def draw_head(head: torch.nn.Module, seed: int) -> torch.Tensor:
+    """Draws the head's weights. Returns a copy of them."""
+    weight = head.get_parameter("weight")  # (1, H)
+    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    weight.copy_(drawn / (weight.shape[1] + 1) ** 0.5)
+    return weight.detach().clone()

@@ -31,8 +31,15 @@ class Written:
 
     hashes: dict[str, str]
     """{file: SHA-256} of the weight files, computed while they were written; empty on processes that do not write."""
-    changed: float | None
+    changed: float | None = None
     """Share of the parent's weights that training has changed; None if there is nothing to compare."""
+    published: float | None = None
+    """Share of those that differ from the parent's as they were published; None if they were not rounded."""
+
+    def metrics(self) -> dict[str, float]:
+        """The shares that are known, by the names of metrics."""
+        found = {"weights/changed": self.changed, "weights/changed_as_published": self.published}
+        return {name: share for name, share in found.items() if share is not None}
 
 
 def whole_model(
@@ -148,7 +155,7 @@ def _write_index(path: Path, files: Mapping[str, Sequence[Entry]]) -> None:
 def _watched(tally: ChangeTally, entry: Entry) -> "Callable[[], torch.Tensor]":
     def whole() -> torch.Tensor:
         tensor = entry.whole()
-        tally.see(entry.name, tensor)
+        tally.see(entry.name, tensor, entry.dtype)
         return tensor
 
     return whole

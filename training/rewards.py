@@ -61,7 +61,7 @@ def load_rewards(
             encoder = load_encoder(parent)
             model = None if base is None else base.model(parent, "reward", encoder)
             if model is None:
-                model = Model.load(engine, parent, "reward", encoder, arguments, bf16=bf16, frozen=True)
+                model = Model.load(engine, parent, "reward", encoder, arguments, dtype=None, bf16=bf16, frozen=True)
             frozen.append(model.freeze())
             reencode, member = entry.reencode, entry.models is not None
             found = LearnedReward(parent, model.module, encoder, policies[0], reencode=reencode, member=member)

@@ -298,9 +298,9 @@ class Run:
             done = write(path)
             if done is None:
                 return {}
-            if done.changed is not None:
-                metrics["weights/changed"] = done.changed
-                self.log(step, {"weights/changed": done.changed})
+            if found := done.metrics():
+                metrics.update(found)
+                self.log(step, found)
                 self.sync()
             return done.hashes
 

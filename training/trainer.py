@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,7 @@ import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers.integrations import liger
 
 from data.sampling import shuffled
 from handoff.state import State
@@ -33,7 +35,7 @@ from training.engines import files, finite
 from training.engines.upstream import score_labels_alone
 from training.faults import Faults
 from training.isolation import check_packing
-from training.optimizer import muon_adamw
+from training.optimizer import adamw, decay_groups, in_bfloat16, muon_adamw
 from training.saving import SavedStates
 
 if TYPE_CHECKING:
@@ -127,11 +129,15 @@ class StageTrainer(Trainer):
         return self.order
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's AdamW, or Muon with AdamW if `train.optim` is muon."""
+        """The Trainer's AdamW; Muon with AdamW if `train.optim` is muon; stochastic rounding for bfloat16 weights."""
         config = self.train_config
+        trained: Any = self.model
+        decayed = set(self.get_decay_parameter_names(trained))
         if isinstance(config, MuonTrainConfig) and config.optim == "muon" and self.optimizer is None:
-            trained: Any = self.model
-            self.optimizer = muon_adamw(trained, set(self.get_decay_parameter_names(trained)), config)
+            self.optimizer = muon_adamw(trained, decayed, config)
+        elif in_bfloat16(trained) and self.optimizer is None:
+            groups = decay_groups(trained.named_parameters(), decayed, config.weight_decay)
+            self.optimizer = adamw(groups, config, self.run.seed, half=True)
         return super().create_optimizer(model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -313,6 +319,7 @@ def fit(
     """
     config: TrainConfig = run.config.train
     score_labels_alone()
+    use_kernels(run, trainer)
     if run.tries_longest:
         order.longest_first()
     trainer.run, trainer.trained, trainer.order = run, model, order
@@ -342,6 +349,19 @@ def fit(
         trainer.add_callback(ProgressCallback(advance))
         with suppress(Finished):
             trainer.train(resume_from_checkpoint=None if state is None else _place(trainer, state.step))
+
+
+def use_kernels(run: "Run", trainer: StageTrainer) -> None:
+    """Gives the trainer's model Liger's kernels, if they are chosen. The loss stays the stage's own.
+
+    Raises:
+        LaunchError: the recipe asks for them, and they cannot run here.
+    """
+    config: TrainConfig = run.config.train
+    installed, compiled = find_spec("liger_kernel") is not None, bool(trainer.args.torch_compile)
+    if run.engine.choose_liger(config.use_liger_kernel, installed=installed, compiled=compiled):
+        # Not by TrainingArguments: with its own switch, TRL would take another loss as well.
+        liger.apply_liger_kernel(trainer.model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def _place(trainer: StageTrainer, step: int) -> str:

@@ -32,7 +32,8 @@ from stages.dpo.loss import alarms, pair_metrics
 from training.engines.upstream import without_reference
 from training.limits import within_window
 from training.measure import greedy_answers, measure_rows, questions
-from training.model import Model, load_encoder, trained_dtype
+from training.model import Model, load_encoder
+from training.precision import trained_dtype
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
 
@@ -123,7 +124,7 @@ def train(run: Run) -> None:
         loss_weights=[1.0] + [config.sft_weight] * (config.sft_weight > 0),
         label_smoothing=config.label_smoothing,
     )
-    dtype = trained_dtype(run.engine, config.model_args)
+    dtype = trained_dtype(run.engine, config.model_args, config.adapter)
     model = Model.load(
         run.engine,
         parent,
@@ -136,6 +137,7 @@ def train(run: Run) -> None:
         seed=run.seed,
         adapter=config.adapter,
         quantization=config.frozen_weights(),
+        publish=config.publish_dtype,
     )
     check_positions(model.module, max(int(part.lengths.max()) for part in (rows, heldout) if part is not None))
     run.rehearse("causal_lm", model)

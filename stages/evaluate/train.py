@@ -94,7 +94,7 @@ def train(run: Run) -> None:
                 origins[name] = before
                 other = parents[before]
                 reference = Model.load(
-                    run.engine, other, "reference", encoder, config.model_args, bf16=False, frozen=True
+                    run.engine, other, "reference", encoder, config.model_args, dtype=None, bf16=False, frozen=True
                 ).freeze()
                 with reference.whole() as module:
                     logp = _logprobs(module, ids, answered[name].sampled, encoder, config)

@@ -321,6 +321,9 @@ class Config(StageConfig):
     (docs/adapters.md)."""
     quantization_args: QuantizationArguments = Field(default_factory=QuantizationArguments)
     """How they are stored."""
+    publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the published weights; `auto`: that of the parent's, float32 from random weights and for an adapter
+    (docs/precision.md)."""
     train: PPOTrainConfig = Field(default_factory=PPOTrainConfig)
     """The loop."""
     guards: GuardConfig = Field(default_factory=GuardConfig)
@@ -345,9 +348,7 @@ class Config(StageConfig):
         if self.advantage in ("group", "leave_one_out"):
             _refuse_unread(t, ["gamma"], "advantage is gae or global_baseline")
         rates = ["learning_rate", *(["critic_learning_rate"] if self.advantage == "gae" else [])]
-        if self.adapter is None:
-            self.model_args.check_rates({f"train.{key}": vars(t)[key] for key in rates})
-        else:
+        if self.adapter is not None:
             self._adaptable(self.adapter)
         vars(self)["train"] = adapted(t, self.adapter, rates)
         self.frozen_weights()
@@ -386,7 +387,7 @@ def models(config: Config) -> list[HeldModel]:
     """Models that the section holds in memory."""
     held = [HeldModel("policy", config.parent, trained=True, note=adapter_note(config.adapter, config.quantization))]
     if config.adapter is None:
-        held.append(HeldModel("reference", config.parent))
+        held.append(HeldModel("reference", config.parent, moves=config.train.sync_ref_model))
     if config.advantage == "gae":
         note = adapter_note(config.adapter, config.quantization)
         if config.critic_parent is None:

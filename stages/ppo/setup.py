@@ -23,7 +23,7 @@ from stages.ppo.config import Config, PPOTrainConfig
 from training.engines.protocol import Engine
 from training.limits import within_window
 from training.model import Model, WithoutAdapter
-from training.optimizer import decayed_names
+from training.optimizer import adamw, decay_groups, decayed_names, in_bfloat16
 from training.recipe import RecipeError
 from training.rewards import load_rewards, readable, token_readers
 from training.run import Run
@@ -132,14 +132,14 @@ def make_rewards(
 
 
 def load_policy(
-    run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool
+    run: Run, parent: Parent, encoder: Encoder, dtype: torch.dtype | None, bf16: bool
 ) -> tuple[Model, SharedBase | None]:
     """The parent's model, without dropout, and its weights for other models if it trains an adapter.
 
     An engine that shards gives every model weights of its own.
     """
     config: Config = run.config
-    keys: dict[str, Any] = {"dtype": dtype, "dropout": False, "bf16": bf16}
+    keys: dict[str, Any] = {"dtype": dtype, "dropout": False, "bf16": bf16, "publish": config.publish_dtype}
     if config.adapter is None:
         return Model.load(run.engine, parent, "policy", encoder, config.model_args, **keys), None
     keys |= {"quantization": config.frozen_weights(), "frozen": True}  # until it has its adapter
@@ -148,9 +148,9 @@ def load_policy(
     return policy.adapt(config.adapter, run.seed), base
 
 
-def load_reference(policy: Model, bf16: bool) -> Model | WithoutAdapter:
-    """The frozen reference of a policy, set up to compute rows as the policy does."""
-    reference = policy.reference(bf16)
+def load_reference(policy: Model, bf16: bool, *, moves: bool) -> Model | WithoutAdapter:
+    """The frozen reference of a policy, set up to compute rows as the policy does. `moves`: as in `Model.reference`."""
+    reference = policy.reference(bf16, moves=moves)
     if isinstance(reference, WithoutAdapter):
         return reference
     reference.freeze()
@@ -193,7 +193,7 @@ def say_unused_loss(run: Run, policy: Model) -> None:
 
 
 def make_critic(
-    run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype, bf16: bool, base: SharedBase | None
+    run: Run, policy: Parent, encoder: Encoder, dtype: torch.dtype | None, bf16: bool, base: SharedBase | None
 ) -> tuple[Model, Critic] | tuple[None, None]:
     """The critic, and the model whose body it has: the reward model, with the head scaled to the normalised reward.
 
@@ -226,19 +226,14 @@ def make_critic(
     return model, critic
 
 
-def make_optimizer(model: ActorCritic, t: PPOTrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: ActorCritic, t: PPOTrainConfig, seed: int) -> torch.optim.Optimizer:
     """AdamW. Policy and critic have groups of their own, each without weight decay for norms and biases."""
     decayed = decayed_names(model)
     groups = []
     for part, rate in (("policy", t.learning_rate), ("critic", t.critic_learning_rate)):
-        named = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
-        for decay, chosen in (
-            (t.weight_decay, [p for name, p in named if name in decayed]),
-            (0.0, [p for name, p in named if name not in decayed]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "part": part})
-    return torch.optim.AdamW(groups, betas=(t.adam_beta1, t.adam_beta2), eps=t.adam_epsilon, fused=True)
+        named = [(name, p) for name, p in model.named_parameters() if name.startswith(f"{part}.")]
+        groups += [group | {"lr": rate, "part": part} for group in decay_groups(named, decayed, t.weight_decay)]
+    return adamw(groups, t, seed, half=in_bfloat16(model))
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, t: PPOTrainConfig, iteration: int, factor: float) -> float:

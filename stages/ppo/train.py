@@ -70,7 +70,8 @@ from stages.ppo.setup import (
     say_unused_loss,
     set_learning_rates,
 )
-from training.model import Model, load_encoder, trained_dtype
+from training.model import Model, load_encoder
+from training.precision import trained_dtype
 from training.run import Run
 
 
@@ -97,7 +98,7 @@ def train(run: Run) -> None:
         scores = [*config.reward, *config.monitor]
         held = load_prompts(run, encoder, config.eval_data, "held-out prompts", most, scores, prompts)
         heldout, longest = held, max(longest, int(held.lengths.max()))
-    dtype = trained_dtype(engine, config.model_args)
+    dtype = trained_dtype(engine, config.model_args, config.adapter)
     policy, base = load_policy(run, parent, encoder, dtype, bf16)
     learned: dict[str, LearnedReward] = {}
     frozen: list[Model] = []
@@ -109,7 +110,7 @@ def train(run: Run) -> None:
     # Models.
     run.rehearse("causal_lm", policy)
     critic_model, critic = make_critic(run, parent, encoder, dtype, bf16, base)
-    reference = load_reference(policy, bf16)
+    reference = load_reference(policy, bf16, moves=t.sync_ref_model)
     check_positions(policy.module, longest + t.max_completion_length)
     say_unused_loss(run, policy)
     if t.gradient_checkpointing:
@@ -118,7 +119,7 @@ def train(run: Run) -> None:
     heads = {
         name: value.clone() for name, value in actor_critic.state_dict().items() if name.startswith("critic.head.")
     }
-    model, optimizer = engine.prepare(actor_critic, make_optimizer(actor_critic, t))
+    model, optimizer = engine.prepare(actor_critic, make_optimizer(actor_critic, t, run.seed))
     fill(engine, model, policy, critic_model, heads)
     padded_rows = not ragged.enabled(policy.module)
     vllm = None

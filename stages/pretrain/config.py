@@ -57,6 +57,9 @@ class Config(StageConfig):
     """With an adapter: store the frozen weights of linear layers in four or eight bits (docs/adapters.md)."""
     quantization_args: QuantizationArguments = Field(default_factory=QuantizationArguments)
     """How they are stored."""
+    publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the published weights; `auto`: that of the parent's, float32 from random weights and for an adapter
+    (docs/precision.md)."""
     train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
     """The training."""
 
@@ -76,8 +79,8 @@ class Config(StageConfig):
             raise ValueError("adapter is for a model that is trained further; random weights are all trained")
         vars(self)["train"] = adapted(self.train, self.adapter)
         self.frozen_weights()
-        if self.adapter is None:
-            self.model_args.check_rates({"train.learning_rate": self.train.learning_rate})
+        if self.train.optim == "muon" and self.model_args.dtype == "bfloat16":
+            raise ValueError("model_args.dtype: bfloat16 weights are stepped by AdamW alone; use train.optim: adamw")
         return self
 
     def rehearsal(self, processes: int) -> dict[str, Any]:

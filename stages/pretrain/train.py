@@ -8,7 +8,7 @@ Legend: N rows, B rows of a batch, T tokens of a row (`block_size`).
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from rollout.positions import check_positions
 from stages.pretrain.config import Config
 from training.architecture import model_config
 from training.measure import TextWindows, measure_rows, token_losses, window_nats
-from training.model import Model, load_encoder, trained_dtype
+from training.model import Model, load_encoder
+from training.precision import trained_dtype
 from training.recipe import RecipeError
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
@@ -68,10 +69,11 @@ def train(run: Run) -> None:
 
     # Model and trainer.
     args = arguments(TrainingArguments, run, len(blocks))
-    dtype = trained_dtype(run.engine, config.model_args)
+    dtype = trained_dtype(run.engine, config.model_args, config.adapter)
     if shape is not None:
         torch.manual_seed(run.seed)
-        model = Model.build(run.engine, shape, encoder, config.model_args, bf16=args.bf16, dtype=dtype)
+        keys: dict[str, Any] = {"bf16": args.bf16, "dtype": dtype, "publish": config.publish_dtype}
+        model = Model.build(run.engine, shape, encoder, config.model_args, **keys)
         if config.embedding_std is not None:
             torch.nn.init.normal_(model.module.get_input_embeddings().get_parameter("weight"), std=config.embedding_std)
     else:
@@ -86,6 +88,7 @@ def train(run: Run) -> None:
             seed=run.seed,
             adapter=config.adapter,
             quantization=config.frozen_weights(),
+            publish=config.publish_dtype,
         )
     if config.isolate_documents:  # without that, all rows are of one length
         check_positions(model.module, min(config.block_size, int(rows.lengths.max())))

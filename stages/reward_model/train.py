@@ -10,7 +10,7 @@ RL normalises them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from stages.reward_model.config import Config
 from stages.reward_model.schema import Card, Ensemble
 from training.limits import within_window
 from training.measure import measure_rows
-from training.model import Model, load_encoder, trained_dtype
+from training.model import Model, load_encoder
+from training.precision import trained_dtype
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
 
@@ -68,7 +69,7 @@ def train(run: Run) -> None:
         run.seed = config.seed
     coefficient = config.center_rewards_coefficient or None
     args = arguments(RewardConfig, run, len(rows), max_length=None, center_rewards_coefficient=coefficient)
-    dtype = trained_dtype(run.engine, config.model_args)
+    dtype = trained_dtype(run.engine, config.model_args, config.adapter)
     model = Model.load(
         run.engine,
         parent,
@@ -81,6 +82,7 @@ def train(run: Run) -> None:
         seed=run.seed,
         adapter=config.adapter,
         quantization=config.frozen_weights(),
+        publish=config.publish_dtype,
     )
     check_positions(model.module, max([int(rows.lengths.max()), *map(kind.length, heldout)]))
     run.rehearse("reward_model", model)
@@ -234,9 +236,8 @@ def measure_ensemble(
     mine = run.engine.share(len(answers))
     for ref, parent in others.items():
         encoder = load_encoder(parent)
-        member = Model.load(
-            run.engine, parent, "reward", encoder, config.model_args, dropout=False, bf16=False, frozen=True
-        )
+        keys: dict[str, Any] = {"dtype": None, "dropout": False, "bf16": False, "frozen": True}
+        member = Model.load(run.engine, parent, "reward", encoder, config.model_args, **keys)
         with member.freeze().whole() as module:
             raw = score(module, [answers[i] for i in mine], parent.tokenizer.pad_id).tolist()
         found = np.array(run.engine.join(zip(mine, raw, strict=True)))

@@ -21,7 +21,8 @@ from rollout.positions import check_positions
 from stages.sft.config import Config
 from training.limits import within_window
 from training.measure import greedy_answers, measure_rows, questions, token_losses
-from training.model import Model, load_encoder, trained_dtype
+from training.model import Model, load_encoder
+from training.precision import trained_dtype
 from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
 
@@ -49,7 +50,7 @@ def train(run: Run) -> None:
 
     # Model and trainer.
     args = arguments(SFTConfig, run, len(data), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    dtype = trained_dtype(run.engine, config.model_args)
+    dtype = trained_dtype(run.engine, config.model_args, config.adapter)
     model = Model.load(
         run.engine,
         parent,
@@ -61,6 +62,7 @@ def train(run: Run) -> None:
         seed=run.seed,
         adapter=config.adapter,
         quantization=config.frozen_weights(),
+        publish=config.publish_dtype,
     )
     check_positions(model.module, max(int(part.lengths.max()) for part in (rows, heldout) if part is not None))
     run.rehearse("causal_lm", model)

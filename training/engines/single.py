@@ -119,6 +119,18 @@ class Single(Processes):
         """Whether to compile the model. `auto`: only on GPUs, and only if the engine keeps parameters whole."""
         return self.request.device == "cuda" and not self.splits if asked == "auto" else asked
 
+    def choose_liger(self, asked: bool | Literal["auto"], *, installed: bool, compiled: bool) -> bool:
+        """Whether to use Liger's kernels. `auto`: on GPUs where it is installed, if nothing else compiles the model.
+
+        Raises:
+            LaunchError: the recipe asks for it, and it cannot run here.
+        """
+        possible = self.request.device == "cuda" and installed
+        if asked is True and not possible:
+            lacking = "the package liger-kernel" if self.request.device == "cuda" else "a CUDA GPU"
+            raise LaunchError(f"train.use_liger_kernel is true, which needs {lacking}: write `auto` or false")
+        return possible and not compiled if asked == "auto" else asked
+
     def check_trained_dtype(self, dtype: "torch.dtype") -> None:
         """Raises LaunchError if `dtype` has no effect because the engine always trains float32 weights."""
 

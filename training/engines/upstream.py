@@ -54,6 +54,9 @@ PRIVATE: tuple[PrivateName, ...] = (
         "sets up a sharded model before its parts are called",
     ),
     PrivateName("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "_lazy_init", (), "the same"),
+    PrivateName(
+        "torch.nn:Module", "_parameters", None, "float32 copies of weights in half precision while a layer computes"
+    ),
     PrivateName("torch.nn:Module", "_forward_hooks", None, "finds layers with hooks, which fused kernels would skip"),
     PrivateName("torch.nn:Module", "_forward_pre_hooks", None, "the same"),
     # transformers
