@@ -125,8 +125,8 @@ DATA = {
         "sft",
         "x.jsonl",
         jsonl(CHAT, *[{"messages": [*CHAT["messages"][:1], {**CHAT["messages"][1], "tool_calls": [{"id": 1}]}]}] * 2),
-        f"{DROPPED}`tool_calls` would be lost: 2 (first at x.jsonl:2, x.jsonl:3); write it into the text, or set "
-        "`ignore: [tool_calls]` in the source to train without it\nCorrect the data",
+        f"{DROPPED}`tool_calls` cannot be read: 2 (first at x.jsonl:2, x.jsonl:3); each is {{type: "
+        "function, function: {name, arguments}}, with an object of arguments\nCorrect the data",
     ),
     "every row too long": ("sft", "x.jsonl", jsonl(LONG, LONG), "DataError: no row is left of 2"),
     "every pair too long": (

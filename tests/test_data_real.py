@@ -43,11 +43,10 @@ PROMPTS = {
 UNREADABLE = {
     "preference/pandalm-999.json.gz": "of no known format",
     "preference/llmbar-natural.json.gz": "of no known format",
-    "verifiable/svamp.json.gz": "of no known format",
     "verifiable/mbpp.jsonl.gz": "holds documents; wanted are records of kind Chat",
     "tools/bfcl-v4-multiple.jsonl.gz": "of no known format",
     "tools/bfcl-v4-simple_python.answers.jsonl.gz": "of no known format",
-    "eval/arc-easy.jsonl.gz": "of no known format",
+    "eval/arc-easy.jsonl.gz": "holds questions with answers to choose from; wanted are records of kind Chat",
     "eval/mmlu.tar.gz": "not one of .txt, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow",
 }
 

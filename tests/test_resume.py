@@ -123,14 +123,11 @@ def killed_and_whole(scene: Scene, tmp_path: Path, section: str, engine: str, pr
     [
         *((section, "ddp", 1) for section in STEPS),
         ("pretrain", "ddp", 2),
-        ("dpo", "ddp", 2),
         ("sft", "ddp", 3),  # with more than two, the order in which DDP adds numbers matters
         ("ppo", "ddp", 4),
-        ("reward", "zero2", 4),
-        ("sft", "zero3", 3),
+        ("reward", "zero2", 3),
         ("ppo", "zero3", 2),
         ("dpo", "fsdp2", 2),
-        ("grpo", "fsdp2", 4),
     ],
 )
 def test_killed_twice_it_ends_as_if_it_had_not_been(scene, section, engine, processes, tmp_path):
