@@ -29,6 +29,10 @@ Overrides = Annotated[
         help="Values laid over the recipe: section.key=value ...", metavar="[KEY=VALUE]...", show_default=False
     ),
 ]
+Sections = Annotated[
+    list[str] | None,
+    typer.Option(help="Only this section and what it needs; may be given several times.", show_default=False),
+]
 RunArgument = Annotated[
     Path, typer.Argument(help="A recipe, or the folder of its run, e.g. runs/tiny.", show_default=False)
 ]
@@ -38,10 +42,7 @@ RunArgument = Annotated[
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    to: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this section and what it needs; may be given several times.", show_default=False),
-    ] = None,
+    to: Sections = None,
     force: Annotated[
         list[str] | None,
         typer.Option(help="Run this section from its start even if it is up to date.", show_default=False),
@@ -69,10 +70,7 @@ def run(
 def rehearse(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    to: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this section and what it needs; may be given several times.", show_default=False),
-    ] = None,
+    to: Sections = None,
     launch: Annotated[
         Path | None,
         typer.Option(help="An accelerate configuration, e.g. recipes/launch/cpu2_zero3.yaml.", show_default=False),

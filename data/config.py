@@ -1,9 +1,22 @@
 """One entry of a recipe's `data:` list."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+Format: TypeAlias = Literal[
+    "text",
+    "prompt_completion",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "preference",
+    "hh_rlhf",
+    "gsm8k",
+    "svamp",
+    "multiple_choice",
+]
 
 
 class SourceBase(BaseModel):
@@ -37,19 +50,7 @@ class WorldSource(SourceBase):
 class RowsSource(SourceBase):
     """Keys shared by files, hub data sets and published rows: how rows are read, and which are held out."""
 
-    format: Literal[
-        "auto",
-        "text",
-        "prompt_completion",
-        "alpaca",
-        "messages",
-        "sharegpt",
-        "preference",
-        "hh_rlhf",
-        "gsm8k",
-        "svamp",
-        "multiple_choice",
-    ] = "auto"
+    format: Literal["auto", Format] = "auto"
     """Format of the rows; `auto` chooses by the columns of each file's first row and reports its choice."""
     holdout: float = Field(default=0.0, ge=0, lt=1)
     """Share of rows set aside by a hash of the first user turn (of a document, its text), half for validation, half for

@@ -10,26 +10,14 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from data.calls import held, with_tools
 from data.columns import SYSTEM, Columns, lost
+from data.config import Format
 from data.errors import DataError, RowRefused
 from data.files import Row
 from data.records import Message, Origin, Role
-
-Format: TypeAlias = Literal[
-    "text",
-    "prompt_completion",
-    "alpaca",
-    "messages",
-    "sharegpt",
-    "preference",
-    "hh_rlhf",
-    "gsm8k",
-    "svamp",
-    "multiple_choice",
-]
 
 EXPECTED: Final[dict[Format, str]] = {
     "text": "`text`",

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from data.accounting import Accounting
 from data.calls import held, with_tools
 from data.columns import lost
-from data.config import SourceConfig, WorldSource
+from data.config import Format, SourceConfig, WorldSource
 from data.errors import DataError, RowRefused
 from data.fingerprint import label
-from data.formats import Choice, Conversation, Document, Format, Pair, Parsed, Told, detect, parse
+from data.formats import Choice, Conversation, Document, Pair, Parsed, Told, detect, parse
 from data.records import Chat, Message, Origin, Preference, Prompt, Question, Record, Text
 from data.sampling import shuffled
 from data.sources import read_rows

@@ -61,10 +61,8 @@ class _Table(Half):
         if not _is_half(weight):
             return super().forward(input)
         rows = weight.index_select(0, input.flatten()).float()  # (tokens, H)
-        padding, self.padding_idx = (
-            self.padding_idx,
-            None,
-        )  # a row of the whole table, which matters for gradients alone
+        padding = self.padding_idx
+        self.padding_idx = None  # names a row of the whole table, and matters for gradients alone
         try:
             self._parameters["weight"] = rows  # type: ignore[assignment]  # a tensor does as well
             return super().forward(torch.arange(input.numel(), device=input.device).view(input.shape))

@@ -100,6 +100,13 @@ def test_the_published_adapter_holds_what_was_trained(adapters, micro_recipe, tm
     assert all("lora" in name or name.startswith("critic.head.") for name in state)
 
 
+def check_shared(beside: Model, policy: Model) -> None:
+    """Checks that a reward model has the policy's weights, and beside them its adapter and head alone."""
+    own = {p.data_ptr() for p in policy.module.parameters()}
+    extra = [name for name, p in beside.module.named_parameters() if p.data_ptr() not in own]
+    assert extra and all("lora" in name or name == "score.weight" for name in extra)
+
+
 def test_a_reward_model_gives_the_same_scores_on_the_policys_weights(adapters, tmp_path):
     sft, reward = (open_parent(str(path), tmp_path, {"causal_lm", "reward_model"}) for path in adapters)
     for policy_parent in (sft, sft.base):
@@ -109,9 +116,7 @@ def test_a_reward_model_gives_the_same_scores_on_the_policys_weights(adapters, t
         alone = Model.load(ENGINE, reward, "reward", load_encoder(reward), ModelArguments()).freeze()
         beside = base.model(reward, "reward", load_encoder(reward)).freeze()
         assert torch.allclose(score(alone.module, ROWS, 2), score(beside.module, ROWS, 2), atol=1e-5)
-        own = {p.data_ptr() for p in policy.module.parameters()}
-        extra = [name for name, p in beside.module.named_parameters() if p.data_ptr() not in own]
-        assert extra and all("lora" in name or name == "score.weight" for name in extra)
+        check_shared(beside, policy)
 
 
 def test_a_critic_on_the_policys_weights_starts_as_the_reward_model(adapters, tmp_path):
@@ -249,9 +254,7 @@ def test_a_reward_model_gives_the_same_scores_on_the_policys_quantised_weights(q
         assert torch.allclose(score(alone.module, ROWS, 2), score(beside.module, ROWS, 2), atol=1e-5)
         critic = base.model(reward, "critic", load_encoder(reward), adapter=AdapterConfig(r=3), seed=1)
         assert torch.allclose(score(alone.module, ROWS, 2), score(critic.module, ROWS, 2), atol=1e-5)
-        own = {p.data_ptr() for p in policy.module.parameters()}
-        extra = [name for name, p in beside.module.named_parameters() if p.data_ptr() not in own]
-        assert extra and all("lora" in name or name == "score.weight" for name in extra)
+        check_shared(beside, policy)
 
 
 def test_a_base_that_is_quantised_in_another_way_is_not_shared(quantised_adapters, tmp_path):

@@ -20,17 +20,14 @@ from handoff.parent import open_parent
 from handoff.verify import verify_run
 from rollout.bnb_layers import EightBitLinear, FourBitLinear
 from rollout.quantised import QuantisedLinear
-from tests.stage_chain import chain, foreign_checkpoint, result, run_stage, runs, stage_recipe
-from tests.test_adapter import ENGINE, IDS, by_peft, loaded, logits, remembered
-from tests.test_resume import dies
+from tests.stage_chain import chain, foreign_checkpoint, run_stage, runs
+from tests.test_adapter import ENGINE, IDS, by_peft, interrupt, loaded, logits, remembered
 from training import quantised_loading
 from training.config import AdapterConfig, ModelArguments
 from training.engines.launch import LaunchError, Request
 from training.engines.splitting import Splitting
 from training.model import Model, load_encoder
 from training.recipe import RecipeError, load_recipe
-from training.run import run_section
-from training.trainer import StageTrainer
 
 NF4 = QuantizationRecord(method="nf4", double_quant=True)
 INT8 = QuantizationRecord(method="int8", double_quant=False)
@@ -293,18 +290,7 @@ def test_dora_is_refused_over_quantised_weights(tmp_path, base):
 
 
 def test_an_interrupted_stage_ends_as_if_it_had_not_been(tmp_path):
-    keys = (*QUICK, "quantization=nf4", "train.max_steps=6", "train.save_steps=2", "train.logging_steps=1")
-    whole = run_stage("sft", tmp_path / "whole", *keys)
-    recipe = stage_recipe("sft", tmp_path / "cut", *keys)
-    with dies(StageTrainer, "training_step", lambda _, trainer, *__: trainer.state.global_step == 3):
-        run_section(recipe, "sft")
-    run_section(recipe, "sft")
-    again = result(recipe, "sft")
-    assert all(torch.equal(again.weights[key], value) for key, value in whole.weights.items())
-    assert again.lines == whole.lines
-    for part in ("model.safetensors", "optimizer.safetensors"):
-        one, other = (load_file(run.folder / "state" / "step-6" / part) for run in (whole, again))
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    interrupt(tmp_path, "quantization=nf4")
 
 
 # ---- checkpoints that are quantised themselves

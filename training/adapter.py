@@ -32,7 +32,7 @@ from handoff.adapter import stored_name
 from handoff.errors import HandoffError
 from rollout.halves import seeming_float32
 from rollout.quantised import QuantisedLinear
-from training.config import AdapterConfig
+from training.config import DORA_OVER_QUANTISED, AdapterConfig
 from training.engines.single import Entry
 from training.frozen_adapter import ADAPTER, PARENT, activate
 from training.linear import HEAD, ends_with, inner_layers, inside, is_transposed, linear_layers, matrix
@@ -85,9 +85,7 @@ class Adapter:
         self._saved = _saved(module, config, head=role == "reward")
         names = [name for name in _targets(module, config) if not inside(name, self._saved)]
         if config.use_dora and any(isinstance(linear[name], QuantisedLinear) for name in names):
-            raise RecipeError(
-                "adapter.use_dora: DoRA measures whole weights in every step; over quantised ones take LoRA"
-            )
+            raise RecipeError(DORA_OVER_QUANTISED)
         dequantise(module, self._saved)
         self._transposed = {name for name in names if is_transposed(linear[name])}
         self._beside = PARENT in vars(module).get("peft_config", {})  # whether `below` stands beside the weights

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data.config import FileSource, HubSource, SourceBase, SourceConfig, StageSource, WorldSource
+from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
 from handoff.manifest import QuantizationRecord
 from reward.config import RewardConfig
 
@@ -295,6 +295,9 @@ class QuantizationArguments(Strict):
     """Ends of the names of linear layers that are not quantised."""
 
 
+DORA_OVER_QUANTISED = "adapter.use_dora: DoRA measures whole weights in every step; over quantised ones take LoRA"
+
+
 def quantised(
     adapter: AdapterConfig | None, method: Literal["nf4", "int8"] | None, arguments: QuantizationArguments
 ) -> QuantizationRecord | None:
@@ -313,7 +316,7 @@ def quantised(
             "`adapter: {}`, or leave quantization out"
         )
     if adapter.use_dora:
-        raise ValueError("adapter.use_dora: DoRA measures whole weights in every step; over quantised ones take LoRA")
+        raise ValueError(DORA_OVER_QUANTISED)
     double = arguments.bnb_4bit_use_double_quant and method == "nf4"
     if method == "int8" and "bnb_4bit_use_double_quant" in arguments.model_fields_set:
         raise ValueError("quantization_args.bnb_4bit_use_double_quant is not read unless quantization is nf4")
@@ -336,9 +339,9 @@ def adapter_note(adapter: AdapterConfig | None, quantization: str | None = None)
     return "" if adapter is None else f"an adapter of rank {adapter.r}{over}"
 
 
-def _sources(place: str, value: Any) -> Iterator[tuple[str, SourceBase]]:
+def _sources(place: str, value: Any) -> Iterator[tuple[str, SourceConfig]]:
     """The data sources below a value of the recipe, each with its dotted place."""
-    if isinstance(value, SourceBase):
+    if isinstance(value, WorldSource | FileSource | HubSource | StageSource):
         yield place, value
     elif isinstance(value, list | BaseModel):
         for key, inner in enumerate(value) if isinstance(value, list) else value:
@@ -356,11 +359,7 @@ class StageConfig(Strict):
 
     def sources(self) -> list[SourceConfig]:
         """Every data source that the section names, under whichever key."""
-        kinds = WorldSource | FileSource | HubSource | StageSource
-        lists = [value for _, value in self if isinstance(value, list)]
-        # An entry of a list may have sources of its own.
-        lists += [value for entries in lists for entry in entries if isinstance(entry, Strict) for _, value in entry]
-        return [s for entries in lists if isinstance(entries, list) for s in entries if isinstance(s, kinds)]
+        return [source for key, value in self for _, source in _sources(key, value)]
 
     def rewards(self) -> dict[str, RewardConfig]:
         """Every reward that the section names, by its place: `reward.0`."""

@@ -346,8 +346,8 @@ def without_reference() -> Iterator[None]:
 def score_labels_alone() -> None:
     """Makes TRL's fused head project only the positions with a label, on CPUs as on GPUs.
 
-    It scores every position elsewhere, for devices that compile a kernel for each shape; a CPU does not. With half of
-    the tokens in prompts and padding, and a vocabulary of 49,152, that is a quarter of a step's time.
+    Elsewhere it scores every position, for devices that compile a kernel for each shape. A CPU compiles none, and
+    products with a large vocabulary for prompts and padding take much of a step.
     """
     from trl.trainer import utils
 
