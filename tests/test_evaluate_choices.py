@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from data.accounting import Accounting
 from data.config import FileSource
@@ -15,7 +15,7 @@ from data.records import Chat, Question
 from handoff.errors import UserError
 from stages.evaluate import choices
 from stages.evaluate.config import ChoiceConfig, Config
-from training.recipe import load_recipe
+from training.recipe import RecipeError, load_recipe
 from training.run import run_section
 
 COLOURS = ["red", "dark blue", "green"]
@@ -86,7 +86,8 @@ def test_a_prompt_without_the_question_is_refused():
 
 
 @pytest.mark.slow
-def test_likelihoods_are_those_of_each_choice_read_alone(micro_recipe):
+@pytest.mark.parametrize("end", ["", " ", "\n"])
+def test_likelihoods_are_those_of_each_choice_read_alone(end, micro_recipe):
     """A row by itself, cut where lm-evaluation-harness cuts (`_encode_pair`), and a softmax in double precision."""
     folder = load_recipe(micro_recipe).run_dir / "sft" / "model"
     model, encoder = AutoModelForCausalLM.from_pretrained(folder).eval(), Encoder.from_pretrained(folder)
@@ -94,13 +95,13 @@ def test_likelihoods_are_those_of_each_choice_read_alone(micro_recipe):
         Question("Which cup?", ("red", "dark blue", "a"), 0, None),
         Question("Where is Mira now?", ("in", "up"), 1, None),
     ]
-    prompt, pairs, expected = "Q: {question}\nA: ", [], []
+    prompt, pairs, expected = "Q: {question}\nA:" + end, [], []
     for row in rows:
         pairs += choices.encode(encoder, prompt, row)
         for choice in row.choices:
             tokenize = encoder.tokenizer
             context, whole = (
-                tokenize(text).input_ids for text in (f"Q: {row.text}\nA:", f"Q: {row.text}\nA: {choice}")
+                tokenize(text).input_ids for text in (f"Q: {row.text}\nA:", f"Q: {row.text}\nA:{end} {choice}")
             )
             with torch.no_grad():
                 logp = torch.log_softmax(model(torch.tensor([whole])).logits[0].double(), -1)
@@ -135,3 +136,25 @@ def test_the_stage_reports_both_accuracies(micro_recipe, tmp_path):
     path.write_text(path.read_text().replace("name: arc,", "name: arc, prompt: 'Q',"))
     with pytest.raises(UserError, match=r"write .question. once"):
         load_recipe(path)
+
+
+@pytest.mark.slow
+def test_a_question_beyond_a_models_window_is_an_error_before_any_model_answers(micro_recipe, tmp_path, monkeypatch):
+    """GPT-2 has an embedding for each position, so a longer row would end in an index error."""
+    folder = load_recipe(micro_recipe).run_dir / "sft" / "model"
+    ends = {"bos_token_id": 1, "eos_token_id": 1}
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=48, n_embd=16, n_layer=1, n_head=2, **ends))
+    short.save_pretrained(tmp_path / "short")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "short")
+    long = FORMS["mmlu"] | {"question": "Which cup has Mira now, and where is it? " * 9}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (FORMS["mmlu"], long)))
+    path = tmp_path / "micro.yaml"
+    path.write_text(micro_recipe.read_text() + (
+        f"  evaluate:\n    models: [sft, {tmp_path / 'short'}]\n    max_new_tokens: 4\n"
+        "    data: [{source: world, kind: prompts, size: 3, split: test}]\n"
+        f"    multiple_choice: [{{name: which, data: [{{source: file, path: {rows}}}]}}]\n"
+    ))  # fmt: skip
+    monkeypatch.setattr("stages.evaluate.train._answer", None)
+    with pytest.raises(RecipeError, match=r"rows.jsonl:2 takes \d+ tokens with a choice, and short reads 48 .n_pos"):
+        run_section(load_recipe(path), "evaluate")

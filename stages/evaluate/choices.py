@@ -6,6 +6,7 @@ The numbers are those of lm-evaluation-harness (Gao et al.): accuracy by the sum
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,24 +18,33 @@ from rollout.batch import pad_batch
 from rollout.logprobs import completion_logprobs
 from stages.evaluate.statistics import Estimate, proportion
 
+Pair: TypeAlias = tuple[list[int], list[int]]
+"""Ids of what is read first, and of a choice."""
 
-def encode(encoder: Encoder, prompt: str, question: Question) -> list[tuple[list[int], list[int]]]:
-    """(ids of what is read first, ids of the choice) for each choice.
+
+def encode(encoder: Encoder, prompt: str, question: Question) -> list[Pair]:
+    """What is read first, and the choice, for each choice.
 
     The choice's tokens are those by which the whole text is longer than the prompt's own tokens: so does
     lm-evaluation-harness cut, and a tokenizer that joins characters across the border gives the same numbers.
     """
-    before = prompt.replace("{question}", question.text).rstrip()
-    whole = encoder.documents([before, *(f"{before} {choice}" for choice in question.choices)])
+    before = prompt.replace("{question}", question.text)
+    # Spaces at the end of the prompt belong to the choice's first token.
+    whole = encoder.documents([before.rstrip(), *(f"{before} {choice}" for choice in question.choices)])
     context, *texts = [ids[:-1] for ids in whole]  # without the end token
     return [(text[: len(context)], text[len(context) :]) for text in texts]
+
+
+def longest(pairs: Sequence[Pair]) -> int:
+    """The most tokens that the model reads of these: all but the last one, which is only scored."""
+    return max(len(before) + len(choice) - 1 for before, choice in pairs)
 
 
 @torch.no_grad()
 def likelihoods(
     model: PreTrainedModel,
     encoder: Encoder,
-    rows: Sequence[tuple[list[int], list[int]]],
+    rows: Sequence[Pair],
     batch_size: int,
     advance: Callable[[int], None],
 ) -> list[float]:

@@ -22,6 +22,7 @@ from data.rows import Choices, Prompts, Texts
 from handoff.errors import HandoffError
 from handoff.files import write_json
 from handoff.parent import Parent
+from handoff.window import model_window
 from reward.compose import Answers
 from reward.learned import LearnedReward
 from rollout.batch import pad_batch
@@ -64,8 +65,10 @@ def train(run: Run) -> None:
         entry.name: list(run.rows(entry.data, Choices(), label=f"{entry.name}'s questions"))
         for entry in config.multiple_choice
     }
-    # A prompt that one of the templates cannot express is an error before any model answers.
+    # A prompt that one of the templates cannot express is an error before any model answers, and so is a question that
+    # exceeds a window.
     encoded = {name: [encoder.prompt(p.record.messages) for p in prompts] for name, encoder in encoders.items()}
+    read = {name: _choices_read(run, parents[name], encoder, questions) for name, encoder in encoders.items()}
     column, keys = _groups(run, prompts)
     scorers = _scorers(run, entries, present, list(parents.values()), prompts)
 
@@ -83,7 +86,7 @@ def train(run: Run) -> None:
             ).freeze()
             with model.whole() as module:
                 answered[name] = _answer(run, module, encoder, ids, advance)
-                chosen[name] = _choices(run, module, encoder, questions, advance)
+                chosen[name] = _choices(run, module, encoder, questions, read[name], advance)
                 if texts:
                     bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, context, config.batch_size)}
             del model, module
@@ -276,25 +279,51 @@ def _answer(
     return Answered(greedy, [encoder.decode(c.ids) for c in greedy], sampled, [encoder.decode(c.ids) for c in sampled])
 
 
+def _choices_read(
+    run: Run, parent: Parent, encoder: Encoder, questions: Mapping[str, Sequence[Question]]
+) -> dict[str, list[list[choices.Pair]]]:
+    """What the model reads for each choice of each question.
+
+    Raises:
+        RecipeError: a question with one of its choices is longer than the model's window.
+    """
+    config: Config = run.config
+    found = {
+        entry.name: [choices.encode(encoder, entry.prompt, question) for question in questions[entry.name]]
+        for entry in config.multiple_choice
+    }
+    window = model_window(parent.weights_dir)
+    for entry in config.multiple_choice:
+        for question, pairs in zip(questions[entry.name], found[entry.name], strict=True):
+            length = choices.longest(pairs)
+            if window is not None and length > window.tokens:
+                raise RecipeError(
+                    f"{run.recipe.path}: {run.section.name}.multiple_choice: {question.origin} takes {length} tokens "
+                    f"with a choice, and {parent.name} reads {window.tokens} ({window.key} in its config.json); leave "
+                    f"the row out of {entry.name}, or the model out of `models`"
+                )
+    return found
+
+
 def _choices(
     run: Run,
     model: PreTrainedModel,
     encoder: Encoder,
     questions: Mapping[str, Sequence[Question]],
+    read: Mapping[str, Sequence[Sequence[choices.Pair]]],
     advance: Callable[[int], None],
 ) -> dict[str, Estimate]:
     """The accuracies of each set of questions. Each process reads its share, then all processes get all numbers."""
     config: Config = run.config
     found: dict[str, Estimate] = {}
-    for entry in config.multiple_choice:
-        rows = questions[entry.name]
+    for name, rows in questions.items():
         mine = run.engine.share(len(rows))
-        encoded = [choices.encode(encoder, entry.prompt, rows[i]) for i in mine]
-        check_positions(model, max((len(a) + len(b) - 1 for row in encoded for a, b in row), default=1))
-        flat = [pair for row in encoded for pair in row]
+        pairs = [read[name][i] for i in mine]
+        check_positions(model, max(map(choices.longest, pairs), default=1))
+        flat = [pair for row in pairs for pair in row]
         values = iter(choices.likelihoods(model, encoder, flat, config.batch_size, advance))
-        sums = run.engine.join([(i, [next(values) for _ in row]) for i, row in zip(mine, encoded, strict=True)])
-        found |= choices.accuracies(entry.name, rows, sums)
+        sums = run.engine.join([(i, [next(values) for _ in row]) for i, row in zip(mine, pairs, strict=True)])
+        found |= choices.accuracies(name, rows, sums)
     return found
 
 
