@@ -74,8 +74,8 @@ stages:
     data: &prompts [{{source: world, kind: prompts, size: 20}}]
     eval_data: &held [{{source: world, kind: prompts, size: 8, split: validation}}]
     train: {{iterations: 8, rollout_batch_size: 16, max_completion_length: 16, sample_iterations: 3, save_iterations: 2,
-             learning_rate: 1.0e-3, adam_epsilon: 1.0e-4, per_device_train_batch_size: 8, kl_controller: adaptive,
-             kl_horizon: 200, sync_ref_model: true, ref_model_sync_steps: 3}}
+             learning_rate: 1.0e-3, critic_learning_rate: 1.0e-4, adam_epsilon: 1.0e-4, per_device_train_batch_size: 8,
+             kl_controller: adaptive, kl_horizon: 200, sync_ref_model: true, ref_model_sync_steps: 3}}
   grpo:
     stage: ppo
     advantage: group

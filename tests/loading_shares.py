@@ -28,7 +28,7 @@ def program(small: Path, large: Path, out: Path) -> None:
         return Model.load(engine, parent, "policy", load_encoder(parent), ModelArguments(), **keys)
 
     def trained(model: Model) -> object:
-        engine.set_up(OptimizerConfig(), width=16)
+        engine.set_up(OptimizerConfig(learning_rate=0.01), width=16)
         optimizer = torch.optim.SGD(model.module.parameters(), lr=0.1)
         prepared, _ = engine.prepare(model.module, optimizer)
         model.fill(prepared)

@@ -85,9 +85,9 @@ def test_an_adapter_learns_at_ten_times_the_usual_rate_unless_the_recipe_says_ot
     assert recipe.sections["sft"].config.train.learning_rate == 1e-2  # the recipe's own
     plain = tmp_path / "recipe.yaml"
     plain.write_text(chain().read_text().replace("learning_rate: 1.0e-2, ", ""))
-    assert load_recipe(plain).sections["sft"].config.train.learning_rate == pytest.approx(1e-4)
+    assert load_recipe(plain).sections["sft"].config.train.learning_rate == 2e-5
     section = load_recipe(plain, keys).sections["sft"]
-    assert section.config.train.learning_rate == section.resolved["train"]["learning_rate"] == pytest.approx(1e-3)
+    assert section.config.train.learning_rate == section.resolved["train"]["learning_rate"] == pytest.approx(2e-4)
 
 
 @pytest.mark.parametrize(

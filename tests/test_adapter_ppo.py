@@ -164,7 +164,7 @@ def test_what_an_adapter_cannot_do_is_refused(override, message, micro_recipe):
 def test_both_rates_are_those_of_adapters(micro_recipe):
     config = load_recipe(micro_recipe, ["ppo.adapter.r=4"]).sections["ppo"].config
     assert config.train.learning_rate == 1e-3  # the recipe's own
-    assert config.train.critic_learning_rate == pytest.approx(1e-3)
+    assert config.train.critic_learning_rate == pytest.approx(9e-5)
 
 
 def test_the_adapter_of_a_policy_is_not_that_of_its_critic(adapters, tmp_path):

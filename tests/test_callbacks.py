@@ -52,7 +52,7 @@ def test_rows_of_similar_length_share_a_batch_and_steps_are_mixed():
     [({}, 64, 2), ({}, 65, 3), ({"num_train_epochs": 0.5}, 64, 1), ({"max_steps": 7}, 64, 7), ({}, 1, 1)],
 )
 def test_the_number_of_steps(fields, rows, steps):
-    assert total_steps(TrainConfig(**fields), rows) == steps
+    assert total_steps(TrainConfig(learning_rate=0.01, **fields), rows) == steps
 
 
 def test_a_divergence_is_named_with_its_usual_causes():
@@ -140,4 +140,4 @@ def test_muon_steps_a_transposed_matrix_as_the_same_linear_layer(inputs, outputs
 
 def test_muon_keys_without_muon_are_refused():
     with pytest.raises(ValueError, match="muon_learning_rate is not read unless optim is muon"):
-        MuonTrainConfig(muon_learning_rate=0.1)
+        MuonTrainConfig(learning_rate=0.01, muon_learning_rate=0.1)

@@ -275,7 +275,9 @@ def test_compilation() -> None:
 )
 def test_training_arguments(environment, gpus, variables: dict[str, str], use_cpu: bool, backend: str | None) -> None:
     environment(variables)
-    train = TrainConfig(global_batch_size=32, per_device_train_batch_size=4, max_grad_norm=0.0, bf16=False)
+    train = TrainConfig(
+        learning_rate=0.01, global_batch_size=32, per_device_train_batch_size=4, max_grad_norm=0.0, bf16=False
+    )
     engine = engines.current()
     made = engine.training_arguments(train)
     assert made["gradient_accumulation_steps"] == 8 // engine.data_world
@@ -289,7 +291,7 @@ def test_every_argument_is_one_of_transformers(environment) -> None:
     from transformers import TrainingArguments
 
     environment({"ACCELERATE_USE_CPU": "true"})
-    made = engines.current().training_arguments(TrainConfig())
+    made = engines.current().training_arguments(TrainConfig(learning_rate=0.01))
     assert made.keys() <= {field.name for field in fields(TrainingArguments)}
 
 

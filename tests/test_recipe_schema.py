@@ -143,3 +143,29 @@ def test_a_training_of_no_steps_is_refused(stage, tmp_path):
     with pytest.raises(RecipeError, match=r"s\.train: max_steps 0 would train nothing: give at least 1, or -1"):
         load_recipe(path)
     load_recipe(path, ["s.train.max_steps=1"])
+
+
+def test_each_stage_has_a_learning_rate_of_its_own(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: rates\n"
+        "stages:\n"
+        "  tokenizer: {vocab_size: 300, data: [{source: world, kind: documents}]}\n"
+        "  pretrain: {parent: tokenizer, model: {architecture: llama}, data: [{source: world, kind: documents}]}\n"
+        "  further: {stage: pretrain, parent: pretrain, data: [{source: world, kind: documents}]}\n"
+        "  light: {stage: pretrain, parent: pretrain, adapter: {}, data: [{source: world, kind: documents}]}\n"
+        "  sft: {parent: pretrain, data: [{source: world, kind: chats}]}\n"
+        "  reward: {stage: reward_model, parent: sft, data: [{source: world, kind: preferences}]}\n"
+        "  dpo: {parent: sft, data: [{source: world, kind: preferences}]}\n"
+        "  adapter: {stage: dpo, parent: sft, adapter: {}, data: [{source: world, kind: preferences}]}\n"
+        "  ppo: {parent: sft, reward: [{model: reward}], data: [{source: world, kind: prompts}]}\n"
+    )
+    sections = load_recipe(path).sections
+    rates = {name: vars(s.config.train)["learning_rate"] for name, s in sections.items() if name != "tokenizer"}
+    assert rates == pytest.approx(
+        {
+            **{"pretrain": 3e-4, "further": 3e-5, "light": 3e-4, "sft": 2e-5, "reward": 1e-5},
+            **{"dpo": 1e-6, "adapter": 1e-5, "ppo": 1e-6},
+        }
+    )
+    assert vars(sections["ppo"].config.train)["critic_learning_rate"] == 9e-6

@@ -156,7 +156,9 @@ def test_space_of_existing_states_counts_as_free(tmp_path, monkeypatch):
     section, engine = SimpleNamespace(name="sft"), SimpleNamespace(on_main=lambda work: work())
     stage = StageDir(tmp_path / "run" / "sft")
     stage.state_dir.mkdir(parents=True)
-    states = SavedStates(cast(Run, SimpleNamespace(dir=stage, section=section, engine=engine)), OptimizerConfig())
+    states = SavedStates(
+        cast(Run, SimpleNamespace(dir=stage, section=section, engine=engine)), OptimizerConfig(learning_rate=0.01)
+    )
     monkeypatch.setattr("handoff.files.free_bytes", lambda path: 150)
     for there in (0, 149):
         (stage.state_dir / "step-1").write_bytes(b"x" * there)

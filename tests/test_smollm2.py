@@ -42,7 +42,8 @@ stages:
     max_prompt_length: 64
     adapter: *adapter
     guards: &guards {{max_truncated: 1}}
-    train: {{iterations: 2, rollout_batch_size: 4, max_completion_length: 8, per_device_train_batch_size: 4}}
+    train: {{iterations: 2, rollout_batch_size: 4, max_completion_length: 8, per_device_train_batch_size: 4,
+             learning_rate: 1.0e-4, critic_learning_rate: 3.0e-4}}
   grpo:
     stage: ppo
     advantage: group
@@ -53,7 +54,7 @@ stages:
     adapter: *adapter
     guards: *guards
     train: {{iterations: 2, rollout_batch_size: 4, num_generations: 2, max_completion_length: 8,
-             per_device_train_batch_size: 4}}
+             per_device_train_batch_size: 4, learning_rate: 1.0e-4}}
 """
 
 

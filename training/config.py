@@ -48,7 +48,7 @@ class OptimizerConfig(Strict):
     """Maximum number of sequences in one forward and backward pass of one process. Where it does not divide a process's
     share of the batch, the largest smaller number that does is taken. If the model has dropout, what it drops depends
     on this number, as on the number of processes."""
-    learning_rate: float = Field(default=1e-4, ge=0)
+    learning_rate: float = Field(ge=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
@@ -324,7 +324,7 @@ def quantised(
 
 
 def adapted(train: Optimizer, adapter: AdapterConfig | None, rates: Sequence[str] = ("learning_rate",)) -> Optimizer:
-    """`train` with the default learning rates for an adapter where the recipe gives none: ten times the usual ones."""
+    """`train` with the default learning rates for an adapter where the recipe gives none: ten times the stage's own."""
     if adapter is None:
         return train
     if isinstance(train, MuonTrainConfig) and train.optim == "muon":
@@ -447,7 +447,7 @@ class TrainedStageConfig(StageConfig):
     publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the published weights; `auto`: that of the parent's, float32 from random weights and for an adapter
     (docs/precision.md)."""
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: TrainConfig
     """The training."""
 
     @model_validator(mode="after")

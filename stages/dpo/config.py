@@ -41,6 +41,13 @@ DECLARATION = Declaration(
 )
 
 
+class DPOTrainConfig(TrainConfig):
+    """The training of the DPO stage."""
+
+    learning_rate: float = Field(default=1e-6, ge=0)
+    """Peak learning rate; the default is that of Rafailov et al. 2023, and TRL's."""
+
+
 class Config(TrainedStageConfig):
     """Preference optimisation without a reward model; the parent is the reference. Dropout is off."""
 
@@ -59,7 +66,7 @@ class Config(TrainedStageConfig):
     """Maximum tokens of such an answer."""
     group_by_length: bool = True
     """Batch pairs of similar length together, to reduce padding."""
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: DPOTrainConfig = Field(default_factory=DPOTrainConfig)
     """The training; its batch sizes count pairs."""
 
     @model_validator(mode="after")

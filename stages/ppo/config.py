@@ -191,6 +191,8 @@ class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerCo
         "one than theirs, and the ratios would be off from the first step (docs/rl.md); use `temperature`",
     )
 
+    learning_rate: float = Field(default=1e-6, ge=0)
+    """Peak learning rate of the policy; the default is that of DeepSeekMath's GRPO (Shao et al. 2024) and TRL's."""
     iterations: int = Field(default=50, ge=1)
     """Iterations of sampling and training."""
     rollout_batch_size: int = Field(default=64, ge=2)
@@ -200,8 +202,9 @@ class PPOTrainConfig(AdvantageArguments, LossArguments, KLArguments, OptimizerCo
     """Passes over each iteration's answers."""
     num_mini_batches: int = Field(default=2, ge=1)
     """Optimizer steps in one pass."""
-    critic_learning_rate: float = Field(default=1e-4, ge=0)
-    """Peak learning rate of the critic."""
+    critic_learning_rate: float = Field(default=9e-6, ge=0)
+    """Peak learning rate of the critic; the default is that of InstructGPT's value function (Ouyang et al. 2022) and
+    OpenRLHF's."""
     critic_warmup_iterations: int = Field(default=0, ge=0)
     """Initial iterations in which only the critic learns."""
     warmup_iterations: int = Field(default=0, ge=0)

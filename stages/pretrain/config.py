@@ -27,6 +27,14 @@ DECLARATION = Declaration(
 )
 
 
+class PretrainTrainConfig(MuonTrainConfig):
+    """The training of the pretraining stage."""
+
+    learning_rate: float = Field(default=3e-4, ge=0)
+    """Peak learning rate. From random weights, the default is that of Llama 3 8B and OLMo 2 7B; without `model`, a
+    checkpoint is trained further, and it is a tenth of that."""
+
+
 class Config(StageConfig):
     """Next-token prediction on documents, from random weights or from a checkpoint."""
 
@@ -60,7 +68,7 @@ class Config(StageConfig):
     publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the published weights; `auto`: that of the parent's, float32 from random weights and for an adapter
     (docs/precision.md)."""
-    train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
+    train: PretrainTrainConfig = Field(default_factory=PretrainTrainConfig)
     """The training."""
 
     def network(self) -> dict[str, Any] | None:
@@ -77,7 +85,10 @@ class Config(StageConfig):
             raise ValueError("embedding_std is for random weights; without `model` the stage goes on from a checkpoint")
         if self.adapter is not None and self.model is not None:
             raise ValueError("adapter is for a model that is trained further; random weights are all trained")
-        vars(self)["train"] = adapted(self.train, self.adapter)
+        train = adapted(self.train, self.adapter)
+        if self.model is None and "learning_rate" not in self.train.model_fields_set:
+            train = train.model_copy(update={"learning_rate": train.learning_rate / 10})
+        vars(self)["train"] = train
         self.frozen_weights()
         if self.train.optim == "muon" and self.model_args.dtype == "bfloat16":
             raise ValueError("model_args.dtype: bfloat16 weights are stepped by AdamW alone; use train.optim: adamw")

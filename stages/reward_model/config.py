@@ -37,6 +37,13 @@ class Gate(Strict):
     """Maximum expected calibration error."""
 
 
+class RewardTrainConfig(TrainConfig):
+    """The training of the reward model stage."""
+
+    learning_rate: float = Field(default=1e-5, ge=0)
+    """Peak learning rate; the default is that of Touvron et al. 2023 (Llama 2, section 3.2.2)."""
+
+
 class Config(TrainedStageConfig):
     """A score for prompt and answer, learned from pairs (Bradley and Terry). Dropout is off."""
 
@@ -46,7 +53,7 @@ class Config(TrainedStageConfig):
     """Weight of a loss on the squared sum of a pair's scores, which keeps the mean score near zero; 0: no such loss."""
     group_by_length: bool = True
     """Batch pairs of similar length together, to reduce padding."""
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: RewardTrainConfig = Field(default_factory=RewardTrainConfig)
     """The training; its batch sizes count pairs."""
     gate: Gate = Field(default_factory=Gate)
     """Conditions for publication. If one fails, the report card is written, the model is not published, and the

@@ -22,6 +22,13 @@ DECLARATION = Declaration(
 )
 
 
+class SFTTrainConfig(MuonTrainConfig):
+    """The training of the SFT stage."""
+
+    learning_rate: float = Field(default=2e-5, ge=0)
+    """Peak learning rate; the default is for models of 1 B parameters and more (Zephyr, OLMo 2, SmolLM3, TRL)."""
+
+
 class Config(TrainedStageConfig):
     """Instruction tuning on conversations; only answers and their stop tokens enter the loss."""
 
@@ -40,7 +47,7 @@ class Config(TrainedStageConfig):
     rate; some of the answers go to samples.jsonl."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Maximum tokens of such an answer."""
-    train: MuonTrainConfig = Field(default_factory=MuonTrainConfig)
+    train: SFTTrainConfig = Field(default_factory=SFTTrainConfig)
     """The training."""
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ def section(given: Given) -> list[Line]:
     why = "conversations"
     if sources[0].kind == "pairs":
         why = "the chosen answers of the pairs, as Rafailov et al. 2023 do where there are no conversations"
-    small = "Baton's default; models of this size take larger rates than those of 1 B and more"
+    small = "five times the default, which is for models of 1 B and more: smaller models take larger rates"
     rate = rate_line(given, 2e-5, "2e-5: Zephyr, SmolLM3, OLMo 2") if given.adapted else rate_line(given, 1e-4, small)
     return [
         parent_line(given),
