@@ -184,7 +184,14 @@ def make_results() -> dict[str, Any]:
             {"prompt": HOSTILE.replace("\ud800", ""), "reference": None,
              "answers": {"pretrain": "", "sft": "I can not help with that.", "ppo": HOSTILE.replace("\ud800", "")}},
         ],
-        "bits_per_byte": {"pretrain": {"value": 1.93}},
+        "changes": {
+            m: {"over": parent, "metrics": {
+                k: {"value": table[m][i] - table[parent][i], "low": table[m][i] - table[parent][i] - w,
+                    "high": table[m][i] - table[parent][i] + w, "n": 400, "detectable": 1.4 * w}
+                for i, (k, w) in enumerate(zip(names, widths)) if k != "kl"
+            }}
+            for m, parent in (("sft", "pretrain"), ("dpo", "sft"), ("ppo", "sft"))
+        },
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from data.errors import DataError
 from data.load import read
 from data.records import Chat, Question
 from handoff.errors import UserError
-from stages.evaluate import choices
+from stages.evaluate import choices, likelihood
 from stages.evaluate.config import ChoiceConfig, Config
 from training.recipe import RecipeError, load_recipe
 from training.run import run_section
@@ -106,15 +106,14 @@ def test_likelihoods_are_those_of_each_choice_read_alone(end, micro_recipe):
             with torch.no_grad():
                 logp = torch.log_softmax(model(torch.tensor([whole])).logits[0].double(), -1)
             expected.append(sum(logp[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
-    found = choices.likelihoods(model, encoder, pairs, 2, lambda _: None)
+    found = likelihood.of_pairs(model, encoder, pairs, 2)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_norm_divides_by_the_choices_characters():
     row = Question("Which?", ("a", "a long answer"), 1, None)
-    found = choices.accuracies("arc", [row, row], [[-2.0, -3.0], [-2.0, -26.1]])
-    assert found["arc"]["value"] == 0.0 and found["arc_norm"]["value"] == 0.5
-    assert found["arc"]["n"] == 2
+    found = choices.right("arc", [row, row], [[-2.0, -3.0], [-2.0, -26.1]])
+    assert found["arc"].values == [0.0, 0.0] and found["arc_norm"].values == [1.0, 0.0]
 
 
 @pytest.mark.slow

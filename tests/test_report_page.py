@@ -257,7 +257,9 @@ def test_a_reward_model_without_a_card_and_a_card_that_cannot_be_read(tmp_path: 
 )
 def test_verdict_claims_no_more_than_the_intervals(tmp_path: Path, gold: float, half: float, said: str) -> None:
     results = make_results()
-    results["metrics"]["ppo"]["gold"] = {"value": gold, "low": gold - half, "high": gold + half, "n": 400}
+    results["metrics"]["ppo"]["gold"]["value"] = gold
+    moved = gold - 0.21
+    results["changes"]["ppo"]["metrics"]["gold"] = {"value": moved, "low": moved - half, "high": moved + half, "n": 400}
     text = page_of(make_run(tmp_path, results=results)).text
     assert said in text
     assert ("over-optimisation" in text) == (gold < 0.21), "reward up and gold down has to be called by its name"
@@ -272,6 +274,8 @@ def test_scores_of_any_name_are_shown_compared_and_grouped(tmp_path: Path) -> No
     results["families"] = {level: dict.fromkeys(results["models"], found) for level, found in levels.items()}
     results["grouped"] = {"column": "level", "metric": "helpfulness"}
     results["win_rates"] = {"ppo": {**results["win_rates"]["ppo"], "by": "helpfulness"}}
+    unclear = {"value": 1.0, "low": -0.1, "high": 2.1, "n": 400}
+    results["changes"] = {"ppo": {"over": "sft", "metrics": {"helpfulness": unclear}}}
     page = page_of(make_run(tmp_path, results=results))
     assert "helpfulness by level" in page.text and "hard" in page.text and "Exact accuracy" not in page.text
     assert "ppo moved the helpfulness of sft from 1.00 to 2.00 (+1.00), no clear difference" in page.text

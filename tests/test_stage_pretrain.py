@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import Encoder
-from stages.evaluate.train import _bits_per_byte
+from stages.evaluate.likelihood import BITS, of_documents
 from stages.pretrain.train import Collator, Windows
 from tests.stage_chain import chain, run_stage, runs, stage_recipe
 from training import engines
@@ -74,7 +74,7 @@ def test_bits_per_byte_are_those_of_the_evaluation(isolated, tmp_path):
     folder = run.folder / "model"
     model, encoder = AutoModelForCausalLM.from_pretrained(folder), Encoder.from_pretrained(folder)
     texts = [json.loads(line)["text"] for line in (runs().parent / "held_documents.jsonl").read_text().splitlines()]
-    expected = _bits_per_byte(model, encoder, texts, 48, 8)
+    expected = -sum(of_documents(model, encoder, texts, 48, 8)) * BITS / sum(len(text.encode()) for text in texts)
     assert run.manifest.metrics["eval_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -107,6 +107,8 @@ class TextWindows(Sequence[tuple[np.ndarray, int]]):
         ]
         self.lengths = np.array([min(end, width) for _, _, end in self._places], dtype=np.int64)
         """Tokens that the model reads, (N,)."""
+        self.texts = np.array([i for i, _, _ in self._places], dtype=np.int64)
+        """Index of the text that each is a part of, (N,)."""
 
     def __len__(self) -> int:
         return len(self._places)

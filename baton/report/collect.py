@@ -57,6 +57,13 @@ class Sample(BaseModel):
     answers: dict[str, str]
 
 
+class Change(BaseModel):
+    """A model's differences from its parent `over`, item by item."""
+
+    over: str
+    metrics: dict[str, Estimate] = {}
+
+
 class Results(BaseModel):
     """An evaluation's results.json. Rates and accuracies are shares in [0, 1]; other scores have their own units."""
 
@@ -64,9 +71,9 @@ class Results(BaseModel):
     metrics: dict[str, dict[str, Estimate]] = {}
     families: dict[str, dict[str, Estimate]] = {}
     grouped: Grouped | None = None
+    changes: dict[str, Change] = {}
     win_rates: dict[str, WinRate] = {}
     samples: list[Sample] = []
-    bits_per_byte: dict[str, Estimate] = {}
 
 
 @dataclass(frozen=True)

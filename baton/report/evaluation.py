@@ -1,7 +1,7 @@
 """The evaluation's tables and verdict, made from results.json: values with 95 % intervals, on one scale per column.
 
-Every number in the verdict is also in the tables. A difference is called clear only if the two intervals do not
-overlap, which is stricter than a test of the difference.
+Every number in the verdict is also in the tables. A difference from the parent is called clear only if the interval of
+the differences, item by item, leaves 0 out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from baton.report.collect import Estimate, Grouped, Results, RunData, Stage, WinRate
 from baton.report.text import number, percent, short
 
-_NO_SCORES = ("stop_rate", "length_tokens", "kl", "bits_per_byte")
+_NO_SCORES = ("stop_rate", "length_tokens", "kl", "bits_per_byte", "reference_bits_per_byte")
 
 # metric -> (heading, what it is, better: 1 higher, -1 lower, 0 neither)
 _METRICS = {
@@ -23,6 +23,7 @@ _METRICS = {
     "kl": ("KL from parent", "nats per answer", 0),
     "length_tokens": ("Length", "tokens per answer", 0),
     "bits_per_byte": ("Bits per byte", "on held-out text; lower is better", -1),
+    "reference_bits_per_byte": ("Bits per byte of answers", "on the answers of the held-out rows; lower is better", -1),
 }
 
 
@@ -38,7 +39,8 @@ class Cell:
     scaled: bool
     """Whether the column has a scale: more than one number."""
     best: bool
-    """Whether it is the best of its column, or its interval overlaps that of the best."""
+    """Whether it is the best of its column, or its interval overlaps that of the best; of differences, whether 0 is
+    outside of the interval."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Row:
 
     model: str
     cells: list[Cell | None]
+    over: str = ""
+    """In a table of differences, the model from which."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,34 @@ class Win:
 
 def metric_table(results: Results) -> Table:
     """The table of all metrics and models."""
-    measured = {model: dict(results.metrics.get(model, {})) for model in results.models}
-    for model, bits in results.bits_per_byte.items():
-        measured.setdefault(model, {})["bits_per_byte"] = bits
+    measured = {model: results.metrics.get(model, {}) for model in results.models}
     names = [n for n in _METRICS if any(n in m for m in measured.values())]
     names += sorted({name for metrics in measured.values() for name in metrics} - set(_METRICS))
     cells = {name: _column(name, {model: m[name] for model, m in measured.items() if name in m}) for name in names}
     columns = [Column(*_metric(name)[:2]) for name in names]
     rows = [Row(model, [cells[name].get(model) for name in names]) for model in results.models]
     return Table(columns, rows)
+
+
+def change_table(results: Results) -> Table:
+    """The differences of each model from its parent; bold where 0 is outside of the interval."""
+    changed = results.changes
+    names = [n for n in _METRICS if any(n in one.metrics for one in changed.values())]
+    names += sorted({name for one in changed.values() for name in one.metrics} - set(_METRICS))
+    cells = {name: _changed(name, results) for name in names}
+    rows = [Row(model, [cells[name].get(model) for name in names], one.over) for model, one in changed.items()]
+    return Table([Column(_metric(name)[0], "") for name in names], rows)
+
+
+def _changed(metric: str, results: Results) -> dict[str, Cell]:
+    found = {model: one.metrics[metric] for model, one in results.changes.items() if metric in one.metrics}
+    ends = [end for e in found.values() for end in (e.value, e.low, e.high) if end is not None]
+    return {model: _cell(e, min(ends), max(ends), _is_clear(e), signed=True) for model, e in found.items()}
+
+
+def _is_clear(change: Estimate) -> bool:
+    """Whether the interval of a difference leaves 0 out."""
+    return change.low is not None and change.high is not None and not change.low <= 0 <= change.high
 
 
 def _metric(name: str) -> tuple[str, str, int]:
@@ -114,7 +137,7 @@ def _column(metric: str, found: Mapping[str, Estimate]) -> dict[str, Cell]:
     return {model: _cell(e, low, high, model in best) for model, e in found.items()}
 
 
-def _cell(estimate: Estimate, low: float, high: float, best: bool) -> Cell:
+def _cell(estimate: Estimate, low: float, high: float, best: bool, *, signed: bool = False) -> Cell:
     span = high - low or 1.0
     left, right = (estimate.value if end is None else end for end in (estimate.low, estimate.high))
 
@@ -122,7 +145,7 @@ def _cell(estimate: Estimate, low: float, high: float, best: bool) -> Cell:
         return round(100 * (value - low) / span, 2)
 
     return Cell(
-        number(estimate.value),
+        number(estimate.value, signed=signed),
         interval(estimate),
         place(left),
         round(place(right) - place(left), 2),
@@ -236,7 +259,9 @@ def verdict(run: RunData, results: Results) -> list[str]:
     for stage, parent in gains(run, results):
         metric = main_score(results, stage.name, parent)
         after, before = results.metrics[stage.name], results.metrics[parent]
-        sentences.append(_gain_sentence(stage, metric, after, parent, before))
+        change = results.changes.get(stage.name)
+        moved = change.metrics.get(metric) if change is not None and metric is not None else None
+        sentences.append(_gain_sentence(stage, metric, after, parent, before, moved))
         win = results.win_rates.get(stage.name)
         if win:
             sentences.append(_win_report(stage.name, win))
@@ -249,7 +274,12 @@ def verdict(run: RunData, results: Results) -> list[str]:
 
 
 def _gain_sentence(
-    stage: Stage, metric: str | None, after: Mapping[str, Estimate], parent: str, before: Mapping[str, Estimate]
+    stage: Stage,
+    metric: str | None,
+    after: Mapping[str, Estimate],
+    parent: str,
+    before: Mapping[str, Estimate],
+    moved: Estimate | None,
 ) -> str:
     if metric is None:
         return f"{stage.name} was evaluated beside {parent}, without a score that both have."
@@ -258,7 +288,7 @@ def _gain_sentence(
     change = f"from {short(old.value)} to {short(new.value)} ({short(new.value - old.value, signed=True)})"
     if new.value == old.value:
         sentence = f"{stage.name} left the {name} of {parent} at {short(old.value)}"
-    elif _overlap(old, new):
+    elif moved is None or not _is_clear(moved):
         sentence = f"{stage.name} moved the {name} of {parent} {change}, no clear difference"
     else:
         verb = "raised" if new.value > old.value else "lowered"

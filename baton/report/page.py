@@ -65,6 +65,7 @@ def _evaluation(stage: Stage) -> dict[str, Any]:
         "name": stage.name,
         "models": stage.results.models,
         "table": evaluation.metric_table(stage.results),
+        "changes": evaluation.change_table(stage.results),
         "heat": evaluation.heat_table(stage.results),
         "heat_title": evaluation.heat_title(stage.results),
         "wins": evaluation.wins(stage.results),

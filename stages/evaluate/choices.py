@@ -5,21 +5,14 @@ The numbers are those of lm-evaluation-harness (Gao et al.): accuracy by the sum
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
 from data.encode import Encoder
 from data.records import Question
-from rollout.batch import pad_batch
-from rollout.logprobs import completion_logprobs
-from stages.evaluate.statistics import Estimate, proportion
-
-Pair: TypeAlias = tuple[list[int], list[int]]
-"""Ids of what is read first, and of a choice."""
+from stages.evaluate.likelihood import Pair
+from stages.evaluate.statistics import Items
 
 
 def encode(encoder: Encoder, prompt: str, question: Question) -> list[Pair]:
@@ -35,38 +28,12 @@ def encode(encoder: Encoder, prompt: str, question: Question) -> list[Pair]:
     return [(text[: len(context)], text[len(context) :]) for text in texts]
 
 
-def longest(pairs: Sequence[Pair]) -> int:
-    """The most tokens that the model reads of these: all but the last one, which is only scored."""
-    return max(len(before) + len(choice) - 1 for before, choice in pairs)
-
-
-@torch.no_grad()
-def likelihoods(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    rows: Sequence[Pair],
-    batch_size: int,
-    advance: Callable[[int], None],
-) -> list[float]:
-    """log p(choice | what is read first) of each row, nats. Rows of similar lengths share a batch."""
-    sums = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad_batch([rows[i][0] for i in chosen], [rows[i][1] for i in chosen], encoder.pad_id, model.device)
-        logp, _ = completion_logprobs(model, batch, temperature=1.0)
-        for i, value in zip(chosen, torch.where(batch.completion_mask, logp, 0.0).sum(-1).tolist(), strict=True):
-            sums[i] = value
-        advance(len(chosen))
-    return sums
-
-
-def accuracies(name: str, questions: Sequence[Question], sums: Sequence[Sequence[float]]) -> dict[str, Estimate]:
-    """Both accuracies with their intervals. `sums`: for each question the log-likelihoods of its choices."""
+def right(name: str, questions: Sequence[Question], sums: Sequence[Sequence[float]]) -> dict[str, Items]:
+    """1 or 0 for each question, by both ways to choose. `sums`: the log-likelihoods of each question's choices."""
     plain, normed = [], []
     for question, values in zip(questions, sums, strict=True):
         assert all(map(math.isfinite, values))
         lengths = [len(choice) for choice in question.choices]
-        plain.append(int(np.argmax(values)) == question.right)
-        normed.append(int(np.argmax(np.asarray(values) / lengths)) == question.right)
-    return {name: proportion(plain), f"{name}_norm": proportion(normed)}
+        plain.append(float(int(np.argmax(values)) == question.right))
+        normed.append(float(int(np.argmax(np.asarray(values) / lengths)) == question.right))
+    return {name: Items(plain), f"{name}_norm": Items(normed)}

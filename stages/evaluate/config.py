@@ -25,8 +25,10 @@ MEASURED: dict[str, str] = {
     "length_tokens": "sampled",
     "kl": "sampled",
     "bits_per_byte": "documents",
+    "reference_bits_per_byte": "references",
 }
-"""Metrics that are always measured, and on what: the kind of answers, or the documents."""
+"""Metrics that are measured where there is something to measure, and on what: the kind of answers, the documents, or
+the answers that the rows themselves have."""
 
 
 class ScoreConfig(RewardConfig):
@@ -126,7 +128,7 @@ class Config(StageConfig):
         return self
 
     def measured_on(self) -> dict[str, str]:
-        """What each metric is measured on: `greedy` or `sampled` answers, `documents`, or `choices`."""
+        """What each metric is measured on: `greedy` or `sampled` answers, `documents`, `references`, or `choices`."""
         scores = {name: kind for entry in self.scores for kind, name in entry.metrics.items()}
         return MEASURED | scores | {name: "choices" for entry in self.multiple_choice for name in entry.metrics}
 

@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.sampling import Completion
-from stages.evaluate.statistics import Estimate, estimate, mean, proportion
-
-Scores = Mapping[str, Sequence[float | None]]
-"""{metric: one value for each prompt; None where the score function gives none}."""
+from stages.evaluate.statistics import Difference, Estimate, Items, difference, estimate, mean
 
 
 @dataclass
@@ -22,44 +19,63 @@ class Answered:
     scores: dict[str, list[float | None]] = field(default_factory=dict)
     kl: list[float] | None = None
     """KL from the model's parent, nats per answer; None if the parent was not evaluated."""
+    beside: dict[str, Items] = field(default_factory=dict)
+    """The metrics that need none of these answers."""
+
+    def items(self) -> dict[str, Items]:
+        """Every metric, item by item."""
+        own = {
+            "stop_rate": Items([float(c.end == "stop") for c in self.greedy]),
+            "length_tokens": Items([float(len(c.ids)) for c in self.sampled]),
+        }
+        kl = {} if self.kl is None else {"kl": Items(self.kl)}
+        return own | {name: Items(values) for name, values in self.scores.items()} | self.beside | kl
 
 
 def binary_metrics(answered: Mapping[str, Answered]) -> set[str]:
     """The metrics with no values other than 0 and 1, over all models."""
-    names = {name for a in answered.values() for name in a.scores}
-    return {
-        name
-        for name in names
-        if all(value in (0, 1, None) for a in answered.values() for value in a.scores.get(name, ()))
-    }
+    found: dict[str, bool] = {}
+    for a in answered.values():
+        for name, items in a.items().items():
+            shares = items.sizes is None and name != "length_tokens" and all(v in (0, 1, None) for v in items.values)
+            found[name] = found.get(name, True) and shares
+    return {name for name, shares in found.items() if shares}
 
 
 def metrics(seed: int, answered: Mapping[str, Answered]) -> dict[str, dict[str, Estimate]]:
-    """{model: {metric: estimate}}; a score that is None for all answers is left out."""
+    """{model: {metric: estimate}}; a metric without a value is left out."""
     binary = binary_metrics(answered)
-    out: dict[str, dict[str, Estimate]] = {}
-    for model, a in answered.items():
-        out[model] = {
-            "stop_rate": proportion([c.end == "stop" for c in a.greedy]),
-            "length_tokens": mean([float(len(c.ids)) for c in a.sampled], seed),
-        }
-        for name, values in a.scores.items():
-            found = estimate(values, seed, binary=name in binary)
-            if found is not None:
-                out[model][name] = found
-        if a.kl is not None:
-            out[model]["kl"] = mean(a.kl, seed)
+    found = {
+        model: {name: estimate(items, seed, binary=name in binary) for name, items in a.items().items()}
+        for model, a in answered.items()
+    }
+    return {model: {name: one for name, one in each.items() if one is not None} for model, each in found.items()}
+
+
+def changes(seed: int, origins: Mapping[str, str], answered: Mapping[str, Answered]) -> dict[str, dict[str, Any]]:
+    """{model: {"over": its parent, "metrics": {metric: the difference from the parent, item by item}}}."""
+    out: dict[str, dict[str, Any]] = {}
+    for model, origin in origins.items():
+        after, before = answered[model].items(), answered[origin].items()
+        found: dict[str, Difference] = {}
+        for name in after:
+            # KL is itself measured from the parent.
+            one = difference(after[name], before[name], seed) if name in before and name != "kl" else None
+            if one is not None:
+                found[name] = one
+        out[model] = {"over": origin, "metrics": found}
     return out
 
 
-def unscored(model: str, scores: Scores) -> list[str]:
+def unscored(model: str, answered: Answered) -> list[str]:
     """What to say of the metrics that have no value for some of a model's answers."""
     lines = []
-    for name, values in scores.items():
-        missing = sum(value is None for value in values)
+    for name, items in answered.items().items():
+        count = len(items.values)
+        missing = count - len(items.known())
         if missing:
-            rest = "it is left out" if missing == len(values) else "its mean is that of the others"
-            lines.append(f"{model}: {name} has no value for {missing} of {len(values)} answers; {rest}")
+            rest = "it is left out" if missing == count else "its mean is that of the others"
+            lines.append(f"{model}: {name} has no value for {missing} of {count} answers; {rest}")
     return lines
 
 
@@ -75,7 +91,8 @@ def groups(
     for key in dict.fromkeys(key for key in keys if key is not None):
         rows = [i for i, other in enumerate(keys) if other == key]
         found = {
-            model: estimate([a.scores[metric][i] for i in rows], seed, binary=binary) for model, a in answered.items()
+            model: estimate(Items([a.scores[metric][i] for i in rows]), seed, binary=binary)
+            for model, a in answered.items()
         }
         known = {model: one for model, one in found.items() if one is not None}
         if known:
@@ -104,22 +121,40 @@ def printed(results: Mapping[str, Any], on: Mapping[str, str]) -> list[list[str]
 
     Args:
         results: as in results.json.
-        on: {metric: `greedy` or `sampled` answers, `documents`, or `choices`}.
+        on: {metric: `greedy` or `sampled` answers, `documents`, `references`, or `choices`}.
     """
-    found = {model: dict(results["metrics"][model]) for model in results["models"]}
-    for model, bits in results["bits_per_byte"].items():
-        found[model]["bits_per_byte"] = bits
+    found = {model: results["metrics"][model] for model in results["models"]}
     names = list(dict.fromkeys(name for measured in found.values() for name in measured))
     rows = [["model", *names], ["", *(on[name] for name in names)]]
     return rows + [[model, *(_told(measured.get(name)) for name in names)] for model, measured in found.items()]
 
 
-def _told(estimate: Mapping[str, Any] | None) -> str:
-    """`0.74 (0.71 to 0.78)`; `-` for what was not measured."""
+def printed_changes(results: Mapping[str, Any]) -> tuple[str | None, list[list[str]]]:
+    """What to say of the differences from the parents, and the rows of their table; neither if there are none."""
+    changed: Mapping[str, Any] = results["changes"]
+    if not changed:
+        return None, []
+    names = list(dict.fromkeys(name for one in changed.values() for name in one["metrics"]))
+    rows = [["difference", *names]]
+    rows += [
+        [f"{model} - {one['over']}", *(_told(one["metrics"].get(name), signed=True) for name in names)]
+        for model, one in changed.items()
+    ]
+    count = sum(len(one["metrics"]) for one in changed.values())
+    said = (
+        f"Differences from the parent, item by item, with 95 % intervals; * leaves 0 out. Of {count} such intervals, "
+        f"about {count * 0.05:.1f} leave out the true value by chance"
+    )
+    return said, rows
+
+
+def _told(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """`0.74 (0.71 to 0.78)`, or signed `+0.03 (+0.01 to +0.06)*`; `-` for what was not measured."""
     if estimate is None:
         return "-"
-    value = f"{estimate['value']:.3g}"
-    return value if estimate.get("low") is None else f"{value} ({estimate['low']:.3g} to {estimate['high']:.3g})"
+    value, low, high = (f"{estimate[key]:{'+' if signed else ''}.3g}" for key in ("value", "low", "high"))
+    clear = signed and not estimate["low"] <= 0 <= estimate["high"]
+    return f"{value} ({low} to {high}){'*' if clear else ''}"
 
 
 def spread(keys: Sequence[str | None], count: int) -> list[int]:

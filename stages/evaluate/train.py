@@ -4,15 +4,14 @@
 
 The recipe's `scores` (verifiers, reward models, judges, functions) are measured on greedy or sampled answers or both.
 Sampled answers use the same random numbers for every model, and the KL from the parent is measured on them. Held-out
-documents give bits per byte. results.json, beside the manifest, holds each metric with its 95 % interval, the first
-metric also by group, and how often a model's answer is better than its parent's.
+documents, and the answers that the rows themselves have, give bits per byte. results.json, beside the manifest, holds
+each metric with its 95 % interval, the first metric also by group, each model's difference from its parent, item by
+item, and how often its answer is better than its parent's.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -25,17 +24,13 @@ from handoff.parent import Parent
 from handoff.window import model_window
 from reward.compose import Answers
 from reward.learned import LearnedReward
-from rollout.batch import pad_batch
 from rollout.engine import generate
-from rollout.logprobs import completion_logprobs
-from rollout.positions import check_positions
-from rollout.sampling import Completion, SamplingSpec
-from stages.evaluate import choices, tables
+from rollout.sampling import SamplingSpec
+from stages.evaluate import choices, likelihood, tables
 from stages.evaluate.config import Answering, Config, ScoreConfig
-from stages.evaluate.statistics import Estimate
+from stages.evaluate.statistics import Items
 from stages.evaluate.tables import Answered
 from training.limits import within_window
-from training.measure import TextWindows
 from training.model import Model, load_encoder
 from training.recipe import RecipeError
 from training.rewards import Scorer, load_rewards, readable, token_readers
@@ -73,8 +68,6 @@ def train(run: Run) -> None:
     scorers = _scorers(run, entries, present, list(parents.values()), prompts)
 
     answered: dict[str, Answered] = {}
-    chosen: dict[str, dict[str, Estimate]] = {}
-    bits_per_byte: dict[str, dict[str, float]] = {}
     origins: dict[str, str] = {}
     each = len(prompts) * 2 + sum(len(question.choices) for rows in questions.values() for question in rows)
     with run.progress(len(parents) * each, "evaluate") as advance:
@@ -86,9 +79,10 @@ def train(run: Run) -> None:
             ).freeze()
             with model.whole() as module:
                 answered[name] = _answer(run, module, encoder, ids, advance)
-                chosen[name] = _choices(run, module, encoder, questions, read[name], advance)
+                answered[name].beside = _choices(run, module, encoder, questions, read[name], advance)
+                answered[name].beside |= _references(run, parent, module, encoder, prompts, ids)
                 if texts:
-                    bits_per_byte[name] = {"value": _bits_per_byte(module, encoder, texts, context, config.batch_size)}
+                    answered[name].beside["bits_per_byte"] = _documents(run, module, encoder, texts, context)
             del model, module
             origin = parent.manifest.parents.get("parent") if parent.manifest is not None else None
             # Look the parent up by fingerprint: a model of another run may have a parent of the same name.
@@ -100,22 +94,25 @@ def train(run: Run) -> None:
                     run.engine, other, "reference", encoder, config.model_args, dtype=None, bf16=False, frozen=True
                 ).freeze()
                 with reference.whole() as module:
-                    logp = _logprobs(module, ids, answered[name].sampled, encoder, config)
+                    rows = [(prompt, c.ids) for prompt, c in zip(ids, answered[name].sampled, strict=True)]
+                    logp = likelihood.of_pairs(
+                        module, encoder, rows, config.batch_size, temperature=config.temperature, whole=False
+                    )
                 answered[name].kl = [sum(c.logprobs) - lp for c, lp in zip(answered[name].sampled, logp, strict=True)]
                 del reference, module
             answered[name].scores = _scores(entries, scorers, prompts, ids, answered[name])
-            for line in tables.unscored(name, answered[name].scores):
+            for line in tables.unscored(name, answered[name]):
                 run.console.print(f"  {line}")
 
     measured = [metric for entry in entries for metric in entry.metrics.values()]
     by_group = tables.groups(run.seed, measured[0], keys, answered) if measured else {}
     results = {
         "models": list(parents),
-        "metrics": {name: found | chosen[name] for name, found in tables.metrics(run.seed, answered).items()},
+        "metrics": tables.metrics(run.seed, answered),
+        "changes": tables.changes(run.seed, origins, answered),
         "families": by_group,
         "grouped": {"column": column, "metric": measured[0]} if by_group else None,
         "win_rates": tables.win_rates(run.seed, config.wins, origins, answered) if config.wins in measured else {},
-        "bits_per_byte": bits_per_byte,
         "samples": [
             {
                 "prompt": "\n".join(m.content for m in prompts[i].record.messages),
@@ -133,18 +130,21 @@ def train(run: Run) -> None:
 
 
 def _print(run: Run, results: dict[str, Any], prompts: int) -> None:
-    """Prints the table of the metrics, and the win rates."""
+    """Prints the table of the metrics, that of the differences from the parents, and the win rates."""
     config: Config = run.config
     on = config.measured_on()
     run.console.print(
         f"  {prompts} held-out prompts, each answered twice by every model: greedy (the likeliest token at each place) "
         f"and sampled (at temperature {config.temperature:g}). In brackets: 95 % intervals"
     )
-    heading, *rows = tables.printed(results, on)
-    table = Table(*heading, box=None, padding=(0, 2))
-    for row in rows:
-        table.add_row(*row)
-    run.console.print(table)
+    for said, lines in ((None, tables.printed(results, on)), tables.printed_changes(results)):
+        if said is not None:
+            run.console.print(f"  {said}")
+        if lines:
+            table = Table(*lines[0], box=None, padding=(0, 2))
+            for row in lines[1:]:
+                table.add_row(*row)
+            run.console.print(table)
     for model, win in results["win_rates"].items():
         run.console.print(
             f"  {model}: its {on[win['by']]} answer scores higher in {win['by']} than that of {win['over']} on "
@@ -281,7 +281,7 @@ def _answer(
 
 def _choices_read(
     run: Run, parent: Parent, encoder: Encoder, questions: Mapping[str, Sequence[Question]]
-) -> dict[str, list[list[choices.Pair]]]:
+) -> dict[str, list[list[likelihood.Pair]]]:
     """What the model reads for each choice of each question.
 
     Raises:
@@ -295,7 +295,7 @@ def _choices_read(
     window = model_window(parent.weights_dir)
     for entry in config.multiple_choice:
         for question, pairs in zip(questions[entry.name], found[entry.name], strict=True):
-            length = choices.longest(pairs)
+            length = likelihood.longest(pairs)
             if window is not None and length > window.tokens:
                 raise RecipeError(
                     f"{run.recipe.path}: {run.section.name}.multiple_choice: {question.origin} takes {length} tokens "
@@ -310,60 +310,56 @@ def _choices(
     model: PreTrainedModel,
     encoder: Encoder,
     questions: Mapping[str, Sequence[Question]],
-    read: Mapping[str, Sequence[Sequence[choices.Pair]]],
+    read: Mapping[str, Sequence[Sequence[likelihood.Pair]]],
     advance: Callable[[int], None],
-) -> dict[str, Estimate]:
-    """The accuracies of each set of questions. Each process reads its share, then all processes get all numbers."""
+) -> dict[str, Items]:
+    """Whether each question was answered rightly, by both ways to choose. Each process reads its share, then all
+    processes get all numbers."""
     config: Config = run.config
-    found: dict[str, Estimate] = {}
+    found: dict[str, Items] = {}
     for name, rows in questions.items():
         mine = run.engine.share(len(rows))
         pairs = [read[name][i] for i in mine]
-        check_positions(model, max(map(choices.longest, pairs), default=1))
         flat = [pair for row in pairs for pair in row]
-        values = iter(choices.likelihoods(model, encoder, flat, config.batch_size, advance))
+        values = iter(likelihood.of_pairs(model, encoder, flat, config.batch_size, advance=advance))
         sums = run.engine.join([(i, [next(values) for _ in row]) for i, row in zip(mine, pairs, strict=True)])
-        found |= choices.accuracies(name, rows, sums)
+        found |= choices.right(name, rows, sums)
     return found
 
 
-@torch.no_grad()
-def _logprobs(
+def _references(
+    run: Run,
+    parent: Parent,
     model: PreTrainedModel,
-    prompt_ids: Sequence[list[int]],
-    completions: Sequence[Completion],
     encoder: Encoder,
-    config: Config,
-) -> list[float]:
-    """Sum over each completion of log π(token), nats, under the sampling temperature."""
-    out = [0.0] * len(completions)
-    order = sorted(range(len(completions)), key=lambda i: -len(prompt_ids[i]) - len(completions[i].ids))
-    for start in range(0, len(order), config.batch_size):
-        rows = order[start : start + config.batch_size]
-        prompts, answers = [prompt_ids[i] for i in rows], [completions[i].ids for i in rows]
-        batch = pad_batch(prompts, answers, encoder.pad_id, model.device)
-        chosen, _ = completion_logprobs(model, batch, config.temperature, vocab_size=encoder.vocab_size)
-        sums = torch.where(batch.completion_mask, chosen, 0.0).sum(-1)
-        for row, value in zip(rows, sums.tolist(), strict=True):
-            out[row] = value
-    return out
+    prompts: Sequence[EncodedPrompt],
+    ids: Sequence[list[int]],
+) -> dict[str, Items]:
+    """Bits of the answers in the rows, with their stop tokens, and bytes of their texts; nothing if no row has one.
+
+    An answer that does not fit the model's window, or its template, has no value.
+    """
+    config: Config = run.config
+    window = model_window(parent.weights_dir)
+    told = likelihood.references(encoder, prompts, ids)
+    fitting = [i for i, pair in told.items() if window is None or likelihood.longest([pair]) <= window.tokens]
+    if not fitting:
+        return {}
+    mine = run.engine.share(len(fitting))
+    nats = likelihood.of_pairs(model, encoder, [told[fitting[i]] for i in mine], config.batch_size)
+    found = dict(zip(fitting, run.engine.join(zip(mine, nats, strict=True)), strict=True))
+    values = [-found[i] * likelihood.BITS if i in found else None for i in range(len(prompts))]
+    sizes = [len(str(p.record.columns.get("reference", "")).encode()) for p in prompts]
+    return {"reference_bits_per_byte": Items(values, sizes)}
 
 
-@torch.no_grad()
-def _bits_per_byte(
-    model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], context: int, batch_size: int
-) -> float:
-    """−Σ log2 p(token) / bytes, over the windows of `TextWindows`, each of `context` tokens."""
-    nats = 0.0
-    windows = TextWindows(encoder.documents(texts), encoder, context)
-    check_positions(model, int(windows.lengths.max()))
-    for start in range(0, len(windows), batch_size):
-        batch = windows.collate(windows[start : start + batch_size])
-        labels = batch["shift_labels"].to(model.device)
-        logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
-        logp = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-        nats -= torch.where(labels >= 0, logp, 0.0).sum().item()
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+def _documents(run: Run, model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], context: int) -> Items:
+    """Bits and bytes of each document. Each process reads its share, then all processes get all numbers."""
+    config: Config = run.config
+    mine = run.engine.share(len(texts))
+    nats = likelihood.of_documents(model, encoder, [texts[i] for i in mine], context, config.batch_size)
+    bits = [-value * likelihood.BITS for value in run.engine.join(zip(mine, nats, strict=True))]
+    return Items(bits, [len(text.encode()) for text in texts])
 
 
 def _reference(prompt: EncodedPrompt) -> str | None:
