@@ -1,13 +1,15 @@
 """The reward model stage: reading and measuring scores, the report card, and the statistics for RL."""
 
 import json
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
 from data.config import FileSource
-from data.records import Preference
+from data.records import Message, Preference
 from data.rows import Pairs
 from handoff.errors import GateError, UserError
 from handoff.files import read_json
@@ -15,7 +17,7 @@ from handoff.parent import open_parent
 from handoff.stage import StageDir
 from reward.learned import score
 from stages.reward_model.schema import Card
-from stages.reward_model.train import Collator, Trainer, row_scores
+from stages.reward_model.train import Collator, Trainer, check_scores, row_scores
 from tests.row_sets import encode, load
 from tests.stage_chain import THINGS, chain, run_stage, runs, stage_recipe
 from training import engines
@@ -221,3 +223,18 @@ def test_an_invalid_member_is_refused_before_training(tmp_path):
     ):
         run_stage("reward", tmp_path, f"ensemble_with=[{runs() / 'tiny' / 'sft'}]")
     assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_training_is_no_reason_to_refuse_scores_and_a_wrong_scorer_is(published, encoder, dtype, monkeypatch):
+    """What autocast rounds away does not count; a scorer that reads another token does, in either precision."""
+    parent = open_parent(str(published.folder), published.folder.parent, {"reward_model"})
+    loaded = Model.load(engines.current(), parent, "reward", load_encoder(parent), ModelArguments(), dtype=dtype)
+    answers = [[*encoder.prompt((Message("user", f"Where is the {thing}?"),)), 5, 6, 7] for thing in THINGS]
+    trainer = cast(Trainer, SimpleNamespace(model_wrapped=loaded.module, args=SimpleNamespace(bf16=True)))
+    measured = score(loaded.module, answers, encoder.pad_id).double().numpy()
+    check_scores(loaded, answers, measured + np.linspace(-0.1, 0.1, len(measured)), trainer)
+    monkeypatch.setattr("stages.reward_model.train.score", lambda m, rows, pad: score(m, [r[:-3] for r in rows], pad))
+    with pytest.raises(AssertionError, match="the scores that RL would compute differ"):
+        check_scores(loaded, answers, measured, trainer)

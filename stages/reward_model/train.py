@@ -38,6 +38,7 @@ CARD = "card.json"
 _COMPARED = 32
 # The two forward passes use batches of different shapes, so float32 results differ in their last bits.
 _TOLERANCE = 1e-4
+_ALIKE = 0.9
 Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
 
@@ -258,12 +259,22 @@ def refusal(run: Run, card: Card) -> str:
     )
 
 
-def check_scores(model: Model, answers: Sequence[Sequence[int]], before: np.ndarray, trainer: Trainer) -> None:
-    """Asserts that the scorer which RL uses gives the same scores as the forward pass of training."""
-    with model.whole(trainer.model_wrapped) as module, trainer.compute_loss_context_manager():
+def check_scores(model: Model, answers: Sequence[Sequence[int]], measured: np.ndarray, trainer: Trainer) -> None:
+    """Asserts that the scorer which RL uses gives the same scores as the forward pass of training.
+
+    Under autocast the `measured` scores are rounded at every product. A real model's can then be off by a tenth and
+    more, since a score is the small sum of a head's large terms. So the scorer is compared with the model's own forward
+    pass, both without autocast; and where the weights themselves are rounded, by the correlation of the two.
+    """
+    rounded = model.dtype == torch.bfloat16
+    with model.whole(trainer.model_wrapped) as module:
         after = score(module, answers, model.encoder.pad_id).double().numpy()
-    scale = max(1.0, float(np.abs(before).max()))
-    rounded = trainer.args.bf16 or model.dtype == torch.bfloat16
-    tolerance = 0.02 if rounded else _TOLERANCE
-    worst = float(np.abs(after - before).max()) / scale
-    assert worst <= tolerance, f"the scores that RL would compute differ by {worst:.2g} from those of training"
+        before = measured
+        if trainer.args.bf16 or rounded:
+            batch = {key: value.to(module.device) for key, value in Collator(model.encoder.pad_id)(answers).items()}
+            before = row_scores(module, batch)["score"].double().cpu().numpy()
+    worst = float(np.abs(after - before).max()) / max(1.0, float(np.abs(before).max()))
+    alike = rounded and np.corrcoef(after, before)[0, 1] > _ALIKE
+    assert worst <= _TOLERANCE or alike, (
+        f"the scores that RL would compute differ by {worst:.2g} from those of training"
+    )
