@@ -14,6 +14,9 @@ import torch
 import transformers
 import trl
 
+from training.terminal import quiet_bitsandbytes
+
+quiet_bitsandbytes()
 LOADED = (
     accelerate.Accelerator,
     datasets.Dataset,

@@ -6,8 +6,9 @@ turns the weights back into float32, but it refuses to save what it has read; so
 """
 
 import importlib.util
+import io
 import os
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,9 @@ def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     keys: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **keys)
+    # Its progress bars, of which not all can be turned off. Warnings go another way.
+    with redirect_stderr(io.StringIO()):
+        read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **keys)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **keys)
     del read.config.quantization_config
     with torch.device("meta"):
@@ -125,7 +128,8 @@ def _convert(path: Path, folder: Path) -> None:
     plain.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    plain.save_pretrained(folder, state_dict=read.state_dict())
+    with redirect_stderr(io.StringIO()):
+        plain.save_pretrained(folder, state_dict=read.state_dict())
     tokenizer.save_pretrained(folder)
     _correct_tokenizer(folder / "tokenizer.json", plain.config.vocab_size, _split(path))
 

@@ -128,9 +128,13 @@ def prepare(encoding: str | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    # peft imports it if it is installed; it then says which kernels it lacks, none of which is used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     sys.excepthook = _print_traceback
+
+
+def quiet_bitsandbytes() -> None:
+    """peft imports it if it is installed. It then warns of kernels that it lacks, none of which is used here."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _opened(descriptor: int, before: Any, encoding: str | None) -> _Stream:
