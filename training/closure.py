@@ -16,6 +16,8 @@ from handoff.files import canonical_hash, sha256_file
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NAMED = re.compile(r"[a-z_]+(\.[a-z_]+)+:\w+")
+_MAY_NAME = re.compile(rb"[a-z_]\.[a-z_.]+:\w")
+"""Found in a file that has such a string; few others have it, and to look at every part of a file takes long."""
 
 
 @cache
@@ -43,19 +45,33 @@ def code_files(stage: str) -> list[Path]:
 @cache
 def _imported(file: Path) -> list[Path]:
     """The repository's files that a file imports: modules, and the packages that contain them."""
-    tree = ast.parse(file.read_bytes())
+    source = file.read_bytes()
+    tree = ast.parse(source)
     names = set(_imports(tree, ()))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and _NAMED.fullmatch(node.value):
-            names.add(node.value.partition(":")[0])
-    files: list[Path] = []
-    for name in names:
-        parts = name.split(".")
-        files += _modules(_ROOT, parts)
-        inner = _ROOT.joinpath(*parts[:2])
-        if len(parts) > 1 and (inner / "__init__.py").is_file():
-            files += sorted(inner.rglob("*.py"))
+    if _MAY_NAME.search(source):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and _NAMED.fullmatch(node.value):
+                names.add(node.value.partition(":")[0])
+    return [path for name in names for path in _files(name)]
+
+
+@cache
+def _files(name: str) -> list[Path]:
+    """The repository's files that importing this dotted name needs."""
+    parts = name.split(".")
+    if parts[0] not in _tops():
+        return []
+    files = _modules(_ROOT, parts)
+    inner = _ROOT.joinpath(*parts[:2])
+    if len(parts) > 1 and (inner / "__init__.py").is_file():
+        files += sorted(inner.rglob("*.py"))
     return files
+
+
+@cache
+def _tops() -> set[str]:
+    """The names of the repository's folders and of its modules outside of folders."""
+    return {path.name.partition(".")[0] for path in _ROOT.iterdir()}
 
 
 def function_fingerprint(function: str) -> str:
@@ -120,10 +136,18 @@ def _imports_of(path: Path, package: tuple[str, ...]) -> set[str]:
         return set()
 
 
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+"""The fields in which a statement holds other statements."""
+
+
 def _imports(tree: ast.AST, package: tuple[str, ...]) -> Iterable[str]:
     """Dotted names of everything that a module of `package` imports. `from a import b` may name a module or something
     inside one, so it gives a and a.b."""
-    for node in ast.walk(tree):
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        # No expression holds an import, and most of a file is expressions.
+        waiting += (inner for block in _BLOCKS for inner in getattr(node, block, ()))
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
