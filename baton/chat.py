@@ -26,6 +26,7 @@ from handoff.manifest import Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
 from handoff.window import window
+from training.importing import quick_imports
 from training.recipe import load_recipe
 from training.recipe_text import did_you_mean
 from training.registry import Registry
@@ -54,12 +55,13 @@ class Speaker:
     """A model with its encoder and its side of the conversation."""
 
     def __init__(self, parent: Parent, sampling: Sampling) -> None:
-        import torch
+        with quick_imports():
+            import torch
 
-        from rollout.positions import longest_alike
-        from training import engines
-        from training.config import ModelArguments
-        from training.model import Model, load_encoder
+            from rollout.positions import longest_alike
+            from training import engines
+            from training.config import ModelArguments
+            from training.model import Model, load_encoder
 
         self.name = parent.name
         self.encoder: Encoder = load_encoder(parent)
@@ -287,7 +289,8 @@ def talk(
     if system is not None and not _is_text(system):
         raise UserError(f"--system {system!r} is not text in this terminal's encoding")
     parents = open_models(target, compare or ([model] if model else []))
-    from transformers.utils.logging import disable_progress_bar
+    with quick_imports():
+        from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     terminal = Terminal()

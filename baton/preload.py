@@ -8,25 +8,25 @@ import os
 # Makes torch count GPUs through NVML. By default it would initialise CUDA, which is then unusable in a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-import accelerate
-import datasets
-import torch
-import transformers
-import trl
+from training.importing import quick_imports
 
-from training.terminal import quiet_bitsandbytes
+with quick_imports():
+    import accelerate
+    import datasets
+    import torch
+    import transformers
+    import trl
 
-quiet_bitsandbytes()
-LOADED = (
-    accelerate.Accelerator,
-    datasets.Dataset,
-    torch.Tensor,
-    transformers.AutoModelForCausalLM,
-    transformers.AutoModelForSequenceClassification,
-    transformers.PreTrainedTokenizerFast,
-    transformers.Trainer,
-    trl.DPOTrainer,
-    trl.RewardTrainer,
-    trl.SFTTrainer,
-)
-"""Named because transformers and trl import a class's module when the class is first asked for."""
+    LOADED = (
+        accelerate.Accelerator,
+        datasets.Dataset,
+        torch.Tensor,
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForSequenceClassification,
+        transformers.PreTrainedTokenizerFast,
+        transformers.Trainer,
+        trl.DPOTrainer,
+        trl.RewardTrainer,
+        trl.SFTTrainer,
+    )
+    """Named because transformers and trl import a class's module when the class is first asked for."""

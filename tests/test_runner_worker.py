@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,20 @@ def run(section, stage, signum=None):
     return code, os.fdopen(read).read()
 
 print(json.dumps([run(*args) for args in json.loads(sys.argv[2])]))
+"""
+
+LOADED = """
+import baton.preload, gc, json, sys, threading, torch
+present = [name for name in ("bitsandbytes", "wandb", "deepspeed") if name in sys.modules]
+state = [threading.active_count(), torch.cuda.is_initialized(), present, gc.get_freeze_count(), gc.isenabled()]
+print(json.dumps(state))
+"""
+AVAILABLE = """
+import baton.preload, json
+from peft.import_utils import is_bnb_4bit_available
+from transformers.utils import is_bitsandbytes_available
+from transformers.integrations import is_wandb_available
+print(json.dumps([is_bitsandbytes_available(), is_bnb_4bit_available(), is_wandb_available()]))
 """
 
 
@@ -100,9 +115,19 @@ def test_a_stage_ends_when_its_runner_is_killed(recipe, root):
 
 
 def test_the_servers_imports_start_neither_threads_nor_cuda(root):
-    code = "import baton.preload, torch, threading; print(threading.active_count(), torch.cuda.is_initialized())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "False"]
+    done = subprocess.run([sys.executable, "-c", LOADED], cwd=root, capture_output=True, text=True, check=True)
+    threads, cuda, absent, kept, collecting = json.loads(done.stdout)
+    assert (threads, cuda) == (1, False)
+    assert absent == []  # what takes a second and is not used
+    assert kept > 100_000 and collecting  # what was imported is never searched for garbage, what comes later is
+    assert done.stderr == ""
+
+
+def test_what_the_servers_imports_passed_over_can_be_had_later(root):
+    """Whether these packages are there, which several libraries ask once and remember, is not answered by then."""
+    command = [sys.executable, "-c", AVAILABLE]
+    later = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert json.loads(later) == [find_spec("bitsandbytes") is not None] * 2 + [find_spec("wandb") is not None]
 
 
 def wait_for(look):

@@ -35,6 +35,7 @@ from training.config import OptimizerConfig
 from training.engines.launch import check_environment, is_main, say_error
 from training.engines.lost import PeersLost, peers_lost
 from training.engines.protocol import Engine
+from training.importing import quick_imports, quiet_libraries
 from training.inputs import present_soft_parents, stage_inputs
 from training.recipe import DATA_ROLE, Recipe, RecipeError, load_recipe
 from training.references import check_models
@@ -398,7 +399,8 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals,
         Stopped: a signal ended the stage.
     """
     with Signals(name, speaks=is_main()) as signals:
-        engine = engines.start()
+        with quick_imports():
+            engine = engines.start()
         try:
             _run_section(recipe, name, signals, engine, make)
         finally:
@@ -412,7 +414,7 @@ def _run_section(
     engine: Engine,
     make: Callable[[Recipe, str, Signals, Engine], Run],
 ) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     section = recipe.sections[name]
     run = make(recipe, name, signals, engine)
     together = False
@@ -420,7 +422,8 @@ def _run_section(
         run.check_batch()
         engine.on_main(lambda: check_models(recipe, [name], fetch=True))
         run.begin(engine.on_main(lambda: stage_inputs(recipe, name)))
-        train = importlib.import_module(f"stages.{section.stage}.train").train
+        with quick_imports():
+            train = importlib.import_module(f"stages.{section.stage}.train").train
         train(run)
     except UserError:
         run.refuse()
@@ -441,15 +444,6 @@ def _run_section(
         run.close()
         if together:
             engine.barrier()  # when the first process has ended, a launcher kills the others
-
-
-def _quiet_libraries() -> None:
-    """Turns off the libraries' progress bars, which add nothing to `Run.progress`; their warnings stay on."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def choose_section(recipe: Recipe, stage: str) -> str:

@@ -128,13 +128,9 @@ def prepare(encoding: str | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    quiet_bitsandbytes()
-    sys.excepthook = _print_traceback
-
-
-def quiet_bitsandbytes() -> None:
-    """peft imports it if it is installed. It then warns of kernels that it lacks, none of which is used here."""
+    # When it is imported, it says which kernels it lacks, none of which is used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    sys.excepthook = _print_traceback
 
 
 def _opened(descriptor: int, before: Any, encoding: str | None) -> _Stream:
