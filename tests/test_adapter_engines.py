@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from handoff.stage import StageDir
-from tests.launching import launched
+from tests.launching import grouped, launched
 from training.recipe import load_recipe
 from training.run import run_section
 
@@ -54,7 +54,7 @@ def trained(config: str, root: Path, micro_recipe: Path, folder: Path, merge: bo
     recipe.write_text(RECIPE.format(root=folder, parent=parent, merge=str(merge).lower()))
     found = {}
     for section in ("first", "second"):
-        done = launched(root, config, "stages.sft", recipe, "--section", section, timeout=300)
+        done = grouped(root, config, "stages.sft", recipe, "--section", section, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         stage = StageDir(folder / "launched" / section)
         lines = [json.loads(line) for line in stage.metrics_path.read_text().splitlines()]
@@ -114,7 +114,7 @@ def test_a_quantised_base_under_ddp_trains_as_on_one_process(root, micro_recipe,
         recipe = tmp_path / f"{config}.yaml"
         parent = micro_recipe.parent / "runs" / "micro" / "pretrain"
         recipe.write_text(RECIPE.format(root=tmp_path / config, parent=parent, merge="false"))
-        done = launched(root, config, "stages.sft", recipe, "first.quantization=nf4", "--section", "first", timeout=300)
+        done = grouped(root, config, "stages.sft", recipe, "first.quantization=nf4", "--section", "first", timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         stage = StageDir(tmp_path / config / "launched" / "first")
         lines = [json.loads(line) for line in stage.metrics_path.read_text().splitlines()]
@@ -148,7 +148,7 @@ def reinforced(config: str, root: Path, micro_recipe: Path, adapters: Path, fold
         "ppo.adapter.r=4",
         "ppo.train.iterations=2",
     ]
-    done = launched(root, config, "stages.ppo", micro_recipe, *overrides, "--section", "ppo", timeout=300)
+    done = grouped(root, config, "stages.ppo", micro_recipe, *overrides, "--section", "ppo", timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     stage = StageDir(folder / "micro" / "ppo")
     return [json.loads(line) for line in stage.metrics_path.read_text().splitlines()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import launched
+from tests.launching import grouped
 from tests.stage_chain import foreign_checkpoint
 
 # 400 tensors of 1 MiB; every second one is freed, so that a live tensor follows each gap.
@@ -131,7 +131,7 @@ def test_no_process_holds_the_whole_model_while_it_is_loaded(
     config: str, models: tuple[Path, Path, dict[str, float]], root: Path, tmp_path: Path
 ) -> None:
     small, large, sums = models
-    done = launched(root, config, "tests.loading_shares", small, large, tmp_path / "seen.json")
+    done = grouped(root, config, "tests.loading_shares", small, large, tmp_path / "seen.json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     seen = json.loads((tmp_path / "seen.json").read_text())
     for part, found in seen.items():

@@ -1,17 +1,17 @@
 """A small training of two models under every engine: the same numbers as one process, on the requested engine.
 
-The file is also the program that is launched: `accelerate launch --config_file ... tests/test_engines.py OUT`;
-a second folder is that of an earlier run, whose state it goes on from as well.
+The file is also the program that the processes run: `accelerate launch --config_file ... -m tests.test_engines OUT`; a
+second folder is that of an earlier run, whose state it goes on from as well.
 """
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.launching import grouped
 
 STEPS, ROWS, MICRO = 4, 8, 2
 CLIP = 0.5  # below the first gradient norms, so that clipping has an effect
@@ -197,12 +197,9 @@ def program(out: Path, other: Path | None) -> None:
     engine.shutdown()
 
 
-def launch(config: Path, out: Path, root: Path, *other: Path) -> dict:
+def launch(config: str, out: Path, root: Path, *other: Path) -> dict:
     out.mkdir(parents=True)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), __file__, str(out)]
-    command += map(str, other)
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = grouped(root, config, "tests.test_engines", out, *other)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((out / "seen.json").read_text())
 
@@ -210,7 +207,7 @@ def launch(config: Path, out: Path, root: Path, *other: Path) -> dict:
 @pytest.fixture(scope="module")
 def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("alone") / "run"
-    return launch(root / "recipes" / "launch" / "cpu.yaml", out, root), out
+    return launch("cpu", out, root), out
 
 
 @pytest.mark.slow
@@ -233,7 +230,7 @@ def test_engine_trains_as_one_process_does(config: str, alone: tuple[dict, Path]
     from safetensors.torch import load_file
 
     one, out_one = alone
-    seen = launch(root / "recipes" / "launch" / f"{config}.yaml", tmp_path / "run", root, out_one)
+    seen = launch(config, tmp_path / "run", root, out_one)
     name, stage, cls = ENGINES[config]
     assert seen["record"].pop("threads") >= 1
     assert seen["record"] == {"name": name, "zero_stage": stage, "processes": 2, "device": "cpu"}

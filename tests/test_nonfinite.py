@@ -6,7 +6,6 @@ The file is also a program for `accelerate launch`: SFT whose third step is brok
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from data.sampling import shuffled
 from handoff.errors import GateError
 from handoff.state import StateStore
+from tests.launching import grouped
 from tests.stage_chain import lines_of, result, run_stage, stage_recipe
 from training import engines
 from training.engines import finite
@@ -275,16 +275,7 @@ def test_what_is_broken_on_one_process_is_skipped_on_all(engine, micro_recipe, r
         broken(patch, 3)
         alone = load_recipe(micro_recipe, [*keys, f"output_root={tmp_path / 'alone'}"])
         run_section(alone, "sft")
-    config = str(root / "recipes" / "launch" / f"{engine}.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, __file__]
-    done = subprocess.run(
-        [*command, str(micro_recipe), *keys, f"output_root={tmp_path}"],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = grouped(root, engine, "tests.test_nonfinite", micro_recipe, *keys, f"output_root={tmp_path}")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("skipped: loss is nan at step 3 (rows ") == 1
     for mine, theirs in zip(lines_of(alone.run_dir / "sft"), lines_of(tmp_path / "micro" / "sft"), strict=True):

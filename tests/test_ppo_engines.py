@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from handoff.stage import StageDir
-from tests.launching import launched
+from tests.launching import grouped, launched
 from tests.recorded_ppo import recorded
 from training.recipe import load_recipe
 from training.run import run_section
@@ -51,7 +51,7 @@ def test_two_processes_equal_one(launch, micro_recipe, alone, root):
     folder = load_recipe(micro_recipe).run_dir / "ppo"
     shutil.rmtree(folder, ignore_errors=True)
     record, expected = alone[seed]
-    done = launched(root, launch, "tests.recorded_ppo", record, micro_recipe, f"seed={seed}")
+    done = grouped(root, launch, "tests.recorded_ppo", record, micro_recipe, f"seed={seed}")
     assert done.returncode == 0, done.stderr[-3000:]
     # A sharded model has no values until it is prepared; what is tried on it must wait for them.
     assert "rows are padded" not in done.stderr and "plain generation" not in done.stderr, done.stderr[-3000:]
@@ -87,7 +87,7 @@ def test_groups_on_two_processes_equal_groups_on_one(micro_recipe, root):
     run_section(recipe, "ppo")
     one, samples = lines(folder), (folder / "samples.jsonl").read_text()
     shutil.rmtree(folder)
-    done = launched(root, "cpu2", "stages.ppo", micro_recipe, *section)
+    done = grouped(root, "cpu2", "stages.ppo", micro_recipe, *section)
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(lines(folder), one, strict=True):
         for key in (*COMPARED, "frac_reward_zero_std", "reward_std"):

@@ -17,7 +17,7 @@ from rollout.sampling import Completion
 from rollout.trajectory import TrajectoryBatch
 from stages.ppo.sampler import Sampler
 from tests.asking import asking
-from tests.launching import launched
+from tests.launching import grouped
 from tests.test_ppo_train import result
 from training.recipe import load_recipe
 from training.run import run_section
@@ -190,7 +190,7 @@ def test_conversations_on_two_processes_equal_those_on_one(micro_recipe, monkeyp
     with monkeypatch.context() as patch:
         _, one, samples = ppo(micro_recipe, patch, folder)
     shutil.rmtree(folder)
-    done = launched(root, "cpu2", "tests.asking", micro_recipe, *SHORT)
+    done = grouped(root, "cpu2", "tests.asking", micro_recipe, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     _, two = result(folder)
     assert [line["step"] for line in two] == [line["step"] for line in one]
@@ -207,6 +207,6 @@ def test_a_sharded_model_does_not_wait_for_a_process_that_has_nothing_to_say(mic
     folder = load_recipe(micro_recipe).run_dir / "ppo"
     shutil.rmtree(folder, ignore_errors=True)
     one_prompt = "ppo.eval_data=[{source: world, kind: prompts, size: 1, split: validation}]"
-    done = launched(root, "cpu2_fsdp2", "tests.asking", micro_recipe, *SHORT, one_prompt, timeout=300)
+    done = grouped(root, "cpu2_fsdp2", "tests.asking", micro_recipe, *SHORT, one_prompt, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line["step"] for line in result(folder)[1]] == [0, 0, 1, 1, 2, 2, 2]

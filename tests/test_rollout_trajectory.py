@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rollout.trajectory import Trajectory, TrajectoryBatch, Turn
 from tests.conversations import Conversations
-from tests.launching import launched
+from tests.launching import grouped
 
 
 @pytest.fixture
@@ -123,5 +123,5 @@ def test_turns_have_to_cover_the_tokens():
 
 @pytest.mark.slow
 def test_processes_gather_columns_of_different_lengths(root):
-    done = launched(root, "cpu2", "tests.exchanging")
+    done = grouped(root, "cpu2", "tests.exchanging")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,7 +15,7 @@ from handoff.parent import open_parent
 from stages.dpo import train
 from stages.dpo.loss import alarms, pair_metrics
 from stages.dpo.train import PairRows
-from tests.launching import launched
+from tests.launching import grouped
 from tests.row_sets import encode
 from tests.stage_chain import chain, result, run_stage, runs, stage_recipe
 from training import engines
@@ -235,7 +235,7 @@ def test_a_sharded_run_trains_as_one_process_does(launch, alone, root, tmp_path)
     """Before the first step the policy equals the reference, so the loss is ln 2."""
     recipe = stage_recipe("dpo", tmp_path, *LAUNCHED)
     parent = f"parent={runs() / 'tiny' / 'sft'}"
-    done = launched(root, launch, "stages.dpo", chain(), f"output_root={tmp_path}", parent, *LAUNCHED)
+    done = grouped(root, launch, "stages.dpo", chain(), f"output_root={tmp_path}", parent, *LAUNCHED)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = result(recipe, "dpo")
     assert found.lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)

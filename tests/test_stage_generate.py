@@ -22,7 +22,7 @@ from handoff.verify import lineage, verify_run
 from reward.compose import Answers
 from stages.generate.config import Config
 from stages.generate.train import _rows, choose
-from tests.launching import launched
+from tests.launching import grouped
 from tests.stage_chain import chain, runs
 from training.inputs import stage_inputs
 from training.recipe import Recipe, RecipeError, load_recipe
@@ -317,7 +317,7 @@ def test_a_killed_stage_goes_on_and_publishes_the_same_rows(made, tmp_path, root
 @pytest.mark.slow
 def test_two_processes_publish_the_same_rows(made, tmp_path, root):
     recipe = recipe_at(tmp_path)
-    done = launched(root, "cpu2", "stages.generate", recipe.path)
+    done = grouped(root, "cpu2", "stages.generate", recipe.path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert manifest_of(recipe, "generate").engine.processes == 2
     assert rows_of(recipe) == rows_of(made)

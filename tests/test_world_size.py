@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from handoff.stage import StageDir
-from tests.launching import launched
+from tests.launching import grouped
 from training.recipe import load_recipe
 from training.run import run_section
 
@@ -55,8 +55,7 @@ class Moved:
 
     def launched(self, root: Path, config: str, processes: int, *overrides: str) -> str:
         """Runs under a launch file with another number of processes. Returns the output."""
-        options, module = ("--num_processes", processes), f"stages.{self.section}"
-        done = launched(root, config, module, self.recipe, *overrides, options=options, timeout=300)
+        done = grouped(root, config, f"stages.{self.section}", self.recipe, *overrides, processes=processes)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
