@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages.ppo.sampler import Sampler
+from tests.launching import grouped
 from tests.stage_chain import lines_of, result, run_stage, stage_recipe
 from training import engines
 from training.recipe import load_recipe
@@ -330,5 +331,6 @@ def test_of_two_processes_one_is_asked_and_both_end_after_the_same_step(stage, m
         out = begin(root, *command, *arguments).communicate(timeout=240)[0]
         assert "resuming after step" in out
         whole, folder = parents_of(micro_recipe, tmp_path / "whole", *keys)
-        assert begin(root, *command, *whole).wait(timeout=240) == 0
+        done = grouped(root, "cpu2", f"stages.{stage}", *whole)
+        assert done.returncode == 0, done.stderr
         same(folder / stage, stopped / stage)
