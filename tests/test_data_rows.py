@@ -271,9 +271,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path, kind):
         return most
 
     peak(4096)  # what is imported and compiled once
-    small, large = peak(3 * 4096), peak(24 * 4096)
+    small, large = peak(2 * 4096), peak(9 * 4096)
     # Lengths and places: 12 bytes a row, doubled while an array grows. A row itself takes about 3,000.
-    assert large - small < 21 * 4096 * 60
+    assert large - small < 7 * 4096 * 60
 
 
 def test_facts_are_those_of_the_rows_that_are_left(tmp_path):
