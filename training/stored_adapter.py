@@ -1,6 +1,8 @@
 """The adapter of a parent: merged into the weights of its base while they are loaded, or beside quantised weights."""
 
 from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -91,9 +93,13 @@ class StoredAdapter:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter that it has as a whole, or a part of a layer."""
-        with safe_open(self._files.weights, "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored_name(name)).clone()
+        tensor: torch.Tensor = self._opened.get_tensor(stored_name(name)).clone()
         return tensor
+
+    @cached_property
+    def _opened(self) -> Any:
+        """The file, mapped into memory. To open it for each of its tensors takes longer than to read them."""
+        return safe_open(self._files.weights, "pt")
 
     def pair(self, layer: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """(A, B, scaling) of a layer."""
