@@ -25,7 +25,7 @@ stages:
   reward:
     stage: reward_model
     parent: sft
-    data: &pairs [{{source: file, path: preference/instructions-with-preference-1100.json.gz, limit: 40}}]
+    data: &pairs [{{source: file, path: preference/instructions-with-preference-1100.json.gz, limit: 12}}]
     max_length: 96
     adapter: *adapter
     train: *short
