@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 RUN     = $(BIN)/baton run $(RECIPE) $(if $(LAUNCH),--launch $(LAUNCH)) $(SET)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tokenizer pretrain sft reward ppo grpo rloo dpo generate rlhf align-dpo eval report chat test test-fast lint bench clean
+.PHONY: help setup tokenizer pretrain sft reward ppo grpo rloo dpo generate rlhf align-dpo eval report chat test test-fast lint bench smollm2 clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,5 +64,7 @@ lint: setup  ## format, lint, types and spelling
 	$(BIN)/codespell
 bench: setup  ## the benchmarks
 	$(BIN)/python -m benchmarks
+smollm2: setup  ## SmolLM2-135M-Instruct through every stage: 45 minutes; the data: docs/real.md
+	$(BIN)/python -m benchmarks.real_model $(SET)
 clean:  ## remove runs/ and caches, keep .venv
 	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

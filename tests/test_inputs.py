@@ -30,8 +30,7 @@ OPTIMIZER = {
 }  # fmt: skip
 TRAIN = {*OPTIMIZER, "per_device_eval_batch_size", "logging_steps", "eval_steps", "save_steps"}
 WITHOUT_EFFECT = {
-    "TrainConfig": TRAIN,
-    "MuonTrainConfig": TRAIN,
+    **dict.fromkeys(("PretrainTrainConfig", "SFTTrainConfig", "RewardTrainConfig", "DPOTrainConfig"), TRAIN),
     "PPOTrainConfig": {*OPTIMIZER, "rollout_micro_batch_size", "save_iterations"},
     "VLLMConfig": {
         "base_url", "timeout", "sync_timeout", "start_timeout", "retries", "retry_wait", "concurrency", "transfer",
