@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from baton.launched import LaunchedStage, own_words
-from baton.runner import Runner, Start, check_data, run_pipeline, start_of
+from baton.runner import Runner, check_data, run_pipeline, start_of
 from baton.status import State, overview
+from baton.supervisor import Start
 from data.errors import DataError
 from handoff.errors import HandoffError, UserError
 from handoff.lock import RunLock
@@ -386,7 +387,8 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from baton.launched import LaunchedStage
-from baton.runner import Runner, Start
+from baton.runner import Runner
+from baton.supervisor import Start
 from training.recipe import load_recipe
 from training.registry import Registry
 
