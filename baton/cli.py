@@ -51,6 +51,9 @@ def run(
         Path | None, typer.Option(help="An accelerate configuration, e.g. recipes/launch/ddp.yaml.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and why; run nothing.")] = False,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often a stage that breaks or is killed is started again.")
+    ] = 0,
     num_machines: Annotated[
         int | None,
         typer.Option(min=1, help="How many machines run this command together.", show_default=False),
@@ -87,7 +90,8 @@ def run(
         main_process_ip=main_process_ip,
         main_process_port=main_process_port,
     )
-    sys.exit(run_pipeline(loaded, to or (), force or (), launch, dry_run=dry_run, place=place))
+    code = run_pipeline(loaded, to or (), force or (), launch, dry_run=dry_run, place=place, max_restarts=max_restarts)
+    sys.exit(code)
 
 
 @app.command()

@@ -97,7 +97,8 @@ class Runner:
     """One run of a recipe's stages.
 
     `start` starts a stage; `inputs_of` gives what its result depends on; `kept` says whether the run's folder stays;
-    `others` are the other machines of a run on several.
+    `others` are the other machines of a run on several; `max_restarts` says how often a stage that breaks is started
+    again.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Runner:
         *,
         kept: bool = True,
         others: Others | None = None,
+        max_restarts: int = 0,
     ) -> None:
         self.recipe = recipe
         self.start = start
@@ -116,6 +118,7 @@ class Runner:
         self.inputs_of = inputs_of
         self.kept = kept
         self.others = others
+        self.max_restarts = max_restarts
         self.supervisor = Supervisor()
 
     def run(self, names: Sequence[str], force: Sequence[str] = ()) -> int:
@@ -140,6 +143,11 @@ class Runner:
                 if self.others is not None and (code := self.others.gone()) is not None:
                     return code
                 code = self._stage(self.recipe.sections[name])
+                for restart in range(1, self.max_restarts + 1):
+                    if not _broke(code) or (self.others is not None and self.others.gone() is not None):
+                        break
+                    self.console.print(f"{name} is started again ({restart} of {self.max_restarts})")
+                    code = self._stage(self.recipe.sections[name])
                 if code:
                     return code
         return 0
@@ -192,6 +200,11 @@ class Runner:
             said.print(f"repeat: {ended.command}")
 
 
+def _broke(code: int) -> bool:
+    """Whether a stage ended in a way that another start may not: by an error of its own, or killed."""
+    return code not in (0, 2, 3) and code - 128 not in ENDING
+
+
 def run_pipeline(
     recipe: Recipe,
     targets: Sequence[str],
@@ -201,12 +214,14 @@ def run_pipeline(
     dry_run: bool,
     kept: bool = True,
     place: Place | None = None,
+    max_restarts: int = 0,
 ) -> int:
     """The command `baton run` (see `baton.cli.run`). Returns the exit code.
 
     Args:
         kept: whether the run's folder stays.
         place: this machine's place, if several run this command together.
+        max_restarts: how often a stage that breaks is started again.
     """
     names = recipe.order(targets or None)
     for name in force:
@@ -214,15 +229,16 @@ def run_pipeline(
             raise UserError(f"--force {name}: this section is not among those to be run ({', '.join(names)})")
     if launch is not None:
         check_launch_file(launch)
+    run = partial(_run, recipe, names, force, launch, dry_run=dry_run, kept=kept, max_restarts=max_restarts)
     if launch is None or place is None or dry_run:
-        return _run(recipe, names, force, launch, dry_run=dry_run, kept=kept)
+        return run()
     place.arguments(launch)
     command = digest(recipe, launch)
     if place.number > 0:
         start = partial(start_of, recipe, launch=launch, preload=False, place=place)
         return follow(recipe, place, command, lambda name: start(recipe.sections[name]), recipe.run_dir / LOGS)
     with Others(place, command, Screen()) as others:
-        others.code = _run(recipe, names, force, launch, dry_run=False, kept=kept, place=place, others=others)
+        others.code = run(place=place, others=others)
         return others.code
 
 
@@ -234,6 +250,7 @@ def _run(
     *,
     dry_run: bool,
     kept: bool,
+    max_restarts: int,
     place: Place | None = None,
     others: Others | None = None,
 ) -> int:
@@ -247,7 +264,7 @@ def _run(
     registry = Registry()
     preload = launch is None and any(registry.declaration(recipe.sections[name].stage).distributed for name in names)
     start = partial(start_of, launch=launch, preload=preload, place=place, others=others)
-    return Runner(recipe, start, console, kept=kept, others=others).run(names, force)
+    return Runner(recipe, start, console, kept=kept, others=others, max_restarts=max_restarts).run(names, force)
 
 
 def check_data(recipe: Recipe, names: Sequence[str]) -> None:

@@ -228,7 +228,7 @@ def test_a_signal_between_two_stages_ends_both(recipe, port):
 def test_strangers_are_sent_away(recipe, port):
     first = FirstMachine(port, lambda others: 0)
     for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"machine": 7}\n', b"[1]\n", b'{"machine": true}\n'):
-        with socket.create_connection(("127.0.0.1", port + 1)) as stranger:
+        with together._connected(Place(2, 1, "127.0.0.1", port), lambda: None) as stranger:
             stranger.sendall(said)
             assert stranger.recv(100) == b""
     with socket.create_connection(("127.0.0.1", port + 1)) as double:
