@@ -257,12 +257,12 @@ def follow(recipe: Recipe, place: Place, command: str, start_of: Callable[[str],
     me = f"machine {place.number} of {place.machines}"
     with supervisor.forwarding():
         line = Line(_connected(place, lambda: console.print(f"{me} waits for {place.address}:{place.port + 1}")))
-        line.send(machine=place.number, command=command)
-        inbox: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=_listen, args=(line, inbox, supervisor), daemon=True).start()
         try:
+            line.send(machine=place.number, command=command)
+            inbox: queue.Queue[dict[str, Any]] = queue.Queue()
+            threading.Thread(target=_listen, args=(line, inbox, supervisor), daemon=True).start()
             while True:
-                message = inbox.get()
+                message = _next(inbox)
                 if "refused" in message:
                     raise LaunchError(str(message["refused"]))
                 if "end" in message:
@@ -281,6 +281,13 @@ def follow(recipe: Recipe, place: Place, command: str, start_of: Callable[[str],
             raise
         finally:
             line.close()
+
+
+def _next(inbox: "queue.Queue[dict[str, Any]]") -> dict[str, Any]:
+    """The next message. The wait is short, because Python handles a signal that comes just before a wait after it."""
+    while True:
+        with suppress(queue.Empty):
+            return inbox.get(timeout=1.0)
 
 
 def _connected(place: Place, waits: Callable[[], None]) -> socket.socket:
