@@ -86,6 +86,8 @@ def _check_kind(document: Document, keys: dict[str, Any]) -> None:
         say("distributed_type", what + hint)
     if keys.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         say("compute_environment", "Baton runs on LOCAL_MACHINE")
+    if keys.get("rdzv_backend", "static") != "static":
+        say("rdzv_backend", "accelerate reads this key from its command line alone: remove it here")
     processes = keys.get("num_processes", 1 if kind == "NO" else None)
     if processes is None:
         say("num_processes", "missing: how many processes are started, over all machines")
