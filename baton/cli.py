@@ -51,19 +51,47 @@ def run(
         Path | None, typer.Option(help="An accelerate configuration, e.g. recipes/launch/ddp.yaml.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and why; run nothing.")] = False,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often a stage that breaks or is killed is started again.")
+    ] = 0,
+    num_machines: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many machines run this command together.", show_default=False),
+    ] = None,
+    machine_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="This machine's number among them; the one with 0 decides.", show_default=False),
+    ] = None,
+    main_process_ip: Annotated[
+        str | None, typer.Option(help="Name or address of the machine with rank 0.", show_default=False)
+    ] = None,
+    main_process_port: Annotated[
+        int | None, typer.Option(help="A port of that machine; the next one is used, too.", show_default=False)
+    ] = None,
 ) -> None:
     """Run the stages of a recipe that are not up to date, and print the reason for each.
 
     An interrupted stage resumes. A stage whose recipe, parent, data or code changed is run again; its earlier result is
     kept in <run>/.previous.
+
+    On several machines, the same command runs on each; what is not given as an option is read from the launch file.
     """
     from baton.runner import run_pipeline
     from training.engines.launch import check_environment
+    from training.engines.machines import place_of
     from training.recipe import load_recipe
 
     check_environment(launched=False)
     loaded = load_recipe(recipe, overrides or ())
-    sys.exit(run_pipeline(loaded, to or (), force or (), launch, dry_run=dry_run))
+    place = place_of(
+        launch,
+        num_machines=num_machines,
+        machine_rank=machine_rank,
+        main_process_ip=main_process_ip,
+        main_process_port=main_process_port,
+    )
+    code = run_pipeline(loaded, to or (), force or (), launch, dry_run=dry_run, place=place, max_restarts=max_restarts)
+    sys.exit(code)
 
 
 @app.command()

@@ -12,20 +12,17 @@ import re
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Protocol
 
 from rich.text import Text
 
-from baton.launched import LaunchedStage, own_words
-from baton.output import Tee
+from baton.launched import LaunchedStage
 from baton.status import InputsOf, Standing, State, overview, standing
+from baton.supervisor import Ended, Running, Start, Supervisor
+from baton.together import Others, digest, follow
 from data.config import StageSource
 from data.fingerprint import fingerprint
 from handoff.errors import UserError
@@ -36,6 +33,7 @@ from handoff.previous import PREVIOUS
 from handoff.stage import StageDir
 from reward.check import Use, check_functions
 from training.engines.launch_file import check_launch_file
+from training.engines.machines import Place
 from training.inputs import stage_inputs
 from training.recipe import Recipe, Section
 from training.references import check_compared, check_models
@@ -48,26 +46,22 @@ SHOWN = 20
 """How many of a stage's last lines are shown again when it fails."""
 
 
-class Running(Protocol):
-    """A stage that was started."""
+def start_of(
+    recipe: Recipe,
+    section: Section,
+    launch: Path | None,
+    *,
+    preload: bool,
+    place: Place | None = None,
+    others: Others | None = None,
+) -> Start:
+    """How to start a section. A stage that is not distributed runs on one process, whatever the launch file says.
 
-    def send(self, signum: int) -> None:
-        """Sends a signal to the stage."""
-
-    def wait(self) -> int:
-        """Waits for the stage's end and returns its exit code, negative for a signal."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """A way to start a stage: the command that a user would type, and a function that takes the output descriptor."""
-
-    command: Sequence[str]
-    begin: Callable[[int], Running]
-
-
-def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: bool) -> Start:
-    """How to start a section. A stage that is not distributed runs on one process, whatever the launch file says."""
+    Args:
+        preload: whether to import the large libraries once for all stages.
+        place: this machine's place among several.
+        others: the other machines, if this one is the first.
+    """
     arguments = [str(recipe.path), *recipe.overrides, "--section", section.name]
     module = f"stages.{section.stage}"
     if launch is None or not Registry().declaration(section.stage).distributed:
@@ -77,9 +71,17 @@ def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: 
             [_program("python"), "-m", module, *arguments],
             lambda descriptor: WarmStage(section.stage, arguments, descriptor, preload=preload),
         )
-    rest = ["--config_file", str(launch), "-m", module, *arguments]
+    options = [] if place is None else place.arguments(launch)
+    rest = ["--config_file", str(launch), *options, "-m", module, *arguments]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *rest]
-    return Start([_program("accelerate"), "launch", *rest], lambda descriptor: LaunchedStage(launcher, descriptor))
+    command = [_program("accelerate"), "launch", *rest]
+
+    def begin(descriptor: int) -> Running:
+        return LaunchedStage(launcher, descriptor)
+
+    if others is None:
+        return Start(command, begin)
+    return Start(command, partial(others.started, section.name, begin), others.settled)
 
 
 def _program(name: str) -> str:
@@ -94,7 +96,9 @@ StartOf = Callable[[Recipe, Section], Start]
 class Runner:
     """One run of a recipe's stages.
 
-    `start` starts a stage; `inputs_of` gives what its result depends on; `kept` says whether the run's folder stays.
+    `start` starts a stage; `inputs_of` gives what its result depends on; `kept` says whether the run's folder stays;
+    `others` are the other machines of a run on several; `max_restarts` says how often a stage that breaks is started
+    again.
     """
 
     def __init__(
@@ -105,19 +109,22 @@ class Runner:
         inputs_of: InputsOf = stage_inputs,
         *,
         kept: bool = True,
+        others: Others | None = None,
+        max_restarts: int = 0,
     ) -> None:
         self.recipe = recipe
         self.start = start
         self.console = console
         self.inputs_of = inputs_of
         self.kept = kept
-        self._running: Running | None = None
-        self._signals: list[int] = []
+        self.others = others
+        self.max_restarts = max_restarts
+        self.supervisor = Supervisor()
 
     def run(self, names: Sequence[str], force: Sequence[str] = ()) -> int:
         """Brings the sections up to date, in the given order. Returns 0, or the exit code of the stage that failed."""
         check_writable(self.recipe.run_dir)
-        with RunLock(self.recipe.run_dir, "baton run"), self._forwarding():
+        with RunLock(self.recipe.run_dir, "baton run"), self.supervisor.forwarding():
             for name in names:
                 for ref in self.recipe.sections[name].references.values():
                     if packed(ref, self.recipe.run_dir):
@@ -133,7 +140,14 @@ class Runner:
                 _say(self.console, names, name, f"{found}, skipped" if skipped else str(found))
                 if skipped:
                     continue
+                if self.others is not None and (code := self.others.gone()) is not None:
+                    return code
                 code = self._stage(self.recipe.sections[name])
+                for restart in range(1, self.max_restarts + 1):
+                    if not _broke(code) or (self.others is not None and self.others.gone() is not None):
+                        break
+                    self.console.print(f"{name} is started again ({restart} of {self.max_restarts})")
+                    code = self._stage(self.recipe.sections[name])
                 if code:
                     return code
         return 0
@@ -149,72 +163,46 @@ class Runner:
         return replace(back, reasons=(f"brought back from {PREVIOUS}", *back.reasons))
 
     def _stage(self, section: Section) -> int:
-        start = self.start(self.recipe, section)
-        command = shlex.join(start.command)
         log_path = self.recipe.run_dir / LOGS / f"{section.name}.log"
-        tee = Tee(log_path, f"=== {datetime.now().astimezone().isoformat(timespec='seconds')}  {command}")
-        begun = time.monotonic()
-        self._running = start.begin(tee.descriptor)
-        tee.release()
-        code = self._running.wait()
-        self._running = None
-        lines = tee.close()
-        tail, code = own_words(lines, code)
-        if tail == lines and same_reader():
+        ended = self.supervisor.run(self.start(self.recipe, section), log_path)
+        signals, code = self.supervisor.signals, ended.code
+        tail = ended.tail
+        if tail == ended.lines and same_reader():
             tail = []  # they were the last that the reader saw
-        code = 128 - code if code < 0 else code
         published = StageDir(self.recipe.run_dir / section.name).manifest() is not None
-        if self._signals and code in (0, 1) and not published:
-            code = 128 + self._signals[0]
+        if signals and code in (0, 1) and not published:
+            code = 128 + signals[0]
         elif code == 0 and not published:
             code = 1
-            tail.append(f"the stage ended without publishing {self.recipe.run_dir / section.name}")
-        took = time.monotonic() - begun
+            tail = [*tail, f"the stage ended without publishing {self.recipe.run_dir / section.name}"]
         if code == 0:
-            self.console.print(f"  done in {took:.0f} s")
-            return 128 + self._signals[0] if self._signals else 0
-        self._failed(section.name, code, took, tail, log_path, command)
+            self.console.print(f"  done in {ended.seconds:.0f} s")
+            return 128 + signals[0] if signals else 0
+        self._failed(section.name, code, ended, tail, log_path)
         return code
 
-    def _failed(self, name: str, code: int, took: float, tail: Sequence[str], log_path: Path, command: str) -> None:
+    def _failed(self, name: str, code: int, ended: Ended, tail: Sequence[str], log_path: Path) -> None:
         said = Screen(stderr=True)
-        if self._signals or code - 128 in ENDING:
+        if self.supervisor.signals or code - 128 in ENDING:
             said.print(f"{name} was stopped; the same command goes on with it", style="yellow")
             return
+        took = f"after {ended.seconds:.0f} s"
         if code == 128 + signal.SIGKILL:
             why = "by the system for lack of memory, or by someone; the same command goes on with it"
-            ended = Text.assemble((f"{name} was killed", "bold red"), f" after {took:.0f} s: {why}")
+            words = Text.assemble((f"{name} was killed", "bold red"), f" {took}: {why}")
         else:
-            ended = Text.assemble((f"{name} failed", "bold red"), f" with exit code {code} after {took:.0f} s")
-        said.print(ended.append("; its last lines:") if tail else ended)
+            words = Text.assemble((f"{name} failed", "bold red"), f" with exit code {code} {took}")
+        said.print(words.append("; its last lines:") if tail else words)
         for line in tail[-SHOWN:]:
             said.print(f"  | {line}")
         if self.kept:
             said.print(f"log:    {log_path}")
-            said.print(f"repeat: {command}")
+            said.print(f"repeat: {ended.command}")
 
-    @contextmanager
-    def _forwarding(self) -> Iterator[None]:
-        """Inside, signals to the runner are forwarded to the stage, and the runner waits for the stage to react. The
-        third request to end kills the stage. A signal that was ignored at the start (`nohup`) stays ignored."""
 
-        def forward(signum: int, frame: FrameType | None) -> None:
-            if signum == signal.SIGUSR1:  # a request to save, which is ignored if no stage runs
-                if self._running is not None:
-                    self._running.send(signum)
-                return
-            self._signals.append(signum)
-            if self._running is None:
-                sys.exit(128 + signum)
-            self._running.send(signal.SIGKILL if len(self._signals) > 2 else signum)
-
-        heard = [signum for signum in ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
-        before = {signum: signal.signal(signum, forward) for signum in (*heard, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+def _broke(code: int) -> bool:
+    """Whether a stage ended in a way that another start may not: by an error of its own, or killed."""
+    return code not in (0, 2, 3) and code - 128 not in ENDING
 
 
 def run_pipeline(
@@ -225,16 +213,47 @@ def run_pipeline(
     *,
     dry_run: bool,
     kept: bool = True,
+    place: Place | None = None,
+    max_restarts: int = 0,
 ) -> int:
-    """The command `baton run` (see `baton.cli.run`). Returns the exit code. `kept`: whether the run's folder stays."""
+    """The command `baton run` (see `baton.cli.run`). Returns the exit code.
+
+    Args:
+        kept: whether the run's folder stays.
+        place: this machine's place, if several run this command together.
+        max_restarts: how often a stage that breaks is started again.
+    """
     names = recipe.order(targets or None)
     for name in force:
         if recipe.section(name).name not in names:
             raise UserError(f"--force {name}: this section is not among those to be run ({', '.join(names)})")
-    if launch is not None and not launch.is_file():
-        raise UserError(f"--launch {launch}: no such file; the repository's own are in recipes/launch/")
     if launch is not None:
         check_launch_file(launch)
+    run = partial(_run, recipe, names, force, launch, dry_run=dry_run, kept=kept, max_restarts=max_restarts)
+    if launch is None or place is None or dry_run:
+        return run()
+    place.arguments(launch)
+    command = digest(recipe, launch)
+    if place.number > 0:
+        start = partial(start_of, recipe, launch=launch, preload=False, place=place)
+        return follow(recipe, place, command, lambda name: start(recipe.sections[name]), recipe.run_dir / LOGS)
+    with Others(place, command, Screen()) as others:
+        others.code = run(place=place, others=others)
+        return others.code
+
+
+def _run(
+    recipe: Recipe,
+    names: Sequence[str],
+    force: Sequence[str],
+    launch: Path | None,
+    *,
+    dry_run: bool,
+    kept: bool,
+    max_restarts: int,
+    place: Place | None = None,
+    others: Others | None = None,
+) -> int:
     check_compared(recipe, names, shlex.join(["baton", "run", str(recipe.path), *recipe.overrides]))
     check_data(recipe, names)
     check_functions(reward_functions(recipe, names))
@@ -244,8 +263,8 @@ def run_pipeline(
     check_models(recipe, names, fetch=True)
     registry = Registry()
     preload = launch is None and any(registry.declaration(recipe.sections[name].stage).distributed for name in names)
-    runner = Runner(recipe, lambda r, s: start_of(r, s, launch, preload=preload), console, kept=kept)
-    return runner.run(names, force)
+    start = partial(start_of, launch=launch, preload=preload, place=place, others=others)
+    return Runner(recipe, start, console, kept=kept, others=others, max_restarts=max_restarts).run(names, force)
 
 
 def check_data(recipe: Recipe, names: Sequence[str]) -> None:

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection
 
+from training.signals import ENDING
 from training.terminal import prepare
 
-# The module that imports everything the stages need; the server loads it.
-_PRELOAD = "baton.preload"
+# Modules that the server loads: one that keeps signals from it, and one that imports everything the stages need.
+_SERVER, _PRELOAD = "baton.server", "baton.preload"
 
 
 class WarmStage:
@@ -25,7 +26,7 @@ class WarmStage:
 
     def __init__(self, stage: str, arguments: Sequence[str], descriptor: int, *, preload: bool) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([_PRELOAD] if preload else [])
+        context.set_forkserver_preload([_SERVER, *([_PRELOAD] if preload else [])])
         output = Connection(os.dup(descriptor), readable=False)
         self._process = context.Process(target=_run, args=(stage, list(arguments), output))
         self._process.start()
@@ -48,6 +49,7 @@ def _run(stage: str, arguments: list[str], output: Connection) -> None:
     """Runs the stage in the forked process."""
     os.setsid()  # Ctrl-C reaches only the runner, which forwards it once
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the stage installs its handler, there is nothing to save
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # the server blocks them
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()

@@ -128,7 +128,8 @@ def main() -> None:
     """Answers requests until standard input ends."""
     _environment()  # what it imports does not count as the first template's time
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # the parent decides when it ends
     for line in sys.stdin:
         request = json.loads(line)
         answers = []

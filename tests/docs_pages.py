@@ -47,12 +47,12 @@ from tests.docs_work import read_yaml
 from training.recipe import load_recipe
 
 FENCE = re.compile(r"^( *)```(\S*) *(.*)$")
-FOLDERS = "baton|stages|training|rollout|reward|handoff|data|recipes|tests|benchmarks|docs"
+FOLDERS = "baton|stages|training|rollout|reward|handoff|data|recipes|slurm|kubernetes|tests|benchmarks|docs"
 PATH = re.compile(rf"(?<![\w./<>*-])((?:{FOLDERS})/[\w.-][\w./-]*[\w/]|[\w-]+\.(?:toml|lock))(?![\w*])")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 PLANNED = re.compile(r"<!-- planned: (.*?)-->", re.DOTALL)
 # Programs that are not ours, and words of the shell.
-FOREIGN = {"pip", "vllm", "srun", "scontrol", "export", "source", "exit", "if", "then", "fi", "ls"}
+FOREIGN = {"pip", "vllm", "kubectl", "sbatch", "srun", "scontrol", "export", "source", "exit", "if", "then", "fi", "ls"}
 OUTPUT = {"text", "mermaid"}
 RUNS = "runs/"
 

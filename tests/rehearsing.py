@@ -10,7 +10,7 @@ import pytest
 
 from baton import runner
 from baton.rehearse import rehearse
-from baton.runner import Start
+from baton.supervisor import Start
 from training.recipe import Recipe, Section
 from training.run import main
 
@@ -29,7 +29,7 @@ class Ran:
         return self._code
 
 
-def start_of(recipe: Recipe, section: Section, launch: Path | None, *, preload: bool) -> Start:
+def start_of(recipe: Recipe, section: Section, launch: Path | None, **given: object) -> Start:
     """As `baton.runner.start_of`, in this process."""
     arguments = [str(recipe.path), *recipe.overrides, "--section", section.name]
 

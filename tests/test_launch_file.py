@@ -45,6 +45,7 @@ gpu_ids: "-1,-1"
         (GOOD.replace("MULTI_GPU", "DEEPSPEED") + "deepspeed_config: {zero_stge: 3}\n",
          "6: deepspeed_config.zero_stge: accelerate has no such key, did you mean zero_stage?"),
         (GOOD.replace("MULTI_GPU", "FSDP") + "fsdp_config: [2]\n", "6: fsdp_config: expected keys and values, not [2]"),
+        (GOOD + "rdzv_backend: c10d\n", "6: rdzv_backend: accelerate reads this key from its command line alone"),
         (GOOD + "compute_environment: AMAZON_SAGEMAKER\n", "6: compute_environment: Baton runs on LOCAL_MACHINE"),
     ],
 )  # fmt: skip

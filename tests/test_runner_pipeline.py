@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from baton.launched import LaunchedStage, own_words
-from baton.runner import Runner, Start, check_data, run_pipeline, start_of
+from baton.runner import Runner, check_data, run_pipeline, start_of
 from baton.status import State, overview
+from baton.supervisor import Start
 from data.errors import DataError
 from handoff.errors import HandoffError, UserError
 from handoff.lock import RunLock
@@ -123,10 +124,11 @@ class Scene:
             publish(recipe, section.name)
         return code
 
-    def run(self, *overrides: str, to: tuple[str, ...] = (), force: tuple[str, ...] = ()) -> int:
+    def run(self, *overrides: str, to: tuple[str, ...] = (), force: tuple[str, ...] = (), max_restarts: int = 0) -> int:
         self.started.clear()
         recipe = self.recipe(*overrides)
-        code = Runner(recipe, self.start, Console(highlight=False)).run(recipe.order(to or None), force)
+        runner = Runner(recipe, self.start, Console(highlight=False), max_restarts=max_restarts)
+        code = runner.run(recipe.order(to or None), force)
         self.out, self.err = self.capfd.readouterr()
         return code
 
@@ -163,6 +165,29 @@ def test_everything_runs_once_parents_first(scene):
     assert scene.run() == 0
     assert scene.started == []
     assert scene.line("judge") == "up to date, skipped"
+
+
+@pytest.mark.parametrize(
+    ("code", "starts"), [(1, 3), (-signal.SIGKILL, 3), (134, 3), (2, 1), (3, 1), (143, 1), (-signal.SIGTERM, 1)]
+)
+def test_a_stage_that_breaks_is_started_again_and_no_other(scene, code, starts):
+    """Not after a mistake of the user, a missed gate or a request to end."""
+    scene.behaviour["root"] = ("oh\n", code)
+    assert scene.run(max_restarts=2) == (code if code > 0 else 128 - code)
+    assert scene.started == ["root"] * starts
+    assert scene.out.count("root is started again (") == starts - 1
+    assert scene.run() != 0 and scene.started == ["root"]
+
+
+def test_a_stage_that_succeeds_in_the_second_start_is_followed_by_its_children(scene):
+    codes = [1, 0]
+    original = scene._work
+    scene._work = lambda recipe, section, descriptor: (
+        scene.behaviour.update(root=("working\n", codes.pop(0) if codes else 0))
+        or original(recipe, section, descriptor)
+    )
+    assert scene.run(to=("leaf",), max_restarts=1) == 0
+    assert scene.started == ["root", "root", "leaf"]
 
 
 def test_a_target_runs_only_what_it_needs(scene):
@@ -386,7 +411,8 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from baton.launched import LaunchedStage
-from baton.runner import Runner, Start
+from baton.runner import Runner
+from baton.supervisor import Start
 from training.recipe import load_recipe
 from training.registry import Registry
 

@@ -37,26 +37,36 @@ class Nodes:
 
     def launch(self, launch: str, module: str, *arguments: object) -> "list[subprocess.Popen[str]]":
         """Starts `accelerate launch` on both, with one process each."""
-        started = []
-        for rank, node in enumerate(self.nodes):
-            command = ["ip", "netns", "exec", node.name, str(Path(sys.executable).parent / "accelerate"), "launch"]
-            command += ["--config_file", str(self.root / "recipes" / "launch" / f"{launch}.yaml")]
-            command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
-            command += ["--main_process_ip", self.nodes[0].address, "--main_process_port", "29577"]
-            command += ["-m", module, *map(str, arguments)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": node.interface}
-            started.append(
-                subprocess.Popen(
-                    command,
-                    cwd=self.root,
-                    env=environment,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-        return started
+        command = ["accelerate", "launch", "--config_file", self._file(launch), "--num_machines", "2"]
+        command += ["--num_processes", "2", "--machine_rank", "RANK", "--main_process_ip", self.nodes[0].address]
+        return self.start(*command, "--main_process_port", "29577", "-m", module, *arguments)
+
+    def run(self, launch: str, *arguments: object) -> "list[subprocess.Popen[str]]":
+        """Starts `baton run` on both, with the launch file's processes on each."""
+        command = ["baton", "run", "--launch", self._file(launch), "--num-machines", "2", "--machine-rank", "RANK"]
+        command += ["--main-process-ip", self.nodes[0].address, "--main-process-port", "29579"]
+        return self.start(*command, *arguments)
+
+    def start(self, program: str, *arguments: object) -> "list[subprocess.Popen[str]]":
+        """Starts a program of this Python's environment on both; RANK in its arguments is the number of the node."""
+        return [self.start_on(number, program, *arguments) for number in range(2)]
+
+    def start_on(self, number: int, program: str, *arguments: object) -> "subprocess.Popen[str]":
+        """Starts the program on one of them."""
+        node = self.nodes[number]
+        own = [str(number) if argument == "RANK" else str(argument) for argument in arguments]
+        return subprocess.Popen(
+            ["ip", "netns", "exec", node.name, str(Path(sys.executable).parent / program), *own],
+            cwd=self.root,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": node.interface},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _file(self, launch: str) -> str:
+        return str(self.root / "recipes" / "launch" / f"{launch}.yaml")
 
 
 def ended(launched: "Sequence[subprocess.Popen[str]]") -> tuple[list[int], list[str]]:

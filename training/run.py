@@ -32,6 +32,7 @@ from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_par
 from handoff.stage import StageDir
 from training import engines
 from training.config import OptimizerConfig
+from training.engines import elastic
 from training.engines.launch import check_environment, is_main, say_error
 from training.engines.lost import PeersLost, peers_lost
 from training.engines.protocol import Engine
@@ -390,9 +391,7 @@ class Run:
 
 
 def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals, Engine], Run] = Run) -> None:
-    """Runs one section in this process.
-
-    `make`: makes the Run; `baton replay` passes a subclass that ends early.
+    """Runs one section in this process. `make` makes the Run; `baton replay` passes a subclass that ends early.
 
     Raises, besides the stage's own errors:
         HandoffError: the disk is too full for a file that the stage needs. A full disk only postpones a saved state.
@@ -469,6 +468,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     prepare()
     try:
+        elastic.begin()
         check_environment()
         path, name = Path(options.recipe), options.section
         if name is None:
@@ -481,12 +481,12 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
         kind = "" if isinstance(error, RecipeError | HandoffError) else f"{type(error).__name__}: "
         if not error.said:
             say_error(shown(f"{kind}{error}"))
-        sys.exit(2)
+        elastic.end(2)
     except GateError as error:
         say_error(shown(str(error)))
-        sys.exit(3)
+        elastic.end(3)
     except Stopped as stopped:
-        sys.exit(stopped.code)
+        elastic.end(stopped.code, for_good=stopped.together)
     except PeersLost as lost:
         print(shown(f"{name}: {lost}"), file=sys.stderr, flush=True)
         sys.exit(1)

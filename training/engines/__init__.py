@@ -2,6 +2,8 @@
 
     launch.py      which engine the launch file asks for
     launch_file.py whether a launch file has mistakes
+    machines.py    the machines that run one command together
+    elastic.py     processes that a launcher starts again
     protocol.py    the interface of an engine
     processes.py   collectives between the processes
     exchange.py    gathers tensors and trajectories of all processes on every process

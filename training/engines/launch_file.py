@@ -37,8 +37,10 @@ FSDP = frozenset(
 )  # fmt: skip
 
 
-def check_launch_file(path: Path) -> None:
-    """Raises LaunchError with every mistake found, each with its line and key."""
+def check_launch_file(path: Path) -> dict[str, Any]:
+    """The keys of a launch file. Raises LaunchError with every mistake found, each with its line and key."""
+    if not path.is_file():
+        raise LaunchError(f"--launch {path}: no such file; the repository's own are in recipes/launch/")
     document = read_document(path)
     if not document.problems:
         if isinstance(document.value, dict):
@@ -48,6 +50,8 @@ def check_launch_file(path: Path) -> None:
     if document.problems:
         found = "\n".join(str(problem) for problem in sorted(set(document.problems)))
         raise LaunchError(f"{found}\nrecipes/launch/ has launch files that work")
+    keys: dict[str, Any] = document.value
+    return keys
 
 
 def _check(document: Document, keys: dict[str, Any]) -> None:
@@ -82,6 +86,8 @@ def _check_kind(document: Document, keys: dict[str, Any]) -> None:
         say("distributed_type", what + hint)
     if keys.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         say("compute_environment", "Baton runs on LOCAL_MACHINE")
+    if keys.get("rdzv_backend", "static") != "static":
+        say("rdzv_backend", "accelerate reads this key from its command line alone: remove it here")
     processes = keys.get("num_processes", 1 if kind == "NO" else None)
     if processes is None:
         say("num_processes", "missing: how many processes are started, over all machines")
