@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 import typer.main
+from kubeflow_trainer_api import models
 from pydantic import BaseModel
 
 from baton.cli import app
@@ -41,7 +42,6 @@ def unknown(value: Any, kind: Any, place: str = "") -> list[str]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_manifest_follows_the_schema(name, root):
-    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs pip install kubeflow-trainer-api")
     kind, value = getattr(models, f"TrainerV1alpha1{KINDS[name]}"), manifest(root, name)
     assert (value["apiVersion"], value["kind"]) == ("trainer.kubeflow.org/v1alpha1", KINDS[name])
     assert unknown(value, kind) == []
