@@ -13,8 +13,9 @@ from training.threads import settle
 app = typer.Typer(
     name="baton",
     help="Brings a language model up in stages: tokenizer, pretraining, instruction tuning, reward model, PPO or DPO, "
-    "evaluation.\n\nExit codes: 0 done; 1 a stage broke, or `verify` or `replay` found a difference; 2 a mistake in a "
-    "recipe, in data or in the command; 3 a result below what the recipe demands; 128+n ended by signal n.",
+    "evaluation.\n\nExit codes: 0 done; 1 a stage broke, `verify` or `replay` found a difference, or `doctor` a fault; "
+    "2 a mistake in a recipe, in data or in the command; 3 a result below what the recipe demands; 128+n ended by "
+    "signal n.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # its boxes break lines inside the names of files
@@ -242,6 +243,34 @@ def plan(
         print(encoder.dumps(as_json(found), indent=2))
     else:
         print(shown(show_plan(found, fit=fit)), end="")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="Also check what this recipe needs, e.g. recipes/tiny.yaml.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(help="An accelerate configuration, e.g. recipes/launch/ddp_2nodes.yaml.", show_default=False),
+    ] = None,
+    machine_rank: Annotated[
+        int | None, typer.Option(help="Number of this machine; by default the launch file's.", show_default=False)
+    ] = None,
+    main_process_ip: Annotated[
+        str | None, typer.Option(help="Address of machine 0; by default the launch file's.", show_default=False)
+    ] = None,
+) -> None:
+    """Check this machine before a training: versions, GPUs, network, ports, clock, storage, disk, limits, and an
+    all-reduce between the processes of a launch file.
+
+    Every fault is named with its mend. Nothing is changed. Exit code 1 when there is a fault; warnings do not count.
+    """
+    from baton.doctor import doctor as examined
+
+    sys.exit(examined(recipe, overrides or (), launch, machine_rank, main_process_ip))
 
 
 @app.command()

@@ -20,13 +20,18 @@ def peers_lost(error: BaseException) -> PeersLost | None:
     """The error in words, if it is of a collective that lost its other processes; otherwise None."""
     if world_size() == 1 or not _is_of_a_collective(error):
         return None
-    reason = " ".join(str(error).split())
-    reason = re.sub(r"^\[?\S*gloo/transport/\S+\]? *", "", reason)[:300]
     return PeersLost(
         f"process {rank()} of {world_size()} on {socket.gethostname()} waited for the other processes {_where(error)}: "
-        f"{reason}. If another process says why it ended, that is the cause. The same command goes on from the last "
-        "saved state"
+        f"{reason_of(error)}. If another process says why it ended, that is the cause. The same command goes on from "
+        "the last saved state"
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a collective says, on one line, without the place in gloo's source."""
+    reason = " ".join(str(error).split())
+    reason = re.sub(r"^\[?(enforce fail at )?\S*gloo/transport/\S+\]? *", "", reason)
+    return reason[:300] or type(error).__name__
 
 
 def _is_of_a_collective(error: BaseException) -> bool:
