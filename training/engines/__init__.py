@@ -3,6 +3,7 @@
     launch.py      which engine the launch file asks for
     launch_file.py what a launch file says, and whether it has mistakes
     protocol.py    the interface of an engine
+    meeting.py     waits without a collective for a process that works alone
     processes.py   collectives between the processes
     exchange.py    gathers tensors and trajectories of all processes on every process
     detect.py      which engine has actually started

@@ -120,6 +120,7 @@ class DeepSpeed(Splitting):
         import deepspeed
 
         self.group()
+        self.barrier()
         frozen = model.eval().requires_grad_(False)
         # Shards the parameters of an existing module in place, each as soon as it has been moved to the device.
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}

@@ -212,6 +212,7 @@ class Single(Processes):
         from accelerate.state import AcceleratorState
         from accelerate.utils import InitProcessGroupKwargs
 
+        self.group()
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier stage may have set another
         self._accelerator = Accelerator(
             cpu=self.request.device == "cpu" and not self.splits,
@@ -238,6 +239,7 @@ class Single(Processes):
         Raises:
             LaunchError: the engine that started is not the one that the launch file asks for.
         """
+        self.barrier()  # each process may have loaded its model for another length of time
         accelerator: Accelerator = self._accelerator
         parameters = len(list(model.parameters()))
         model, optimizer = accelerator.prepare(model, optimizer)
