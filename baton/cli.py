@@ -13,8 +13,9 @@ from training.threads import settle
 app = typer.Typer(
     name="baton",
     help="Brings a language model up in stages: tokenizer, pretraining, instruction tuning, reward model, PPO or DPO, "
-    "evaluation.\n\nExit codes: 0 done; 1 a stage broke, or `verify` or `replay` found a difference; 2 a mistake in a "
-    "recipe, in data or in the command; 3 a result below what the recipe demands; 128+n ended by signal n.",
+    "evaluation.\n\nExit codes: 0 done; 1 a stage broke, `verify` or `replay` found a difference, or `doctor` a fault; "
+    "2 a mistake in a recipe, in data or in the command; 3 a result below what the recipe demands; 128+n ended by "
+    "signal n.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # its boxes break lines inside the names of files
@@ -23,6 +24,19 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, e.g. recipes/tiny.yaml.", show_default=False)]
+NumMachines = Annotated[
+    int | None, typer.Option(min=1, help="How many machines run a command together.", show_default=False)
+]
+MachineRank = Annotated[
+    int | None,
+    typer.Option(min=0, help="This machine's number among them; the one with 0 decides.", show_default=False),
+]
+MainProcessIp = Annotated[
+    str | None, typer.Option(help="Name or address of the machine with rank 0.", show_default=False)
+]
+MainProcessPort = Annotated[
+    int | None, typer.Option(help="A port of that machine; the next one is used, too.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -54,20 +68,10 @@ def run(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="How often a stage that breaks or is killed is started again.")
     ] = 0,
-    num_machines: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many machines run this command together.", show_default=False),
-    ] = None,
-    machine_rank: Annotated[
-        int | None,
-        typer.Option(min=0, help="This machine's number among them; the one with 0 decides.", show_default=False),
-    ] = None,
-    main_process_ip: Annotated[
-        str | None, typer.Option(help="Name or address of the machine with rank 0.", show_default=False)
-    ] = None,
-    main_process_port: Annotated[
-        int | None, typer.Option(help="A port of that machine; the next one is used, too.", show_default=False)
-    ] = None,
+    num_machines: NumMachines = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
 ) -> None:
     """Run the stages of a recipe that are not up to date, and print the reason for each.
 
@@ -270,6 +274,41 @@ def plan(
         print(encoder.dumps(as_json(found), indent=2))
     else:
         print(shown(show_plan(found, fit=fit)), end="")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="Also check what this recipe needs, e.g. recipes/tiny.yaml.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    launch: Annotated[
+        Path | None,
+        typer.Option(help="An accelerate configuration, e.g. recipes/launch/ddp_2nodes.yaml.", show_default=False),
+    ] = None,
+    num_machines: NumMachines = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    main_process_port: MainProcessPort = None,
+) -> None:
+    """Check this machine before a training: versions, GPUs, network, ports, clock, storage, disk, limits, and an
+    all-reduce between the processes of a launch file.
+
+    Every fault is named with its mend. Nothing is changed. Exit code 1 when there is a fault; warnings do not count.
+    """
+    from baton.doctor import doctor as examined
+
+    code = examined(
+        recipe,
+        overrides or (),
+        launch,
+        num_machines=num_machines,
+        machine_rank=machine_rank,
+        main_process_ip=main_process_ip,
+        main_process_port=main_process_port,
+    )
+    sys.exit(code)
 
 
 @app.command()

@@ -118,7 +118,12 @@ def plan(path: Path, overrides: Sequence[str] = (), launch: Path | None = None, 
         raise UserError(f"--gpu {device_name}: {launch} runs on the CPU; leave one of the two out")
     if request.device == "cuda" and device_name is None:
         raise UserError(f"{launch} runs on GPUs: say which, for example --gpu h100")
-    device = this_cpu(request.processes) if device_name is None else gpu(device_name)
+    return plan_on(recipe, request, this_cpu(request.processes) if device_name is None else gpu(device_name))
+
+
+def plan_on(recipe: Recipe, request: Request, device: Device) -> Plan:
+    """Plans every section for an engine and what its processes run on. Raises UserError for a model that cannot be
+    planned, or a batch that the processes cannot share."""
     shapes = Shapes(recipe)
     sections = [
         found for name in recipe.order() if (found := _section(recipe.sections[name], shapes, request, device, recipe))

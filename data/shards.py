@@ -7,8 +7,8 @@ rows and its settings, the encoder, the seed if sources are mixed, and the code 
 under another name and renamed when it is complete, so runs that write the same rows at once do not disturb each
 other. index.json has the SHA-256 of each file; a folder whose files differ from it is made again.
 
-With several processes, the main one writes. The others poll for the folder and wait in no collective, so encoding may
-take longer than a process group's timeout. All nodes must see the same output_root.
+With several processes, the main one makes the rows, hashes what belongs to them, and tells the others what it has made.
+All nodes must see the same output_root.
 """
 
 import json
@@ -21,6 +21,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,21 +54,35 @@ _BEAT = 10.0
 """Seconds between updates of the folder's modification time by the process that writes."""
 _PATIENCE = 1800.0
 """Seconds without such an update after which the writer counts as dead."""
+_SEEN = 120.0
+"""Seconds after which a file system shows what another machine has written."""
 _LOOK = 0.2
-"""Seconds between two checks of a process that waits."""
+"""Seconds between two looks."""
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows that the main process has made, for the other processes."""
+
+    folder: Path
+    fingerprints: dict[str, str]
+    """Of the sources (`data.fingerprint.fingerprints`)."""
+
+
+OnMain = Callable[[Callable[[], StoredRows]], StoredRows]
 
 
 class RowStore:
-    """Opens the rows of one output_root for one run, and writes those that are missing."""
+    """Makes the rows of one output_root that one run needs, and opens them."""
 
-    def __init__(self, folder: Path, sha256: Callable[[Path], str], writes: bool) -> None:
+    def __init__(self, folder: Path, sha256: Callable[[Path], str], on_main: OnMain) -> None:
         """
         Args:
             folder: where rows are stored; created when the first rows are written.
             sha256: hashes a file; may remember the hashes of unchanged files (`HashCache.sha256`).
-            writes: whether this process writes missing rows; otherwise it waits for them.
+            on_main: calls a function on the main process of the run, and returns its result on all.
         """
-        self._folder, self._sha256, self._writes = folder.absolute(), sha256, writes
+        self._folder, self._sha256, self._on_main = folder.absolute(), sha256, on_main
         self._made: list[Path] = []
 
     def open(
@@ -78,23 +93,27 @@ class RowStore:
         root: Path | None,
         seed: int,
     ) -> Rows[T]:
-        """Opens the rows, after encoding them if they do not exist. Every process calls it.
+        """Opens the rows, after the main process has encoded them if they do not exist. Every process calls it.
 
         Raises:
             DataError: as `data.load.read` and `Kind.encode`; or every row is too long. No files remain.
-            HandoffError: the process that writes the rows has shown no activity for half an hour.
+            HandoffError: the main process has made them in a folder that this one cannot see.
         """
-        digests = fingerprints(sources, root, self._sha256)
-        folder = self._folder / row_key(digests, sources, kind, encoder, seed)
-        waiting_since = time.time()
-        while True:
-            if self._is_whole(folder):
-                with suppress(FileNotFoundError):  # the process that wrote the rows has just discarded them
-                    return open_rows(folder, kind, digests)
-            elif self._writes:
-                self._make(folder, sources, kind, encoder, root, seed)
-            else:
-                self._wait(folder, waiting_since)
+        own: list[Rows[T]] = []
+
+        def made() -> StoredRows:
+            digests = fingerprints(sources, root, self._sha256)
+            folder = self._folder / row_key(digests, sources, kind, encoder, seed)
+            while not own:
+                if self._is_whole(folder):
+                    with suppress(FileNotFoundError):  # the process that wrote the rows has just discarded them
+                        own.append(open_rows(folder, kind, digests))
+                else:
+                    self._write(folder, sources, kind, encoder, root, seed)
+            return StoredRows(folder, digests)
+
+        stored = self._on_main(made)
+        return own[0] if own else _seen(stored, kind)
 
     def discard(self) -> None:
         """Removes the rows that this process wrote, so that a refused start leaves the disk unchanged."""
@@ -112,7 +131,7 @@ class RowStore:
         except (OSError, HandoffError, KeyError, TypeError):
             return False
 
-    def _make(
+    def _write(
         self,
         folder: Path,
         sources: Sequence[SourceConfig],
@@ -163,16 +182,19 @@ class RowStore:
                 if time.time() - path.stat().st_mtime > _PATIENCE:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _wait(self, folder: Path, since: float) -> None:
-        signs = [since]
-        for path in self._folder.glob(f"{_WRITING}{folder.name}-*"):
-            with suppress(OSError):
-                signs.append(path.stat().st_mtime)
-        if time.time() - max(signs) > _PATIENCE:
-            raise HandoffError(
-                f"{folder}: the main process writes rows there, and has given no sign of life for {_PATIENCE:.0f} "
-                "seconds; look at its output. All nodes have to see the same output_root"
-            )
+
+def _seen(stored: StoredRows, kind: Kind[T]) -> Rows[T]:
+    """Opens what the main process has made, perhaps on another machine. Raises HandoffError if it is not there."""
+    end = time.monotonic() + _SEEN
+    while True:
+        try:
+            return open_rows(stored.folder, kind, stored.fingerprints)
+        except FileNotFoundError as error:
+            if time.monotonic() > end:
+                raise HandoffError(
+                    f"{stored.folder}: the main process has written rows there, and they are not to be seen on "
+                    f"{socket.gethostname()}; all machines have to see the same output_root"
+                ) from error
         time.sleep(_LOOK)
 
 

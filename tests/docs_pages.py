@@ -313,7 +313,10 @@ def _baton(book: Book, words: list[str]) -> str | None:
         return error.format_message()
     if not given.keys() & {"recipe", "target"}:
         return None
-    target = str(given.get("recipe") or given.get("target"))
+    target = given.get("recipe") or given.get("target")
+    if target is None:  # `baton doctor` may do without
+        return _file(book, given.get("launch"))
+    target = str(target)
     if target.startswith(RUNS) and not target.endswith(".yaml"):
         return None
     sections = [*(given.get("to") or []), *(given.get("force") or []), *(given.get("compare") or [])]

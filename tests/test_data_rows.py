@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.fingerprint import fingerprints
 from data.records import Chat, Message, Origin, Preference, Prompt, Text
 from data.rows import Chats, Documents, Pairs, Prompts, Questions, Texts
-from data.shards import INDEX, RowStore, row_key
+from data.shards import INDEX, RowStore, StoredRows, row_key
 from handoff.errors import HandoffError
 from handoff.files import sha256_file
 from tests.row_sets import encode, load
@@ -33,8 +33,8 @@ def write(folder: Path, name: str, count: int, answer: str = "pear") -> FileSour
     return FileSource(source="file", path=f"{name}.jsonl")
 
 
-def store(folder: Path, writes: bool = True) -> RowStore:
-    return RowStore(folder / ".rows", sha256_file, writes)
+def store(folder: Path) -> RowStore:
+    return RowStore(folder / ".rows", sha256_file, lambda call: call())
 
 
 def folders(folder: Path) -> list[str]:
@@ -192,25 +192,35 @@ def test_writers_at_the_same_time_do_not_disturb_each_other(tmp_path):
     assert len(folders(tmp_path)) == 1
 
 
-def test_the_other_processes_wait_for_the_main_one(tmp_path, monkeypatch):
+def test_other_processes_open_what_the_main_one_has_made_and_hash_nothing(tmp_path, monkeypatch):
+    """Also if their machine's file system shows it a little later."""
+    told: list[StoredRows] = []
     sources = [write(tmp_path, "a", 5)]
-    monkeypatch.setattr(data.shards, "_LOOK", 0.01)
-    found: list[int] = []
-    waiting = threading.Thread(
-        target=lambda: found.append(len(store(tmp_path, writes=False).open(sources, CHATS, own(), tmp_path, 0)))
-    )
+    main = RowStore(tmp_path / ".rows", sha256_file, lambda call: told.append(call()) or told[0])
+    rows = main.open(sources, CHATS, own(), tmp_path, 0)
+    hidden = tmp_path / "hidden"
+    told[0].folder.rename(hidden)
+    other = RowStore(tmp_path / ".rows", lambda path: pytest.fail(f"{path} was hashed again"), lambda call: told[0])
+    found: list[list] = []
+    waiting = threading.Thread(target=lambda: found.append(list(other.open(sources, CHATS, own(), tmp_path, 0))))
     waiting.start()
     time.sleep(0.1)
     assert found == []
-    store(tmp_path).open(sources, CHATS, own(), tmp_path, 0)
+    hidden.rename(told[0].folder)
     waiting.join()
-    assert found == [5]
+    assert found == [list(rows)]
 
 
-def test_nobody_waits_for_a_writer_that_has_died(tmp_path, monkeypatch):
+def test_a_machine_that_sees_another_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shards, "_SEEN", 0.0)
+    elsewhere = StoredRows(tmp_path / ".rows" / "elsewhere", {})
+    other = RowStore(tmp_path / ".rows", sha256_file, lambda call: elsewhere)
+    with pytest.raises(HandoffError, match="all machines have to see the same output_root"):
+        other.open([write(tmp_path, "a", 5)], CHATS, own(), tmp_path, 0)
+
+
+def test_what_a_writer_that_has_died_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(data.shards, "_PATIENCE", 0.0)
-    with pytest.raises(HandoffError, match="has given no sign of life"):
-        store(tmp_path, writes=False).open([write(tmp_path, "a", 5)], CHATS, own(), tmp_path, 0)
     left = tmp_path / ".rows" / ".writing-x"
     left.mkdir(parents=True)
     store(tmp_path).open([write(tmp_path, "a", 5)], CHATS, own(), tmp_path, 0)

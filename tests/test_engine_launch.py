@@ -19,7 +19,7 @@ from training.engines.ddp import Ddp
 from training.engines.deepspeed import DeepSpeed
 from training.engines.fsdp2 import Fsdp2
 from training.engines.launch import LaunchError, Request, check_environment, requested, say_error
-from training.engines.processes import _saying
+from training.engines.meeting import saying
 from training.engines.single import Single, micro_batch
 from training.threads import SPIN_ROUNDS
 
@@ -159,9 +159,9 @@ def test_a_command_is_one_process_and_a_stage_may_be_several(environment) -> Non
 
 def test_a_process_says_for_whom_it_waits(environment, capfd) -> None:
     environment(PLACE)
-    with _saying(0.01, "waits for the other 1 of 2 processes"):
+    with saying(0.01, "waits for the other 1 of 2 processes"):
         time.sleep(0.5)
-    with _saying(30.0, "is not said"):
+    with saying(30.0, "is not said"):
         pass
     said = "  waits for the other 1 of 2 processes at 127.0.0.1:1; if nothing else was started, unset WORLD_SIZE"
     assert capfd.readouterr().err == f"{said}, RANK and LOCAL_RANK\n"
@@ -210,16 +210,17 @@ def test_missing_deepspeed_is_named(environment, gpus, monkeypatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize("folder", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
-def test_build_lock_is_removed_only_when_it_is_free(tmp_path: Path, folder: str) -> None:
+def test_build_lock_is_removed_only_when_it_is_free(environment, gpus, tmp_path: Path, capfd, folder: str) -> None:
+    environment({**TWO, **ZERO3, **REHEARSAL, "TORCH_EXTENSIONS_DIR": str(tmp_path)})
     lock = tmp_path / folder / "lock"
     lock.parent.mkdir(parents=True)
-    said: list[str] = []
     with lock.open("x"):
-        deepspeed.release_build_locks(tmp_path, said.append)
-        assert lock.exists() and not said
-    deepspeed.release_build_locks(tmp_path, said.append)
+        engines.start()
+        assert lock.exists()
+    assert "removed" not in capfd.readouterr().err
+    engines.start()
     assert not lock.exists()
-    assert said == [f"removed {lock}, left by a build that was killed"]
+    assert capfd.readouterr().err == f"removed {lock}, left by a build that was killed\n"
 
 
 @pytest.mark.parametrize(

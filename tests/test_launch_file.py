@@ -46,6 +46,11 @@ gpu_ids: "-1,-1"
          "6: deepspeed_config.zero_stge: accelerate has no such key, did you mean zero_stage?"),
         (GOOD.replace("MULTI_GPU", "FSDP") + "fsdp_config: [2]\n", "6: fsdp_config: expected keys and values, not [2]"),
         (GOOD + "rdzv_backend: c10d\n", "6: rdzv_backend: accelerate reads this key from its command line alone"),
+        (GOOD.replace("num_machines: 1", "num_machines: 2").replace("processes: 2", "processes: 3"),
+         "3: num_processes: 3 processes cannot be shared evenly by 2 machines"),
+        (GOOD.replace("num_machines: 1", "num_machines: 2").replace("rank: 0", "rank: 2"),
+         "4: machine_rank: 2 machines have the numbers 0 to 1"),
+        (GOOD + "main_process_port: 70000\n", "6: main_process_port: 70000 is no port; ports go up to 65535"),
         (GOOD + "compute_environment: AMAZON_SAGEMAKER\n", "6: compute_environment: Baton runs on LOCAL_MACHINE"),
     ],
 )  # fmt: skip

@@ -75,7 +75,7 @@ def test_a_launch_file_for_one_machine_serves_for_several(tmp_path: Path) -> Non
     ]
     for wrong, found in (
         ({"machines": 2}, "num_machines: 2, and the command says 4"),
-        ({"machines": 4, "processes": 6}, "num_processes: 6 cannot be shared by 4 machines"),
+        ({"machines": 4, "processes": 6}, "num_processes: 6 processes cannot be shared evenly by 4 machines"),
         ({"kind": "NO", "processes": 1}, "starts one process, and 4 machines were asked for"),
     ):
         with pytest.raises(LaunchError, match=found):

@@ -73,6 +73,11 @@ def gpu(name: str) -> Device:
     return found
 
 
+def found_gpu(name: str, memory: int, *, bf16: bool) -> Device:
+    """A GPU of this machine, by what torch says of it; `memory` in bytes."""
+    return Device(name, memory * _KEPT, bf16=bf16)
+
+
 _LIBRARIES = 60 * 2**20
 """What a process on a CPU takes besides tensors: parts of libraries that only computing loads, rows, threads."""
 _IMPORTS = 0.6 * GIB

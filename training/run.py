@@ -84,7 +84,7 @@ class Run:
         self._datasets: dict[str, Dataset] = {}
         self._data: dict[str, Any] = {}
         self._sha256 = known_hashes(recipe.run_dir).sha256
-        self._store = RowStore(recipe.output_root / ROWS, self._sha256, writes=self.is_main)
+        self._store = RowStore(recipe.output_root / ROWS, self._sha256, engine.on_main)
         self._metrics, self._samples = Journal(self.dir.metrics_path), Journal(self.dir.samples_path)
         self._mirror: Any = None
         self._on_close: list[Callable[[], None]] = []
@@ -403,7 +403,7 @@ def run_section(recipe: Recipe, name: str, make: Callable[[Recipe, str, Signals,
         try:
             _run_section(recipe, name, signals, engine, make)
         finally:
-            engine.shutdown()
+            engine.shutdown(sys.exc_info()[1])
 
 
 def _run_section(

@@ -111,8 +111,7 @@ class SavedStates:
 
     def at(self, step: int | None) -> State | None:
         """The state of that step, or None if it is missing or damaged."""
-        found = self._store.at(step) if self._run.is_main and step is not None else None
-        return self._run.engine.from_main(found)
+        return self._run.engine.on_main(lambda: None if step is None else self._store.at(step))
 
     def check_room(self, states: int, state_bytes: int, model_bytes: int) -> None:
         """Checks before training that the disk has room for `states` states of about `state_bytes` each and for the
@@ -162,7 +161,7 @@ class SavedStates:
             protect: an earlier step whose state is kept whatever its age.
         """
         engine = self._run.engine
-        staged = engine.from_main(self._staged(step) if engine.is_main else None)
+        staged = engine.on_main(lambda: self._staged(step))
         if staged is None:
             return False
         failed: Exception | None = None
@@ -176,27 +175,31 @@ class SavedStates:
                 if not cannot_write(error):
                     raise
                 failed = failed or error
-        done = True
+        return engine.on_main(lambda: self._committed(step, staged, extra, protect, failed))
+
+    def _committed(
+        self, step: int, staged: Path, extra: Mapping[str, Any], protect: int | None, failed: Exception | None
+    ) -> bool:
+        """Makes the folder the state of `step`. False if it could not be written (`failed`), or cannot be now."""
         try:
             if failed is not None:
                 raise failed
-            if engine.is_main:
-                self._run.sync()
-                extra = {
-                    **extra,
-                    "engine": engine.record().model_dump(),
-                    "journals": self._run.seals(),
-                }
-                path = self._store.commit(step, staged, self._config.save_total_limit, extra, protect)
-                self._bytes = tree_bytes(path)
-        except Exception as error:  # only on the main process
+            self._run.sync()
+            extra = {
+                **extra,
+                "engine": self._run.engine.record().model_dump(),
+                "journals": self._run.seals(),
+            }
+            path = self._store.commit(step, staged, self._config.save_total_limit, extra, protect)
+            self._bytes = tree_bytes(path)
+        except Exception as error:
             if not cannot_write(error):
                 raise
             with suppress(OSError):
                 remove_tree(staged)
             self._say_failed(step, str(error), full=disk_is_full(error))
-            done = False
-        return engine.from_main(done)
+            return False
+        return True
 
     def _staged(self, step: int) -> Path | None:
         """The folder to write the state into. None if it cannot be written, with a warning in the log."""

@@ -278,6 +278,7 @@ def arguments(kind: type[A], run: "Run", rows: int, **own: Any) -> A:
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
+    run.engine.group()
     return kind(**fields, **run.engine.training_arguments(config), **own)  # what two of them set is an error
 
 
@@ -347,6 +348,7 @@ def fit(
     transformers.set_seed(run.seed)
     with run.progress(trainer.args.max_steps, run.section.name) as advance:
         trainer.add_callback(ProgressCallback(advance))
+        run.engine.barrier()  # each process may have loaded its model for another length of time
         with suppress(Finished):
             trainer.train(resume_from_checkpoint=None if state is None else _place(trainer, state.step))
 

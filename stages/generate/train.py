@@ -107,7 +107,7 @@ def _answers(
     """`num_generations` answers to each prompt, grouped by prompt, in the prompts' order."""
     config: Config = run.config
     n, engine = config.num_generations, run.engine
-    last, found = engine.from_main(_answered(journal, len(prompts), n) if run.is_main else (0, {}))
+    last, found = engine.on_main(lambda: _answered(journal, len(prompts), n))
     missing = [i for i in range(len(prompts)) if i not in found]
     if found:
         run.console.print(f"  {len(found)} of {len(prompts)} prompts were answered before")

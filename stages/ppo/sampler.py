@@ -161,6 +161,7 @@ class Sampler:
                 )
             share, conversations = TrajectoryBatch.pack(played), [t.messages for t in played]
             if generator.central:
+                engine.barrier()  # the main process has asked for all answers
                 share = join_trajectories(engine, share, prompts, group_size).select(
                     torch.tensor(mine, dtype=torch.int64)
                 )

@@ -126,6 +126,7 @@ def train(run: Run) -> None:
     if config.vllm is not None:
         vllm = VLLMEngine(config.vllm, parent.weights_dir, device, run.is_main, engine.data_world)
         run.on_close(vllm.close)
+        engine.barrier()  # the main process may have started the server
     spec = SamplingSpec.of(encoder, t.max_completion_length, temperature=t.temperature)
     generator = Generator(run.seed, spec, t.rollout_micro_batch_size, engine, model, vllm, policy.adapter)
     sampler = Sampler(t, encoder, engine, generator, reference, rewards, monitor, frozen)

@@ -108,15 +108,16 @@ def train_bpe(run: Run, rows: Mapping[type[Record], Rows[list[str]]], config: Co
     parts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] * config.split_digits
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    if run.is_main:
-        trainer = trainers.BpeTrainer(
-            vocab_size=config.vocab_size,
-            min_frequency=config.min_frequency,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        total = sum(int(part.lengths.sum()) for part in rows.values())
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    total = sum(int(part.lengths.sum()) for part in rows.values())
+
+    def trained() -> str:
         with run.progress(total, "tokenizer") as advance:
 
             def counted() -> Iterator[list[str]]:
@@ -125,7 +126,9 @@ def train_bpe(run: Run, rows: Mapping[type[Record], Rows[list[str]]], config: Co
                     advance(len(batch))
 
             tokenizer.train_from_iterator(counted(), trainer, length=total)
-    return Tokenizer.from_str(run.engine.from_main(tokenizer.to_str()))
+        return tokenizer.to_str()
+
+    return Tokenizer.from_str(run.engine.on_main(trained))
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, parts: Iterable[list[str]]) -> float:

@@ -1,10 +1,11 @@
 """Engines: how the processes of a run train one model. Each engine has one file, and all share `protocol.Engine`.
 
     launch.py      which engine the launch file asks for
-    launch_file.py whether a launch file has mistakes
+    launch_file.py what a launch file says, and whether it has mistakes
     machines.py    the machines that run one command together
     elastic.py     processes that a launcher starts again
     protocol.py    the interface of an engine
+    meeting.py     waits without a collective for a process that works alone
     processes.py   collectives between the processes
     exchange.py    gathers tensors and trajectories of all processes on every process
     detect.py      which engine has actually started
@@ -15,6 +16,7 @@
     ddp.py         data parallel: every process has the whole model
     deepspeed.py   DeepSpeed ZeRO, stages 1 to 3
     fsdp2.py       PyTorch's own sharding
+    trial.py       tries out what the processes need on a machine, and an all-reduce between them
     files.py       tensors, optimizer states and random numbers on disk
     upstream.py    every private name of another library that Baton uses
 
@@ -22,6 +24,7 @@ Only this package uses accelerate, DeepSpeed, FSDP, ranks and devices; a test ch
 """
 
 import os
+import sys
 
 from training.engines.launch import REHEARSAL, Request, leave_to_recipe, requested, world_size
 from training.engines.protocol import Engine
@@ -44,6 +47,9 @@ def start() -> Engine:
     leave_to_recipe()
     engine = current()
     engine.check_machine()
+    for path in engine.left_behind():
+        path.unlink(missing_ok=True)
+        print(f"removed {path}, left by a build that was killed", file=sys.stderr)
     return engine
 
 

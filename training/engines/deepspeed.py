@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class DeepSpeed(Splitting):
     """Several processes under a `DeepSpeedEngine`."""
 
+    extra = "deepspeed"
+
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self.sharding = f"_zero{max(2, request.zero_stage or 0)}"
@@ -39,11 +41,15 @@ class DeepSpeed(Splitting):
         """As `Single.check_machine`."""
         super().check_machine()
         if self.request.device == "cpu":
-            _check_build()
+            _check_build_tools()
         if find_spec("deepspeed") is None:
             raise LaunchError(
                 "the launch file asks for DeepSpeed, which is not installed: pip install 'baton-align[deepspeed]'"
             )
+
+    def left_behind(self) -> list[Path]:
+        """As `Single.left_behind`: the locks of killed builds."""
+        return stale_build_locks(_build_root()) if self.request.device == "cpu" else []
 
     def held_rate_back(self, trainer: Any) -> bool:
         """As `Single.held_rate_back`: DeepSpeed itself skips non-finite steps, and the Trainer then keeps the rate."""
@@ -114,6 +120,7 @@ class DeepSpeed(Splitting):
         import deepspeed
 
         self.group()
+        self.barrier()
         frozen = model.eval().requires_grad_(False)
         # Shards the parameters of an existing module in place, each as soon as it has been moved to the device.
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -249,7 +256,7 @@ def _zero3_share(whole: "torch.Tensor", parameter: Any) -> "torch.Tensor":
 # ---- DeepSpeed's build
 
 
-def _check_build() -> None:
+def _check_build_tools() -> None:
     # Finds programs such as ninja in a virtual environment that is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     compiler = os.environ.get("CXX", "c++")
@@ -259,25 +266,29 @@ def _check_build() -> None:
                 f"DeepSpeed builds its communication for the CPU when it is first used, and `{program}` is not "
                 f"here to do so ({remedy})"
             )
+
+
+def _build_root() -> Path:
+    """Torch's extensions folder."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    release_build_locks(root, lambda text: print(text, file=sys.stderr))
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
-def release_build_locks(root: Path, say: Callable[[str], None]) -> None:
-    """Removes the locks that killed builds of DeepSpeed left in torch's extensions folder.
+def stale_build_locks(root: Path) -> list[Path]:
+    """The locks that killed builds of DeepSpeed left in torch's extensions folder `root`.
 
     torch waits for such a lock for ever, without a message. A build keeps its lock file open, so a lock that no process
     of this machine has open is stale. If the system does not list open files, a lock is stale after ten minutes.
     """
+    stale = []
     for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
         if _held(lock):
             continue
         time.sleep(0.5)  # a build that has finished closes its lock, then deletes it
         if lock.exists() and not _held(lock):
-            lock.unlink(missing_ok=True)
-            say(f"removed {lock}, left by a build that was killed")
+            stale.append(lock)
+    return stale
 
 
 def _held(lock: Path) -> bool:

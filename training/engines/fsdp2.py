@@ -80,6 +80,7 @@ class Fsdp2(Splitting):
         from torch.distributed.fsdp import fully_shard
 
         self.group()
+        self.barrier()
         frozen = model.eval().requires_grad_(False)  # `fully_shard` moves it to the device one unit at a time
         for layer in upstream.layers(frozen):
             fully_shard(layer)

@@ -1,10 +1,11 @@
-"""Checks a launch file before anything is started. accelerate itself answers a mistake in one with a traceback, and
-ignores a key that it does not know inside `deepspeed_config` or `fsdp_config`. No torch here."""
+"""Reads and checks a launch file before anything is started. accelerate itself answers a mistake in one with a
+traceback, and ignores a key that it does not know inside `deepspeed_config` or `fsdp_config`. No torch here."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from training.engines.launch import LaunchError
+from training.engines.launch import REHEARSAL, LaunchError, Request
 from training.recipe_text import Document, KeyPath, did_you_mean, read_document
 
 RUN_BY_BATON = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
@@ -35,6 +36,56 @@ FSDP = frozenset(
      "fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states", "fsdp_activation_checkpointing",
      "fsdp_activation_checkpointing_offload"}
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LaunchFile:
+    """What a launch file says."""
+
+    path: Path
+    request: Request
+    """The engine that it asks for."""
+    machines: int
+    machine_rank: int
+    """Number of the machine on which the file is used, from 0. The main process runs on machine 0."""
+    address: str
+    """Where the processes meet: an address or a name of machine 0."""
+    port: int
+    """The port there; 0: a free one is chosen."""
+
+    @property
+    def processes_here(self) -> int:
+        """How many processes run on one machine."""
+        return max(1, self.request.processes // self.machines)
+
+
+def read_launch_file(path: Path) -> LaunchFile:
+    """Reads a launch file, with accelerate's defaults for what it leaves out.
+
+    Raises LaunchError as `check_launch_file`.
+    """
+    keys = check_launch_file(path)
+    return LaunchFile(
+        path=path,
+        request=_request(path, keys),
+        machines=max(1, keys.get("num_machines", 1)),
+        machine_rank=keys.get("machine_rank", 0),
+        address=keys.get("main_process_ip", "127.0.0.1"),
+        port=keys.get("main_process_port", 29500),
+    )
+
+
+def _request(path: Path, keys: dict[str, Any]) -> Request:
+    kind, processes = keys["distributed_type"], keys.get("num_processes", 1)
+    device: Literal["cpu", "cuda"] = "cpu" if keys.get("use_cpu") or keys.get("gpu_ids") == REHEARSAL else "cuda"
+    if kind == "DEEPSPEED":
+        stage = (keys.get("deepspeed_config") or {}).get("zero_stage", 2)
+        if stage not in (1, 2, 3):
+            raise LaunchError(f"{path}: zero_stage: {stage}; Baton uses 1, 2 or 3")
+        return Request("deepspeed", stage, processes, device)
+    if kind == "FSDP":
+        return Request("fsdp2", None, processes, device)
+    return Request("ddp" if processes > 1 else "single", None, processes, device)
 
 
 def check_launch_file(path: Path) -> dict[str, Any]:
@@ -93,6 +144,14 @@ def _check_kind(document: Document, keys: dict[str, Any]) -> None:
         say("num_processes", "missing: how many processes are started, over all machines")
     elif type(processes) is int and processes < 1:
         say("num_processes", f"{processes} processes cannot be started")
+    machines, port = keys.get("num_machines", 1), keys.get("main_process_port", 0)
+    if type(machines) is int and machines > 1:
+        if type(processes) is int and processes % machines:
+            say("num_processes", f"{processes} processes cannot be shared evenly by {machines} machines")
+        if keys.get("machine_rank", 0) not in range(machines):
+            say("machine_rank", f"{machines} machines have the numbers 0 to {machines - 1}")
+    if type(port) is int and port not in range(2**16):
+        say("main_process_port", f"{port} is no port; ports go up to {2**16 - 1}")
     gpus = keys.get("gpu_ids", "all")
     alone = isinstance(gpus, str) and gpus != "all" and "," not in gpus
     if kind == "MULTI_GPU" and alone and keys.get("num_machines", 1) in (0, 1):

@@ -1,4 +1,4 @@
-"""Errors of a collective whose other processes cannot be reached any more, in words that say who waited for what."""
+"""Errors of waiting for other processes that cannot be reached any more, in words that say who waited for what."""
 
 import re
 import socket
@@ -16,17 +16,26 @@ class PeersLost(Exception):
     """Other processes ended, or did not answer in time."""
 
 
+class NoAnswer(Exception):
+    """Another process ended or was lost while this one waited for it outside of a collective (meeting.py)."""
+
+
 def peers_lost(error: BaseException) -> PeersLost | None:
-    """The error in words, if it is of a collective that lost its other processes; otherwise None."""
-    if world_size() == 1 or not _is_of_a_collective(error):
+    """The error in words, if other processes were lost for which this one waited; otherwise None."""
+    if world_size() == 1 or not (isinstance(error, NoAnswer) or _is_of_a_collective(error)):
         return None
-    reason = " ".join(str(error).split())
-    reason = re.sub(r"^\[?\S*gloo/transport/\S+\]? *", "", reason)[:300]
     return PeersLost(
         f"process {rank()} of {world_size()} on {socket.gethostname()} waited for the other processes {_where(error)}: "
-        f"{reason}. If another process says why it ended, that is the cause. The same command goes on from the last "
-        "saved state"
+        f"{reason_of(error)}. If another process says why it ended, that is the cause. The same command goes on from "
+        "the last saved state"
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a collective says, on one line, without the place in gloo's source."""
+    reason = " ".join(str(error).split())
+    reason = re.sub(r"^\[?(enforce fail at )?\S*gloo/transport/\S+\]? *", "", reason)
+    return reason[:300] or type(error).__name__
 
 
 def _is_of_a_collective(error: BaseException) -> bool:
@@ -36,9 +45,13 @@ def _is_of_a_collective(error: BaseException) -> bool:
 
 
 def _where(error: BaseException) -> str:
-    """The innermost function of this project in the error's traceback."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path.is_relative_to(_ROOT) and ".venv" not in path.parts:
-            return f"in {frame.name} ({path.relative_to(_ROOT)}, line {frame.lineno})"
+    """The innermost function of this project in the error's traceback, outside of the engines if there is one."""
+    frames = [frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if _is_ours(Path(frame.filename))]
+    callers = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    for frame in callers or frames:
+        return f"in {frame.name} ({Path(frame.filename).relative_to(_ROOT)}, line {frame.lineno})"
     return "in a library's code"
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_relative_to(_ROOT) and ".venv" not in path.parts

@@ -38,8 +38,6 @@ class Place:
             processes *= self.machines
         elif given != self.machines:
             raise LaunchError(f"{launch}: num_machines: {given}, and the command says {self.machines}")
-        elif processes % self.machines:
-            raise LaunchError(f"{launch}: num_processes: {processes} cannot be shared by {self.machines} machines")
         found = ["--num_machines", str(self.machines), "--num_processes", str(processes)]
         found += ["--machine_rank", str(self.number)]
         found += ["--main_process_ip", self.address, "--main_process_port", str(self.port)]
@@ -69,6 +67,8 @@ def place_of(launch: Path | None, **options: Any) -> Place | None:
     if machines <= 1:
         if machines == 1 < check_launch_file(launch).get("num_machines", 1):
             raise LaunchError(f"{launch}: is for several machines, and the command says one")
+        if given.get("machine_rank", 0):
+            raise LaunchError(f"--machine-rank {number}: {launch} is for one machine; add --num-machines")
         return None
     if not 0 <= number < machines:
         raise LaunchError(f"--machine-rank {number}: with {machines} machines it is a number from 0 to {machines - 1}")

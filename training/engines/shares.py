@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from training.engines.launch import REHEARSAL, LaunchError, Request
-from training.engines.launch_file import check_launch_file
+from training.engines.launch import Request
+from training.engines.launch_file import read_launch_file
 
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in numbers
 _DEEPSPEED = 100 * 2**20  # of DeepSpeed on CPUs, besides a model's
@@ -26,17 +26,7 @@ def planned(launch: Path | None, device: Literal["cpu", "cuda"]) -> Request:
     """
     if launch is None:
         return Request("single", None, 1, device)
-    keys = check_launch_file(launch)
-    kind, processes = keys["distributed_type"], keys.get("num_processes", 1)
-    device = "cpu" if keys.get("use_cpu") or keys.get("gpu_ids") == REHEARSAL else "cuda"
-    if kind == "DEEPSPEED":
-        stage = (keys.get("deepspeed_config") or {}).get("zero_stage", 2)
-        if stage not in (1, 2, 3):
-            raise LaunchError(f"{launch}: zero_stage: {stage}; Baton uses 1, 2 or 3")
-        return Request("deepspeed", stage, processes, device)
-    if kind == "FSDP":
-        return Request("fsdp2", None, processes, device)
-    return Request("ddp" if processes > 1 else "single", None, processes, device)
+    return read_launch_file(launch).request
 
 
 @dataclass(frozen=True)

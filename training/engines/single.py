@@ -47,6 +47,8 @@ class Single(Processes):
     """Whether a process holds only a part of each parameter between forward passes."""
     sharding = ""
     """Suffix of the launch file in recipes/launch/ that rehearses this engine on the CPU."""
+    extra: str | None = None
+    """The extra of this project that brings the packages which only this engine needs."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -64,6 +66,10 @@ class Single(Processes):
             self._check_gpus()
         else:
             os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed if it is installed
+
+    def left_behind(self) -> list[Path]:
+        """Files that killed processes have left on this machine, for which this engine would wait for ever."""
+        return []
 
     def _check_gpus(self) -> None:
         import torch
@@ -206,6 +212,7 @@ class Single(Processes):
         from accelerate.state import AcceleratorState
         from accelerate.utils import InitProcessGroupKwargs
 
+        self.group()
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier stage may have set another
         self._accelerator = Accelerator(
             cpu=self.request.device == "cpu" and not self.splits,
@@ -232,6 +239,7 @@ class Single(Processes):
         Raises:
             LaunchError: the engine that started is not the one that the launch file asks for.
         """
+        self.barrier()  # each process may have loaded its model for another length of time
         accelerator: Accelerator = self._accelerator
         parameters = len(list(model.parameters()))
         model, optimizer = accelerator.prepare(model, optimizer)
