@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Benchmarks of learning take hours, and run only when they are named.
 SPEED = ("rollout", "rl", "adapters", "exchange", "scaling", "checkpoint_cost", "rows", "threads")
-LEARNING = ("verifiable", "overoptimization")
+LEARNING = ("verifiable", "overoptimization", "adapter_learning", "real_model")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def numbers(run: Path) -> list[tuple[str, str, dict[str, Any], dict[str, Any], d
     return found
 
 
-def main(path: Path | None, overrides: list[str]) -> None:
+def main(path: Path | None, overrides: Sequence[str] = ()) -> None:
     """Fetches, runs, prints."""
     file = fetch(ROOT / "runs" / ".models")
     here = [f"sft.parent={file}", f"evaluate.models.0={file}"]

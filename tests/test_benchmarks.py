@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
-from benchmarks import adapters, checkpoint_cost, rl, rows, scaling
+from benchmarks import adapter_learning, adapters, checkpoint_cost, real_model, rl, rows, scaling
 from benchmarks.rl_setup import VOCABULARY, make, recipe, score
 from benchmarks.table import Row, in_turns, report
 from benchmarks.turns import Worker, WorkerError
@@ -194,3 +195,40 @@ def test_starts_are_measured_and_the_second_one_reads_what_the_first_one_wrote(t
     assert second["row"] == "rows_second_start" and second["ours"] > 0
     table = [line.split() for line in capsys.readouterr().out.splitlines() if "first" in line or "second " in line]
     assert [line[1] for line in table[:2]] == [table[0][1]] * 2 and int(table[2][1]) > int(table[0][1]) > 50
+
+
+def test_adapters_are_compared_from_the_same_parent_at_ten_times_the_rate(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(adapter_learning.recipe(1)))
+    found = load_recipe(path)
+    for name in adapter_learning.GAINS:
+        whole, lora = found.sections[name], found.sections[f"{name}_lora"]
+        assert (lora.stage, lora.parents) == (whole.stage, whole.parents)
+        assert lora.config.train.learning_rate == pytest.approx(10 * whole.config.train.learning_rate)
+        same = {"adapter", "train"}
+        assert {k: v for k, v in lora.resolved.items() if k not in same} == {
+            k: v for k, v in whole.resolved.items() if k not in same
+        }
+        assert {name, f"{name}_lora"} <= set(found.sections["evaluate"].config.models)
+
+
+def test_the_numbers_of_a_real_model_are_those_of_its_evaluations(tmp_path):
+    """Every section of the table is one that its recipe evaluates together with its parent, by that metric."""
+    sections = load_recipe(real_model.RECIPE).sections
+    for name, (where, metric, _) in real_model.NUMBERS.items():
+        config = sections[where].config
+        assert {name, sections[name].parents["parent"]} <= {*config.models}
+        assert metric in config.measured_on()
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    changed = {"evaluate": ("sft", "dpo", "ppo", "grpo"), "numbers": ("grpo",)}
+    for where, names in changed.items():
+        metrics = dict.fromkeys(("reference_bits_per_byte", "reward", "numeric_match_sampled", "arc_easy"), estimate)
+        results = {
+            "metrics": dict.fromkeys(("base", *names), metrics),
+            "changes": {name: {"over": "base", "metrics": metrics} for name in names},
+        }
+        (tmp_path / where).mkdir()
+        (tmp_path / where / "results.json").write_text(json.dumps(results))
+    found = real_model.numbers(tmp_path)
+    assert [row[0] for row in found] == [*real_model.NUMBERS] * 2
+    assert all(row[2:] == (estimate, estimate, estimate) for row in found)
