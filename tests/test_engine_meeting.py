@@ -16,6 +16,7 @@ import pytest
 from tests.launching import launched, ranked
 
 pytestmark = pytest.mark.slow
+ALL = pytest.mark.skipif("BATON_RESUME" not in os.environ, reason="takes long: set BATON_RESUME=all")
 TIMEOUT, ALONE = 5, 8  # seconds of a collective, and of work before it
 RECIPE = """
 name: patient
@@ -118,12 +119,11 @@ def test_work_alone_may_take_longer_than_a_collective(root: Path) -> None:
     [
         ("fails", 1, ": process 0 has ended: RuntimeError: the disk is on fire. If another process"),
         ("killed", 1, "waited"),  # the store is gone with it
-        ("main stops", 1, ", where they meet, has not answered for 3 s"),
+        pytest.param("main stops", 1, ", where they meet, has not answered for 3 s", marks=ALL),
         ("other stops", 0, ": process 1 has shown no sign of life for 3 s"),
     ],
 )
 def test_who_waits_for_a_process_that_has_ended_says_so(root: Path, what: str, number: int, why: str) -> None:
-    begun = time.monotonic()
     processes, said = run(root, what)
     assert processes[number].returncode == 1 and why in said[number], said
     assert (
@@ -131,7 +131,6 @@ def test_who_waits_for_a_process_that_has_ended_says_so(root: Path, what: str, n
         and "waited for the other processes in program (tests/" in said[number]
     )
     assert "The same command goes on from the last saved state" in said[number]
-    assert time.monotonic() - begun < 100  # far less than the time that the work might have taken
 
 
 def test_a_stage_survives_a_preparation_that_is_longer_than_its_timeout(

@@ -31,7 +31,7 @@ _PATIENT_SECONDS = 15.0
 """After how long a process says for whom it waits."""
 _BEAT = 2.0
 """Seconds between two signs of life."""
-_SILENT_AT_LEAST, _SILENT_AT_MOST = 5 * _BEAT, 60 * _BEAT
+_SILENT_AT_LEAST, _SILENT_AT_MOST = 5 * _BEAT, 150 * _BEAT
 """Seconds without one after which a process counts as lost. A library may keep the interpreter busy for a while."""
 _FIRST_LOOK, _LAST_LOOK = 0.005, 0.25
 """Seconds between two looks for a note, at first and at last."""
