@@ -61,7 +61,7 @@ def program(out: Path, other: Path | None) -> None:
     tokens = torch.randint(3, 48, (STEPS, ROWS, 12), generator=generator)
 
     def make(clip: float, seed: int):
-        train = OptimizerConfig(per_device_train_batch_size=MICRO, max_grad_norm=clip)
+        train = OptimizerConfig(learning_rate=0.01, per_device_train_batch_size=MICRO, max_grad_norm=clip)
         engine.set_up(train, width=16)
         if engine.request.zero_stage == 3:  # parameters as small as these would be left whole
             config = engine._accelerator.state.deepspeed_plugin.deepspeed_config
