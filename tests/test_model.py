@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import logging
 import shutil
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from baton.chat import Sampling, Speaker
 from data.encode import Encoder
@@ -29,6 +31,7 @@ from tests.stage_chain import chain, foreign_checkpoint, runs
 from training import architecture, engines, parent_weights, publishing
 from training.config import ModelArguments
 from training.engines.single import Single
+from training.importing import quiet_libraries
 from training.model import Model, check_vocabulary, load_encoder
 from training.model_files import copy_tokenizer
 from training.recipe import RecipeError
@@ -474,3 +477,20 @@ def test_tokenizer_files_are_copied_as_they_are(tokenizer_dir, tmp_path):
 
 def test_the_example_in_a_docstring():
     assert doctest.testmod(parent_weights) == (0, 1)
+
+
+def test_a_head_that_the_base_lacks_is_no_news_and_other_warnings_are(foreign, caplog):
+    """Loading a causal model for scoring makes a new head, which transformers reports at length."""
+    quiet_libraries()
+    monitored = logging.getLogger("transformers.modeling_utils")
+    monitored.addHandler(caplog.handler)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    try:
+        load(open_parent(str(foreign), foreign.parent, {"causal_lm"}), "reward")
+        assert "LOAD REPORT" not in caplog.text
+        monitored.warning("the weights are odd")
+        assert "the weights are odd" in caplog.text
+    finally:
+        transformers_logging.set_verbosity(before)
+        monitored.removeHandler(caplog.handler)

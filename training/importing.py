@@ -1,6 +1,7 @@
 """How the large libraries are loaded: faster, and without their progress bars. No torch at module level."""
 
 import gc
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,10 +33,16 @@ def quick_imports() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Turns off the libraries' progress bars, which add nothing to `Run.progress`; their warnings stay on."""
+    """Turns off the libraries' progress bars, which add nothing to `Run.progress`, and transformers' reports on what a
+    checkpoint lacks, which `Model.load` checks; other warnings stay on."""
     with quick_imports():
         import datasets
         from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
