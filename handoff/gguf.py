@@ -6,9 +6,10 @@ turns the weights back into float32, but it refuses to save what it has read; so
 """
 
 import importlib.util
-import io
 import os
-from contextlib import redirect_stderr, suppress
+import subprocess
+import sys
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from handoff.files import check_free_space, fsync_tree, human_bytes, quoted, rea
 from handoff.gate import named_errors
 
 SUFFIX = ".gguf"
+_REFUSED = 2
+"""Exit code of the process that unpacks a file, if the file is refused."""
 _HEAD = "output.weight"
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -102,8 +105,7 @@ def unpacked(path: Path, store: Path, digest: str) -> Path:
     written = store / f".tmp-{folder.name}-{os.getpid()}"
     try:
         written.mkdir(parents=True)
-        with named_errors(path):
-            _convert(path, written)
+        _convert_apart(path, written)
         fsync_tree(written)
         if not folder.is_dir():  # another process may have been faster
             written.rename(folder)
@@ -112,15 +114,31 @@ def unpacked(path: Path, store: Path, digest: str) -> Path:
     return folder
 
 
+def _convert_apart(path: Path, folder: Path) -> None:
+    """`_convert` in a process of its own, so that the caller does not keep the memory that the whole model takes."""
+    command = [sys.executable, "-m", "handoff.gguf", str(path), str(folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent.parent), *sys.path])}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode == _REFUSED:
+        raise HandoffError(done.stdout.removesuffix("\n"))
+    if done.returncode < 0:
+        raise HandoffError(
+            f"{quoted(path)}: unpacking was killed by signal {-done.returncode}, by the system for lack of memory or "
+            "by someone; it needs twice the size of the model's float32 weights"
+        )
+    if done.returncode:
+        raise RuntimeError(f"{quoted(path)}: unpacking ended with exit code {done.returncode}\n{done.stderr[-4000:]}")
+
+
 def _convert(path: Path, folder: Path) -> None:
     """Writes the model in float32, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     keys: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    # Its progress bars, of which not all can be turned off. Warnings go another way.
-    with redirect_stderr(io.StringIO()):
-        read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **keys)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **keys)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **keys)
     del read.config.quantization_config
     with torch.device("meta"):
@@ -128,8 +146,7 @@ def _convert(path: Path, folder: Path) -> None:
     plain.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    with redirect_stderr(io.StringIO()):
-        plain.save_pretrained(folder, state_dict=read.state_dict())
+    plain.save_pretrained(folder, state_dict=read.state_dict())
     tokenizer.save_pretrained(folder)
     _correct_tokenizer(folder / "tokenizer.json", plain.config.vocab_size, _split(path))
 
@@ -168,3 +185,12 @@ def _correct_tokenizer(path: Path, rows: int, split: str | None) -> None:
             "other tokens than it was trained on; name the directory from which the file was made"
         )
     write_json(path, content)
+
+
+if __name__ == "__main__":
+    try:
+        with named_errors(Path(sys.argv[1])):
+            _convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except HandoffError as error:
+        print(error)
+        sys.exit(_REFUSED)

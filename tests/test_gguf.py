@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -140,8 +142,8 @@ def test_it_is_unpacked_once_and_again_when_the_content_changes(model, tmp_path,
     run = tmp_path / "runs" / "own"
     first = open_parent(str(path), run, {"causal_lm"})
     converted = []
-    convert = handoff.gguf._convert
-    monkeypatch.setattr(handoff.gguf, "_convert", lambda *given: (converted.append(given), convert(*given)))
+    convert = handoff.gguf._convert_apart
+    monkeypatch.setattr(handoff.gguf, "_convert_apart", lambda *given: (converted.append(given), convert(*given)))
     copy = Path(shutil.copy(path, tmp_path / "other.gguf"))
     assert open_parent(str(copy), run, {"causal_lm"}).fingerprint == first.fingerprint and not converted
     copy.write_bytes(copy.read_bytes() + b"\0")
@@ -186,14 +188,31 @@ def test_other_files_are_refused_by_name(model, tmp_path, monkeypatch):
     assert list((tmp_path / "runs" / UNPACKED).glob("*")) == []
 
 
+def test_unpacking_leaves_no_memory_behind_and_a_killed_one_is_named(model, tmp_path, monkeypatch):
+    """The runner of a pipeline would keep the whole model's memory beside every stage."""
+    path, _ = model
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom handoff.gguf import unpacked\n"
+        "unpacked(Path(sys.argv[1]), Path(sys.argv[2]), '0' * 64)\nprint('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n" and done.stderr == ""
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr("handoff.gguf.subprocess.run", lambda *given, **keys: killed)
+    with pytest.raises(HandoffError, match="killed by signal 9, by the system for lack of memory"):
+        unpacked(path, tmp_path / "store", "1" * 64)
+    assert [folder.name for folder in (tmp_path / "store").iterdir()] == ["0" * 16]
+
+
 def test_a_failed_conversion_leaves_nothing_behind(model, tmp_path, monkeypatch):
     path, _ = model
 
     def fails(path: Path, folder: Path) -> None:
         (folder / "half").write_text("x")
-        raise ValueError("no such architecture")
+        raise HandoffError("no such architecture")
 
-    monkeypatch.setattr(handoff.gguf, "_convert", fails)
+    monkeypatch.setattr(handoff.gguf, "_convert_apart", fails)
     with pytest.raises(HandoffError, match="no such architecture"):
         unpacked(path, tmp_path / "store", "0" * 64)
     assert list((tmp_path / "store").iterdir()) == []
