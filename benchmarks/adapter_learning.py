@@ -19,12 +19,11 @@ from typing import Any
 import yaml
 
 from benchmarks.table import Row, report
+from training.config import ADAPTER_RATE
 from training.recipe_text import read_document
 
 SEEDS = (42, 1, 2)
 TINY = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
-FASTER = 10
-"""Times the learning rate of full training (Schulman et al. 2025, "LoRA Without Regret")."""
 ITERATIONS = 80
 """Of GRPO, instead of 240."""
 GAINS = {"sft": "accuracy", "ppo": "gold", "grpo": "accuracy_sampled"}
@@ -37,7 +36,9 @@ def recipe(seed: int) -> dict[str, Any]:
     stages = found["stages"]
     stages["grpo"]["train"] = stages["grpo"]["train"] | {"iterations": ITERATIONS}
     for name in GAINS:
-        rates = {key: FASTER * rate for key, rate in stages[name]["train"].items() if key.endswith("learning_rate")}
+        rates = {
+            key: ADAPTER_RATE * rate for key, rate in stages[name]["train"].items() if key.endswith("learning_rate")
+        }
         lora = {"stage": "ppo" if name == "grpo" else name, "adapter": {}, "train": stages[name]["train"] | rates}
         stages[f"{name}_lora"] = stages[name] | lora
     wanted = [name for section in GAINS for name in (section, f"{section}_lora")]

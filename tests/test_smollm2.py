@@ -1,11 +1,10 @@
 """A real model of 135 M parameters goes through every stage of its recipe: two steps each, on published data."""
 
-from pathlib import Path
-
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks import real_model
 from handoff.stage import StageDir
 from handoff.verify import verify_run
 from tests.smollm2 import gguf_file
@@ -13,7 +12,6 @@ from training.recipe import load_recipe
 from training.run import run_section
 
 pytestmark = pytest.mark.slow
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "smollm2-135m.yaml"
 TRAINED = {
     "sft": ["eval_answers=2", "max_new_tokens=8"],
     "reward": [],
@@ -33,7 +31,7 @@ def test_smollm2_goes_through_every_stage(tmp_path, tmp_path_factory, shared_dat
         few = ["data.0.size=12", "eval_data.0.size=4"] if name == "grpo" else ["data.0.limit=12", "eval_data.0.limit=4"]
         overrides += [f"{name}.{key}" for key in [*keys, *short, *few]]
     overrides.append(f"evaluate.models.0={file}")
-    recipe = load_recipe(RECIPE, overrides)
+    recipe = load_recipe(real_model.RECIPE, overrides)
     for name in TRAINED:
         run_section(recipe, name)
         assert StageDir(recipe.run_dir / name).manifest() is not None

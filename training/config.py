@@ -15,7 +15,7 @@ REHEARSED_ROWS, REHEARSED_HELD_OUT = 64, 4
 """Rows that a rehearsal reads of each source of training data, and of each other source."""
 REHEARSED_ANSWER = 16
 """Most tokens of an answer in a rehearsal."""
-_ADAPTER_RATE = 10  # Schulman et al. 2025: the best learning rate of LoRA is ten times that of full training
+ADAPTER_RATE = 10  # Schulman et al. 2025: the best learning rate of LoRA is ten times that of full training
 
 
 class Strict(BaseModel):
@@ -330,7 +330,7 @@ def adapted(train: Optimizer, adapter: AdapterConfig | None, rates: Sequence[str
     if isinstance(train, MuonTrainConfig) and train.optim == "muon":
         raise ValueError("train.optim: muon orthogonalises whole weight matrices, which an adapter leaves as they are")
     unset = [rate for rate in rates if rate not in train.model_fields_set]
-    return train.model_copy(update={rate: _ADAPTER_RATE * vars(train)[rate] for rate in unset})
+    return train.model_copy(update={rate: ADAPTER_RATE * vars(train)[rate] for rate in unset})
 
 
 def adapter_note(adapter: AdapterConfig | None, quantization: str | None = None) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from training.config import ADAPTER_RATE
+
 RowKind = Literal["conversations", "pairs", "prompts"]
 _CHARACTERS = 3
 """Characters of a token; English has about four, code and other languages fewer."""
@@ -123,7 +125,11 @@ def adapter_lines(given: Given, r: int, why: str) -> list[Line]:
 def rate_line(given: Given, whole: float, source: str, key: str = "learning_rate") -> Line:
     """A learning rate: that of training all weights, or ten times as much for an adapter."""
     if given.adapted:
-        return Line(f"train.{key}", _number(10 * whole), f"ten times {whole:g}, as LoRA Without Regret found; {source}")
+        return Line(
+            f"train.{key}",
+            _number(ADAPTER_RATE * whole),
+            f"ten times {whole:g}, as LoRA Without Regret found; {source}",
+        )
     return Line(f"train.{key}", _number(whole), source)
 
 
