@@ -134,7 +134,6 @@ def set_limits(limits: Limits, tasks: int | None) -> None:
     """Sets the resource limits. `tasks`: limit on processes and threads of this process's user; None: no change."""
     megabyte = 1 << 20
     wanted = {
-        resource.RLIMIT_CPU: limits.cpu_seconds,
         resource.RLIMIT_FSIZE: limits.disk_mb * megabyte,
         resource.RLIMIT_NOFILE: _OPEN_FILES,
         resource.RLIMIT_CORE: 0,
@@ -147,6 +146,10 @@ def set_limits(limits: Limits, tasks: int | None) -> None:
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+    # First a signal that names the cause, SIGXCPU, and to a process that survives it SIGKILL a second later.
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    last = limits.cpu_seconds + 1 if hard == resource.RLIM_INFINITY else min(limits.cpu_seconds + 1, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (min(limits.cpu_seconds, last), last))
 
 
 def confine(layers: frozenset[str], limits: Limits, user: int, tasks: int | None, folder: str) -> None:

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from reward.sandbox import confine, folder, landlock, root, seccomp
 from reward.sandbox.confine import Limits
@@ -137,6 +137,19 @@ class Server:
                 folder.remove(place)
 
 
+class _End(NamedTuple):
+    """How a process ended: its wait status, and what it used."""
+
+    status: int
+    cpu_seconds: float
+    memory_mb: float
+
+    def over_cpu(self, limit: int) -> bool:
+        """It reached its limit of CPU time. The kernel counts whole ticks for that limit, so the time that it reports
+        afterwards may be less; the signal is certain. A process that survives the signal is killed a second later."""
+        return (os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGXCPU) or self.cpu_seconds >= limit
+
+
 class _Supervisor:
     """Runs one job: starts its two processes, waits for their end, and reports it."""
 
@@ -163,9 +176,9 @@ class _Supervisor:
         os.close(lives)
         why = self._wait(alive, verdict, started)
         used = self._end([tests, program])
-        if why == "ended" and any(spent >= self._limits.cpu_seconds - 0.1 for spent, _ in used.values()):
+        if why == "ended" and any(end.over_cpu(self._limits.cpu_seconds) for end in used.values()):
             why = "cpu"
-        spent, memory = used[program]
+        spent, memory = used[program].cpu_seconds, used[program].memory_mb
         report = {"end": why, "seconds": time.monotonic() - started, "cpu_seconds": spent, "memory_mb": memory}
         os.write(verdict, json.dumps(report).encode() + b"\n")
 
@@ -205,9 +218,9 @@ class _Supervisor:
                 return "disk"
         return "wall"
 
-    def _end(self, children: list[int]) -> dict[int, tuple[float, float]]:
-        """Kills and reaps all processes of the job; returns CPU seconds and peak MB of each of the two."""
-        used: dict[int, tuple[float, float]] = {}
+    def _end(self, children: list[int]) -> dict[int, _End]:
+        """Kills and reaps all processes of the job; returns how each of the two ended."""
+        used: dict[int, _End] = {}
         unit = 1 << 10 if sys.platform == "linux" else 1 << 20  # ru_maxrss is in KiB there and in bytes on macOS
         while True:
             for pid in (child for child in children if child not in used):
@@ -216,11 +229,11 @@ class _Supervisor:
                 for pid in _children_here():
                     _kill(pid)
             try:
-                pid, _, usage = os.wait4(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return used
             if pid in children:
-                used[pid] = (usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit)
+                used[pid] = _End(status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit)
             elif pid == 0:
                 time.sleep(0.001)
 
