@@ -22,6 +22,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
 	@touch $@
 
+$(VENV)/.ready-test: $(VENV)/.ready requirements-test.lock
+	$(BIN)/python -m pip install --quiet -c requirements.lock -r requirements-test.lock
+	@touch $@
+
 setup: $(VENV)/.ready  ## create .venv from requirements.lock
 tokenizer: setup  ## train the tokenizer
 	$(RUN) --to tokenizer
@@ -53,11 +57,11 @@ report: setup  ## one HTML page about the run
 	$(BIN)/baton report $(RECIPE)
 chat: setup  ## talk to the newest aligned model
 	$(BIN)/baton chat $(RECIPE)
-test: setup  ## all tests, two files at a time
+test: $(VENV)/.ready-test  ## all tests, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-test-fast: setup  ## the tests that take seconds
+test-fast: $(VENV)/.ready-test  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
-lint: setup  ## format, lint, types and spelling
+lint: $(VENV)/.ready-test  ## format, lint, types and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -374,10 +374,11 @@ def _make(book: Book, words: list[str]) -> str | None:
     if message:
         return message
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        for name in ("Makefile", "pyproject.toml", "requirements.lock", "requirements-test.lock"):
             shutil.copyfile(book.root / name, Path(folder) / name)
         (Path(folder) / ".venv").mkdir()
-        (Path(folder) / ".venv" / ".ready").touch()
+        for mark in (".ready", ".ready-test"):
+            (Path(folder) / ".venv" / mark).touch()
         done = subprocess.run(["make", "-n", *words], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         return done.stderr.strip()

@@ -286,8 +286,9 @@ def test_the_patterns_of_the_test_above_find_what_they_are_for():
     assert re.search(FORBIDDEN["the address of a registry"], registry)
 
 
-def test_the_lock_file_has_exact_versions_and_no_addresses(root):
-    lines = (root / "requirements.lock").read_text(encoding="utf-8").splitlines()
+def test_the_lock_files_have_exact_versions_and_no_addresses(root):
+    files = ("requirements.lock", "requirements-test.lock")
+    lines = [line for name in files for line in (root / name).read_text(encoding="utf-8").splitlines()]
     locked = [line for line in lines if not line.startswith("#")]
     assert any(line.startswith("torch==") for line in locked)
     assert [line for line in locked if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
