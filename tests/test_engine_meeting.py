@@ -87,12 +87,14 @@ def program(what: str) -> None:
 
 
 def run(root: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
-    """The processes after their end, and what they have printed."""
+    """The processes after their end, and what they have printed. The agents of two machines have started them, one more
+    often than the other."""
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, what],
             cwd=root,
-            env={**os.environ, **place, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **place, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+            | {"TORCHELASTIC_RESTART_COUNT": place["RANK"]},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

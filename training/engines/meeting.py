@@ -66,6 +66,19 @@ def _store() -> Any:
     return store
 
 
+def _start() -> str:
+    """Which start of this launch it is, if the store outlasts one: the agent of a machine keeps it and counts.
+
+    The agents of several machines count each for itself, so that the numbers may differ; there each start has a new
+    store (`elastic.OWN_STORE`).
+    """
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _kept_by_an_agent() else "0"
+
+
+def _kept_by_an_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 class Meeting:
     """The notes of the processes of one run. Every process makes one, and calls its methods in the same order."""
 
@@ -73,8 +86,8 @@ class Meeting:
         """`timeout`: of the collectives. A process that is lost is not waited for much longer."""
         from torch.distributed.distributed_c10d import PrefixStore
 
-        # A process may have several runs, one after the other, and a launcher may start it again.
-        self._name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_generations)}"
+        # A process may have several runs, one after the other.
+        self._name = f"{_start()}/{next(_generations)}"
         self._notes: Any = PrefixStore(f"meeting/{self._name}", _store())
         self._silent = min(max(timeout.total_seconds(), _SILENT_AT_LEAST), _SILENT_AT_MOST)
         self._turn = 0
@@ -176,7 +189,7 @@ class Meeting:
         """Leaves, and ends the connection. The main process stays until the others have left, if it has the store."""
         failed = self._ended or self._hangs
         self.leave("")
-        if is_main() and not failed and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if is_main() and not failed and not _kept_by_an_agent():
             others = [f"gone/{other}" for other in range(1, world_size())]
             end = time.monotonic() + _FAREWELL
             with suppress(Exception):
