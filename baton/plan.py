@@ -142,7 +142,7 @@ def _section(
     work = registry.work(section.stage, config)
     if not registry.declaration(section.stage).distributed:
         request = alone(request)
-    held = [_held(model, section, shapes, splits=engine_of(request).splits) for model in models]
+    held = [_held(model, section, shapes, request.device, splits=engine_of(request).splits) for model in models]
     in_turn = [one for one in held if one.model.in_turn]
     if in_turn:
         largest = max(in_turn, key=lambda one: one.parameters)
@@ -180,14 +180,14 @@ def _section(
     return PlannedSection(section.name, section.stage, held, work, settings, found, request, device, rows)
 
 
-def _held(model: HeldModel, section: Section, shapes: "Shapes", *, splits: bool) -> Held:
+def _held(model: HeldModel, section: Section, shapes: "Shapes", device: str, *, splits: bool) -> Held:
     """A model of a section, with its adapter. Models whose adapters are on the policy's base share its weights, unless
     the engine cuts them up."""
     config: StageConfig = section.config
     shape = shapes.of(model.parent, section.name, config)
     headless = model.role in ("critic", "reward")
     adapter = config.trained_adapter()
-    width = _frozen_width(model, section, shapes, splits=splits)
+    width = _frozen_width(model, section, shapes, splits=splits, device=device)
     if adapter is None and model.trained:
         return Held(model, shape, headless, width=width)
     trained_over = shapes.quantization(model.parent)
@@ -216,15 +216,16 @@ def _in_bfloat16(section: Section) -> bool:
     return bool(section.resolved["model_args"].get("dtype") == "bfloat16")
 
 
-def _frozen_width(model: HeldModel, section: Section, shapes: "Shapes", *, splits: bool) -> int:
+def _frozen_width(model: HeldModel, section: Section, shapes: "Shapes", *, splits: bool, device: str) -> int:
     """Bytes of a number of a model's frozen weights, or of those below its adapter."""
     if model.trained and section.resolved["model_args"].get("dtype") != "auto":
         return 2 if _in_bfloat16(section) else 4
     if model.role == "reference" and _in_bfloat16(section):
         return 2
-    if model.moves or (model.role == "policy" and not (model.trained and not splits)):
+    converts = splits if model.trained else device == "cpu"
+    if model.moves or (model.role == "policy" and converts):
         return 4
-    return shapes.stored(model.parent)
+    return shapes.stored(model.parent, splits=splits)
 
 
 class Shapes:
@@ -258,6 +259,17 @@ class Shapes:
             ref = section.parents["parent"]
         return ref
 
+    def _adds(self, ref: str) -> bool:
+        """Whether the adapters from a model down to its base add products of matrices and no more."""
+        while ref in self._recipe.sections:
+            adapter = self._recipe.sections[ref].config.trained_adapter()
+            if adapter is None or adapter.merge:
+                return True
+            if adapter.use_dora or adapter.modules_to_save:
+                return False
+            ref = self._recipe.sections[ref].parents["parent"]
+        return True
+
     def quantization(self, ref: str) -> QuantizationRecord | None:
         """How the weights below the adapter of a model are quantised, or those of its files."""
         while ref in self._recipe.sections:
@@ -281,10 +293,14 @@ class Shapes:
         double = bool(stored.get("bnb_4bit_use_double_quant"))
         return QuantizationRecord(method="int8" if stored.get("load_in_8bit") else "nf4", double_quant=double)
 
-    def stored(self, ref: str) -> int:
-        """Bytes of a number of a model that is loaded as it is stored. An adapter is merged in float32."""
+    def stored(self, ref: str, *, splits: bool = False) -> int:
+        """Bytes of a number of a model that is loaded as it is stored. An adapter stands beside its base's weights, or
+        is merged into float32 ones: by an engine that cuts weights up, and where it is more than a sum."""
         if ref in self._recipe.sections:
-            return 4 if self.base(ref) != ref else self.published(ref)
+            base = self.base(ref)
+            if base == ref:
+                return self.published(ref)
+            return 4 if splits or not self._adds(ref) else self.stored(base)
         if is_gguf(ref):
             return 4
         config = read_json(model_directory(ref) / "config.json", infinity=True)

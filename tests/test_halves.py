@@ -16,6 +16,7 @@ from handoff.parent import open_parent
 from reward.learned import score
 from rollout.halves import Half, computes_in, keep_halves
 from rollout.lean import Lean, fits
+from stages.ppo import setup
 from tests.stage_chain import chain, foreign_checkpoint, run_stage, runs
 from tests.test_adapter_ppo import lines, of
 from training import engines
@@ -154,6 +155,47 @@ def test_a_reward_model_on_weights_in_bfloat16_scores_as_alone(half_sft, tmp_pat
     alone = Model.load(ENGINE, reward, "reward", load_encoder(reward), ModelArguments()).freeze()
     rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
     assert torch.allclose(score(alone.module, rows, 2), score(beside.module, rows, 2), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_adapter_of_a_parent_stands_beside_weights_in_bfloat16(half_sft, micro_recipe, tmp_path, monkeypatch):
+    """SFT, a reward model and PPO, each an adapter on a base in bfloat16, which no merge rounds."""
+    few = ("adapter.r=4", "train.max_steps=2", "train.learning_rate=1e-2", "eval_answers=0")
+    sft = run_stage("sft", tmp_path / "sft", f"parent={half_sft}", *few).folder
+    reward = run_stage("reward", tmp_path / "reward", f"parent={sft}", *few[:3]).folder
+    parent = open_parent(str(sft), tmp_path, {"causal_lm"})
+    precise, policy = load(parent).module, load(parent, dtype=None, frozen=True)
+    assert size(policy.module) < 0.65 * size(precise)
+    ids = torch.arange(6, 30).reshape(2, 12)
+    plain = load(open_parent(str(half_sft), tmp_path, {"causal_lm"})).module
+    with torch.no_grad():
+        assert (policy.module(ids).logits - precise(ids).logits).abs().max() < 1e-5
+        assert (plain(ids).logits - precise(ids).logits).abs().max() > 1e-2
+    scored = open_parent(str(reward), tmp_path, {"reward_model"})
+    alone = Model.load(ENGINE, scored, "reward", load_encoder(scored), ModelArguments()).freeze()
+    small = Model.load(
+        ENGINE, scored, "reward", load_encoder(scored), ModelArguments(), dtype=None, frozen=True
+    ).freeze()
+    rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    assert torch.allclose(score(alone.module, rows, 2), score(small.module, rows, 2), atol=1e-5)
+    assert size(small.module) < 0.8 * size(alone.module)  # two adapters of a tiny model
+    keys = [f"parent={sft}", "reward=[{model: " + str(reward) + "}]", "train.iterations=2", "adapter.r=4"]
+    seen = []
+    setup_optimizer = setup.make_optimizer
+    monkeypatch.setattr(
+        "stages.ppo.train.make_optimizer", lambda model, *others: seen.append(model) or setup_optimizer(model, *others)
+    )
+    folder = of(micro_recipe, tmp_path, *keys, "guards={probe_prompts: 0, keep: last}")
+    (trained,) = seen
+    bases = {p.data_ptr() for name, p in trained.named_parameters() if name.endswith("proj.base_layer.weight")}
+    assert bases and {p.dtype for p in trained.parameters() if p.data_ptr() in bases} == {torch.bfloat16}
+    first = next(line for line in lines(folder) if line["step"] == 1)
+    assert abs(first["objective/kl"]) < 1e-5 and first["val/first_ratio_deviation"] < 1e-5
+    aligned = open_parent(str(folder), tmp_path, {"causal_lm"})
+    assert aligned.manifest.adapter.stack == ["sft", "ppo"]
+    with torch.no_grad():
+        merged, beside = (load(aligned, **how).module(ids).logits for how in ({}, {"dtype": None, "frozen": True}))
+    assert (merged - beside).abs().max() < 1e-5
 
 
 # ---- what is published

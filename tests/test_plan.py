@@ -338,6 +338,9 @@ def test_frozen_weights_are_counted_in_the_parents_precision(recipe: Path) -> No
     for keys, width in (([], 2), (["sft.model_args.dtype=float32"], 4)):
         adapted = plan(recipe, ["sft.adapter={r: 16}", *keys], device_name="h200").sections[0]
         assert adapted.held[0].width == width
+    for keys, width in (([], 2), (["sft.adapter.use_dora=true"], 4), (["sft.adapter.modules_to_save=[norm]"], 4)):
+        above = ["sft.adapter={r: 16}", "grpo.adapter={r: 16}", *keys]
+        assert plan(recipe, above, device_name="h200").sections[1].held[0].width == width
     half = plan(recipe, ["sft.model_args.dtype=bfloat16"], device_name="h200").sections[0]
     assert (
         half.cost.peak.weights == 2 * half.held[0].parameters

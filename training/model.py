@@ -71,7 +71,7 @@ from training.publishing import (
 )
 from training.quantised_loading import Quantised, adopt_stored, quantised_twin
 from training.quantised_weights import dequantise, dequantised_entry
-from training.stored_adapter import StoredAdapter
+from training.stored_adapter import StoredAdapter, can_stand_beside
 
 Role = Literal["policy", "reference", "critic", "reward"]
 
@@ -95,9 +95,8 @@ class Model:
         quantization: QuantizationRecord | None = None,
         publish: PublishDtype = "auto",
     ) -> None:
-        """`later`: the weights that `fill` will read, if the module has none yet. `below`: the parent's adapter, which
-        has been merged into the module, or stands beside its quantised weights. `quantization`: how they were quantised
-        while they were loaded. `publish`: the recipe's `publish_dtype`."""
+        """`later`: the weights that `fill` will read, if the module has none yet. `below`: the parent's adapter, merged
+        or beside the weights. `quantization`: how these were quantised. `publish`: the recipe's `publish_dtype`."""
         self.engine, self.module, self.role = engine, module, role
         self.encoder, self.arguments, self.parent = encoder, arguments, parent
         self._later, self._below, self.quantization = later, below, quantization
@@ -131,7 +130,7 @@ class Model:
         publish: PublishDtype = "auto",
     ) -> Self:
         """Loads a model from its parent. If that is an adapter, it is merged into its base's weights, unless those stay
-        quantised.
+        quantised or in half precision.
 
         An adapter that was trained over quantised weights belongs to these, so its base is quantised again in the same
         way, whoever loads it. If all weights are to be trained, they are then turned back into plain ones.
@@ -148,7 +147,7 @@ class Model:
             role: see the docstring of this module.
             encoder: the parent's encoder (`load_encoder`).
             arguments: `model_args` of the recipe.
-            dtype: type of the weights, whatever the parent's type is; None: the parent's.
+            dtype: type of the weights, whatever the parent's type is; None: the parent's, that of an adapter's base.
             dropout: False sets every dropout of the network to zero, whatever the configuration says.
             bf16: whether the forward pass will run under bfloat16 autocast if there is a GPU for it.
             seed: seed of a new head, and of a new adapter.
@@ -177,8 +176,9 @@ class Model:
             engine.check_quantised(str(parent.path))
         plain = {} if quantised.stored else dequantised(parent, config)
         plainly = can_keep_halves(config) and not quantised.held
+        stands = not engine.splits and can_stand_beside(parent)
         if dtype is None:
-            dtype = precision(parent) if plainly else torch.float32
+            dtype = precision(parent, beside=stands) if plainly else torch.float32
         kept = dtype in HALVES and (frozen or adapter is not None) and plainly
         keys: dict[str, Any] = plain | {
             "dtype": dtype,
@@ -226,7 +226,7 @@ class Model:
                 source = ParentWeights(parent, precise, adapted=False)
                 module = quantised_twin(module, source, loader, quantised.record, whole, engine.device, missing)
             engine.release_memory()  # that of the float32 layers
-        beside = quantised.held and (frozen or adapter is not None)
+        beside = (kept and stands) or (quantised.held and (frozen or adapter is not None))
         if quantised.held and not beside:
             dequantise(module)
             module.requires_grad_(True)

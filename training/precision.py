@@ -19,14 +19,25 @@ _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def precision(parent: Parent) -> torch.dtype:
+def precision(parent: Parent, *, beside: bool) -> torch.dtype:
     """The precision in which the parent's weights are held if they are not trained: that of its files if all of them
     have the same, otherwise float32.
 
-    An adapter's base is float32, since the adapter is merged into its weights.
+    Args:
+        parent: a whole model or an adapter.
+        beside: an adapter will stand beside its base's weights. One that is merged into them needs float32.
     """
     kinds = {info.dtype for info in read_tensors(parent.weights_dir).values()}
-    return _STORED.get(kinds.pop(), torch.float32) if len(kinds) == 1 and parent.base is None else torch.float32
+    stay = parent.base is None or beside
+    return _STORED.get(kinds.pop(), torch.float32) if len(kinds) == 1 and stay else torch.float32
+
+
+def answering_dtype(engine: Engine) -> torch.dtype | None:
+    """The precision of the weights of a model that only answers; None: the parent's, which gives the same numbers.
+
+    On a CPU it is float32: there is more memory, and no time to convert the weights at every token.
+    """
+    return torch.float32 if engine.device.type == "cpu" else None
 
 
 def trained_dtype(

@@ -1,4 +1,5 @@
-"""The adapter of a parent: merged into the weights of its base while they are loaded, or beside quantised weights."""
+"""The adapter of a parent: merged into the weights of its base while they are loaded, or beside weights that stay
+quantised or in half precision."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,7 +15,7 @@ from handoff.errors import HandoffError
 from handoff.files import quoted
 from handoff.parent import Parent
 from training.frozen_adapter import PARENT, hold
-from training.linear import is_transposed, linear_layers, matrix
+from training.linear import HEAD, is_transposed, linear_layers, matrix
 
 
 def merged(
@@ -40,6 +41,14 @@ def merged(
     if lengths is not None:
         whole = whole * (lengths.float() / torch.linalg.norm(whole, dim=1))[:, None]
     return (whole.T if transposed else whole).contiguous()
+
+
+def can_stand_beside(parent: Parent) -> bool:
+    """Whether the parent is an adapter that is a sum of products of two matrices, with at most a head of its own."""
+    if parent.adapter_dir is None:
+        return False
+    files = read_adapter(parent.adapter_dir)
+    return not files.settings.use_dora and set(files.saved) <= {f"{HEAD}.weight"}
 
 
 class StoredAdapter:
@@ -140,7 +149,7 @@ class StoredAdapter:
             parameters[name].copy_(self.apply(name, parameters[name]))
 
     def hold(self, module: PreTrainedModel) -> None:
-        """Puts it beside the weights of a network that has its base's quantised weights, frozen.
+        """Puts it beside the weights of a network that has its base's quantised or half-precision weights, frozen.
 
         Raises:
             HandoffError: it is no sum of weights and a product of two matrices.

@@ -30,6 +30,7 @@ from rollout.sampling import Completion, SamplingSpec
 from stages.generate.config import DECLARATION, Config
 from training.limits import within_window
 from training.model import Model, load_encoder
+from training.precision import answering_dtype
 from training.rewards import Scorer, load_rewards, readable, token_readers
 from training.run import Run
 
@@ -112,7 +113,10 @@ def _answers(
     if found:
         run.console.print(f"  {len(found)} of {len(prompts)} prompts were answered before")
     if missing:
-        model = Model.load(engine, parent, "policy", encoder, config.model_args, bf16=False, frozen=True).freeze()
+        dtype = answering_dtype(engine)
+        model = Model.load(
+            engine, parent, "policy", encoder, config.model_args, dtype=dtype, bf16=False, frozen=True
+        ).freeze()
         truncation = {"top_k": config.top_k, "top_p": config.top_p}
         spec = SamplingSpec.of(encoder, config.max_new_tokens, temperature=config.temperature, **truncation)
         size = max(1, _CHUNK * config.batch_size * engine.data_world // n)  # prompts
