@@ -348,24 +348,12 @@ class Run:
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
-        """A progress bar with rate and time left; yields `advance(n)`. It is drawn only in a terminal."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        """Yields `advance(n)`; how far the stage is can be seen in its terminal and with `baton top`."""
+        from training.progress import Pulse, progress, progress_path
 
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        shown = self.is_main and self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=not shown) as bar:
-            task = bar.add_task(description, total=total, rate="")
-
-            def advance(n: int = 1) -> None:
-                speed = bar.tasks[0].speed if shown else None
-                bar.update(task, advance=n, rate=f"{speed:.1f}/s" if speed else "")
-
+        path = progress_path(self.recipe.run_dir, self.section.name)
+        pulse = Pulse(path, total, self.engine.peak) if self.is_main else None
+        with progress(self.console, total, description, pulse) as advance:
             yield advance
 
     def refuse(self) -> None:
