@@ -132,6 +132,21 @@ def status(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def top(
+    target: RunArgument,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Show a running training live: each stage's step, rate, time left, loss, reward, KL and memory.
+
+    Reads the run's files alone, so the run may be on another machine that shares the folder. Ctrl-C ends it. Without a
+    terminal, it prints once.
+    """
+    from baton.top import top as shown_live
+
+    shown_live(target, interval)
+
+
+@app.command()
 def verify(target: RunArgument) -> None:
     """Hash every published file and saved state of a run and its lineage again, and check that each stage still has the
     parents from which it was made.

@@ -53,9 +53,6 @@ class _Probe(Run):
         (peak,) = self.engine.largest(float(self.engine.peak() - self._before))
         raise _Seen(peak)
 
-    def mirror(self) -> None:
-        """Does nothing: these steps are not a run's."""
-
 
 def probed(plan: Plan, launch: Path | None) -> Plan:
     """The plan, corrected by the measured peak of every section that trains and whose parents are published; the others
@@ -95,8 +92,8 @@ def probe(recipe: Recipe, section: PlannedSection, launch: Path | None) -> float
                 (copied / other.name).symlink_to(other)
         if (run_dir.parent / ROWS).is_dir():
             (folder / ROWS).symlink_to(run_dir.parent / ROWS)
-        steps = dict.fromkeys(section.work.step_keys, STEPS)
-        overrides = [*recipe.overrides, *(f"{section.name}.{key}={value}" for key, value in steps.items())]
+        changed = {**dict.fromkeys(section.work.step_keys, STEPS), "train.report_to": "none"}
+        overrides = [*recipe.overrides, *(f"{section.name}.{key}={value}" for key, value in changed.items())]
         own = ["-m", "baton.probe", str(recipe.path), section.name, name, *overrides]
         start = [] if launch is None else ["-m", "accelerate.commands.launch", "--config_file", str(launch)]
         done = subprocess.run([sys.executable, *start, *own], capture_output=True, text=True, check=False)

@@ -104,9 +104,6 @@ class _Replay(Run):
         if step >= self._line and self._key in metrics:
             raise _LineCame(metrics)
 
-    def mirror(self) -> None:
-        """Does nothing: the run has already sent these lines to its tracker."""
-
 
 def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
     """Repeats step `step` (counted from 1) of section `name`, on one process.
@@ -129,6 +126,9 @@ def replay_step(run_dir: Path, name: str, step: int) -> Replayed:
     keys = Registry().declaration(section.stage).compared
     if not keys:
         raise UserError(f"{original.path}: the stage {section.stage} has no steps to take again")
+    if section.config.training() is not None:  # the run has already sent these lines to its trackers
+        recipe = load_recipe(recipe.path, [*recipe.overrides, f"{name}.train.report_to=none"], section=name)
+        section = recipe.section(name)
     line, last, state = _choose(original, keys[0], step)
     recipe = _with_lines_as_logged(recipe, section, line["step"], last)
     logged = {key: line[key] for key in keys if key in line}

@@ -40,6 +40,7 @@ from training.references import check_compared, check_models
 from training.registry import Registry
 from training.signals import ENDING
 from training.terminal import Screen, same_reader
+from training.trackers import check_trackers
 
 LOGS = "logs"
 SHOWN = 20
@@ -257,6 +258,7 @@ def _run(
     check_compared(recipe, names, shlex.join(["baton", "run", str(recipe.path), *recipe.overrides]))
     check_data(recipe, names)
     check_functions(reward_functions(recipe, names))
+    check_trackers(recipe, names)
     console = Screen()
     if dry_run:
         return _print_plan(recipe, names, force, console)

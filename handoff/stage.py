@@ -52,6 +52,8 @@ from handoff.state import StateStore
 
 MINIMUM_FREE = 64 << 20  # bytes; room for logs and metrics, whatever the model's size
 
+TRACKERS = "trackers"
+"""Name of the folder in which each tracker has its own."""
 _WRITING, _NEXT, _OLD = ".writing", ".stage.json.next", ".old"
 
 
@@ -67,7 +69,7 @@ class StageDir:
         self.state_dir = path / "state"
         self.metrics_path = path / "metrics.jsonl"
         self.samples_path = path / "samples.jsonl"
-        self.tracker_dir = path / "wandb"
+        self.trackers_dir = path / TRACKERS
         self._lock = RunLock(path, f"stage {path.name}")
         self._inputs: Inputs | None = None
         self._fresh = False  # whether `begin` wrote started.json
@@ -198,7 +200,7 @@ class StageDir:
         content = self._previous.content()
         if not content:
             return None
-        if self._holds_only(self.started_path, self.metrics_path, self.samples_path, self.tracker_dir):
+        if self._holds_only(self.started_path, self.metrics_path, self.samples_path, self.trackers_dir):
             # A start that produced nothing is not worth keeping.
             for path in content:
                 remove_tree(path)

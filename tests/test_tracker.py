@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults_wandb
-from training import engines, tracker
+from training import engines
 from training.recipe import load_recipe
 from training.run import Run, run_section
 from training.signals import Signals
-from training.tracker import Lines, WandbMirror
+from training.trackers import mirror as mirrors
+from training.trackers.destinations import DESTINATIONS
+from training.trackers.mirror import Mirror, Mirrors
+from training.trackers.sending import Lines
 
 
 class Scene:
@@ -32,8 +35,9 @@ class Scene:
         self.server = tmp_path / "package" / "wandb"
         self.mirror = self.open()
 
-    def open(self) -> WandbMirror:
-        return WandbMirror(self.folder, {"project": "baton", "name": "tiny/sft"}, "abc123", {"learning_rate": 1.0})
+    def open(self) -> Mirror:
+        given = {"project": "baton", "name": "tiny/sft"}
+        return Mirror("wandb", self.folder, given, "abc123", {"learning_rate": 1.0})
 
     def log(self, *steps: int, **more: float) -> None:
         """Writes a line for each step; its time differs each time it is written."""
@@ -63,7 +67,7 @@ class Scene:
     def end(self) -> None:
         """Ends the mirror as a stage does, then waits for its background process."""
         process = self.mirror._process
-        self.mirror.close()
+        Mirrors([self.mirror]).close()
         if process is not None:
             process.wait(30)
 
@@ -87,7 +91,7 @@ def test_every_line_arrives_in_order_under_the_id_it_was_given(scene):
 
 
 def test_the_process_starts_with_the_first_line(scene):
-    scene.mirror.close()
+    Mirrors([scene.mirror]).close()
     assert list(scene.folder.iterdir()) == []
 
 
@@ -122,7 +126,7 @@ def test_two_mirrors_of_one_stage_take_turns(scene):
     first = scene.mirror
     scene.mirror = scene.open()
     scene.log(3)
-    first.close()
+    Mirrors([first]).close()
     scene.end()
     assert scene.arrived() == [1, 2, 3]
 
@@ -144,7 +148,7 @@ def test_lines_sent_but_not_recorded_do_not_appear_twice(scene):
     scene.log(1, 2, 3)
     scene.until([1, 2, 3])
     scene.end()
-    (scene.folder / "wandb" / "sent.jsonl").write_text("[1, 0]\n[2, 0]\n")
+    (scene.folder / "trackers" / "wandb" / "sent.jsonl").write_text("[1, 0]\n[2, 0]\n")
     scene.mirror = scene.open()
     scene.log(4)
     scene.end()
@@ -165,12 +169,12 @@ def test_an_error_costs_one_warning(scene, monkeypatch, caplog, mode, said):
     scene.mirror._process.wait(30)
     with caplog.at_level(logging.WARNING):
         scene.log(4, 5)
-        scene.mirror.close()
+        Mirrors([scene.mirror]).close()
     assert caplog.text.count("wandb stopped") == 1 and said in caplog.text
 
 
 def test_a_mirror_that_died_is_replaced_after_a_while(scene, monkeypatch):
-    monkeypatch.setattr(tracker, "RETRY", 0)
+    monkeypatch.setattr(mirrors, "RETRY", 0)
     scene.log(1, 2)
     scene.until([1, 2])
     scene.mirror._process.kill()
@@ -187,7 +191,7 @@ def test_what_hangs_is_waited_for_by_nobody_and_ends_by_itself(scene, monkeypatc
     process = scene.mirror._process
     time.sleep(1)  # it is hanging now
     with caplog.at_level(logging.WARNING):
-        scene.mirror.close()
+        Mirrors([scene.mirror]).close()
     assert process.poll() is None, "the stage's end waited for what hangs"
     assert "the last lines go to wandb in the background" in caplog.text
     process.kill()
@@ -196,9 +200,10 @@ def test_what_hangs_is_waited_for_by_nobody_and_ends_by_itself(scene, monkeypatc
 
 def test_a_mirror_ends_within_its_grace_period(scene, monkeypatch, root):
     monkeypatch.setenv("FAKE_WANDB", "hangs at init")
-    code = "from training import tracker; tracker.GRACE = 1; tracker.main()"
-    (scene.folder / "wandb").mkdir()
-    settings = json.dumps({"dir": str(scene.folder), "id": "abc123"}) + "\n"
+    code = "from training.trackers import __main__ as process; process.GRACE = 1; process.main()"
+    (scene.folder / "trackers" / "wandb").mkdir(parents=True)
+    settings = {"tracker": "wandb", "stage": str(scene.folder), "run_id": "abc123", "config": {}}
+    settings = json.dumps({**settings, "project": "baton", "name": "tiny/sft"}) + "\n"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, input=settings, text=True, timeout=50, capture_output=True)
     assert done.returncode == -signal.SIGALRM
@@ -244,39 +249,44 @@ def environment(monkeypatch, tmp_path):
     return monkeypatch
 
 
+def destination(project, name):
+    found = DESTINATIONS["wandb"](project, name, Path("runs/tiny/sft/trackers/wandb"))
+    return found.given, found.words
+
+
 def test_what_will_happen_is_said_and_the_environments_names_hold(environment, tmp_path):
-    given, words = tracker.destination("baton", "tiny/sft")
-    assert given == {} and "there is no key for api.wandb.ai: nothing is sent" in words
+    given, words = destination("baton", "tiny/sft")
+    assert given is None and "there is no key for api.wandb.ai: nothing is sent" in words
     environment.setenv("WANDB_API_KEY", "x" * 40)
     ours = {"project": "baton", "name": "tiny/sft"}
-    assert tracker.destination("baton", "tiny/sft") == (ours, "metrics go to wandb at api.wandb.ai, project baton")
+    assert destination("baton", "tiny/sft") == (ours, "metrics go to wandb at api.wandb.ai, project baton")
     environment.setenv("WANDB_PROJECT", "mine")
     environment.setenv("WANDB_NAME", "first")
-    assert tracker.destination("baton", "tiny/sft")[0] == {"project": "mine", "name": "first"}
+    assert destination("baton", "tiny/sft")[0] == {"project": "mine", "name": "first"}
     environment.setenv("WANDB_MODE", "disabled")
-    assert tracker.destination("baton", "tiny/sft")[0] == {}
+    assert destination("baton", "tiny/sft")[0] is None
     environment.delenv("WANDB_API_KEY")
     environment.setenv("WANDB_MODE", "offline")
-    given, words = tracker.destination("baton", "tiny/sft")
+    given, words = destination("baton", "tiny/sft")
     assert given["project"] == "mine" and words.endswith("(WANDB_MODE is offline)")
 
 
 def test_a_key_is_that_of_the_host(environment, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / "netrc").chmod(0o600)
-    assert tracker.destination("baton", "x")[0]
+    assert destination("baton", "x")[0]
     environment.setenv("WANDB_BASE_URL", "https://wandb.example.org/api")
-    given, words = tracker.destination("baton", "x")
-    assert given == {} and "no key for wandb.example.org" in words and "secret" not in words
+    given, words = destination("baton", "x")
+    assert given is None and "no key for wandb.example.org" in words and "secret" not in words
     (tmp_path / "netrc").write_text("machine\n")
-    assert tracker.destination("baton", "x")[0] == {}
+    assert destination("baton", "x")[0] is None
 
 
 def test_without_a_key_no_mirror_is_started(environment, micro_recipe, tmp_path, capsys):
     run_dir = load_recipe(micro_recipe).run_dir
     recipe = load_recipe(micro_recipe, [f"pretrain.parent={run_dir / 'tokenizer'}", f"output_root={tmp_path}"])
     run = Run(recipe, "pretrain", Signals("pretrain"), engines.current())
-    run.mirror()
+    run.mirror(["wandb"])
     run.dir.path.mkdir(parents=True)
     run.log(1, {"loss": 1.0})
     run.close()
@@ -311,8 +321,12 @@ def test_the_real_package_offline(tmp_path, monkeypatch):
     scene.log(2, loss=1.625)
     scene.log(3, loss=1.375)
     scene.end()
-    said = (scene.folder / "wandb" / "mirror.log").read_text()
-    assert len(list(scene.folder.glob("wandb/offline-run-*-abc123/*.wandb"))) == 1, said
-    assert (scene.folder / "wandb" / "sent.jsonl").read_text().splitlines() == ["[1, 0]", "[2, 0]", "[3, 0]"], said
-    content = next(scene.folder.glob("wandb/offline-run-*/*.wandb")).read_bytes()
+    said = (scene.folder / "trackers" / "wandb" / "mirror.log").read_text()
+    assert len(list(scene.folder.glob("trackers/wandb/offline-run-*-abc123/*.wandb"))) == 1, said
+    assert (scene.folder / "trackers" / "wandb" / "sent.jsonl").read_text().splitlines() == [
+        "[1, 0]",
+        "[2, 0]",
+        "[3, 0]",
+    ], said
+    content = next(scene.folder.glob("trackers/wandb/offline-run-*/*.wandb")).read_bytes()
     assert all(loss in content for loss in (b"2.125", b"1.625", b"1.375"))

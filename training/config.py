@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
 from handoff.manifest import QuantizationRecord
@@ -16,6 +16,10 @@ REHEARSED_ROWS, REHEARSED_HELD_OUT = 64, 4
 REHEARSED_ANSWER = 16
 """Most tokens of an answer in a rehearsal."""
 ADAPTER_RATE = 10  # Schulman et al. 2025: the best learning rate of LoRA is ten times that of full training
+
+
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+"""The trackers to which metrics.jsonl can be mirrored (training/trackers)."""
 
 
 class Strict(BaseModel):
@@ -76,14 +80,29 @@ class OptimizerConfig(Strict):
     """Seconds for the current step or iteration to finish after a signal to stop; after that the process exits."""
     ddp_timeout: float = Field(default=1800.0, ge=1)
     """Seconds after which a process that waits for others in training ends with an error."""
-    report_to: Literal["none", "wandb"] = "none"
-    """Also mirror metrics.jsonl to Weights & Biases."""
+    report_to: list[Tracker] = Field(default_factory=list)
+    """Also mirror metrics.jsonl to these trackers (docs/trackers.md); `none`, or one name alone, is a list, too."""
 
     def rehearsal(self, processes: int) -> dict[str, Any]:
         """What is laid over `train:` in a rehearsal on so many processes (`StageConfig.rehearsal`)."""
         only_on_gpus = {"bf16": "auto"} if self.bf16 is True else {}
-        quiet = {"report_to": "none"} if self.report_to != "none" else {}
+        quiet = {"report_to": "none"} if self.report_to else {}
         return {"per_device_train_batch_size": 1, **only_on_gpus, **quiet}
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return [] if given == "none" else [given]
+        return given
+
+    @field_validator("report_to")
+    @classmethod
+    def _named_once(cls, names: list[Tracker]) -> list[Tracker]:
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"names {twice[0]} twice")
+        return names
 
 
 Optimizer = TypeVar("Optimizer", bound=OptimizerConfig)

@@ -31,7 +31,7 @@ from handoff.manifest import MODEL_KINDS, AdapterRecord, Inputs, Kind, Manifest,
 from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
 from training import engines
-from training.config import OptimizerConfig
+from training.config import OptimizerConfig, Tracker
 from training.engines import elastic
 from training.engines.launch import check_environment, is_main, say_error
 from training.engines.lost import PeersLost, peers_lost
@@ -43,6 +43,7 @@ from training.references import check_models
 from training.registry import Registry
 from training.signals import Signals, Stopped
 from training.terminal import Screen, prepare, shown
+from training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from data.config import SourceConfig
@@ -255,16 +256,13 @@ class Run:
         if self._mirror is not None:
             self._mirror.wake()
 
-    def mirror(self) -> None:
-        """Mirrors the lines to Weights & Biases from now on, or says why not; called if `train.report_to` is wandb."""
-        if not self.is_main:
-            return
-        from training.tracker import WandbMirror, destination
+    def mirror(self, trackers: Sequence[Tracker]) -> None:
+        """Mirrors the lines to these trackers from now on; says where each one's lines go, or why nowhere."""
+        if self.is_main and trackers:
+            from training.trackers.mirror import start_mirrors
 
-        given, words = destination("baton", f"{self.recipe.name}/{self.section.name}")
-        self.console.print(f"  {words}")
-        if given:
-            self._mirror = WandbMirror(self.dir.path, given, self.dir.run_id(), self.section.resolved)
+            name = f"{self.recipe.name}/{self.section.name}"
+            self._mirror = start_mirrors(trackers, self.dir, name, self.section.resolved, self.console.print)
 
     def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Adds lines to samples.jsonl: prompt, completion, score, and other values that the stage wants to show."""
@@ -350,24 +348,12 @@ class Run:
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
-        """A progress bar with rate and time left; yields `advance(n)`. It is drawn only in a terminal."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        """Yields `advance(n)`; how far the stage is can be seen in its terminal and with `baton top`."""
+        from training.progress import Pulse, progress, progress_path
 
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        shown = self.is_main and self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=not shown) as bar:
-            task = bar.add_task(description, total=total, rate="")
-
-            def advance(n: int = 1) -> None:
-                speed = bar.tasks[0].speed if shown else None
-                bar.update(task, advance=n, rate=f"{speed:.1f}/s" if speed else "")
-
+        path = progress_path(self.recipe.run_dir, self.section.name)
+        pulse = Pulse(path, total, self.engine.peak) if self.is_main else None
+        with progress(self.console, total, description, pulse) as advance:
             yield advance
 
     def refuse(self) -> None:
@@ -380,7 +366,7 @@ class Run:
         self._on_close.append(call)
 
     def close(self) -> None:
-        """Calls the functions given to `on_close`, then closes the mirror and unlocks the stage's directory."""
+        """Calls the functions given to `on_close`, then closes the mirrors and unlocks the stage's directory."""
         for call in self._on_close:
             call()
         CLOCK.freeze(None)
@@ -419,6 +405,7 @@ def _run_section(
     together = False
     try:
         run.check_batch()
+        check_trackers(recipe, [name])
         engine.on_main(lambda: check_models(recipe, [name], fetch=True))
         run.begin(engine.on_main(lambda: stage_inputs(recipe, name)))
         with quick_imports():

@@ -329,8 +329,7 @@ def fit(
     state = trainer.resumed = trainer.saves.newest()
     bytes_ = files.state_bytes(run.engine, trainer.model)
     trainer.saves.check_room(config.save_total_limit + 1, bytes_, model.published_bytes())
-    if config.report_to == "wandb":
-        run.mirror()
+    run.mirror(config.report_to)
     trainer.faults = Faults(**state.extra["faults"]) if state is not None else Faults()
     trainer.average = AverageCallback(trainer, state.extra["sums"] if state is not None else None)
     trainer.at_start = state.extra["at_start"] if state is not None else {}

@@ -13,8 +13,9 @@ from training.engines.shares import free_disk, planned
 from training.engines.trial import Report
 from training.recipe import Recipe
 from training.references import check_models
+from training.trackers import check_trackers
 
-_MODELS, _DATA, _PLAN = "models", "data", "plan"
+_MODELS, _DATA, _TRACKERS, _PLAN = "models", "data", "trackers", "plan"
 
 
 def check_recipe(recipe: Recipe, launch: LaunchFile | None, trial: Report) -> list[Finding]:
@@ -23,6 +24,7 @@ def check_recipe(recipe: Recipe, launch: LaunchFile | None, trial: Report) -> li
     found = [
         _tried(_MODELS, lambda: check_models(recipe, names, fetch=False), "those that the recipe names are here"),
         _tried(_DATA, lambda: check_data(recipe, names), "what the recipe names is here"),
+        _tried(_TRACKERS, lambda: check_trackers(recipe, names), "those that the recipe names are installed"),
     ]
     request = planned(None, "cuda" if trial.gpus else "cpu") if launch is None else launch.request
     if request.device == "cuda" and not trial.gpus:

@@ -82,8 +82,7 @@ def train(run: Run) -> None:
     engine = run.engine
     device = engine.device
     check_batch(run, t)
-    if t.report_to == "wandb":
-        run.mirror()
+    run.mirror(t.report_to)
 
     # Parents, prompts, rewards.
     parent = run.parent("parent")
