@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from handoff.adapter import read_adapter
-from handoff.encoding import declared_pad_id, generation_stop_ids, read_tokenizer, token_text
+from handoff.encoding import declared_pad_id, generation_stop_ids, read_tokenizer, template_text, token_text
 from handoff.errors import HandoffError
 from handoff.files import list_files, quoted, read_json, write_json
 from handoff.gate import check_directory, is_adapter, loaded_files
@@ -206,12 +206,27 @@ class Encoded(Protocol):
         """The model's directory."""
 
     @property
+    def model_dir(self) -> Path:
+        """The directory of the model's tokenizer."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The name of its chat template, if the recipe chooses one."""
+
+    @property
     def tokenizer(self) -> TokenizerRecord:
         """The record of the model's tokenizer."""
 
 
 def check_same_encoding(a: Encoded, b: Encoded, why: str) -> None:
-    """Raises HandoffError if `a` and `b` read the same ids differently. `why`: reason or fix, for the message."""
+    """Raises HandoffError if `a` and `b` read the same text as different ids.
+
+    Pads and stop ids may differ: masks say what is padding, and a stop id ends what a model writes, not what it reads.
+
+    Args:
+        a, b: the models.
+        why: reason or fix, for the message.
+    """
     first, second = a.tokenizer, b.tokenizer
     if first.fingerprint != second.fingerprint:
         raise HandoffError(
@@ -222,19 +237,15 @@ def check_same_encoding(a: Encoded, b: Encoded, why: str) -> None:
         return
     ids = [
         f"{name} {mine} and {theirs}"
-        for name, mine, theirs in (
-            ("pad", first.pad_id, second.pad_id),
-            ("bos", first.bos_id, second.bos_id),
-            ("eos", first.eos_id, second.eos_id),
-            ("stop ids", first.stop_ids, second.stop_ids),
-        )
+        for name, mine, theirs in (("bos", first.bos_id, second.bos_id), ("eos", first.eos_id, second.eos_id))
         if mine != theirs
     ]
-    raise HandoffError(
-        f"{a.name} ({a.path}) and {b.name} ({b.path}) share the tokenizer but differ in "
-        + (f"special ids ({'; '.join(ids)}): " if ids else "their chat templates: ")
-        + why
-    )
+    if ids or template_text(a.model_dir, a.chat_template) != template_text(b.model_dir, b.chat_template):
+        raise HandoffError(
+            f"{a.name} ({a.path}) and {b.name} ({b.path}) share the tokenizer but differ in "
+            + (f"special ids ({'; '.join(ids)}): " if ids else "their chat templates: ")
+            + why
+        )
 
 
 def _check_weights(model_dir: Path, tokenizer: TokenizerRecord) -> None:

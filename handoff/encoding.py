@@ -109,6 +109,11 @@ def declared_pad_id(model_dir: Path) -> int | None:
     return _special_id(files, _token_ids(files.tokenizer), "pad_token")
 
 
+def template_text(model_dir: Path, name: str | None = None) -> str | None:
+    """The tokenizer's chat template: the one of that name, or by default the one named `default`."""
+    return _read(model_dir).template if name is None else named_template(model_dir, name)
+
+
 def named_template(model_dir: Path, name: str) -> str:
     """One of the tokenizer's chat templates. Raises HandoffError, with the names that there are, if there is none."""
     named = _named_templates(model_dir, _optional(model_dir / "tokenizer_config.json"))
