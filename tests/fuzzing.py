@@ -1,6 +1,6 @@
 """Runs a property on random input: some of it in seconds, more in `make test`, for as long as you like by hand.
 
-    FUZZ_SECONDS=3600 .venv/bin/python -m pytest -s -m slow tests/test_fuzz.py
+    FUZZ_SECONDS=3600 .venv/bin/python -m pytest -s tests/test_fuzz.py tests/test_data_fuzz.py -k "not fast"
 
 gives each property an hour of ever new input, and says how many it tried. Without FUZZ_SECONDS the input is the same in
 every run, and a test's result depends on no clock.

@@ -1,6 +1,6 @@
 """Readers on arbitrary files and rows: an error that names the file, or rows that add up, and never another exception.
 
-`BATON_FUZZ=10000 pytest tests/test_data_fuzz.py` tries as many random inputs in place of the same few.
+tests/fuzzing.py says how to run it for an hour.
 """
 
 import bz2
@@ -9,13 +9,11 @@ import gzip
 import io
 import json
 import lzma
-import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.accounting import Accounting
@@ -27,18 +25,13 @@ from data.load import read
 from data.records import Chat, Preference, Prompt, Text
 from data.rows import Chats, Documents, Pairs, Prompts
 from data.shards import write_rows
+from tests.fuzzing import fuzz
 from tests.test_data_encode import own
 from tests.test_data_known_keys import BASES, OF_ROWS, OF_TURNS
 
-COUNT = os.environ.get("BATON_FUZZ")
 HUGE = "a number of 5000 digits"
 KINDS = {Text: Documents(), Chat: Chats(64, "drop"), Preference: Pairs(64, "keep_end"), Prompt: Prompts(64)}
 PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-
-
-def fuzzed(examples: int):
-    count = int(COUNT) if COUNT else examples
-    return settings(max_examples=count, deadline=None, derandomize=COUNT is None, database=None)
 
 
 def encode(name: str, content: bytes, want, **config) -> None:
@@ -112,41 +105,50 @@ def as_json(value) -> str:
     return json.dumps(value).replace(json.dumps(HUGE), "7" * 5000)
 
 
-@fuzzed(250)
-@given(wants, st.lists(rows, min_size=1, max_size=4), st.sampled_from(["jsonl", "json"]), st.lists(keys, max_size=2))
-def test_rows_of_any_values(want, made, suffix, ignore):
-    content = "\n".join(map(as_json, made)) if suffix == "jsonl" else as_json(made)
-    encode(f"x.{suffix}", content.encode(), want, ignore=ignore)
+def test_rows_of_any_values():
+    def rows_of_any_values(want, made, suffix, ignore):
+        content = "\n".join(map(as_json, made)) if suffix == "jsonl" else as_json(made)
+        encode(f"x.{suffix}", content.encode(), want, ignore=ignore)
+
+    some = st.lists(rows, min_size=1, max_size=4)
+    fuzz(250, rows_of_any_values, wants, some, st.sampled_from(["jsonl", "json"]), st.lists(keys, max_size=2))
 
 
-@fuzzed(150)
-@given(st.data(), st.sampled_from(SUFFIXES), st.sampled_from(list(PACK)), wants)
-def test_files_of_any_bytes(data, suffix, packing, want):
-    content = data.draw(st.binary(max_size=60) | texts.map(lambda text: text.encode(errors="surrogatepass")))
-    encode(f"x{suffix}{packing}", PACK[packing](content) if data.draw(st.booleans()) else content, want)
+def test_files_of_any_bytes():
+    def files_of_any_bytes(content, packed, suffix, packing, want):
+        encode(f"x{suffix}{packing}", PACK[packing](content) if packed else content, want)
+
+    content = st.binary(max_size=60) | texts.map(lambda text: text.encode(errors="surrogatepass"))
+    fuzz(150, files_of_any_bytes, content, st.booleans(), st.sampled_from(SUFFIXES), st.sampled_from(list(PACK)), wants)
 
 
-@fuzzed(150)
-@given(st.data(), st.lists(rows, min_size=1, max_size=3), st.sampled_from(SUFFIXES), st.sampled_from(list(PACK)), wants)
-def test_files_that_were_damaged(data, made, suffix, packing, want):
+def test_files_that_were_damaged():
     """A whole file of some kind, of which a part is cut out or written over."""
-    content = PACK[packing](whole_file(suffix, made))
-    start = data.draw(st.integers(0, len(content)))
-    end = data.draw(st.integers(start, min(len(content), start + 40)))
-    name = f"x{data.draw(st.sampled_from([suffix, *SUFFIXES]))}{packing}"
-    encode(name, content[:start] + data.draw(st.binary(max_size=8)) + content[end:], want)
+
+    def files_that_were_damaged(data, made, suffix, packing, want):
+        content = PACK[packing](whole_file(suffix, made))
+        start = data.draw(st.integers(0, len(content)))
+        end = data.draw(st.integers(start, min(len(content), start + 40)))
+        name = f"x{data.draw(st.sampled_from([suffix, *SUFFIXES]))}{packing}"
+        encode(name, content[:start] + data.draw(st.binary(max_size=8)) + content[end:], want)
+
+    some = st.lists(rows, min_size=1, max_size=3)
+    kinds = st.sampled_from(SUFFIXES), st.sampled_from(list(PACK))
+    fuzz(150, files_that_were_damaged, st.data(), some, *kinds, wants)
 
 
-@fuzzed(100)
-@given(st.lists(st.lists(texts, max_size=4), max_size=4), st.sampled_from([",", "\t", ";"]), wants)
-def test_tables_of_any_fields(made, delimiter, want):
-    out = io.StringIO()
-    writer = csv.writer(out, delimiter=delimiter)
-    for row in made:
-        with suppress(csv.Error):
-            writer.writerow(row)
-    for name in ("x.csv", "x.tsv"):
-        encode(name, out.getvalue().encode(errors="surrogatepass"), want)
+def test_tables_of_any_fields():
+    def tables_of_any_fields(made, delimiter, want):
+        out = io.StringIO()
+        writer = csv.writer(out, delimiter=delimiter)
+        for row in made:
+            with suppress(csv.Error):
+                writer.writerow(row)
+        for name in ("x.csv", "x.tsv"):
+            encode(name, out.getvalue().encode(errors="surrogatepass"), want)
+
+    some = st.lists(st.lists(texts, max_size=4), max_size=4)
+    fuzz(100, tables_of_any_fields, some, st.sampled_from([",", "\t", ";"]), wants)
 
 
 @pytest.mark.parametrize("depth", [50, 99, 100, 101, 500, 5_000, 100_000])
