@@ -53,6 +53,31 @@ class Runner:
             raise UnsupportedError("it ignores logits_to_keep and computes logits of all positions")
         return logits[0], [this.layers[i] for i in range(len(this.layers))]
 
+    def logits(self, prompt: Sequence[int], where: Sequence[int]) -> Tensor:
+        """Logits after the tokens of a prompt at the places `where`: (places, V)."""
+        ids, positions = self._alone(prompt)
+        with in_force(Prefill([len(prompt)], self._windows)):
+            return self._forward(ids, positions, torch.tensor(where, device=ids.device))[0]
+
+    def hidden(self, prompt: Sequence[int]) -> Tensor:
+        """The last hidden state of each token of a prompt (T, C)."""
+        ids, positions = self._alone(prompt)
+        with in_force(Prefill([len(prompt)], self._windows)):
+            found: Tensor = self._model.base_model(
+                input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True
+            ).last_hidden_state[0]
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self._model.config.get_text_config(decoder=True).vocab_size)
+
     def decode(self, tokens: Tensor, positions: Tensor, this: Decode) -> Tensor:
         """Logits (B, V) after one token per row. tokens, positions (B,)."""
         if self._fits and self._lean is None:
@@ -74,6 +99,11 @@ class Runner:
     def shortest_window(self) -> int | None:
         """The shortest window of all layers; None if every layer sees all tokens."""
         return min((w for w in self._windows if w is not None), default=None)
+
+    def _alone(self, prompt: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Ids and positions (1, T)."""
+        device = self._model.device
+        return torch.tensor([list(prompt)], device=device), torch.arange(len(prompt), device=device)[None]
 
     def _forward(self, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
         logits: Tensor = self._model(

@@ -56,7 +56,7 @@ def _decode(
 ) -> None:
     """Generates the completions of one batch into `completions`."""
     cache = DynamicCache(config=model.config)
-    state = {_state_name(model): cache}
+    state = {state_name(model): cache}
     for step in range(spec.max_new_tokens):
         logits = model(input_ids=ids, use_cache=True, **state).logits[:, -1]  # (B, V)
         tokens, logprobs = draw(logits, spec, None if uniforms is None else uniforms[:, step])
@@ -80,7 +80,7 @@ def _decode(
         ids = tokens[:, None]
 
 
-def _state_name(model: PreTrainedModel) -> str:
+def state_name(model: PreTrainedModel) -> str:
     """The name of the cache argument of the model's forward pass."""
     parameters = inspect.signature(model.forward).parameters
     for name in ("past_key_values", "cache_params"):

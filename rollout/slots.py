@@ -75,6 +75,13 @@ class Slots:
         shape = self._shapes[layer]
         return self._bias[shape.heads, shape.window]
 
+    def reserve(self, columns: int) -> None:
+        """Makes room for rows of this length, where it was not known from the start how long they become."""
+        if columns > self._columns:
+            self._columns = max(columns, 2 * self._columns)
+            self._enlarge()
+            self._look()
+
     def exchange(self, leaving: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Removes rows, and adds new ones of these lengths in their places or at the end. Call `settle` afterwards.
 
@@ -88,7 +95,8 @@ class Slots:
             origin[place : place + 1] = [~k]
             self.lengths[place : place + 1] = [length]
         if len(self.lengths) > self.rows:
-            self._grow()
+            self.rows = max(2 * self.rows, len(self.lengths))
+            self._enlarge()
         if lengths:
             longest = max(self.lengths)
             if old == 0 or longest > self.end or (not self._growing and 8 * longest < 7 * self.width):
@@ -175,9 +183,8 @@ class Slots:
         spare = {n: torch.zeros(n, dtype=self._dtype, device=self._device) for pair in sizes for n in pair}
         return memory, spare
 
-    def _grow(self) -> None:
-        """Twice the rows."""
-        self.rows *= 2
+    def _enlarge(self) -> None:
+        """Moves everything to memory for `rows` rows of `_columns` columns, which have become more."""
         old = self._memory
         self._memory, self._spare = self._allocate(self.rows)
         for pair, before in zip(self._memory, old, strict=True):
