@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -364,6 +364,51 @@ def chat(
 
     check_environment(launched=False)
     talk(target, model, compare, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+
+@app.command()
+def serve(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="What to serve: RUN or RUN:SECTION (RUN is a recipe or a run's folder), the folder of a model, a "
+            ".gguf file, or a model id of the hub. Several are served under their names.",
+            metavar="TARGET...",
+            show_default=False,
+        ),
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every network's.")] = "127.0.0.1",
+    engine: Annotated[
+        Literal["auto", "inprocess", "vllm"], typer.Option(help="auto: vLLM where a GPU and vLLM are there.")
+    ] = "auto",
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with the key that clients must show; or set BATON_API_KEY.", show_default=False),
+    ] = None,
+    pooling: Annotated[
+        Literal["mean", "last"], typer.Option(help="Which hidden state of the last layer is a text's embedding.")
+    ] = "mean",
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers that are decoded at once.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused with 429.")] = 64,
+    max_n: Annotated[int, typer.Option(min=1, help="Answers that one request may ask for.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer together.")] = 4096,
+) -> None:
+    """Serve models over HTTP, as OpenAI's clients know it: chat, completions, embeddings.
+
+    SIGTERM lets running answers end.
+    """
+    from training.engines.launch import check_environment
+
+    check_environment(launched=False)
+    from baton.serve.settings import Limits, need_packages
+
+    need_packages()
+    from baton.serve.run import serve as served
+
+    limits = Limits(batch_size=batch_size, queue=queue, max_n=max_n, max_length=max_length)
+    code = served(targets, host=host, port=port, engine=engine, key_file=api_key_file, pooling=pooling, limits=limits)
+    sys.exit(code)
 
 
 def main() -> NoReturn:

@@ -188,6 +188,25 @@ class Encoder:
         text: str = self._backend.decode(rest, skip_special_tokens=True)
         return self._turns.shape.content(text) if self._turns else text
 
+    def text(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of tokens as they are. `special`: with that of special tokens."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
+        return text
+
+    def special_ids(self, text: str) -> list[tuple[int, int, int]]:
+        """Start, end and id of each special token in the text."""
+        found = list(self._special.finditer(text))
+        return [(one.start(), one.end(), self._ids(one.group())[0]) for one in found]
+
+    def without_special(self, text: str) -> str:
+        """The text without that of special tokens."""
+        return self._special.sub("", text)
+
+    @property
+    def ending(self) -> str:
+        """What the template puts between an answer's text and its stop token."""
+        return self._turns.shape.after if self._turns else ""
+
     def prompts(self, batch: Sequence[Sequence[Message]]) -> list[list[int] | RowRefused]:
         """`prompt` for many conversations at once; the result for one that cannot be expressed is its RowRefused."""
         turns = self._require_template()

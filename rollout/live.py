@@ -2,9 +2,9 @@
 
 Legend: B rows being decoded, N answers that enter, V vocabulary.
 
-`rollout.engine` answers a list of prompts that is known from the start, under one distribution. Here prompts come at any
-time, as in chat and in a server. Both decode with the same runner, slots and draw. An answer depends on its prompt, its
-distribution and its random numbers, and not on the answers beside it.
+`rollout.engine` answers a list of prompts that is known from the start, under one distribution. Here prompts come at
+any time, as in chat and in a server. Both decode with the same runner, slots and draw. An answer depends on its prompt,
+its distribution and its random numbers, and not on the answers beside it.
 
 `Live.add` and `Answer.cancel` may be called from any thread. Everything else belongs to one thread, and the `Live`s of
 all models of a process share that thread, because attention is switched for the whole process (`rollout.attention`).

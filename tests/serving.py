@@ -1,0 +1,85 @@
+"""A server in a thread of the test's process, and requests to it."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from baton.serve.app import Application
+from baton.serve.guard import State
+from baton.serve.run import Server, listen
+from baton.serve.served import Served, Worker
+from baton.serve.settings import ApiKey, Limits, Pooling
+from handoff.parent import Parent
+
+ASKED = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+@dataclass
+class Running:
+    """A server that runs."""
+
+    url: str
+    served: list[Served]
+    worker: Worker
+    state: State
+    server: Server
+    key: str | None
+
+    @property
+    def base(self) -> str:
+        """As clients are given it."""
+        return f"{self.url}/v1"
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        """A request, whatever it is answered."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        given = {"Content-Type": "application/json", **self._key(), **headers}
+        return httpx.post(self.url + path, content=content, headers=given, timeout=60)
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        """A request, whatever it is answered."""
+        return httpx.get(self.url + path, headers={**self._key(), **headers}, timeout=60)
+
+    def chat(self, text: str = "What is 2 + 3?", **body: Any) -> dict[str, Any]:
+        """The reply to one question."""
+        answer = self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **body})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def stream(self, path: str, body: Any) -> list[dict[str, Any]]:
+        """The events of a stream, which ends as it should."""
+        lines = self.post(path, {**body, "stream": True}).text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+    def _key(self) -> dict[str, str]:
+        return {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+
+
+@contextmanager
+def serving(
+    parents: Sequence[Parent], *, key: str | None = None, pooling: Pooling = "mean", **limits: Any
+) -> Iterator[Running]:
+    """Serves these models on a free port until the end of the block."""
+    state = State(Limits(**limits), None if key is None else ApiKey(key), "127.0.0.1")
+    served = [Served(parent, state.limits, pooling) for parent in parents]
+    worker = Worker(served)
+    listening = listen("127.0.0.1", 0)
+    server = Server(Application(served, worker, state).asgi, state, "ready")
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
+    worker.start()
+    thread.start()
+    try:
+        yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", served, worker, state, server, key)
+    finally:
+        server.should_exit = True
+        thread.join()
+        worker.close()
+        listening.close()
