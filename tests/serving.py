@@ -1,4 +1,4 @@
-"""A server in a thread of the test's process, and requests to it."""
+"""A tiny model with random weights, a server in a thread of the test's process, and requests to it."""
 
 import asyncio
 import json
@@ -6,16 +6,42 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from baton.serve.app import Application
 from baton.serve.guard import State
 from baton.serve.run import Server, listen
 from baton.serve.served import Served, Worker
 from baton.serve.settings import ApiKey, Limits, Pooling
+from baton.targets import open_target
 from handoff.parent import Parent
+from tests.test_chat_templates import NAMES, TEMPLATES, tokenizer
+
+
+def write_model(folder: Path, template: str | None = "qwen3", *, window: int = 1024) -> Parent:
+    """A model of a few thousand weights with a published chat template, or with none."""
+    made = tokenizer()
+    made.chat_template = None if template is None else TEMPLATES[template]
+    made.save_pretrained(folder)
+    ids = {f"{role}_id": made.convert_tokens_to_ids(text) for role, text in NAMES.items()}
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(made) + 8, max_position_embeddings=window, num_key_value_heads=2, **sizes, **ids
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # random weights predict nearly uniformly; answers of a sharper model differ by more
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    return open_target(str(folder))
+
 
 ASKED = [{"role": "user", "content": "What is 2 + 3?"}]
 

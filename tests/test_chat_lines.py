@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from baton.chat import Terminal, converse, open_models
+from baton.chat import Terminal, converse
+from baton.targets import open_models
 from data.errors import DataError
 from handoff.errors import UserError
 

@@ -5,17 +5,21 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from baton.chat import Sampling, Speaker, Terminal, converse, default_model, open_models
+from baton.chat import Terminal, converse
 from baton.chat import talk as talk_to
+from baton.speaker import ChatSampling, Speaker
+from baton.targets import default_model, open_models, open_target
 from data.errors import DataError
 from data.records import Message
 from handoff.errors import HandoffError, UserError
 from handoff.manifest import sealed
+from rollout.engine import generate
+from rollout.live import Live
+from rollout.sampling import SamplingSpec
 from tests.handoff_models import published
 from training.recipe import load_recipe
 from training.terminal import Screen
@@ -23,21 +27,22 @@ from training.terminal import Screen
 pytestmark = pytest.mark.slow  # the first of them trains the small models
 
 
-class Scripted(Speaker):
-    """A real model and encoder that always chooses the tokens of the given answers."""
+class Scripted(Live):
+    """Computes with a real model, and then always chooses the tokens of the given answers."""
 
-    answers: Sequence[str] = ()
+    def __init__(self, speaker, answers):
+        super().__init__(speaker.model, 1, speaker.encoder.vocab_size)
+        self.speaker, self.answers, self.asked = speaker, answers, []
 
-    def _tokens(self, ids):
-        self.asked.append(self.encoder.tokenizer.decode(ids))
-        self.script = [
-            token for answer in self.answers[len(self.asked) - 1 :][:1] for token in self.encoder.answer(answer)
-        ]
-        yield from super()._tokens(ids)
+    def add(self, answers):
+        self.asked.append(self.speaker.encoder.tokenizer.decode(answers[0].prompt))
+        words = self.answers[len(self.asked) - 1 :][:1]
+        self.script = [token for answer in words for token in self.speaker.encoder.answer(answer)]
+        super().add(answers)
 
-    def _choose(self, logits):
-        assert logits.shape == (self.model.config.vocab_size,)
-        return self.script.pop(0)
+    def _drawn(self, answers, logits):
+        assert logits.shape == (1, self.model.config.vocab_size)
+        return [self.script.pop(0)], [True]
 
 
 @pytest.fixture
@@ -47,10 +52,11 @@ def run_dir(micro_recipe) -> Path:
 
 @pytest.fixture
 def speaker(run_dir):
-    def speaker(*answers: str, max_new_tokens: int = 50) -> Scripted:
+    def speaker(*answers: str, max_new_tokens: int = 50) -> Speaker:
         (parent,) = open_models(run_dir, ["sft"])
-        made = Scripted(parent, Sampling(0.0, max_new_tokens, 0))
-        made.answers, made.asked = answers, []
+        made = Speaker(parent, ChatSampling(0.0, max_new_tokens, 0))
+        made.live.close()
+        made.live = Scripted(made, answers)
         return made
 
     return speaker
@@ -70,8 +76,8 @@ def test_an_answer_ends_at_the_stop_token_and_is_remembered(speaker):
     one = speaker("good day", "fine [b]:smile:")
     assert talk("hi\n\nhow are you?\n", one) == "good day\nfine [b]:smile:\n"
     start, second = "<|bos|><|user|>hi<|end|><|assistant|>", "<|user|>how are you?<|end|><|assistant|>"
-    assert one.asked == [start, f"{start}good day<|end|>{second}"]
-    assert one.script == []
+    assert one.live.asked == [start, f"{start}good day<|end|>{second}"]
+    assert one.live.script == []
 
 
 def test_an_answer_is_truncated_at_the_limit(speaker):
@@ -94,7 +100,7 @@ def test_commands(speaker):
     assert shown.splitlines()[:3] == ["a", "b", "c"]
     assert shown.splitlines()[3].startswith("no command /nothing; /reset")
     system = "<|bos|><|system|>be short<|end|><|user|>"
-    assert one.asked[1:] == [f"{system}two<|end|><|assistant|>", f"{system}three<|end|><|assistant|>"]
+    assert one.live.asked[1:] == [f"{system}two<|end|><|assistant|>", f"{system}three<|end|><|assistant|>"]
 
 
 def test_an_inexpressible_message_is_refused_and_the_chat_continues(speaker):
@@ -107,11 +113,11 @@ def test_an_inexpressible_message_is_refused_and_the_chat_continues(speaker):
 def test_the_oldest_exchange_is_left_out_when_the_context_is_full(speaker):
     one = speaker("b", "c")
     one.context = 40
-    one.sampling = Sampling(0.0, 10, 0)
+    one.sampling = ChatSampling(0.0, 10, 0)
     one.turns = [Message("user", "first " * 3), Message("assistant", "a")] * 3
     assert talk("last\n", one) == "b\n"
-    assert one.asked[0].endswith("<|user|>last<|end|><|assistant|>")
-    assert len(one.encoder.tokenizer(one.asked[0], add_special_tokens=False).input_ids) <= 30
+    assert one.live.asked[0].endswith("<|user|>last<|end|><|assistant|>")
+    assert len(one.encoder.tokenizer(one.live.asked[0], add_special_tokens=False).input_ids) <= 30
     with pytest.raises(DataError, match="too many"):
         next(one.answer("word " * 100))
 
@@ -120,8 +126,8 @@ def test_two_models_answer_side_by_side_each_with_its_own_history(speaker):
     left, right = speaker("one", "1"), speaker("two and more", "2")
     left.name, right.name = "left", "right"
     assert talk("hi\nagain\n", left, right) == "left: one\nright: two and more\nleft: 1\nright: 2\n"
-    assert "one<|end|><|user|>again" in left.asked[1]
-    assert "two and more<|end|><|user|>again" in right.asked[1]
+    assert "one<|end|><|user|>again" in left.live.asked[1]
+    assert "two and more<|end|><|user|>again" in right.live.asked[1]
 
 
 HOSTILE = "\x1b]0;owned\x07 [/bold] a\rb \u202e"
@@ -149,24 +155,14 @@ def test_a_line_in_another_encoding_is_refused_and_the_chat_continues(speaker):
     assert shown.splitlines() == ["a line that is not text in the encoding of this terminal: 'caf\\udce9'", "a"]
 
 
-def test_ids_beyond_the_vocabulary_are_never_chosen(speaker):
-    import torch
-
-    one = speaker()
-    logits = torch.zeros(one.encoder.vocab_size + 8)
-    logits[-1], logits[3] = 9.0, 1.0
-    assert Speaker._choose(one, logits) == 3
-    one.sampling = Sampling(1e-45, 8, 0)
-    assert Speaker._choose(one, logits) == 3
-
-
-def test_a_model_without_a_template_is_refused_by_name(run_dir, tmp_path, root):
+def test_a_model_without_a_template_is_talked_to_as_text(run_dir, tmp_path, root):
     shutil.copytree(run_dir / "sft" / "model", tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
-    command = [sys.executable, "-m", "baton", "chat", str(tmp_path / "base")]
+    command = [sys.executable, "-m", "baton", "chat", str(tmp_path / "base"), "--max-new-tokens", "5"]
     done = subprocess.run(command, input="hi\n", cwd=root, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"{tmp_path / 'base'}: the tokenizer has no chat template")
+    assert done.returncode == 0 and done.stdout.endswith("\n")
+    told = "base: the conversation is put to it as text, because the tokenizer has no chat template\n"
+    assert done.stderr == told
 
 
 def test_options_that_cannot_be_used_are_refused(micro_recipe):
@@ -177,23 +173,56 @@ def test_options_that_cannot_be_used_are_refused(micro_recipe):
         talk_to(micro_recipe, "sft", None, "caf\udce9", **options)
 
 
-def test_sampling_depends_on_the_seed_alone(run_dir):
+def test_sampling_depends_on_the_seed_and_the_conversation(run_dir):
     (parent,) = open_models(run_dir, ["sft"])
-    answers = ["".join(Speaker(parent, Sampling(1.0, 20, seed)).answer("hi")) for seed in (3, 3, 4)]
-    assert answers[0] == answers[1] != answers[2]
+
+    def said(seed, *lines):
+        one = Speaker(parent, ChatSampling(1.0, 20, seed))
+        return ["".join(one.answer(line)) for line in lines]
+
+    first = said(3, "hi", "hi")
+    assert first == said(3, "hi", "hi") and first[0] == said(3, "hi")[0]
+    assert first[0] != first[1] and first[0] != said(4, "hi")[0]
 
 
-def test_cached_decoding_chooses_what_the_whole_sequence_would(run_dir):
-    import torch
-
+def test_an_answer_is_that_of_rollouts(run_dir):
     (parent,) = open_models(run_dir, ["sft"])
-    one = Speaker(parent, Sampling(0.0, 12, 0))
+    one = Speaker(parent, ChatSampling(0.0, 12, 0))
+    said = "".join(one.answer("What is 2 + 3?"))
+    one.live.close()
     ids = one.encoder.prompt([Message("user", "What is 2 + 3?")])
-    tokens = list(one._tokens(ids))
-    with torch.inference_mode():
-        logits = one.model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 :]
-    assert logits.argmax(-1).tolist()[: len(tokens)] == tokens
-    assert len(tokens) == 12 or int(logits[-1].argmax()) in one.encoder.stop_ids
+    (want,) = generate(one.model, [ids], SamplingSpec.of(one.encoder, 12, temperature=0.0), [()], 0)
+    assert said == one.encoder.decode(want.ids)
+
+
+def test_an_interrupted_answer_ends_and_the_chat_continues(speaker):
+    """Ctrl-C comes in the middle of a step, whatever that has changed already."""
+    whole = "good day to you and to all of yours"
+    one = speaker(whole, "fine", "well")
+    step, count = one.live.step, 0
+
+    def interrupted():
+        nonlocal count
+        count += 1
+        done = step()
+        if count == 2:
+            raise KeyboardInterrupt
+        return done
+
+    one.live.step = interrupted
+    shown = talk("hi\nhow are you?\nand now?\n", one).splitlines()
+    assert whole.startswith(shown[0]) and 0 < len(shown[0]) < len(whole) and shown[-2:] == ["fine", "well"]
+    assert one.live.running == one.live.waiting == 0
+    assert [turn.content for turn in one.turns[2:]] == ["how are you?", "fine", "and now?", "well"]
+
+
+def test_what_a_command_may_be_about(run_dir, micro_recipe, tmp_path):
+    for target in (micro_recipe, run_dir, f"{micro_recipe}:sft", f"{run_dir}:sft", run_dir / "sft"):
+        assert open_target(str(target)).name == "sft"
+    with pytest.raises(UserError, match="no section sftt"):
+        open_target(f"{run_dir}:sftt")
+    with pytest.raises(UserError, match="no such run"):
+        open_target(str(tmp_path / "absent"))
 
 
 def test_the_newest_aligned_model_is_taken(tmp_path):

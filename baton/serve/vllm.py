@@ -10,6 +10,7 @@ from typing import Literal, NoReturn
 from baton.serve.settings import Limits
 from handoff.errors import UserError
 from handoff.files import read_json
+from handoff.gate import ADAPTER_CONFIG
 from handoff.parent import Parent
 
 Choice = Literal["auto", "inprocess", "vllm"]
@@ -73,13 +74,13 @@ def command(parent: Parent, host: str, port: int, key: str | None, limits: Limit
     else:
         if parent.quantization is not None:
             raise UserError(f"{parent.path}: it is an adapter over quantised weights; use --engine inprocess")
-        rank = read_json(parent.adapter_dir / "adapter_config.json")["r"]
-        arguments += ["--enable-lora", "--max-lora-rank", str(_rank(rank))]
+        size = read_json(parent.adapter_dir / ADAPTER_CONFIG)["r"]
+        arguments += ["--enable-lora", "--max-lora-rank", str(_allowed(size))]
         arguments += ["--lora-modules", f"{parent.name}={parent.adapter_dir}"]
         arguments += ["--served-model-name", f"{parent.name}-base"]
     return Command(arguments, {} if key is None else {"VLLM_API_KEY": key})
 
 
-def _rank(rank: int) -> int:
-    """vLLM takes only these."""
-    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
+def _allowed(size: int) -> int:
+    """vLLM takes only these sizes of adapters."""
+    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= size), size)
