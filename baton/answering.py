@@ -7,6 +7,7 @@ text, after two exchanges that show the form; its answer ends where it begins to
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +23,7 @@ from rollout.sampling import SamplingSpec
 from training import engines
 from training.config import ModelArguments
 from training.model import Model, load_encoder
+from training.precision import answering_dtype
 
 _SYSTEM = "A conversation between a user and an assistant. The assistant's answers are short and true."
 _SHOWN = (
@@ -51,9 +53,8 @@ class Answering:
         self.encoder: Encoder = load_encoder(parent)
         self._encoding = threading.Lock()  # the tokenizer has a switch for special tokens
         engine = engines.current()
-        model = Model.load(
-            engine, parent, "policy", self.encoder, ModelArguments(), dropout=False, bf16=False, frozen=True
-        )
+        keys: dict[str, Any] = {"dtype": answering_dtype(engine), "dropout": False, "bf16": False, "frozen": True}
+        model = Model.load(engine, parent, "policy", self.encoder, ModelArguments(), **keys)
         self.model: PreTrainedModel = model.freeze().module
         self.context = min(_context(self.model.config), longest_alike(self.model.config) or 1 << 30)
         """The most tokens of a prompt and its answer together."""
