@@ -188,7 +188,15 @@ def find(label: str, name: str, args: Mapping[str, Any]) -> Found:
     Raises:
         RewardError: there is no such function, its module cannot be imported, or it does not have one of `args`.
     """
-    function = named_callable(FUNCTIONS.get(name, name), name)
+    module_name, _, attribute = FUNCTIONS.get(name, name).partition(":")
+    if not module_name or not attribute:
+        raise RewardError(f"no reward function `{name}`: use one of {', '.join(FUNCTIONS)}, or `package.module:name`")
+    names = vars(_imported(module_name, name))
+    if attribute not in names:
+        close = difflib.get_close_matches(attribute, names, 1)
+        hint = f", did you mean `{module_name}:{close[0]}`?" if close else ""
+        raise RewardError(f"reward function `{name}` cannot be imported: {module_name} has no `{attribute}`{hint}")
+    function = names[attribute]
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
@@ -213,28 +221,6 @@ def find(label: str, name: str, args: Mapping[str, Any]) -> Found:
             if parameter.default is inspect.Parameter.empty and one not in (*OF_ANSWERS, *args)
         ),
     )
-
-
-def named_callable(path: str, name: str = "") -> Callable[..., Any]:
-    """What `package.module:name` names. A module is found where Python finds modules, and in the working directory.
-
-    Args:
-        name: what the recipe says, for messages; by default the path.
-
-    Raises:
-        RewardError: it is no such path, its module cannot be imported, or has no such name.
-    """
-    name = name or path
-    module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute:
-        raise RewardError(f"no reward function `{name}`: use one of {', '.join(FUNCTIONS)}, or `package.module:name`")
-    names = vars(_imported(module_name, name))
-    if attribute not in names:
-        close = difflib.get_close_matches(attribute, names, 1)
-        hint = f", did you mean `{module_name}:{close[0]}`?" if close else ""
-        raise RewardError(f"reward function `{name}` cannot be imported: {module_name} has no `{attribute}`{hint}")
-    found: Callable[..., Any] = names[attribute]
-    return found
 
 
 def _check_first_two(name: str, function: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> None:

@@ -13,7 +13,7 @@ from stages.evaluate.tasks import (
     DocumentsTask,
     PreferencesTask,
     TaskConfig,
-    with_defaults,
+    with_kind,
 )
 from training.config import REHEARSED_ANSWER, ModelArguments, StageConfig
 from training.declaration import COMPARED, Declaration, HeldModel
@@ -54,10 +54,10 @@ class Config(StageConfig):
 
     models: list[str] = Field(min_length=1)
     """Sections of this recipe, checkpoint directories, or model ids of the hub, in the order of the table."""
-    tasks: list[Annotated[Annotated[TaskConfig, Field(discriminator="kind")], BeforeValidator(with_defaults)]] = Field(
+    tasks: list[Annotated[Annotated[TaskConfig, Field(discriminator="kind")], BeforeValidator(with_kind)]] = Field(
         min_length=1
     )
-    """What the models are evaluated on (docs/stages/evaluate.md): an entry of `tasks`, or the name of a shipped one."""
+    """What the models are evaluated on (docs/stages/evaluate.md)."""
     batch_size: int = Field(default=64, ge=1)
     """Rows decoded or scored at once by one process."""
     samples: int = Field(default=12, ge=0)

@@ -22,7 +22,7 @@ from stages.evaluate import likelihood, tables
 from stages.evaluate.answers import Answer
 from stages.evaluate.part import Part, Scorers, Subject
 from stages.evaluate.rows import Asked, filled, group_keys
-from stages.evaluate.several import majority_at, mean_of, pass_at, voter
+from stages.evaluate.several import VOTES, majority_at, mean_of, pass_at
 from stages.evaluate.statistics import Items
 from stages.evaluate.tasks import Answering, AnswersTask, ScoreConfig
 from training.limits import within_window
@@ -73,7 +73,7 @@ class AnswersPart(Part[AnswersTask]):
         self.column, self.keys = group_keys(
             f"{run.recipe.path}: {self.place}.group_by", task.group_by, [record.columns for record in self.records]
         )
-        self.vote = voter(task.vote)
+        self.vote = VOTES[task.vote]
         kinds: tuple[Answering, ...] = ("greedy", "sampled")
         self.scorers = {
             kind: Scorer(

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
-from reward.functions import named_callable
 from reward.verifiers.maths_claim import claim, formula, last_value
 from reward.verifiers.text import chosen_letter
 
@@ -47,11 +46,6 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def voter(name: str) -> Vote:
-    """The function that `vote` names. Raises RewardError if there is none of this name."""
-    return _OWN[name] if name in _OWN else named_callable(name)
-
-
 def _number(text: str) -> str | None:
     value = last_value(claim(text))
     return None if value is None else str((value + Decimal(0)).normalize())
@@ -65,4 +59,5 @@ def _choice(text: str) -> str | None:
     return chosen_letter(text, "ABCDEFGHIJ")
 
 
-_OWN: dict[str, Vote] = {"text": str.strip, "number": _number, "formula": _formula, "choice": _choice}
+VOTES: dict[str, Vote] = {"text": str.strip, "number": _number, "formula": _formula, "choice": _choice}
+"""By the value of the recipe's key `vote`: an answer's text -> its final answer, or None."""

@@ -19,7 +19,6 @@ QUESTION = "{question}"
 FIELD = re.compile(r"\{\{\w+\}\}|\{(\w+)\}")
 """A field of a prompt's form, `{name}`; doubled braces stand for themselves."""
 _NAME = r"^[A-Za-z0-9_.-]+$"
-_VOTES = ("text", "number", "formula", "choice")
 _SOLUTIONS = ("answer", "reference", "ground_truth", "solution")
 
 
@@ -92,11 +91,8 @@ class TaskBase(Strict):
     measured: ClassVar[Mapping[str, str]] = {}
     """The metrics that are measured anyway, and on what."""
 
-    task: str | None = None
-    """A shipped task (docs/tasks.md), which gives the other keys their values; those that are written here come
-    first."""
     name: str = Field(pattern=_NAME)
-    """Name in the tables; by default that of `task`."""
+    """Name in the tables."""
     data: list[SourceConfig] = Field(min_length=1)
     """Held-out rows."""
 
@@ -156,19 +152,11 @@ class AnswersTask(Grouped):
     """Texts at which an answer ends, besides the model's own stop tokens: it is cut before the first of them."""
     scores: list[ScoreConfig] = Field(default_factory=list)
     """How answers are scored. Each entry is a metric; an entry whose model the run has not published is left out."""
-    vote: str = "text"
+    vote: Literal["text", "number", "formula", "choice"] = "text"
     """What `majority_at` compares. `text`: the answers without spaces at their ends. `number`, `formula`, `choice`:
-    the last number, formula or letter that the answer gives. Or a function `package.module:name`, from an answer's text
-    to its final answer or None."""
+    the last number, formula or letter that the answer gives."""
     wins: str | None = None
     """The metric of `scores` by which a model's answers are compared with its parent's, for the win rate."""
-
-    @field_validator("vote")
-    @classmethod
-    def _is_known(cls, value: str) -> str:
-        if value not in _VOTES and ":" not in value:
-            raise ValueError(f"'{value}' is none of {', '.join(_VOTES)}, nor a function `package.module:name`")
-        return value
 
     @field_validator("prompt")
     @classmethod
@@ -306,12 +294,6 @@ class PreferencesTask(Grouped):
 TaskConfig: TypeAlias = AnswersTask | ChoicesTask | DocumentsTask | PreferencesTask
 
 
-def with_defaults(raw: Any) -> Any:
-    """The entry of a recipe with the keys of its shipped task, its kind and its name.
-
-    Raises:
-        ValueError: there is no such shipped task, or it is of another kind.
-    """
-    if not isinstance(raw, dict):
-        return raw
-    return {"kind": "answers", **raw}
+def with_kind(raw: Any) -> Any:
+    """The entry of a recipe with its kind, `answers` by default."""
+    return {"kind": "answers", **raw} if isinstance(raw, dict) else raw
