@@ -194,7 +194,7 @@ def _kind(name: str, rows: Sequence[Parsed]) -> tuple[RowKind, int, int]:
                             "(docs/stages/pretrain.md has a section for documents)")  # fmt: skip
         if isinstance(row, Choice):
             raise UserError(f"{name}: holds questions with answers to choose from, which models are evaluated on "
-                            "(docs/stages/evaluate.md, `multiple_choice`)")  # fmt: skip
+                            "(docs/stages/evaluate.md, `kind: choices`)")  # fmt: skip
         if isinstance(row, Pair):
             kinds["pairs"] += 1
             prompts.append(_length(row.prompt))

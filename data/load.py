@@ -194,7 +194,7 @@ def _shape(parsed: Parsed, want: type[R], origin: Origin, accounting: Accounting
             raise DataError(f"{origin}: {_mismatch(parsed, want)}. Use other data here")
         if not parsed.question.strip():
             raise RowRefused("empty question")
-        return cast(R, Question(parsed.question, parsed.choices, parsed.right, origin))
+        return cast(R, Question(parsed.question, parsed.choices, parsed.right, origin, parsed.told.columns))
     if isinstance(parsed, Conversation):
         return cast(R, _from_conversation(parsed, want, origin, accounting))
     return cast(R, _from_pair(parsed, want, origin, accounting))
@@ -247,7 +247,7 @@ def _from_pair(parsed: Pair, want: type[R], origin: Origin, accounting: Accounti
         raise RowRefused("empty answer")
     if parsed.chosen.strip() == parsed.rejected.strip():
         raise RowRefused("chosen and rejected are the same")
-    return Preference(prompt, parsed.chosen, parsed.rejected, origin)
+    return Preference(prompt, parsed.chosen, parsed.rejected, origin, parsed.told.columns)
 
 
 def _with_reference(columns: dict[str, Any], answer: Message, accounting: Accounting) -> dict[str, Any]:

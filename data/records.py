@@ -51,6 +51,8 @@ class Preference:
     chosen: str
     rejected: str
     origin: Origin
+    columns: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The other columns of the row. Not in `repr`, by whose hash mixtures choose rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class Question:
     right: int
     """Index of the right choice."""
     origin: Origin
+    columns: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The other columns of the row."""
 
 
 Record: TypeAlias = Text | Chat | Preference | Prompt | Question

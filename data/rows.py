@@ -216,17 +216,21 @@ class Prompts(Kind[EncodedPrompt]):
     ) -> Iterator[Row | RowRefused]:
         """Yields each prompt's ids with its record."""
         assert encoder is not None
-        for record, ids in zip(records, encoder.prompts([r.messages for r in records]), strict=True):
+        for record, ids in zip(records, self.ids(records, encoder), strict=True):
             if isinstance(ids, RowRefused):
                 yield ids
             elif len(ids) > self.max_length:
                 yield TooLong(len(ids), self.length_key)
             else:
-                columns = _json_columns(record, notes)
+                columns = json_columns(record, notes)
                 facts.update(columns.keys())
                 messages = [[message.role, message.content, True, message.extra] for message in record.messages]
                 origin = [record.origin.file, record.origin.row]
                 yield {"ids": ids, "record": json.dumps([messages, origin, columns])}
+
+    def ids(self, records: Sequence[Prompt], encoder: Encoder) -> list[list[int] | RowRefused]:
+        """What the model reads of each."""
+        return encoder.prompts([record.messages for record in records])
 
     def length(self, row: Row) -> int:
         """Tokens of a prompt."""
@@ -312,8 +316,8 @@ class Choices(Kind[Question]):
     ) -> Iterator[Row]:
         """Yields the question and its choices, and beside them which one is right and where the row comes from."""
         for record in records:
-            origin = [record.origin.file, record.origin.row]
-            yield {"texts": [record.text, *record.choices], "record": json.dumps([record.right, origin])}
+            rest = [record.right, [record.origin.file, record.origin.row], json_columns(record, notes)]
+            yield {"texts": [record.text, *record.choices], "record": json.dumps(rest)}
 
     def length(self, row: Row) -> int:
         """Number of choices."""
@@ -322,8 +326,8 @@ class Choices(Kind[Question]):
     def read(self, row: Row) -> Question:
         """The record as it was read."""
         text, *choices = row["texts"]
-        right, origin = json.loads(row["record"])
-        return Question(text, tuple(choices), right, Origin(*origin))
+        right, origin, columns = json.loads(row["record"])
+        return Question(text, tuple(choices), right, Origin(*origin), columns)
 
 
 class Rows(Sequence[T]):
@@ -438,7 +442,7 @@ def _too_long(record: Chat | Preference, length: int, max_length: int, truncatio
     return TooLong(length, Kind.length_key, "" if truncation == "keep_end" else ", or set truncation: keep_end")
 
 
-def _json_columns(record: Prompt, notes: Counter[str]) -> dict[str, Any]:
+def json_columns(record: Prompt | Question | Preference, notes: Counter[str]) -> dict[str, Any]:
     """The columns with JSON values; others (bytes or dates of parquet files) are left out and counted in `notes`."""
     kept = {}
     for name, value in record.columns.items():

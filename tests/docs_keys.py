@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from data.config import SourceConfig
 from reward.config import RewardConfig
+from stages.evaluate.tasks import ScoreConfig, TaskConfig
 from training.inputs import without_effect
 from training.recipe import TopLevel
 from training.recipe_errors import models_in
@@ -44,6 +45,11 @@ SHARED: dict[type[BaseModel], str] = {
         for source in SOURCES
     },
     RewardConfig: "An entry of `reward:`",
+    ScoreConfig: "An entry of a task's `scores:`, of kind answers",
+    **{
+        task: f"An entry of evaluate's `tasks:`, kind: {get_args(task.model_fields['kind'].annotation)[0]}"
+        for task in models_in(TaskConfig)
+    },
 }
 """Classes that several stages have, under a heading of their own."""
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -134,7 +140,8 @@ def _default(field: FieldInfo, *, nested: bool) -> str:
     value = field.get_default(call_default_factory=True)
     if nested or value is PydanticUndefined or value in ([], {}, ""):
         return ""
-    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+    said = str(value).lower() if isinstance(value, bool) else str(value).replace("\n", "\\n")
+    return f"`{'null' if value is None else said}`"
 
 
 def _cell(text: str) -> str:

@@ -32,7 +32,8 @@ FAMILIES = ["reverse", "sort", "compare", "arithmetic", "calculator", "facts", "
 
 
 def make_run(root: Path, names: Sequence[str] = tuple(CHAIN), results: dict[str, Any] | None = None) -> Path:
-    """A run directory as the stages leave it, with the sections `names` of `CHAIN` published."""
+    """A run directory as the stages leave it, with the sections `names` of `CHAIN` published. `results`: of the
+    evaluation's one task, by default `make_results()`."""
     run = root / "tiny"
     prints: dict[str, str] = {}
     for index, name in enumerate(names):
@@ -44,7 +45,9 @@ def make_run(root: Path, names: Sequence[str] = tuple(CHAIN), results: dict[str,
             save_file({"embed": np.zeros((2048, 64), "float32"), "w": np.zeros((64, 500 + index), "float32")},
                       folder / "model" / "model.safetensors")  # fmt: skip
         if kind == "evaluation":
-            write_json(folder / "results.json", results or make_results())
+            task = results or make_results()
+            compared = sum(len(change["metrics"]) for change in task["changes"].values())
+            write_json(folder / "results.json", {"models": MODELS, "comparisons": compared, "tasks": {"world": task}})
         if kind == "reward_model":
             write_json(folder / "card.json", make_card().model_dump(mode="json"))
         manifest = Manifest(
@@ -153,7 +156,7 @@ def make_card(**fields: Any) -> Card:
 
 
 def make_results() -> dict[str, Any]:
-    """An evaluation in which both alignment stages improve the model."""
+    """A task of an evaluation, in which both alignment stages improve the model."""
 
     def estimate(value: float, half: float, n: int = 400) -> dict[str, Any]:
         half = min(half, abs(value), abs(1 - value))
@@ -166,6 +169,8 @@ def make_results() -> dict[str, Any]:
     names = ("accuracy", "stop_rate", "gold", "length_tokens", "reward", "kl")
     widths = (0.03, 0.01, 0.04, 1.1, 0.1, 0.05)
     return {
+        "kind": "answers",
+        "about": "400 held-out prompts, each answered by every model",
         "models": MODELS,
         "metrics": {m: {k: estimate(v, w) for k, v, w in zip(names, vs, widths)} for m, vs in table.items()},
         "families": {

@@ -215,18 +215,20 @@ def test_adapters_are_compared_from_the_same_parent_at_ten_times_the_rate(tmp_pa
 def test_the_numbers_of_a_real_model_are_those_of_its_evaluations(tmp_path):
     """Every section of the table is one that its recipe evaluates together with its parent, by that metric."""
     sections = load_recipe(real_model.RECIPE).sections
-    for name, (where, metric, _) in real_model.NUMBERS.items():
+    for name, (where, task, metric, _) in real_model.NUMBERS.items():
         config = sections[where].config
         assert {name, sections[name].parents["parent"]} <= {*config.models}
-        assert metric in config.measured_on()
+        (found,) = [one for one in config.tasks if one.name == task]
+        assert metric in found.measured_on()
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     changed = {"evaluate": ("sft", "dpo", "ppo", "grpo"), "numbers": ("grpo",)}
     for where, names in changed.items():
-        metrics = dict.fromkeys(("reference_bits_per_byte", "reward", "numeric_match_sampled", "arc_easy"), estimate)
-        results = {
+        metrics = dict.fromkeys(("reference_bits_per_byte", "reward", "numeric_match_sampled", "accuracy"), estimate)
+        task = {
             "metrics": dict.fromkeys(("base", *names), metrics),
             "changes": {name: {"over": "base", "metrics": metrics} for name in names},
         }
+        results = {"tasks": dict.fromkeys(("instructions", "arithmetic", "arc_easy"), task)}
         (tmp_path / where).mkdir()
         (tmp_path / where / "results.json").write_text(json.dumps(results))
     found = real_model.numbers(tmp_path)

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ from data.records import Message
 from data.sampling import uniform
 from handoff.errors import UserError
 from stages.evaluate import tables
+from stages.evaluate.answers import read, schema
 from stages.evaluate.config import Config
 from stages.evaluate.likelihood import BITS, of_documents
 from stages.evaluate.statistics import Items, difference, estimate, mean, proportion
-from stages.evaluate.tables import Answered
 from tests.stage_chain import foreign_checkpoint
 from training.measure import TextWindows
 from training.recipe import load_recipe
@@ -49,7 +51,13 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
 
 def config(**keys) -> Config:
     data = [{"source": "world", "kind": "prompts", "size": 20, "split": "test"}]
-    return Config.model_validate({"models": ["sft"], "data": data, **keys})
+    return Config.model_validate({"models": ["sft"], "tasks": [{"name": "world", "data": data, **keys}]})
+
+
+def task_of(recipe: Any, name: str) -> dict[str, Any]:
+    """A task's results."""
+    found: dict[str, Any] = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
+    return found["tasks"][name]
 
 
 # ---- configuration
@@ -83,8 +91,8 @@ def test_scores_that_cannot_be_told_apart_or_are_not_read_are_refused(keys, mess
 # ---- tables
 
 
-def answered(**scores) -> Answered:
-    return Answered([], [], [], [], scores)
+def items(**values) -> dict[str, Items]:
+    return {name: Items(of) for name, of in values.items()}
 
 
 def test_a_score_of_zeros_and_ones_gets_wilsons_interval_and_any_other_the_bootstraps():
@@ -134,16 +142,16 @@ def test_intervals_of_differences_hold_what_they_promise(effect):
 
 
 def test_one_kind_of_interval_for_a_metric_of_all_models():
-    both = {"a": answered(x=[1.0, 0.0], y=[1.0, None]), "b": answered(x=[1.0, 0.5], y=[0.0, 1.0])}
+    both = {"a": items(x=[1.0, 0.0], y=[1.0, None]), "b": items(x=[1.0, 0.5], y=[0.0, 1.0])}
     assert tables.binary_metrics(both) & {"x", "y"} == {"y"}
-    assert tables.unscored("a", answered(x=[1.0, None], y=[1.0, 0.0], z=[None, None])) == [
+    assert tables.unscored("a", items(x=[1.0, None], y=[1.0, 0.0], z=[None, None])) == [
         "a: x has no value for 1 of 2 answers; its mean is that of the others",
         "a: z has no value for 2 of 2 answers; it is left out",
     ]
 
 
 def test_groups_follow_a_column_and_leave_out_prompts_without_it():
-    both = {"a": answered(x=[1.0, 0.0, 1.0, 1.0]), "b": answered(x=[0.0, None, 1.0, 0.0])}
+    both = {"a": items(x=[1.0, 0.0, 1.0, 1.0]), "b": items(x=[0.0, None, 1.0, 0.0])}
     found = tables.groups(0, "x", ["hard", "easy", None, "hard"], both)
     assert list(found) == ["hard", "easy"]
     assert (found["hard"]["a"]["value"], found["hard"]["a"]["n"]) == (1.0, 2)
@@ -151,7 +159,7 @@ def test_groups_follow_a_column_and_leave_out_prompts_without_it():
 
 
 def test_wins_are_of_prompts_on_which_both_have_a_score():
-    both = {"sft": answered(x=[0.0, 1.0, 1.0, None]), "ppo": answered(x=[1.0, 1.0, 0.0, 1.0])}
+    both = {"sft": items(x=[0.0, 1.0, 1.0, None]), "ppo": items(x=[1.0, 1.0, 0.0, 1.0])}
     found = tables.win_rates(0, "x", {"ppo": "sft"}, both)["ppo"]
     assert (found["over"], found["by"], found["value"], found["n"]) == ("sft", "x", 0.5, 3)
 
@@ -162,20 +170,23 @@ def test_a_column_family_of_other_data_is_a_column_like_any(micro_recipe, tmp_pa
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "micro.yaml"
     path.write_text(
-        micro_recipe.read_text() + "  evaluate:\n    models: [sft]\n    max_new_tokens: 8\n"
-        f"    data: [{{source: file, path: {tmp_path}/rows.jsonl}}, {{source: world, kind: prompts, size: 5}}]\n"
-        "    scores: [{function: length_penalty, on: greedy}, {function: world_correct}]\n"
+        micro_recipe.read_text() + "  evaluate:\n    models: [sft]\n    tasks:\n      - name: both\n"
+        f"        data: [{{source: file, path: {tmp_path}/rows.jsonl}}, {{source: world, kind: prompts, size: 5}}]\n"
+        "        scores: [{function: length_penalty, on: greedy}, {function: world_correct}]\n"
+        "        max_new_tokens: 8\n"
     )
-    for overrides, groups in (([], {"odd", "2"}), (["evaluate.group_by=level"], {"L0", "L1", "L2"})):
+    for overrides, groups in (([], {"odd", "2"}), (["evaluate.tasks.0.group_by=level"], {"L0", "L1", "L2"})):
         recipe = load_recipe(path, overrides)
         run_section(recipe, "evaluate")
-        results = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
+        results = task_of(recipe, "both")
         assert results["metrics"]["sft"]["world_correct"]["n"] == 5, "the world's checker judges the world's prompts"
         assert groups <= set(results["families"])
         assert results["grouped"]["metric"] == "length_penalty"
         assert {"0", "1", "2", "3", "4", "5"} <= {sample["reference"] for sample in results["samples"]}
-    with pytest.raises(UserError, match=r"evaluate\.group_by: no prompt has the column levels; there are answer, "):
-        run_section(load_recipe(path, ["evaluate.group_by=levels"]), "evaluate")
+    with pytest.raises(
+        UserError, match=r"evaluate\.tasks\.0\.group_by: no row has the column levels; there are answer, "
+    ):
+        run_section(load_recipe(path, ["evaluate.tasks.0.group_by=levels"]), "evaluate")
 
 
 @pytest.mark.slow
@@ -183,12 +194,13 @@ def test_a_checkpoint_of_elsewhere_is_evaluated_by_its_path(micro_recipe, tmp_pa
     folder = foreign_checkpoint(tmp_path / "elsewhere")
     path = tmp_path / "micro.yaml"
     path.write_text(
-        micro_recipe.read_text() + f"  evaluate:\n    models: [sft, {folder}]\n    max_new_tokens: 4\n"
-        "    data: [{source: world, kind: prompts, size: 4}]\n    scores: [{function: world_correct}]\n"
+        micro_recipe.read_text() + f"  evaluate:\n    models: [sft, {folder}]\n    tasks:\n"
+        "      - {name: few, data: [{source: world, kind: prompts, size: 4}], scores: [{function: world_correct}],\n"
+        "         max_new_tokens: 4}\n"
     )
     recipe = load_recipe(path)
     run_section(recipe, "evaluate")
-    results = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
+    results = task_of(recipe, "few")
     assert results["models"] == ["sft", "elsewhere"]
     assert results["metrics"]["elsewhere"]["world_correct"]["n"] == 4
 
@@ -238,16 +250,20 @@ def test_the_whole_stage(micro_recipe, tmp_path, capsys):
     text = micro_recipe.read_text() + (
         "  evaluate:\n"
         "    models: [pretrain, sft, dpo]\n"
-        "    scores:\n"
-        "      - {function: world_correct, name: accuracy, on: both}\n"
-        "      - {function: world_gold, name: gold}\n"
-        "      - {model: reward}\n"
-        "      - {model: other, name: absent}\n"
-        "    wins: gold\n"
-        "    data: [{source: world, kind: prompts, size: 33, split: test}]\n"
-        "    text: [{source: world, kind: documents, size: 5, split: test}]\n"
-        "    max_new_tokens: 24\n"
-        "    context_length: 64\n"
+        "    tasks:\n"
+        "      - name: world\n"
+        "        scores:\n"
+        "          - {function: world_correct, name: accuracy, on: both}\n"
+        "          - {function: world_gold, name: gold}\n"
+        "          - {model: reward}\n"
+        "          - {model: other, name: absent}\n"
+        "        wins: gold\n"
+        "        data: [{source: world, kind: prompts, size: 33, split: test}]\n"
+        "        max_new_tokens: 24\n"
+        "      - name: text\n"
+        "        kind: documents\n"
+        "        data: [{source: world, kind: documents, size: 5, split: test}]\n"
+        "        context_length: 64\n"
         "    samples: 4\n"
         "  dpo: {parent: sft, data: [{source: world, kind: preferences, size: 16}], train: {max_steps: 1}}\n"
         "  other: {stage: reward_model, parent: sft, data: [{source: world, kind: preferences, size: 16}]}\n"
@@ -256,19 +272,22 @@ def test_the_whole_stage(micro_recipe, tmp_path, capsys):
     path.write_text(text)
     recipe = load_recipe(path)
     run_section(recipe, "evaluate")
-    results = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
-    assert results["models"] == ["pretrain", "sft"], "what has not been made is left out"
+    both = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
+    assert both["models"] == ["pretrain", "sft"], "what has not been made is left out"
+    results, text = both["tasks"]["world"], both["tasks"]["text"]
     said = capsys.readouterr().out
-    assert "score absent: left out, other is not in this run" in said
-    assert "33 held-out prompts, each answered twice by every model: greedy (the likeliest token" in said
+    assert "score absent is left out, other is not in this run" in said
+    assert (
+        "world: 33 held-out prompts, each answered by every model: greedy (the likeliest token at each place)" in said
+    )
     table = [line.split() for line in said[said.index("33 held-out") :].splitlines()[1:5]]
     names = ["stop_rate", "length_tokens", "accuracy_greedy", "accuracy_sampled", "gold", "reward"]
-    assert table[0] == ["model", *names, "bits_per_byte", "kl"]
-    assert table[1] == ["greedy", "sampled", "greedy", "sampled", "sampled", "sampled", "documents", "sampled"]
+    assert table[0] == ["model", *names, "kl"]
+    assert table[1] == ["greedy", "sampled", "greedy", "sampled", "sampled", "sampled", "sampled"]
     assert [row[0] for row in table[2:]] == ["pretrain", "sft"]
     assert "sft: its sampled answer scores higher in gold than that of pretrain on" in said
     scores = ["accuracy_greedy", "accuracy_sampled", "gold", "reward"]
-    assert list(results["metrics"]["sft"]) == ["stop_rate", "length_tokens", *scores, "bits_per_byte", "kl"]
+    assert list(results["metrics"]["sft"]) == ["stop_rate", "length_tokens", *scores, "kl"]
     for metric in (*scores, "stop_rate"):
         for found in (results["metrics"][name][metric] for name in results["models"]):
             assert found["low"] <= found["value"] <= found["high"] and found["n"] == 33
@@ -279,21 +298,54 @@ def test_the_whole_stage(micro_recipe, tmp_path, capsys):
     assert results["grouped"] == {"column": "family", "metric": "accuracy_greedy"}
     by_family = sum(family["sft"]["n"] * family["sft"]["value"] for family in results["families"].values())
     assert by_family == pytest.approx(33 * results["metrics"]["sft"]["accuracy_greedy"]["value"])
-    for name in results["models"]:
-        bits = results["metrics"][name]["bits_per_byte"]
+    for name in text["models"]:
+        bits, perplexity = (text["metrics"][name][metric] for metric in ("bits_per_byte", "perplexity"))
         assert bits["low"] <= bits["value"] <= bits["high"] and bits["n"] == 5
-    changes = results["changes"]["sft"]
-    assert changes["over"] == "pretrain" and set(results["changes"]) == {"sft"}
-    for metric, change in changes["metrics"].items():
-        values = [results["metrics"][name][metric]["value"] for name in ("sft", "pretrain")]
-        assert change["value"] == pytest.approx(values[0] - values[1]) and change["detectable"] >= 0
-    assert set(changes["metrics"]) == set(results["metrics"]["sft"]) - {"kl"}
-    assert "Differences from the parent" in said and "sft - pretrain" in said
+        assert 1 < perplexity["low"] <= perplexity["value"] <= perplexity["high"]
+    for task, missing in ((results, {"kl"}), (text, set())):
+        changes = task["changes"]["sft"]
+        assert changes["over"] == "pretrain" and set(task["changes"]) == {"sft"}
+        for metric, change in changes["metrics"].items():
+            values = [task["metrics"][name][metric]["value"] for name in ("sft", "pretrain")]
+            assert change["value"] == pytest.approx(values[0] - values[1]) and change["detectable"] >= 0
+        assert set(changes["metrics"]) == set(task["metrics"]["sft"]) - missing
+    assert both["comparisons"] == 8 and "Of 8 such intervals" in said and "sft - pretrain" in said
     assert len(results["samples"]) == 4
-    again = json.dumps(results, sort_keys=True)
+    manifest = json.loads((recipe.run_dir / "evaluate" / "stage.json").read_text())
+    assert set(manifest["files"]) == {"results.json", "answers.arrow"}
+    assert manifest["metrics"]["sft/world/gold"] == results["metrics"]["sft"]["gold"]["value"]
+    check_answers(recipe, both)
+    again = json.dumps(both, sort_keys=True)
+    hashes = manifest["files"]
     (recipe.run_dir / "evaluate" / "started.json").unlink()
     run_section(recipe, "evaluate")
     assert json.dumps(json.loads((recipe.run_dir / "evaluate" / "results.json").read_text()), sort_keys=True) == again
+    assert json.loads((recipe.run_dir / "evaluate" / "stage.json").read_text())["files"] == hashes
+
+
+def check_answers(recipe, results) -> None:
+    """answers.arrow has every answer with its scores: each mean of results.json is that of its rows."""
+    table = read(recipe.run_dir / "evaluate")
+    assert table.schema == schema()
+    rows = table.to_pylist()
+    count = Counter((row["task"], row["model"], row["kind"]) for row in rows)
+    assert count == {
+        (task, model, kind): n
+        for model in ("pretrain", "sft")
+        for task, kind, n in (("world", "greedy", 33), ("world", "sample", 33), ("text", "document", 5))
+    }
+    for model, metrics in results["tasks"]["world"]["metrics"].items():
+        mine = [row for row in rows if (row["task"], row["model"]) == ("world", model)]
+        for metric in ("accuracy_greedy", "accuracy_sampled", "gold", "reward"):
+            found = [dict(row["scores"])[metric] for row in mine if metric in dict(row["scores"])]
+            assert len(found) == 33 and np.mean(found) == pytest.approx(metrics[metric]["value"])
+        greedy = [row for row in mine if row["kind"] == "greedy"]
+        assert np.mean([row["stopped"] for row in greedy]) == metrics["stop_rate"]["value"]
+        assert [row["item"] for row in greedy] == list(range(33))
+        assert all(row["prompt"][-1]["role"] == "user" and row["reference"] for row in greedy)
+        by_prompt = {"\n".join(m["content"] for m in row["prompt"]): row["answer"] for row in greedy}
+        for sample in results["tasks"]["world"]["samples"]:
+            assert by_prompt[sample["prompt"]] == sample["answers"][model]
 
 
 @pytest.mark.slow
@@ -307,9 +359,9 @@ def test_a_model_with_several_templates_is_refused_before_any_other_answers(micr
     path.write_text(
         micro_recipe.read_text()
         + f"  evaluate:\n    models: [sft, {undecided}]\n"
-        + "    data: [{source: world, kind: prompts, size: 3, split: test}]\n"
+        + "    tasks: [{name: few, data: [{source: world, kind: prompts, size: 3, split: test}]}]\n"
     )
-    monkeypatch.setattr("stages.evaluate.train._answer", None)  # nothing may be answered
+    monkeypatch.setattr("stages.evaluate.train.Model", None)  # nothing may be answered
     with pytest.raises(DataError, match=r"undecided: .* \(brief\) and none named default, .* put a chat_template"):
         run_section(load_recipe(path), "evaluate")
 
@@ -332,11 +384,12 @@ def test_the_answers_of_the_rows_are_scored_by_every_model(micro_recipe, tmp_pat
     sources = ", ".join(f"{{source: file, path: {tmp_path / name}.jsonl}}" for name in files)
     path.write_text(
         micro_recipe.read_text()
-        + f"  evaluate:\n    models: [pretrain, sft]\n    data: [{sources}]\n    max_new_tokens: 4\n"
+        + "  evaluate:\n    models: [pretrain, sft]\n"
+        + f"    tasks: [{{name: own, data: [{sources}], max_new_tokens: 4}}]\n"
     )
     recipe = load_recipe(path)
     run_section(recipe, "evaluate")
-    results = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
+    results = task_of(recipe, "own")
     folder = recipe.run_dir / "sft" / "model"
     model, encoder = AutoModelForCausalLM.from_pretrained(folder).eval(), Encoder.from_pretrained(folder)
     bits = size = 0.0

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -11,10 +12,12 @@ from data.config import FileSource
 from data.encode import Encoder
 from data.errors import DataError
 from data.load import read
-from data.records import Chat, Question
+from data.records import Chat, Origin, Question
 from handoff.errors import UserError
 from stages.evaluate import choices, likelihood
-from stages.evaluate.config import ChoiceConfig, Config
+from stages.evaluate.answers import read as read_answers
+from stages.evaluate.config import Config
+from stages.evaluate.tasks import ChoicesTask
 from training.recipe import RecipeError, load_recipe
 from training.run import run_section
 
@@ -71,18 +74,17 @@ def test_choices_are_no_conversations_and_conversations_no_choices(tmp_path):
 
 def test_a_prompt_without_the_question_is_refused():
     data = [{"source": "world", "kind": "prompts"}]
-    with pytest.raises(ValueError, match=r"write .question. once"):
-        ChoiceConfig.model_validate({"name": "arc", "data": data, "prompt": "Answer:"})
-    entry = {"name": "arc", "data": data}
-    with pytest.raises(ValueError, match="two entries give the metric arc_norm"):
-        Config.model_validate(
-            {
-                "models": ["sft"],
-                "data": data,
-                "multiple_choice": [entry],
-                "scores": [{"function": "x:y", "name": "arc_norm"}],
-            }
-        )
+    task = {"name": "arc", "kind": "choices", "data": data}
+    for prompt, message in (
+        ("Answer:", r"write .question. once"),
+        ("{question} {answer}", r"would show the models the right answer.*\{\{answer\}\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ChoicesTask.model_validate(task | {"prompt": prompt})
+    with pytest.raises(ValueError, match=r"needs .choices. in `prompt`"):
+        ChoicesTask.model_validate(task | {"answer": "letter"})
+    with pytest.raises(ValueError, match="two tasks are called arc"):
+        Config.model_validate({"models": ["sft"], "tasks": [task, {"name": "arc", "data": data}]})
 
 
 @pytest.mark.slow
@@ -92,12 +94,15 @@ def test_likelihoods_are_those_of_each_choice_read_alone(end, micro_recipe):
     folder = load_recipe(micro_recipe).run_dir / "sft" / "model"
     model, encoder = AutoModelForCausalLM.from_pretrained(folder).eval(), Encoder.from_pretrained(folder)
     rows = [
-        Question("Which cup?", ("red", "dark blue", "a"), 0, None),
-        Question("Where is Mira now?", ("in", "up"), 1, None),
+        Question("Which cup?", ("red", "dark blue", "a"), 0, Origin("x", 1)),
+        Question("Where is Mira now?", ("in", "up"), 1, Origin("x", 2)),
     ]
-    prompt, pairs, expected = "Q: {question}\nA:" + end, [], []
+    keys = {"name": "cups", "kind": "choices", "data": [{"source": "world", "kind": "prompts"}]}
+    task = ChoicesTask.model_validate(keys | {"prompt": "Q: {question}\nA:" + end})
+    pairs, expected = [], []
     for row in rows:
-        pairs += choices.encode(encoder, prompt, row)
+        one = choices.asked(task, (), row)
+        pairs += choices.encode(encoder, one.before, one.options)
         for choice in row.choices:
             tokenize = encoder.tokenizer
             context, whole = (
@@ -111,9 +116,9 @@ def test_likelihoods_are_those_of_each_choice_read_alone(end, micro_recipe):
 
 
 def test_the_norm_divides_by_the_choices_characters():
-    row = Question("Which?", ("a", "a long answer"), 1, None)
-    found = choices.right("arc", [row, row], [[-2.0, -3.0], [-2.0, -26.1]])
-    assert found["arc"].values == [0.0, 0.0] and found["arc_norm"].values == [1.0, 0.0]
+    row = choices.Asked("Which?", ("a", "a long answer"), 1)
+    found = choices.right([row, row], [[-2.0, -3.0], [-2.0, -26.1]])
+    assert found["accuracy"].values == [0.0, 0.0] and found["accuracy_norm"].values == [1.0, 0.0]
 
 
 @pytest.mark.slow
@@ -122,16 +127,21 @@ def test_the_stage_reports_both_accuracies(micro_recipe, tmp_path):
     rows.write_text("".join(json.dumps(FORMS["arc"]) + "\n" for _ in range(5)))
     path = tmp_path / "micro.yaml"
     path.write_text(micro_recipe.read_text() + (
-        "  evaluate:\n    models: [pretrain, sft]\n    max_new_tokens: 4\n"
-        "    data: [{source: world, kind: prompts, size: 5, split: test}]\n"
-        f"    multiple_choice: [{{name: arc, data: [{{source: file, path: {rows}}}]}}]\n"
+        "  evaluate:\n    models: [pretrain, sft]\n    tasks:\n"
+        f"      - {{name: arc, kind: choices, data: [{{source: file, path: {rows}}}]}}\n"
     ))  # fmt: skip
     recipe = load_recipe(path)
     run_section(recipe, "evaluate")
-    results = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
+    results = json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())["tasks"]["arc"]
     for model in ("pretrain", "sft"):
-        assert results["metrics"][model]["arc"]["n"] == results["metrics"][model]["arc_norm"]["n"] == 5
-        assert results["metrics"][model]["arc"]["value"] in (0.0, 1.0), "five equal rows"
+        assert results["metrics"][model]["accuracy"]["n"] == results["metrics"][model]["accuracy_norm"]["n"] == 5
+        assert results["metrics"][model]["accuracy"]["value"] in (0.0, 1.0), "five equal rows"
+    kept = [row for row in read_answers(recipe.run_dir / "evaluate").to_pylist() if row["model"] == "sft"]
+    assert len(kept) == 5
+    for row in kept:
+        assert row["options"] == COLOURS and row["reference"] == "dark blue" and row["right"] == 1
+        assert row["answer"] == COLOURS[row["choice"]] and np.argmax(row["log_likelihoods"]) == row["choice"]
+        assert dict(row["scores"])["accuracy"] == float(row["choice"] == 1)
     path.write_text(path.read_text().replace("name: arc,", "name: arc, prompt: 'Q',"))
     with pytest.raises(UserError, match=r"write .question. once"):
         load_recipe(path)
@@ -150,10 +160,9 @@ def test_a_question_beyond_a_models_window_is_an_error_before_any_model_answers(
     rows.write_text("".join(json.dumps(row) + "\n" for row in (FORMS["mmlu"], long)))
     path = tmp_path / "micro.yaml"
     path.write_text(micro_recipe.read_text() + (
-        f"  evaluate:\n    models: [sft, {tmp_path / 'short'}]\n    max_new_tokens: 4\n"
-        "    data: [{source: world, kind: prompts, size: 3, split: test}]\n"
-        f"    multiple_choice: [{{name: which, data: [{{source: file, path: {rows}}}]}}]\n"
+        f"  evaluate:\n    models: [sft, {tmp_path / 'short'}]\n    tasks:\n"
+        f"      - {{name: which, kind: choices, data: [{{source: file, path: {rows}}}]}}\n"
     ))  # fmt: skip
-    monkeypatch.setattr("stages.evaluate.train._answer", None)
+    monkeypatch.setattr("stages.evaluate.train.Model", None)
     with pytest.raises(RecipeError, match=r"rows.jsonl:2 takes \d+ tokens with a choice, and short reads 48 .n_pos"):
         run_section(load_recipe(path), "evaluate")

@@ -38,10 +38,12 @@ stages:
     train: {{learning_rate: 1.0e-2, max_steps: 250, global_batch_size: 6, per_device_train_batch_size: 6}}
   evaluate:
     models: [sft]
-    data: [{{source: file, path: questions.jsonl}}]
-    scores: [{{function: numeric_match, name: accuracy, on: greedy}}]
-    group_by: kind
-    max_new_tokens: 32
+    tasks:
+      - name: gsm
+        data: [{{source: file, path: questions.jsonl}}]
+        scores: [{{function: numeric_match, name: accuracy, on: greedy}}]
+        group_by: kind
+        max_new_tokens: 32
 """
 
 
@@ -50,7 +52,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def results_of(recipe) -> dict:
-    return json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())
+    return json.loads((recipe.run_dir / "evaluate" / "results.json").read_text())["tasks"]["gsm"]
 
 
 def last_number(text: str) -> float | None:
@@ -87,9 +89,10 @@ def test_smollm2_on_gsm8k(tmp_path, tmp_path_factory, shared_data):
     path = tmp_path / "gsm.yaml"
     path.write_text(
         f"name: gsm\noutput_root: {tmp_path}\ndata_root: {shared_data}\nstages:\n  evaluate:\n    models: [{file}]\n"
-        "    data: [{source: file, path: verifiable/gsm8k-train.jsonl.gz, limit: 8}]\n"
-        "    scores: [{function: numeric_match, name: accuracy, on: greedy}]\n"
-        "    max_new_tokens: 160\n    batch_size: 8\n"
+        "    tasks:\n      - name: gsm\n"
+        "        data: [{source: file, path: verifiable/gsm8k-train.jsonl.gz, limit: 8}]\n"
+        "        scores: [{function: numeric_match, name: accuracy, on: greedy}]\n"
+        "        num_generations: 0\n        max_new_tokens: 160\n    batch_size: 8\n"
     )
     recipe = load_recipe(path)
     run_section(recipe, "evaluate")

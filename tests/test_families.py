@@ -110,10 +110,19 @@ RECIPE: dict[str, Any] = {
     },
     "evaluate": {
         "models": ["sft", "ppo"],
-        "data": [{"source": "world", "kind": "prompts", "size": 4, "split": "validation"}],
-        "max_prompt_length": 320,
-        "max_new_tokens": 4,
-        "text": [{"source": "world", "kind": "documents", "size": 4, "split": "validation"}],
+        "tasks": [
+            {
+                "name": "prompts",
+                "data": [{"source": "world", "kind": "prompts", "size": 4, "split": "validation"}],
+                "max_prompt_length": 320,
+                "max_new_tokens": 4,
+            },
+            {
+                "name": "documents",
+                "kind": "documents",
+                "data": [{"source": "world", "kind": "documents", "size": 4, "split": "validation"}],
+            },
+        ],
     },
 }
 

@@ -41,7 +41,7 @@ stages:
     reward: [{model: reward}, {function: length_penalty, weight: 0.5, args: {free: 8}}]
     data: [{source: world, kind: prompts}]
     train: {iterations: 2}
-  evaluate: {models: [sft, ppo], data: [{source: world, kind: prompts}]}
+  evaluate: {models: [sft, ppo], tasks: [{name: world, data: [{source: world, kind: prompts}]}]}
 """
 COMMANDS = ["run", "status", "verify", "replay", "config", "report", "chat"]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

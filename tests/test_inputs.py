@@ -82,8 +82,7 @@ stages:
   scored:
     stage: evaluate
     models: [base]
-    data: [{source: world, kind: prompts, size: 5}]
-    scores: [SCORES]
+    tasks: [{name: world, data: [{source: world, kind: prompts, size: 5}], scores: [SCORES]}]
 """
 
 
@@ -98,7 +97,7 @@ def test_options_of_the_judge_that_change_no_verdict_do_not_count(tmp_path: Path
     first = scored(tmp_path, judge.format("timeout: 5"))
     assert scored(tmp_path, judge.format("timeout: 9, cache_dir: x")) == first
     changed = scored(tmp_path, judge.format("timeout: 5, rubric: other"))
-    assert changed.differences(first) == ["recipe: scores.0.args.rubric absent → other"]
+    assert changed.differences(first) == ["recipe: tasks.0.scores.0.args.rubric absent → other"]
 
 
 def test_a_users_function_counts_with_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,13 +27,15 @@ MORE = """
     train: {max_steps: 4, global_batch_size: 8}
   evaluate:
     models: [pretrain, sft, ppo, dpo]
-    scores:
-      - {function: world_correct, name: accuracy, on: greedy}
-      - {function: world_gold, name: gold}
-      - {model: reward, name: reward, reencode: true}
-    wins: gold
-    data: [{source: world, kind: prompts, size: 26, split: test}]
-    max_new_tokens: 16
+    tasks:
+      - name: world
+        scores:
+          - {function: world_correct, name: accuracy, on: greedy}
+          - {function: world_gold, name: gold}
+          - {model: reward, name: reward, reencode: true}
+        wins: gold
+        data: [{source: world, kind: prompts, size: 26, split: test}]
+        max_new_tokens: 16
 """
 MODELS = ("pretrain", "sft", "reward", "ppo", "dpo")
 

@@ -24,7 +24,10 @@ stages:
   judge: {{stage: reward_model, parent: base, data: [{{source: world, kind: preferences}}], eval_data: {PAIRS}}}
   aligned: {{stage: ppo, parent: taught, reward: [{{model: judge}}], data: {WORLD}}}
   answers: {{stage: generate, parent: taught, data: {WORLD}, scores: [{{model: judge}}]}}
-  table: {{stage: evaluate, models: [taught, aligned], data: {WORLD}, scores: [{{model: judge}}]}}
+  table:
+    stage: evaluate
+    models: [taught, aligned]
+    tasks: [{{name: world, data: {WORLD}, scores: [{{model: judge}}]}}]
 """
 
 
@@ -60,9 +63,15 @@ def scorer(folder: Path, model: Path) -> Path:
         ("aligned.monitor=[{model: words}]", r"aligned\.monitor\.0\.model: words publishes a tokenizer"),
         ("judge.ensemble_with=[taught]", r"judge\.ensemble_with\.0: taught publishes a language model"),
         ("answers.scores=[{model: taught}]", r"answers\.scores\.0\.model: taught publishes a language model"),
-        ("table.scores=[{models: [judge, aligned]}]", r"table\.scores\.0\.models\.1: aligned publishes a language mod"),
+        (
+            "table.tasks.0.scores=[{models: [judge, aligned]}]",
+            r"table\.tasks\.0\.scores\.0\.models\.1: aligned publishes a language mod",
+        ),
         ("table.models=[taught, judge]", r"table\.models\.1: judge publishes a reward model, and table needs a langu"),
-        ("table.scores=[{model: nosuch}]", r"table\.scores\.0\.model: nosuch is not a section of this recipe"),
+        (
+            "table.tasks.0.scores=[{model: nosuch}]",
+            r"table\.tasks\.0\.scores\.0\.model: nosuch is not a section of this recipe",
+        ),
     ],
 )
 def test_a_section_of_another_kind_is_a_mistake_in_the_recipe(recipe, override, message):
@@ -77,7 +86,7 @@ def test_a_section_of_another_kind_is_a_mistake_in_the_recipe(recipe, override, 
         ("aligned", "critic=FOLDER"),
         ("judge", "ensemble_with=[FOLDER]"),
         ("answers", "scores=[{model: FOLDER}]"),
-        ("table", "scores=[{model: FOLDER}]"),
+        ("table", "tasks.0.scores=[{model: FOLDER}]"),
     ],
 )
 def test_a_folder_that_is_no_reward_model_is_refused_before_the_first_stage(section, key, recipe, language_model):
@@ -95,9 +104,9 @@ def test_a_folder_that_is_no_reward_model_is_refused_before_the_first_stage(sect
 
 def test_a_model_that_is_read_under_two_keys_is_named_by_the_wrong_one(recipe, language_model):
     loaded = load_recipe(
-        recipe, [f"table.models=[taught, {language_model}]", f"table.scores=[{{model: {language_model}}}]"]
+        recipe, [f"table.models=[taught, {language_model}]", f"table.tasks.0.scores=[{{model: {language_model}}}]"]
     )
-    with pytest.raises(RecipeError, match=r"table\.scores\.0\.model: .* is a language model"):
+    with pytest.raises(RecipeError, match=r"table\.tasks\.0\.scores\.0\.model: .* is a language model"):
         check_models(loaded, ["table"], fetch=False)
 
 

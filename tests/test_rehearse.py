@@ -62,7 +62,8 @@ def test_every_stage_runs_hands_over_and_leaves_no_trace(tmp_path, capsys):
                 "gate": {"min_accuracy": 1.0}, "train": LONG},
         ppo={"parent": "sft", "data": source("prompts"), "reward": [{"model": "reward"}, {"function": "exact_match"}],
              "train": {"iterations": 900, "max_completion_length": 900, "rollout_batch_size": 512}},
-        evaluate={"models": [str(tmp_path / "model"), "ppo"], "data": source("prompts"), "max_new_tokens": 900},
+        evaluate={"models": [str(tmp_path / "model"), "ppo"],
+                  "tasks": [{"name": "t", "data": source("prompts"), "max_new_tokens": 900}]},
     )  # fmt: skip
     assert rehearsed(path, "reward.train.max_steps=1") == 0
     said = capsys.readouterr().out
@@ -148,11 +149,14 @@ def test_a_recipes_own_network_keeps_the_keys_that_are_no_sizes():
 
 
 def test_every_source_is_limited_wherever_a_section_names_it(tmp_path):
-    choices = [{"name": "arc", "data": source("chats", limit=3)}]
+    tasks = [
+        {"name": "t", "data": source("prompts")},
+        {"name": "arc", "kind": "choices", "data": source("chats", limit=3)},
+    ]
     path = recipe(
         tmp_path,
         sft={"parent": str(tmp_path), "data": source("chats"), "eval_data": source("chats", limit=2)},
-        evaluate={"models": ["sft"], "data": source("prompts"), "multiple_choice": choices},
+        evaluate={"models": ["sft"], "tasks": tasks},
     )
     sections = load_recipe(path).sections
     laid = {name: sections[name].config.rehearsal(processes=3) for name in sections}
@@ -160,7 +164,7 @@ def test_every_source_is_limited_wherever_a_section_names_it(tmp_path):
     assert limits == {
         "sft.data.0.limit": 64,
         "sft.eval_data.0.limit": 2,
-        "evaluate.data.0.limit": 4,
-        "evaluate.multiple_choice.0.data.0.limit": 3,
+        "evaluate.tasks.0.data.0.limit": 4,
+        "evaluate.tasks.1.data.0.limit": 3,
     }
     assert laid["sft"]["train.global_batch_size"] == 6, "a multiple of the processes"

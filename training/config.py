@@ -367,6 +367,15 @@ def _sources(place: str, value: Any) -> Iterator[tuple[str, SourceConfig]]:
             yield from _sources(f"{place}.{key}", inner)
 
 
+def _entries(place: str, value: Any) -> Iterator[tuple[str, RewardConfig]]:
+    """The rewards below a value of the recipe, each with its dotted place."""
+    if isinstance(value, RewardConfig):
+        yield place, value
+    elif isinstance(value, list | BaseModel):
+        for key, inner in enumerate(value) if isinstance(value, list) else value:
+            yield from _entries(f"{place}.{key}", inner)
+
+
 class StageConfig(Strict):
     """Keys that every section may have."""
 
@@ -380,15 +389,13 @@ class StageConfig(Strict):
         """Every data source that the section names, under whichever key."""
         return [source for key, value in self for _, source in _sources(key, value)]
 
+    def main_data(self) -> list[SourceConfig]:
+        """The sources that the stage is about: its `data:`, without what is held out."""
+        return [source for key, value in self if key == "data" for _, source in _sources(key, value)]
+
     def rewards(self) -> dict[str, RewardConfig]:
         """Every reward that the section names, by its place: `reward.0`."""
-        lists = ((key, value) for key, value in self if isinstance(value, list))
-        return {
-            f"{key}.{row}": entry
-            for key, entries in lists
-            for row, entry in enumerate(entries)
-            if isinstance(entry, RewardConfig)
-        }
+        return {place: entry for key, value in self for place, entry in _entries(key, value)}
 
     def vocabulary(self) -> int | None:
         """Entries of the tokenizer that the section makes; None if it makes none."""

@@ -455,7 +455,13 @@ def find(section: Section, ref: str, role: str = "") -> KeyPath:
             found.append((*path, value.index(ref)))
     key = role.partition(":")[0]
     # The role of a reward model is `reward:`, whichever list of rewards names it.
-    found.sort(key=lambda path: not str(path[0]).startswith(key) if key != "reward" else len(path) < 3)
+    found.sort(
+        key=lambda path: (
+            not str(path[0]).startswith(key)
+            if key != "reward"
+            else len(path) < 3 or not {"model", "models"} & {*path[-2:]}
+        )
+    )
     return ("stages", section.name, *(found[0] if found else ()))
 
 

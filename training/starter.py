@@ -24,7 +24,8 @@ _MICRO_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Line:
-    """One key of a section. `key` is dotted; a list is written with one entry a line."""
+    """One key of a section. `key` is dotted; `tasks[].name` is one of the only entry of a list `tasks`. A list of
+    values is written with one entry a line."""
 
     key: str
     value: str | int | float | Sequence[str]
@@ -167,13 +168,15 @@ def written(name: str, stage: str, lines: Sequence[Line]) -> list[str]:
     group = ""
     for line in lines:
         head, _, key = line.key.rpartition(".")
-        if head and head != group:
-            out.append(f"    {head}:")
+        begins = head != group
+        if head and begins:
+            out.append(f"    {head.removesuffix('[]')}:")
         group = head
         margin = " " * (6 if head else 4)
+        mark = "" if not head.endswith("[]") else "- " if begins else "  "
         if isinstance(line.value, str | int | float):
-            out.append(f"{margin + key + ': ' + str(line.value):<46}  # {line.reason}")
+            out.append(f"{margin + mark + key + ': ' + str(line.value):<46}  # {line.reason}")
         else:
-            out.append(f"{margin}{key}:  # {line.reason}")
-            out += [f"{margin}  - {entry}" for entry in line.value]
+            out.append(f"{margin}{mark}{key}:  # {line.reason}")
+            out += [f"{margin}{' ' * len(mark)}  - {entry}" for entry in line.value]
     return out

@@ -1,7 +1,7 @@
 """The warnings of a report: facts that limit the trust in its figures."""
 
 from baton.report import evaluation, facts
-from baton.report.collect import Results, RunData
+from baton.report.collect import RunData, TaskResults
 from baton.report.text import percent
 
 _DROPS_WORTH_A_WARNING = 0.1
@@ -56,7 +56,7 @@ def _version_changes(run: RunData) -> list[str]:
     ]
 
 
-def _evaluation_warnings(run: RunData, results: Results) -> list[str]:
+def _evaluation_warnings(run: RunData, results: TaskResults) -> list[str]:
     found = []
     for model, metrics in results.metrics.items():
         stage = run.stage(model)

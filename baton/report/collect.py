@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from handoff.errors import HandoffError, UserError
 from handoff.files import read_json
@@ -64,9 +64,13 @@ class Change(BaseModel):
     metrics: dict[str, Estimate] = {}
 
 
-class Results(BaseModel):
-    """An evaluation's results.json. Rates and accuracies are shares in [0, 1]; other scores have their own units."""
+class TaskResults(BaseModel):
+    """One task of an evaluation. Rates and accuracies are shares in [0, 1]; other scores have their own units."""
 
+    name: str = ""
+    kind: str = "answers"
+    about: str = ""
+    """What was measured, in a few words."""
     models: list[str]
     metrics: dict[str, dict[str, Estimate]] = {}
     families: dict[str, dict[str, Estimate]] = {}
@@ -74,6 +78,21 @@ class Results(BaseModel):
     changes: dict[str, Change] = {}
     win_rates: dict[str, WinRate] = {}
     samples: list[Sample] = []
+
+
+class Results(BaseModel):
+    """An evaluation's results.json."""
+
+    models: list[str]
+    comparisons: int = 0
+    """Number of differences from parents, each with its interval."""
+    tasks: dict[str, TaskResults] = {}
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        for name, task in self.tasks.items():
+            task.name = name
+        return self
 
 
 @dataclass(frozen=True)

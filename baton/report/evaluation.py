@@ -7,10 +7,19 @@ the differences, item by item, leaves 0 out.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from baton.report.collect import Estimate, Grouped, Results, RunData, Stage, WinRate
+from baton.report.collect import Estimate, Grouped, RunData, Stage, TaskResults, WinRate
 from baton.report.text import number, percent, short
 
-_NO_SCORES = ("stop_rate", "length_tokens", "kl", "bits_per_byte", "reference_bits_per_byte")
+_NO_SCORES = (
+    "stop_rate",
+    "length_tokens",
+    "kl",
+    "bits_per_byte",
+    "perplexity",
+    "reference_bits_per_byte",
+    "likelihood",
+    "accuracy_norm",
+)
 
 # metric -> (heading, what it is, better: 1 higher, -1 lower, 0 neither)
 _METRICS = {
@@ -23,7 +32,15 @@ _METRICS = {
     "kl": ("KL from parent", "nats per answer", 0),
     "length_tokens": ("Length", "tokens per answer", 0),
     "bits_per_byte": ("Bits per byte", "on held-out text; lower is better", -1),
+    "perplexity": ("Perplexity", "of a token of held-out text; lower is better", -1),
     "reference_bits_per_byte": ("Bits per byte of answers", "on the answers of the held-out rows; lower is better", -1),
+}
+# Metrics that mean something else in a task of that kind.
+_OF_KIND = {
+    ("choices", "accuracy"): ("Accuracy", "share of right choices, by their likelihoods", 1),
+    ("choices", "accuracy_norm"): ("Accuracy, by length", "by the likelihood a character", 1),
+    ("preferences", "accuracy"): ("Accuracy", "pairs put in order, by the reward", 1),
+    ("preferences", "likelihood"): ("By likelihood", "pairs put in order, by the likelihood of the answers", 0),
 }
 
 
@@ -88,28 +105,31 @@ class Win:
     sentence: str
 
 
-def metric_table(results: Results) -> Table:
+def metric_table(results: TaskResults) -> Table:
     """The table of all metrics and models."""
     measured = {model: results.metrics.get(model, {}) for model in results.models}
     names = [n for n in _METRICS if any(n in m for m in measured.values())]
     names += sorted({name for metrics in measured.values() for name in metrics} - set(_METRICS))
-    cells = {name: _column(name, {model: m[name] for model, m in measured.items() if name in m}) for name in names}
-    columns = [Column(*_metric(name)[:2]) for name in names]
+    about = {name: _metric(name, results.kind) for name in names}
+    cells = {
+        name: _column(about[name][2], {model: m[name] for model, m in measured.items() if name in m}) for name in names
+    }
+    columns = [Column(*about[name][:2]) for name in names]
     rows = [Row(model, [cells[name].get(model) for name in names]) for model in results.models]
     return Table(columns, rows)
 
 
-def change_table(results: Results) -> Table:
+def change_table(results: TaskResults) -> Table:
     """The differences of each model from its parent; bold where 0 is outside of the interval."""
     changed = results.changes
     names = [n for n in _METRICS if any(n in one.metrics for one in changed.values())]
     names += sorted({name for one in changed.values() for name in one.metrics} - set(_METRICS))
     cells = {name: _changed(name, results) for name in names}
     rows = [Row(model, [cells[name].get(model) for name in names], one.over) for model, one in changed.items()]
-    return Table([Column(_metric(name)[0], "") for name in names], rows)
+    return Table([Column(_metric(name, results.kind)[0], "") for name in names], rows)
 
 
-def _changed(metric: str, results: Results) -> dict[str, Cell]:
+def _changed(metric: str, results: TaskResults) -> dict[str, Cell]:
     found = {model: one.metrics[metric] for model, one in results.changes.items() if metric in one.metrics}
     ends = [end for e in found.values() for end in (e.value, e.low, e.high) if end is not None]
     return {model: _cell(e, min(ends), max(ends), _is_clear(e), signed=True) for model, e in found.items()}
@@ -120,13 +140,16 @@ def _is_clear(change: Estimate) -> bool:
     return change.low is not None and change.high is not None and not change.low <= 0 <= change.high
 
 
-def _metric(name: str) -> tuple[str, str, int]:
-    """(heading, what it is, better). An unknown metric is a score defined by the recipe, for which higher is better."""
-    return _METRICS.get(name, (name, "a score of the recipe", 1))
+def _metric(name: str, kind: str) -> tuple[str, str, int]:
+    """(heading, what it is, better). An unknown metric is a score defined by the recipe, for which higher is better.
+
+    `kind`: of the task.
+    """
+    return _OF_KIND.get((kind, name)) or _METRICS.get(name, (name, "a score of the recipe", 1))
 
 
-def _column(metric: str, found: Mapping[str, Estimate]) -> dict[str, Cell]:
-    sign = _metric(metric)[2]
+def _column(sign: int, found: Mapping[str, Estimate]) -> dict[str, Cell]:
+    """`sign`: 1 where higher is better, -1 where lower is."""
     ends = [end for e in found.values() for end in (e.value, e.low, e.high) if end is not None]
     low, high = min(ends), max(ends)
     if sign and len(found) > 1:
@@ -162,13 +185,13 @@ def interval(estimate: Estimate) -> str:
     return f"{number(estimate.low)} to {number(estimate.high)}"
 
 
-def heat_title(results: Results) -> str:
+def heat_title(results: TaskResults) -> str:
     """The heat table's title, e.g. `Exact accuracy by family`."""
     grouped = results.grouped or Grouped()
-    return f"{_METRICS.get(grouped.metric, (grouped.metric,))[0]} by {grouped.column}"
+    return f"{_metric(grouped.metric, results.kind)[0]} by {grouped.column}"
 
 
-def heat_table(results: Results) -> list[Heat]:
+def heat_table(results: TaskResults) -> list[Heat]:
     """One metric of each model in each group of prompts, with the groups in the evaluation's order.
 
     The colour scale goes from 0 to 1, and is extended to include values outside that range.
@@ -190,7 +213,7 @@ def heat_table(results: Results) -> list[Heat]:
     return rows
 
 
-def wins(results: Results) -> list[Win]:
+def wins(results: TaskResults) -> list[Win]:
     """Win rates on a scale from 0 to 1."""
     return [
         Win(model, win.over, _cell(win, 0.0, 1.0, best=False), _win_sentence(model, win))
@@ -198,17 +221,19 @@ def wins(results: Results) -> list[Win]:
     ]
 
 
-def judges(results: Results) -> str:
+def judges(results: TaskResults) -> str:
     """Names of the scores that decided the win rates."""
-    return named(sorted({score_name(win.by) for win in results.win_rates.values() if win.by}))
+    return named(sorted({score_name(win.by, results.kind) for win in results.win_rates.values() if win.by}))
 
 
-def score_name(metric: str) -> str:
-    """The name of a score, as used within a sentence."""
+def score_name(metric: str, kind: str) -> str:
+    """The name of a score, as used within a sentence. `kind`: of the task."""
+    if metric == "accuracy" and kind != "answers":
+        return "accuracy"
     return {"gold": "gold score", "reward": "learned reward", "accuracy": "exact accuracy"}.get(metric, metric)
 
 
-def main_score(results: Results, model: str, parent: str) -> str | None:
+def main_score(results: TaskResults, model: str, parent: str) -> str | None:
     """The score for comparing a model with its parent: the first that both have, in the order gold score, score that
     decided the win rate, learned reward, accuracy, other scores of the recipe. None if they have none in common."""
     shared = results.metrics[model].keys() & results.metrics[parent].keys()
@@ -234,7 +259,7 @@ def _win_report(model: str, win: WinRate) -> str:
     return sentence + (", no clear difference." if unclear else ".")
 
 
-def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
+def gains(run: RunData, results: TaskResults) -> list[tuple[Stage, str]]:
     """(stage, parent's name) of each aligned model that was evaluated together with its parent, largest gain first."""
     found = []
     for model in results.models:
@@ -253,38 +278,43 @@ def gains(run: RunData, results: Results) -> list[tuple[Stage, str]]:
     return sorted(found, key=gain, reverse=True)
 
 
-def verdict(run: RunData, results: Results) -> list[str]:
-    """The effect of alignment and tuning, in one or two sentences per model; the first one is the headline."""
+def verdict(run: RunData, results: TaskResults) -> list[str]:
+    """The effect of alignment and tuning in one task, in one or two sentences per model; the first one is the headline.
+
+    Empty if the task has no score.
+    """
     sentences = []
     for stage, parent in gains(run, results):
         metric = main_score(results, stage.name, parent)
+        if metric is None:
+            continue
         after, before = results.metrics[stage.name], results.metrics[parent]
         change = results.changes.get(stage.name)
-        moved = change.metrics.get(metric) if change is not None and metric is not None else None
-        sentences.append(_gain_sentence(stage, metric, after, parent, before, moved))
+        moved = change.metrics.get(metric) if change is not None else None
+        name = score_name(metric, results.kind)
+        sentences.append(_gain_sentence(stage, metric, name, after, parent, before, moved))
         win = results.win_rates.get(stage.name)
         if win:
             sentences.append(_win_report(stage.name, win))
     for model in results.models:
         tuned = run.stage(model)
         metrics = results.metrics.get(model, {})
-        if tuned and tuned.declared.answers == "tuned" and "accuracy" in metrics:
+        exact = "accuracy" in metrics and results.kind == "answers"
+        if tuned and tuned.declared.answers == "tuned" and exact:
             sentences.append(_tuning_sentence(tuned, metrics, results))
     return sentences
 
 
 def _gain_sentence(
     stage: Stage,
-    metric: str | None,
+    metric: str,
+    name: str,
     after: Mapping[str, Estimate],
     parent: str,
     before: Mapping[str, Estimate],
     moved: Estimate | None,
 ) -> str:
-    if metric is None:
-        return f"{stage.name} was evaluated beside {parent}, without a score that both have."
     new, old = after[metric], before[metric]
-    name = score_name(metric)
     change = f"from {short(old.value)} to {short(new.value)} ({short(new.value - old.value, signed=True)})"
     if new.value == old.value:
         sentence = f"{stage.name} left the {name} of {parent} at {short(old.value)}"
@@ -304,7 +334,7 @@ def _gain_sentence(
     return sentence + "."
 
 
-def _tuning_sentence(stage: Stage, metrics: Mapping[str, Estimate], results: Results) -> str:
+def _tuning_sentence(stage: Stage, metrics: Mapping[str, Estimate], results: TaskResults) -> str:
     base = results.metrics.get(stage.parents.get("parent", ""), {}).get("accuracy")
     accuracy = metrics["accuracy"]
     start = f" ({stage.parents['parent']}: {percent(base.value)})" if base else ""

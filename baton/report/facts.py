@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from baton.report import evaluation
-from baton.report.collect import Results, RunData, Stage
+from baton.report.collect import RunData, Stage, TaskResults
 from baton.report.lineage import Node
 from baton.report.text import NOTHING, compact, duration, number, percent, short
 from handoff.manifest import MODEL_KINDS, Kind
@@ -167,9 +167,10 @@ def tokens(stage: Stage) -> float | None:
 
 def sentences(run: RunData) -> list[str]:
     """The verdict, headline first. Without an evaluation, it says how many stages are done."""
-    found = [sentence for results in all_results(run) for sentence in evaluation.verdict(run, results)]
-    if found:
-        return found
+    verdicts = [(task.name, found) for task in all_results(run) if (found := evaluation.verdict(run, task))]
+    if verdicts:
+        several = len(verdicts) > 1
+        return [f"On {name}, {said}" if several else said for name, found in verdicts for said in found]
     done = run.published
     if not done:
         return ["No stage of this run has been published yet."]
@@ -181,9 +182,9 @@ def sentences(run: RunData) -> list[str]:
     )
 
 
-def all_results(run: RunData) -> list[Results]:
-    """The results of every evaluation of the run."""
-    return [stage.results for stage in run.stages if stage.results]
+def all_results(run: RunData) -> list[TaskResults]:
+    """The results of every task of every evaluation of the run."""
+    return [task for stage in run.stages if stage.results for task in stage.results.tasks.values()]
 
 
 def tiles(run: RunData) -> list[Tile]:
@@ -196,8 +197,9 @@ def tiles(run: RunData) -> list[Tile]:
             if metric is not None:
                 gain = after[metric].value - before[metric].value
                 kl = f", {short(after['kl'].value)} nats away" if "kl" in after else ""
-                name = evaluation.score_name(metric)
-                label = f"{name[0].upper()}{name[1:]}, {stage.name}"
+                name = evaluation.score_name(metric, results.kind)
+                where = f" in {results.name}" if metric == "accuracy" and results.kind != "answers" else ""
+                label = f"{name[0].upper()}{name[1:]}{where}, {stage.name}"
                 found.append(Tile(label, short(gain, signed=True), f"over {parent}{kl}"))
             win = results.win_rates.get(stage.name)
             if win:

@@ -61,17 +61,22 @@ def _when_and_with_what(run: RunData) -> list[str]:
 
 def _evaluation(stage: Stage) -> dict[str, Any]:
     assert stage.results is not None
-    return {
-        "name": stage.name,
-        "models": stage.results.models,
-        "table": evaluation.metric_table(stage.results),
-        "changes": evaluation.change_table(stage.results),
-        "heat": evaluation.heat_table(stage.results),
-        "heat_title": evaluation.heat_title(stage.results),
-        "wins": evaluation.wins(stage.results),
-        "judges": evaluation.judges(stage.results),
-        "samples": stage.results.samples,
-    }
+    tasks = [
+        {
+            "name": task.name,
+            "about": task.about,
+            "models": task.models,
+            "table": evaluation.metric_table(task),
+            "changes": evaluation.change_table(task),
+            "heat": evaluation.heat_table(task),
+            "heat_title": evaluation.heat_title(task),
+            "wins": evaluation.wins(task),
+            "judges": evaluation.judges(task),
+            "samples": task.samples,
+        }
+        for task in stage.results.tasks.values()
+    ]
+    return {"name": stage.name, "comparisons": stage.results.comparisons, "tasks": tasks}
 
 
 def samples_before_and_after(stage: Stage) -> list[dict[str, Any]]:

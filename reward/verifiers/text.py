@@ -57,7 +57,7 @@ def multiple_choice(
     rights = _letters(len(completions), columns, column, letters, unreadable)
     warn_unreadable("multiple_choice", prompts, unreadable)
     return [
-        None if right is None else float(_choice(text, letters) == right)
+        None if right is None else float(chosen_letter(text, letters) == right)
         for right, text in zip(rights, completions, strict=True)
     ]
 
@@ -182,7 +182,7 @@ def _lone_letter(text: str, letters: str) -> str | None:
     return found[1] if found else None
 
 
-def _choice(text: str, letters: str) -> str | None:
+def chosen_letter(text: str, letters: str) -> str | None:
     """The letter that the text chooses; None when it chooses none or more than one."""
     text = answer_part(text)
     box = last_box(text)

@@ -16,8 +16,9 @@ def section(given: Given) -> list[Line]:
     prompt = tokens(max(one.prompt for one in sources), given, share=0.5)
     return [
         Line("models", [*given.policies], "before and after each training"),
-        Line("data", [one.part("test") for one in sources], "prompts of rows that no section has trained on"),
-        *([Line("scores", scores, "with their 95 % intervals")] if scores else []),
-        Line("max_prompt_length", prompt, "the longest prompt looked at fits"),
-        Line("max_new_tokens", 256, "answers that are longer count as not stopped"),
+        Line("tasks[].name", "held_out", "docs/stages/evaluate.md has more tasks: GSM8K, MMLU, documents, ..."),
+        Line("tasks[].data", [one.part("test") for one in sources], "prompts of rows that no section has trained on"),
+        *([Line("tasks[].scores", scores, "with their 95 % intervals")] if scores else []),
+        Line("tasks[].max_prompt_length", prompt, "the longest prompt looked at fits"),
+        Line("tasks[].max_new_tokens", 256, "answers that are longer count as not stopped"),
     ]

@@ -1,5 +1,6 @@
 """95 % intervals: Wilson's for proportions, bootstrap intervals for means, ratios of sums and paired differences."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -39,6 +40,8 @@ class Items:
     """None for an item without a value."""
     sizes: Sequence[int] | None = None
     """For a metric that is the ratio of two sums, such as bits per byte: each item's part of the lower one."""
+    exponent: bool = False
+    """Whether the metric is e to that ratio, as perplexity is."""
 
     def known(self) -> list[int]:
         """The items that have a value."""
@@ -68,7 +71,9 @@ def estimate(items: Items, seed: int, *, binary: bool) -> Estimate | None:
     if not known:
         return None
     values, sizes = items.of(known)
-    return proportion([value == 1 for value in values]) if binary else _ratio(values, sizes, seed)
+    if binary:
+        return proportion([value == 1 for value in values])
+    return _ratio(values, sizes, seed, exponent=items.exponent)
 
 
 def mean(values: Sequence[float], seed: int) -> Estimate:
@@ -86,18 +91,22 @@ def difference(after: Items, before: Items, seed: int) -> Difference | None:
         return None
     (new, sizes), (old, others) = after.of(both), before.of(both)
     picks = _picks(len(both), seed)
-    drawn = _ratios(new, sizes, picks) - _ratios(old, others, picks)
+    scaled = np.exp if after.exponent else np.asarray
+    drawn = scaled(_ratios(new, sizes, picks)) - scaled(_ratios(old, others, picks))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    value = float(new.sum() / sizes.sum() - old.sum() / others.sum())
+    value = float(scaled(new.sum() / sizes.sum()) - scaled(old.sum() / others.sum()))
     return Difference(
         value=value, low=float(low), high=float(high), n=len(both), detectable=_POWER * float(drawn.std())
     )
 
 
-def _ratio(values: np.ndarray, sizes: np.ndarray, seed: int) -> Estimate:
-    """Σ values / Σ sizes with a percentile bootstrap interval (Efron 1979), resampled with keyed random numbers."""
+def _ratio(values: np.ndarray, sizes: np.ndarray, seed: int, *, exponent: bool = False) -> Estimate:
+    """Σ values / Σ sizes, or e to it, with a percentile bootstrap interval (Efron 1979), resampled with keyed random
+    numbers."""
     low, high = np.quantile(_ratios(values, sizes, _picks(len(values), seed)), [0.025, 0.975])
-    return Estimate(value=float(values.sum() / sizes.sum()), low=float(low), high=float(high), n=len(values))
+    ends = (float(values.sum() / sizes.sum()), float(low), float(high))
+    value, low, high = (math.exp(end) for end in ends) if exponent else ends
+    return Estimate(value=value, low=low, high=high, n=len(values))
 
 
 def _picks(n: int, seed: int) -> np.ndarray:

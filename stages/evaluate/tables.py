@@ -1,62 +1,39 @@
-"""Computes the tables of results.json from the models' answers and scores. Pure functions."""
+"""Computes the tables of results.json from the values of all items. Pure functions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
-from rollout.sampling import Completion
 from stages.evaluate.statistics import Difference, Estimate, Items, difference, estimate, mean
 
-
-@dataclass
-class Answered:
-    """One model's answers to all prompts, in the prompts' order, and their scores."""
-
-    greedy: list[Completion]
-    greedy_texts: list[str]
-    sampled: list[Completion]
-    texts: list[str]
-    scores: dict[str, list[float | None]] = field(default_factory=dict)
-    kl: list[float] | None = None
-    """KL from the model's parent, nats per answer; None if the parent was not evaluated."""
-    beside: dict[str, Items] = field(default_factory=dict)
-    """The metrics that need none of these answers."""
-
-    def items(self) -> dict[str, Items]:
-        """Every metric, item by item."""
-        own = {
-            "stop_rate": Items([float(c.end == "stop") for c in self.greedy]),
-            "length_tokens": Items([float(len(c.ids)) for c in self.sampled]),
-        }
-        kl = {} if self.kl is None else {"kl": Items(self.kl)}
-        return own | {name: Items(values) for name, values in self.scores.items()} | self.beside | kl
+Measured: TypeAlias = Mapping[str, Mapping[str, Items]]
+"""{model: {metric: values of all items}}"""
 
 
-def binary_metrics(answered: Mapping[str, Answered]) -> set[str]:
+def binary_metrics(measured: Measured) -> set[str]:
     """The metrics with no values other than 0 and 1, over all models."""
     found: dict[str, bool] = {}
-    for a in answered.values():
-        for name, items in a.items().items():
+    for each in measured.values():
+        for name, items in each.items():
             shares = items.sizes is None and name != "length_tokens" and all(v in (0, 1, None) for v in items.values)
             found[name] = found.get(name, True) and shares
     return {name for name, shares in found.items() if shares}
 
 
-def metrics(seed: int, answered: Mapping[str, Answered]) -> dict[str, dict[str, Estimate]]:
+def metrics(seed: int, measured: Measured) -> dict[str, dict[str, Estimate]]:
     """{model: {metric: estimate}}; a metric without a value is left out."""
-    binary = binary_metrics(answered)
+    binary = binary_metrics(measured)
     found = {
-        model: {name: estimate(items, seed, binary=name in binary) for name, items in a.items().items()}
-        for model, a in answered.items()
+        model: {name: estimate(items, seed, binary=name in binary) for name, items in each.items()}
+        for model, each in measured.items()
     }
     return {model: {name: one for name, one in each.items() if one is not None} for model, each in found.items()}
 
 
-def changes(seed: int, origins: Mapping[str, str], answered: Mapping[str, Answered]) -> dict[str, dict[str, Any]]:
+def changes(seed: int, origins: Mapping[str, str], measured: Measured) -> dict[str, dict[str, Any]]:
     """{model: {"over": its parent, "metrics": {metric: the difference from the parent, item by item}}}."""
     out: dict[str, dict[str, Any]] = {}
     for model, origin in origins.items():
-        after, before = answered[model].items(), answered[origin].items()
+        after, before = measured[model], measured[origin]
         found: dict[str, Difference] = {}
         for name in after:
             # KL is itself measured from the parent.
@@ -67,32 +44,31 @@ def changes(seed: int, origins: Mapping[str, str], answered: Mapping[str, Answer
     return out
 
 
-def unscored(model: str, answered: Answered) -> list[str]:
-    """What to say of the metrics that have no value for some of a model's answers."""
+def unscored(label: str, items_of: Mapping[str, Items]) -> list[str]:
+    """What to say of the metrics that have no value for some of a model's answers. `label`: model and task."""
     lines = []
-    for name, items in answered.items().items():
+    for name, items in items_of.items():
         count = len(items.values)
         missing = count - len(items.known())
         if missing:
             rest = "it is left out" if missing == count else "its mean is that of the others"
-            lines.append(f"{model}: {name} has no value for {missing} of {count} answers; {rest}")
+            lines.append(f"{label}: {name} has no value for {missing} of {count} answers; {rest}")
     return lines
 
 
-def groups(
-    seed: int, metric: str, keys: Sequence[str | None], answered: Mapping[str, Answered]
-) -> dict[str, dict[str, Estimate]]:
-    """{group: {model: estimate}} of one metric; groups are in the order of their first prompts.
+def groups(seed: int, metric: str, keys: Sequence[str | None], measured: Measured) -> dict[str, dict[str, Estimate]]:
+    """{group: {model: estimate}} of one metric; groups are in the order of their first items.
 
-    `keys`: the group of each prompt; None for a prompt without a group.
+    `keys`: the group of each item; None for an item without a group.
     """
-    binary = metric in binary_metrics(answered)
+    binary = metric in binary_metrics(measured)
     out: dict[str, dict[str, Estimate]] = {}
     for key in dict.fromkeys(key for key in keys if key is not None):
         rows = [i for i, other in enumerate(keys) if other == key]
         found = {
-            model: estimate(Items([a.scores[metric][i] for i in rows]), seed, binary=binary)
-            for model, a in answered.items()
+            model: estimate(Items([each[metric].values[i] for i in rows]), seed, binary=binary)
+            for model, each in measured.items()
+            if metric in each
         }
         known = {model: one for model, one in found.items() if one is not None}
         if known:
@@ -100,52 +76,47 @@ def groups(
     return out
 
 
-def win_rates(
-    seed: int, metric: str, origins: Mapping[str, str], answered: Mapping[str, Answered]
-) -> dict[str, dict[str, Any]]:
+def win_rates(seed: int, metric: str, origins: Mapping[str, str], measured: Measured) -> dict[str, dict[str, Any]]:
     """Share of prompts where a model's answer scores higher than its parent's; a tie counts as half a win.
 
     `origins`: {model: its parent}, for models whose parent was evaluated too.
     """
     out: dict[str, dict[str, Any]] = {}
     for model, origin in origins.items():
-        pairs = zip(answered[model].scores[metric], answered[origin].scores[metric], strict=True)
+        pairs = zip(measured[model][metric].values, measured[origin][metric].values, strict=True)
         wins = [0.5 if x == y else float(x > y) for x, y in pairs if x is not None and y is not None]
         if wins:
             out[model] = {"over": origin, "by": metric, **mean(wins, seed)}
     return out
 
 
-def printed(results: Mapping[str, Any], on: Mapping[str, str]) -> list[list[str]]:
-    """The rows of the printed table: a heading with the metrics, one with what each is measured on, then the models.
-
-    Args:
-        results: as in results.json.
-        on: {metric: `greedy` or `sampled` answers, `documents`, `references`, or `choices`}.
-    """
+def printed(results: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of a task's printed table: a heading with the metrics, one with what each is measured on, then the
+    models. `results`: the task's entry in results.json."""
+    on = results["on"]
     found = {model: results["metrics"][model] for model in results["models"]}
     names = list(dict.fromkeys(name for measured in found.values() for name in measured))
     rows = [["model", *names], ["", *(on[name] for name in names)]]
     return rows + [[model, *(_told(measured.get(name)) for name in names)] for model, measured in found.items()]
 
 
-def printed_changes(results: Mapping[str, Any]) -> tuple[str | None, list[list[str]]]:
-    """What to say of the differences from the parents, and the rows of their table; neither if there are none."""
+def printed_changes(results: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of the table of a task's differences from the parents; none if there are none."""
     changed: Mapping[str, Any] = results["changes"]
     if not changed:
-        return None, []
+        return []
     names = list(dict.fromkeys(name for one in changed.values() for name in one["metrics"]))
     rows = [["difference", *names]]
     rows += [
         [f"{model} - {one['over']}", *(_told(one["metrics"].get(name), signed=True) for name in names)]
         for model, one in changed.items()
     ]
-    count = sum(len(one["metrics"]) for one in changed.values())
-    said = (
-        f"Differences from the parent, item by item, with 95 % intervals; * leaves 0 out. Of {count} such intervals, "
-        f"about {count * 0.05:.1f} leave out the true value by chance"
-    )
-    return said, rows
+    return rows
+
+
+def comparisons(tasks: Mapping[str, Mapping[str, Any]]) -> int:
+    """Number of differences from parents that an evaluation reports with an interval."""
+    return sum(len(one["metrics"]) for task in tasks.values() for one in task["changes"].values())
 
 
 def _told(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
