@@ -27,6 +27,7 @@ from stages.evaluate.part import Part, Scorers, Subject
 from stages.evaluate.preferences import PreferencesPart
 from stages.evaluate.tasks import AnswersTask, ChoicesTask, DocumentsTask, TaskConfig
 from training.model import Model, load_encoder
+from training.precision import answering_dtype
 from training.run import Run
 
 
@@ -41,7 +42,7 @@ def train(run: Run) -> None:
     origins: dict[str, str] = {}
     with run.progress(len(subjects) * sum(part.steps for part in parts), "evaluate") as advance:
         for place, subject in enumerate(subjects):
-            model = _loaded(run, subject.parent, subject)
+            model = _loaded(run, subject)
             with model.whole() as module:
                 for part in parts:
                     part.measure(subject, module, advance)
@@ -94,10 +95,9 @@ def _against(run: Run, parts: Sequence[Part[Any]], subject: Subject, before: Sub
             part.against(subject, module)
 
 
-def _loaded(run: Run, parent: Parent, subject: Subject) -> Model:
-    return Model.load(
-        run.engine, parent, "policy", subject.encoder, run.config.model_args, bf16=False, frozen=True
-    ).freeze()
+def _loaded(run: Run, subject: Subject) -> Model:
+    keys: dict[str, Any] = {"dtype": answering_dtype(run.engine), "bf16": False, "frozen": True}
+    return Model.load(run.engine, subject.parent, "policy", subject.encoder, run.config.model_args, **keys).freeze()
 
 
 def _origin(subject: Subject, earlier: Sequence[Subject]) -> Subject | None:
