@@ -1,5 +1,5 @@
-"""Removes what a run can do without: earlier results that a changed recipe has set aside, and what the next start makes
-again from the data and from GGUF files. Imports no torch."""
+"""Removes what a run can do without: earlier results that a changed recipe has set aside, results that did not pass
+their gate, and what the next start makes again from the data and from GGUF files. Imports no torch."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,6 +10,7 @@ from handoff.lock import LOCK_NAME, RunLock
 from handoff.manifest import read_manifest
 from handoff.parent import UNPACKED
 from handoff.previous import PREVIOUS
+from handoff.refused import FAILED
 from training.run import ROWS
 
 
@@ -33,7 +34,7 @@ def clean(run_dir: Path) -> list[tuple[Path, int]]:
 
 
 def _removable(run_dir: Path, root: Path) -> Iterator[Path]:
-    for path in (run_dir / PREVIOUS, root / ROWS):
+    for path in (run_dir / PREVIOUS, run_dir / FAILED, root / ROWS):
         if path.is_dir():
             yield path
     manifests = (read_manifest(path) for path in root.glob("*/*/stage.json"))

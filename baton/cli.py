@@ -154,6 +154,7 @@ def verify(target: RunArgument) -> None:
     Exit code 1 when something differs.
     """
     from baton.runs import run_dir_of
+    from handoff.refused import read_refused, refused_sections
     from handoff.verify import lineage, verify_run
 
     run_dir = run_dir_of(target)
@@ -169,6 +170,12 @@ def verify(target: RunArgument) -> None:
     for stage in stages:
         parents = ", ".join(f"{parent.name} {parent.fingerprint[:8]}" for parent in stage.parents.values())
         print(shown(f"  {stage.stage:<12} {stage.fingerprint[:8]}{'  from ' + parents if parents else ''}"))
+    for section in refused_sections(run_dir):
+        failed = read_refused(run_dir, section)
+        if failed is not None:
+            print(
+                shown(f"  {section}: below its gate: {'; '.join(failed.reasons)}; not published, kept in {failed.path}")
+            )
     print(f"{run_dir}: every file is as it was published, and every stage was made from the parents that are here")
 
 

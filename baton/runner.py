@@ -36,7 +36,7 @@ from training.engines.launch_file import check_launch_file
 from training.engines.machines import Place
 from training.inputs import stage_inputs
 from training.recipe import Recipe, Section
-from training.references import check_compared, check_models
+from training.references import check_compared, check_gates, check_models
 from training.registry import Registry
 from training.signals import ENDING
 from training.terminal import Screen, same_reader
@@ -259,6 +259,7 @@ def _run(
     check_data(recipe, names)
     check_functions(reward_functions(recipe, names))
     check_trackers(recipe, names)
+    check_gates(recipe, names)
     console = Screen()
     if dry_run:
         return _print_plan(recipe, names, force, console)

@@ -15,6 +15,7 @@ from handoff.files import quoted
 from handoff.journal import Journal
 from handoff.manifest import Inputs, Manifest
 from handoff.parent import damaged_since_publishing, packed
+from handoff.refused import read_refused
 from handoff.stage import StageDir
 from training.inputs import stage_inputs
 from training.recipe import Recipe
@@ -54,6 +55,10 @@ def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> S
     stage = StageDir(recipe.run_dir / name)
     manifest = stage.manifest()
     now = inputs_of(recipe, name)
+    failed = read_refused(recipe.run_dir, name)
+    below: tuple[str, ...] = ()
+    if failed is not None and now.continues(failed.manifest.inputs):
+        below = (f"its last result was below its gate: {'; '.join(failed.reasons)} (kept in {failed.path})",)
     aside = ("what an earlier start with this recipe made comes back",) if stage.has_aside(now) else ()
     if manifest is not None:
         changes = now.differences(manifest.inputs)
@@ -61,14 +66,14 @@ def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> S
         changes += [f"{quoted(file)} {change}" for file, change in damaged]
         if not changes:
             return Standing(name, State.UP_TO_DATE, (), manifest)
-        return Standing(name, State.STALE, (*changes, *aside), manifest)
+        return Standing(name, State.STALE, (*changes, *aside, *below), manifest)
     started = stage.started_inputs()
     if started is None:
-        return Standing(name, State.NEW, aside)
+        return Standing(name, State.NEW, (*aside, *below))
     changes = now.differences(started)
     if changes:
         return Standing(name, State.STALE, ("was not finished", *changes, *aside))
-    return Standing(name, State.UNFINISHED, (_continuation(stage, recipe.sections[name].stage),))
+    return Standing(name, State.UNFINISHED, (_continuation(stage, recipe.sections[name].stage), *below))
 
 
 def _continuation(stage: StageDir, package: str) -> str:

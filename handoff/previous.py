@@ -47,6 +47,10 @@ class Previous:
                 return number
         return None
 
+    def newest(self, name: str) -> int | None:
+        """The number of the newest content that has a file of this name."""
+        return next((n for n in reversed(self._numbers()) if (self.folder / str(n) / name).is_file()), None)
+
     def bring_back(self, number: int) -> None:
         """Moves content back into the stage's directory, which is empty."""
         (self.folder / str(number)).rename(self.folder / _RETURNING)

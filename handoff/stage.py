@@ -6,6 +6,9 @@
     <run>/<stage>/data/          the published rows, instead of model/, if the stage makes rows (`kind: dataset`)
     <run>/<stage>/stage.json     the manifest, written last: without it the stage is unfinished
 
+A result that does not pass its gate goes to `<run>/.failed/<stage>/` instead, and what was published before is current
+again.
+
 A kill at any line of `begin` or `publish` leaves the previous published state, or a directory without stage.json, which
 the next `begin` resumes or moves away. With several processes, only the main one calls these methods.
 """
@@ -14,12 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from uuid import uuid4
 
 from handoff.contract import check_files, check_model, check_rows, write_pad_token
 from handoff.encoding import read_tokenizer
-from handoff.errors import HandoffError
+from handoff.errors import GateError, HandoffError
 from handoff.files import (
     cannot_write,
     check_free_space,
@@ -48,13 +51,14 @@ from handoff.manifest import (
 )
 from handoff.parent import keep_hashes
 from handoff.previous import MANIFEST, STARTED, Previous, read_inputs
+from handoff.refused import Verdict, forget, keep
 from handoff.state import StateStore
 
 MINIMUM_FREE = 64 << 20  # bytes; room for logs and metrics, whatever the model's size
 
 TRACKERS = "trackers"
 """Name of the folder in which each tracker has its own."""
-_WRITING, _NEXT, _OLD = ".writing", ".stage.json.next", ".old"
+_WRITING, _NEXT, _OLD, _MADE = ".writing", ".stage.json.next", ".old", ".made"
 
 
 class StageDir:
@@ -74,6 +78,7 @@ class StageDir:
         self._inputs: Inputs | None = None
         self._fresh = False  # whether `begin` wrote started.json
         self._previous = Previous(path)
+        self._refused = False  # whether the result did not pass its gate
         self._set_aside: int | None = None  # number of the content that `begin` also moved away
 
     def manifest(self) -> Manifest | None:
@@ -168,13 +173,18 @@ class StageDir:
         """The run id for trackers: random, drawn by `begin` and kept when the stage resumes."""
         return str(read_json(self.started_path)["run_id"])
 
+    def made(self, name: str) -> Path:
+        """The path under which a stage writes a file that `publish` moves into place."""
+        (self.path / _MADE).mkdir(exist_ok=True)
+        return self.path / _MADE / name
+
     def _started_with(self, inputs: Inputs) -> bool:
         started = self.started_inputs()
         return started is not None and inputs.continues(started)
 
     def _sweep(self) -> None:
         """Removes the leftovers of writes that were killed."""
-        for name in (_WRITING, _NEXT, _OLD):
+        for name in (_WRITING, _NEXT, _OLD, _MADE):
             remove_tree(self.path / name)
         for path in self.path.glob(".*.tmp"):
             remove_tree(path)
@@ -236,6 +246,8 @@ class StageDir:
         files: Sequence[str] = (),
         tokenizer: TokenizerRecord | None = None,
         adapter: AdapterRecord | None = None,
+        judge: Callable[[], Sequence[Verdict]] = tuple,
+        advice: str = "",
     ) -> Manifest:
         """Publishes the stage's result atomically.
 
@@ -243,14 +255,17 @@ class StageDir:
             write: writes the model, or the rows of a `dataset`, into the empty directory that it receives. It returns
                 {file: SHA-256} of files that it hashed while writing, or None. `write` is None if the stage makes
                 neither model nor rows.
-            files: names of other files in the stage's directory that are published too, e.g. results.json.
+            files: names of other files that are published too, e.g. results.json; they were written to `made`.
             tokenizer: the record that the written model must have: what `rehearse` returned.
+            judge: called when everything is written; gives the conditions of the stage's gate.
+            advice: what helps if one of them is not met, for the message.
 
         The other arguments are the manifest's fields.
 
         Raises:
             HandoffError: the written model breaks the contract or has another encoding than `tokenizer`, or the disk
                 is full or cannot be written. The stage stays unfinished, or keeps its earlier publication.
+            GateError: a condition of the gate is not met. The result is kept in `<run>/.failed`.
         """
         assert self._inputs == inputs, "publish must get the inputs that begin got"
         writing = self.path / _WRITING
@@ -262,8 +277,8 @@ class StageDir:
                 names = list_files(writing)
                 hashes = {f"{target.name}/{name}": known.get(name) or sha256_file(writing / name) for name in names}
             for file in files:
-                fsync_path(self.path / file)
-                hashes[file] = sha256_file(self.path / file)
+                fsync_path(self.made(file))
+                hashes[file] = sha256_file(self.made(file))
             manifest = Manifest(
                 name=name,
                 stage=stage,
@@ -283,11 +298,15 @@ class StageDir:
                 extra=dict(extra or {}),
                 files=hashes,
             )
+            verdicts = judge()
+            if not all(verdict.passed for verdict in verdicts):
+                self._refuse(manifest, verdicts, {target.name: writing} if write else {}, files, advice)
             # Written before the old publication is removed, so that no later step needs disk space.
             write_json(self.path / _NEXT, sealed(manifest))
         except Exception as error:  # `write` may raise any type of error for a full disk
             if not cannot_write(error):
                 remove_tree(writing)
+                remove_tree(self.path / _MADE)
                 raise
             with suppress(OSError):
                 remove_tree(writing)
@@ -296,8 +315,27 @@ class StageDir:
             raise HandoffError(
                 f"{self.path}: {why}, nothing was published; {mend} and run the same command again"
             ) from error
-        self._switch(writing if write else None, target)
+        self._switch(writing if write else None, target, files)
+        forget(self.path.parent, self.path.name)
         return manifest
+
+    def _refuse(
+        self,
+        manifest: Manifest,
+        verdicts: Sequence[Verdict],
+        folders: Mapping[str, Path],
+        files: Sequence[str],
+        advice: str,
+    ) -> NoReturn:
+        """Keeps the result in `<run>/.failed`. Raises GateError."""
+        kept = keep(self.path.parent, manifest, verdicts, folders, {file: self.made(file) for file in files})
+        self._refused = True
+        reasons = "".join(f"\n  - {verdict.said}" for verdict in verdicts if not verdict.passed)
+        raise GateError(
+            f"{manifest.name}: the result is below its gate and is not published:{reasons}\nIt is kept in {kept}, "
+            f"`baton report` shows it, and what was published before stays. {advice}Another `gate` in the recipe costs "
+            "no training: the same command goes on from the last saved state."
+        )
 
     def rehearse(self, write: Callable[[Path], None], kind: Kind, expected: TokenizerRecord | None) -> TokenizerRecord:
         """Writes a publication without weights, checks it as `publish` will, and removes it.
@@ -361,9 +399,9 @@ class StageDir:
         fsync_tree(writing)
         return record, hashes
 
-    def _switch(self, written: Path | None, target: Path) -> None:
-        """Moves `written` to `target`. Removes the old stage.json first and writes the new one last, so that it never
-        describes other files."""
+    def _switch(self, written: Path | None, target: Path, files: Sequence[str]) -> None:
+        """Moves `written` to `target`, and the files into place. The old stage.json is removed first and the new one is
+        written last, so that it never describes other files."""
         old = self.path / _OLD
         remove_tree(old)
         self.manifest_path.unlink(missing_ok=True)
@@ -372,10 +410,13 @@ class StageDir:
             target.rename(old)
         if written is not None:
             written.rename(target)
+        for file in files:
+            self.made(file).replace(self.path / file)
         fsync_path(self.path)
         (self.path / _NEXT).rename(self.manifest_path)
         fsync_path(self.path)
         remove_tree(old)
+        remove_tree(self.path / _MADE)
 
     def _relative(self, parent: ParentRecord) -> ParentRecord:
         path, run = Path(parent.path).absolute(), self.path.parent.absolute()
@@ -396,10 +437,19 @@ class StageDir:
         if self.untouched:
             self._undo()
         else:
+            if self._refused and not self.manifest_path.exists():
+                self._restore()
             self._previous.rotate()
             keep_hashes(self.path.parent)
         self._lock.release()
         self._inputs = None
+
+    def _restore(self) -> None:
+        """Makes the newest earlier publication current again; the present content comes back with its recipe."""
+        number = self._previous.newest(MANIFEST)
+        if number is not None:
+            self._put_aside()
+            self._previous.bring_back(number)
 
     def _undo(self) -> None:
         remove_tree(self.state_dir)

@@ -12,6 +12,7 @@ from handoff.errors import HandoffError
 from handoff.files import sha256_file
 from handoff.manifest import Manifest, ParentRecord, read_manifest
 from handoff.parent import changes_since_publishing, open_foreign
+from handoff.refused import FAILED, read_refused, refused_sections
 from handoff.state import StateStore
 
 
@@ -57,6 +58,14 @@ def verify_run(run_dir: Path) -> list[Problem]:
     problems: list[Problem] = []
     waiting = [(folder, folder.name) for folder in _stage_dirs(run_dir)]
     seen = {folder.resolve() for folder, _ in waiting}
+    for section in refused_sections(run_dir):
+        try:
+            failed = read_refused(run_dir, section)
+        except HandoffError as error:
+            problems.append(Problem(section, "", str(error)))
+            continue
+        changes = [] if failed is None else changes_since_publishing(failed.path, failed.manifest)
+        problems += [Problem(f"{FAILED}/{section}", file, f"{change} since it was kept") for file, change in changes]
     while waiting:
         directory, label = waiting.pop(0)
         states = StateStore(directory / "state").damages()

@@ -66,7 +66,7 @@ def test_the_fingerprint_identifies_the_result(tmp_path: Path) -> None:
 def test_an_evaluation_publishes_files_and_no_model(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "evaluate")
     stage.begin(inputs())
-    (stage.path / "results.json").write_text("{}")
+    stage.made("results.json").write_text("{}")
     manifest = publish(stage, None, kind="evaluation", files=["results.json"])
     stage.close()
     assert list(manifest.files) == ["results.json"]

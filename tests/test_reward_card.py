@@ -20,7 +20,7 @@ from stages.reward_model.card import (
     share,
     spoilt_answers,
 )
-from stages.reward_model.config import DECLARATION, Gate
+from stages.reward_model.config import DECLARATION, CardGate
 
 N = 400
 
@@ -33,7 +33,7 @@ def made(margins, lengths=None, gate=None, probes=None, ensemble=None):
     """A card from the differences of scores; lengths do not vary unless given."""
     chosen = np.asarray(margins, dtype=float)
     lengths = np.full((len(chosen), 2), 5.0) if lengths is None else np.asarray(lengths, dtype=float)
-    return make_card(chosen, np.zeros(len(chosen)), lengths, probes or {}, gate or Gate(), ensemble)
+    return make_card(chosen, np.zeros(len(chosen)), lengths, probes or {}, gate or CardGate(), ensemble)
 
 
 def test_shares_have_wilsons_interval():
@@ -57,7 +57,10 @@ def test_length_alone_is_one_number_whichever_way_round():
     """The stage's headline and the card give the same number, also where the shorter answer is mostly better."""
     lengths = np.array([[3.0, 8.0], [4.0, 9.0], [2.0, 7.0], [9.0, 1.0], [5.0, 6.0]])
     scores = np.arange(5.0)
-    metrics, card = pair_metrics(scores, scores[::-1], lengths), make_card(scores, scores[::-1], lengths, {}, Gate())
+    metrics, card = (
+        pair_metrics(scores, scores[::-1], lengths),
+        make_card(scores, scores[::-1], lengths, {}, CardGate()),
+    )
     assert metrics["length_alone"] == card.length_alone == pytest.approx(0.8)
     assert card.longer_wins.value == pytest.approx(0.2)
     shown = {metric for metric, label in DECLARATION.headline if "length alone" in label}
@@ -145,11 +148,11 @@ def test_a_probe_passes_from_the_gates_share_on():
     chosen = np.ones(10)
     spoilt = np.array([0.0] * 8 + [2.0] * 2)
     for asked, passed in ((None, True), (0.8, True), (0.81, False)):
-        (found,) = made(chosen, probes={"empty": spoilt}, gate=Gate(min_probes=asked)).probes
+        (found,) = made(chosen, probes={"empty": spoilt}, gate=CardGate(min_probes=asked)).probes
         assert (found.share.value, found.passed) == (0.8, passed)
     (without,) = made(chosen, probes={"off-topic": np.where(spoilt > 1, np.nan, spoilt)}).probes
     assert (without.share.value, without.share.n) == (1.0, 8)
-    (nothing,) = made(chosen, probes={"off-topic": np.full(10, np.nan)}, gate=Gate(min_probes=1.0)).probes
+    (nothing,) = made(chosen, probes={"off-topic": np.full(10, np.nan)}, gate=CardGate(min_probes=1.0)).probes
     assert nothing.share is None and nothing.passed
 
 
@@ -179,7 +182,7 @@ def biased(noise: float = 0.05):
 
 def test_a_length_biased_model_is_flagged():
     chosen, rejected, lengths = biased()
-    card = make_card(chosen, rejected, lengths, {}, Gate())
+    card = make_card(chosen, rejected, lengths, {}, CardGate())
     assert card.accuracy.value > 0.8 and card.accuracy.value == card.longer_wins.value
     assert card.over_length == 0.0
     assert card.score_length_correlation > 0.99 and card.margin_length_correlation > 0.99
@@ -192,31 +195,33 @@ def test_a_length_biased_model_is_flagged():
     assert all(finding.startswith("is right in only 0 % of the ") for finding in card.findings[2:])
     assert card.gate == []  # the gate is empty
 
-    mirrored = make_card(-rejected, -chosen, lengths[:, ::-1], {}, Gate())  # shorter is better, without other signal
+    mirrored = make_card(
+        -rejected, -chosen, lengths[:, ::-1], {}, CardGate()
+    )  # shorter is better, without other signal
     assert "better answer is the longer one it ranks 0 % right" in mirrored.findings[1] and mirrored.over_length < 0.01
     always = lengths[:, 0] > lengths[:, 1]
-    blind = make_card(chosen[always], rejected[always], lengths[always], {}, Gate())
+    blind = make_card(chosen[always], rejected[always], lengths[always], {}, CardGate())
     assert blind.findings[1].endswith("there are no held-out pairs whose better answer is the shorter one")
 
 
 def test_a_model_may_prefer_short_answers_where_it_knows_better_too():
     """Score and length correlate, but it is also right where length misleads: a property of the data, no fault."""
     chosen, rejected, lengths = biased()
-    right = make_card(np.maximum(chosen, rejected), np.minimum(chosen, rejected), lengths, {}, Gate())
+    right = make_card(np.maximum(chosen, rejected), np.minimum(chosen, rejected), lengths, {}, CardGate())
     assert abs(right.score_length_correlation) > 0.6 and right.findings == []
 
 
 def test_a_good_model_has_no_findings():
     _, _, lengths = biased()
     better = uniform(N, 0, "margin") + np.where(uniform(N, 0, "right") < 0.95, 0.2, -1.2)
-    card = make_card(better, np.zeros(N), lengths, {"empty": np.full(N, -5.0)}, Gate())
+    card = make_card(better, np.zeros(N), lengths, {"empty": np.full(N, -5.0)}, CardGate())
     assert card.findings == [] and card.over_length > 0.05
 
 
 def test_every_demand_of_the_gate_says_what_is_wrong():
     chosen, rejected, lengths = biased()
     spoilt = {"empty": chosen - 1, "repeated": chosen + 1}
-    card = make_card(chosen, rejected, lengths, spoilt, Gate(min_probes=0.9))
+    card = make_card(chosen, rejected, lengths, spoilt, CardGate(min_probes=0.9))
     right, ece = card.accuracy.value, card.ece
     percent = f"{100 * right:.1f}".removesuffix(".0")
     demands = {
@@ -231,11 +236,11 @@ def test_every_demand_of_the_gate_says_what_is_wrong():
     }
     for key, (reached, said) in demands.items():
         stricter = math.nextafter(reached, 2 if key.startswith("min") else -2)
-        assert failures(card, Gate(**{key: reached})) == []
-        (reason,) = failures(card, Gate(**{key: stricter}))
+        assert failures(card, CardGate(**{key: reached})) == []
+        (reason,) = failures(card, CardGate(**{key: stricter}))
         assert reason.startswith(said) and key in reason
     assert card.gate == ["repeated answers score below good ones in 0 % of the cases; min_probes is 90 %"]
-    assert set(demands) | {"min_probes"} == set(Gate.model_fields), "a demand without a test"
+    assert set(demands) | {"min_probes", "metrics"} == set(CardGate.model_fields), "a demand without a test"
 
 
 @pytest.mark.parametrize("margins", [[0.0], [1.0], [-1.0, 2.0], [0.0, 0.0, 0.0], [1e9, -1e9]])

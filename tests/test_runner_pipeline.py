@@ -73,7 +73,7 @@ def publish(recipe: Recipe, name: str) -> None:
     """A stage that does no real work."""
     section, inputs, directory = recipe.sections[name], stage_inputs(recipe, name), StageDir(recipe.run_dir / name)
     directory.begin(inputs)
-    (directory.path / "result.json").write_text(json.dumps(section.config.result))
+    directory.made("result.json").write_text(json.dumps(section.config.result))
     directory.publish(
         None,
         name=name,

@@ -14,6 +14,7 @@ from data.rows import Pairs
 from handoff.errors import GateError, UserError
 from handoff.files import read_json
 from handoff.parent import open_parent
+from handoff.refused import failed_dir
 from handoff.stage import StageDir
 from reward.learned import score
 from stages.reward_model.schema import Card
@@ -133,13 +134,13 @@ def test_a_length_biased_model_is_flagged_and_stopped_by_the_gate(tmp_path, bias
         main("reward_model", [str(recipe.path), *recipe.overrides, "--section", "reward"])
     assert exited.value.code == 3
     said = capsys.readouterr().err
-    assert said.startswith("reward: the reward model is below its gate and is not published")
+    assert said.startswith("reward: the result is below its gate and is not published")
     assert "min_over_length is 0.05" in said and "max_length_correlation is 0.5" in said
     assert "min_accuracy is" not in said, "it is right often enough"
     assert "Traceback" not in said
 
     folder = recipe.run_dir / "reward"
-    card = card_of(folder)
+    card = card_of(failed_dir(recipe.run_dir, "reward"))
     assert card.accuracy.value >= 0.7 and card.longer_wins.value == 0.8
     assert any(finding.startswith("follows length") for finding in card.findings)
     assert len(card.gate) == 2
@@ -152,25 +153,28 @@ def test_a_length_biased_model_is_flagged_and_stopped_by_the_gate(tmp_path, bias
 
 @pytest.mark.slow
 def test_another_gate_costs_no_training(tmp_path, monkeypatch):
-    """The gate refuses, accepts and refuses again: each time it decides from the last saved state, without training."""
+    """The gate refuses, accepts and refuses again: each time it decides from the last saved state, without training.
+    What it accepted stays published."""
     steps = []
     original = Trainer.training_step
     monkeypatch.setattr(
         Trainer, "training_step", lambda self, *args, **keys: steps.append(1) or original(self, *args, **keys)
     )
     cards = []
-    for gate, published, trained in ((1.0, False, 20), (0.0, True, 0), (1.0, False, 0)):
+    for gate, passes, trained in ((1.0, False, 20), (0.0, True, 0), (1.0, False, 0)):
         recipe = stage_recipe("reward", tmp_path, f"gate.min_accuracy={gate}", "train.save_steps=10")
         stage = StageDir(recipe.run_dir / "reward")
         steps.clear()
-        if published:
+        if passes:
             run_section(recipe, "reward")
         else:
             with pytest.raises(GateError, match=r"it ranks [\d.]+ % of 40 held-out pairs right; min_accuracy is 100 %"):
                 run_section(recipe, "reward")
-        assert (stage.manifest() is not None) == published
+        assert (stage.manifest() is not None) == (trained == 0)
         assert len(steps) == trained
-        cards.append(card_of(stage.path).model_copy(update={"gate": []}))
+        kept = failed_dir(recipe.run_dir, "reward")
+        assert kept.exists() != passes
+        cards.append(card_of(stage.path if passes else kept).model_copy(update={"gate": []}))
     assert cards[0] == cards[1] == cards[2]
 
 

@@ -11,9 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from handoff.errors import GateError
+from handoff.stage import StageDir
 from handoff.state import StateStore
-from tests.stage_chain import lines_of, run_stage, stage_recipe
+from tests.stage_chain import chain, lines_of, run_stage, runs, stage_recipe
 from training.engines import files
+from training.gates import Bound, Gate, check_measured
+from training.recipe import load_recipe
 from training.run import run_section
 from training.trainer import fit
 
@@ -146,3 +149,13 @@ def test_evaluation_during_training_is_logged_and_changes_nothing(tmp_path):
     assert [line["step"] for line in plain.lines if "eval_loss" in line] == [0, 6]
     assert all(torch.equal(plain.weights[key], watched.weights[key]) for key in plain.weights)
     assert lines_of(plain.folder)[-1] == lines_of(watched.folder)[-1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", *STAGES])
+def test_every_metric_that_is_published_can_be_gated(name, tmp_path):
+    config = load_recipe(chain()).sections[name].config
+    made = StageDir(runs() / "tiny" / name).manifest()  # as far as the chain goes
+    metrics = made.metrics if made else run_stage(name, tmp_path, "train.max_steps=1").manifest.metrics
+    found = [key for key in metrics if not key.startswith("time/")]
+    assert found
+    check_measured(Gate(metrics={key: Bound(min=0) for key in found}), config.published, held_out=True)

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldSource
 from handoff.manifest import QuantizationRecord
 from reward.config import RewardConfig
+from training.gates import Gate, check_measured
+from training.strict import Strict as Strict
 
 REHEARSED_STEPS = 2
 """Steps of each training in a rehearsal."""
@@ -20,16 +22,6 @@ ADAPTER_RATE = 10  # Schulman et al. 2025: the best learning rate of LoRA is ten
 
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 """The trackers to which metrics.jsonl can be mirrored (training/trackers)."""
-
-
-class Strict(BaseModel):
-    """Unknown keys and wrong types are errors; values are never converted silently from another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    refused: ClassVar[Mapping[str, str]] = {}
-    """Keys that users may expect but that are left out on purpose, with the reason and the alternative."""
-    without_effect: ClassVar[frozenset[str]] = frozenset()
-    """The keys of this class on which the result does not depend (`training.inputs`); it depends on all others."""
 
 
 class OptimizerConfig(Strict):
@@ -106,6 +98,8 @@ class OptimizerConfig(Strict):
 
 
 Optimizer = TypeVar("Optimizer", bound=OptimizerConfig)
+CHANGED = ("weights/changed*",)
+"""The metric that every stage with a parent model publishes (`StageConfig.published`)."""
 
 
 class TrainConfig(OptimizerConfig):
@@ -223,7 +217,7 @@ class AdapterConfig(Strict):
     rate of full training, which is the default of `train.learning_rate` with an adapter.
     """
 
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"),
             "follows from the stage and its parent",
@@ -297,7 +291,7 @@ class AdapterConfig(Strict):
 class QuantizationArguments(Strict):
     """How `quantization` stores the frozen weights, with the names of `transformers.BitsAndBytesConfig`."""
 
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"), "write quantization: nf4, or quantization: int8"
         ),
@@ -381,9 +375,15 @@ class StageConfig(Strict):
 
     publishes_rows: ClassVar[bool] = False
     """Whether the stage publishes rows (`kind: dataset`), which other sections read as data, and no model."""
+    published: ClassVar[Sequence[str]] = ()
+    """Names of the metrics that the stage publishes, for gates; `*` stands for any characters. Those that begin with
+    `eval` are measured on `eval_data`."""
 
     stage: str = ""
     """The stage package that runs the section; by default the one with the section's name."""
+    gate: Gate = Field(default_factory=Gate)
+    """What the result must reach to be published (docs/gates.md). If it does not, it is kept aside, what was published
+    before stays, and the pipeline stops with exit code 3."""
 
     def sources(self) -> list[SourceConfig]:
         """Every data source that the section names, under whichever key."""
@@ -396,6 +396,10 @@ class StageConfig(Strict):
     def rewards(self) -> dict[str, RewardConfig]:
         """Every reward that the section names, by its place: `reward.0`."""
         return {place: entry for key, value in self for place, entry in _entries(key, value)}
+
+    def compared_with_parents(self) -> list[str]:
+        """Models that the section's gate compares with their parents, which the section has to name, too."""
+        return []
 
     def vocabulary(self) -> int | None:
         """Entries of the tokenizer that the section makes; None if it makes none."""
@@ -434,9 +438,16 @@ class StageConfig(Strict):
             changed |= {f"{place}.limit": min(most, one.limit or most) for place, one in _sources(key, entries)}
             if isinstance(entries, OptimizerConfig):
                 changed |= {f"{key}.{name}": value for name, value in entries.rehearsal(processes).items()}
+            if isinstance(entries, Gate) and key in self.model_fields_set:
+                changed[key] = {}
             if isinstance(entries, ModelArguments) and entries.attn_implementation not in ("auto", "eager"):
                 changed[f"{key}.attn_implementation"] = "auto"
         return changed
+
+    @model_validator(mode="after")
+    def _gate_is_measured(self) -> Self:
+        check_measured(self.gate, self.published, held_out=bool(getattr(self, "eval_data", None)))
+        return self
 
     def optimizer_steps(self) -> TrainConfig | None:
         """The section's `train:`, if its optimizer steps take rows of the data; otherwise None."""

@@ -50,6 +50,20 @@ def check_models(recipe: Recipe, names: Sequence[str], *, fetch: bool) -> None:
                 )
 
 
+def check_gates(recipe: Recipe, names: Sequence[str]) -> None:
+    """Checks that a gate which compares a section with its parent finds the parent among the section's models. Raises
+    RecipeError."""
+    for name in names:
+        section = recipe.sections[name]
+        for model in section.config.compared_with_parents():
+            parent = recipe.sections[model].parents.get("parent") if model in recipe.sections else None
+            if parent is not None and parent not in section.soft_parents.values():
+                raise RecipeError(
+                    f"{recipe.path}: {name}.gate: {model} is to be no worse than its parent {parent}, which is not "
+                    f"evaluated: add it to {name}.models"
+                )
+
+
 def check_compared(recipe: Recipe, names: Sequence[str], command: str) -> None:
     """Checks that each section which compares models will find one of them.
 

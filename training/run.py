@@ -29,6 +29,7 @@ from handoff.files import disk_is_full
 from handoff.journal import Journal
 from handoff.manifest import MODEL_KINDS, AdapterRecord, Inputs, Kind, Manifest, TokenizerRecord
 from handoff.parent import Dataset, Parent, known_hashes, open_dataset, open_parent
+from handoff.refused import Verdict
 from handoff.stage import StageDir
 from training import engines
 from training.config import OptimizerConfig, Tracker
@@ -36,10 +37,11 @@ from training.engines import elastic
 from training.engines.launch import check_environment, is_main, say_error
 from training.engines.lost import PeersLost, peers_lost
 from training.engines.protocol import Engine
+from training.gates import judged
 from training.importing import quick_imports, quiet_libraries
 from training.inputs import present_soft_parents, stage_inputs
 from training.recipe import DATA_ROLE, Recipe, RecipeError, load_recipe
-from training.references import check_models
+from training.references import check_gates, check_models
 from training.registry import Registry
 from training.signals import Signals, Stopped
 from training.terminal import Screen, prepare, shown
@@ -278,6 +280,8 @@ class Run:
         files: Sequence[str] = (),
         step: int = 0,
         adapter: AdapterRecord | None = None,
+        verdicts: Sequence[Verdict] = (),
+        advice: str = "",
     ) -> None:
         """Publishes the stage. Every process calls it.
 
@@ -287,9 +291,14 @@ class Run:
                 not write pass None.
             metrics: metrics for the manifest.
             extra: values that children need besides the weights.
-            files: names of other files in the stage's directory to publish.
+            files: names of other files to publish, which were written to `StageDir.made`.
             step: step of the logged line with the share of changed weights.
             adapter: base and stack of the model, if it is published as an adapter (`Model.adapter_record`).
+            verdicts: conditions of the section's gate besides those on its metrics.
+            advice: what helps where they are not met.
+
+        Raises:
+            GateError: the result does not pass the gate.
         """
         metrics = {**metrics, "time/total": round(time.time() - self._started, 2)}
 
@@ -304,6 +313,7 @@ class Run:
                 self.sync()
             return done.hashes
 
+        refusal = ""
         if self.is_main:
             try:
                 self.sync()
@@ -314,7 +324,8 @@ class Run:
                     f"{error.filename}: cannot be written ({error.strerror}), nothing was published; mend that and run "
                     "the same command again"
                 ) from error
-            self.dir.publish(
+            publish = partial(
+                self.dir.publish,
                 None if write is None else written,
                 files=list(files),
                 name=self.section.name,
@@ -334,14 +345,20 @@ class Run:
                 extra=extra or {},
                 tokenizer=self._tokenizer,
                 adapter=adapter,
+                judge=lambda: [*verdicts, *judged(self.config.gate, metrics)],
+                advice=advice,
             )
-            self._announce(self.dir.manifest())
+            try:
+                self._announce(publish())
+            except GateError as error:
+                refusal = str(error)
         elif write is not None:
             write(None)
+        if refusal := self.engine.on_main(lambda: refusal):
+            raise GateError(refusal)
         self.engine.barrier()
 
-    def _announce(self, manifest: Manifest | None) -> None:
-        assert manifest is not None
+    def _announce(self, manifest: Manifest) -> None:
         shown = {k: v for k, v in manifest.metrics.items() if isinstance(v, int | float) and not k.startswith("time/")}
         text = "  ".join(f"{key} {value:.4g}" for key, value in list(shown.items())[:6])
         self.console.print(f"  published {self.dir.path}  {text}")
@@ -406,6 +423,7 @@ def _run_section(
     try:
         run.check_batch()
         check_trackers(recipe, [name])
+        check_gates(recipe, [name])
         engine.on_main(lambda: check_models(recipe, [name], fetch=True))
         run.begin(engine.on_main(lambda: stage_inputs(recipe, name)))
         with quick_imports():

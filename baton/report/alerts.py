@@ -22,6 +22,13 @@ def warnings(run: RunData) -> list[str]:
                 )
         for name in sorted({key for row in stage.metrics for key, value in row.items() if value != value}):
             found.append(f"{stage.name}: {name} was not a number in at least one step")
+    for stage in run.stages:
+        if stage.failed is not None:
+            stays = "what was published before is shown here" if stage.manifest else "nothing of it is published"
+            found.append(
+                f"{stage.name} did not pass its gate: {'; '.join(stage.failed.reasons)}. The result is kept in "
+                f"{stage.failed.path}; {stays}"
+            )
     for account in facts.accounts(run):
         lost = sum(count for _, count in account.dropped)
         if account.used + lost != account.rows_in:

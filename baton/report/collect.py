@@ -18,6 +18,7 @@ from handoff.errors import HandoffError, UserError
 from handoff.files import read_json
 from handoff.gate import ADAPTER_WEIGHTS
 from handoff.manifest import MODEL_KINDS, Manifest
+from handoff.refused import Refused, read_refused
 from handoff.stage import StageDir
 from handoff.weights import TensorInfo, read_header, read_tensors
 from stages.reward_model.schema import Card
@@ -130,6 +131,8 @@ class Stage:
     begun_as: str | None = None
     """The stage's package according to the record of its start."""
     origin: Origin = field(default_factory=Origin)
+    failed: Refused | None = None
+    """Its last result, if that did not pass the gate. `results` and `card` are that one's if nothing is published."""
 
     @property
     def package(self) -> str:
@@ -215,6 +218,12 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
     except HandoffError as error:
         problems.append(str(error))
         manifest = None
+    failed = None
+    try:
+        failed = read_refused(directory.path.parent, name)
+    except HandoffError as error:
+        problems.append(str(error))
+    judged, folder = (manifest, directory.path) if manifest or not failed else (failed.manifest, failed.path)
     parameters = None
     if manifest and manifest.kind in MODEL_KINDS:
         try:  # reads headers only; tied tensors are stored once and so counted once
@@ -226,11 +235,12 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
         manifest=manifest,
         metrics=_read_lines(directory.metrics_path, problems),
         samples=_read_lines(directory.samples_path, problems),
-        results=_read_results(manifest, directory.path / "results.json", problems),
+        results=_read_results(judged, folder / "results.json", problems),
         parameters=parameters,
-        card=_read_card(directory.path / "card.json", problems),
+        card=_read_card(folder / "card.json", problems),
         begun_as=_package_begun(directory),
         origin=_origin(directory),
+        failed=failed,
     )
 
 

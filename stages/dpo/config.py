@@ -1,10 +1,11 @@
 """The section of a recipe that the DPO stage reads."""
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from training.config import REHEARSED_ANSWER, TrainConfig, TrainedStageConfig, adapter_note
+from training.config import CHANGED, REHEARSED_ANSWER, TrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import (
     LOSS,
     STOP_RATE,
@@ -50,6 +51,16 @@ class DPOTrainConfig(TrainConfig):
 
 class Config(TrainedStageConfig):
     """Preference optimisation without a reward model; the parent is the reference. Dropout is off."""
+
+    published: ClassVar[Sequence[str]] = (
+        "eval_loss",
+        "eval_rewards/*",
+        "eval_logps/*",
+        "eval_chosen_logratio_per_token",
+        "eval_stop_rate",
+        "eval_answer_tokens",
+        *CHANGED,
+    )
 
     beta: float = Field(default=0.1, gt=0)
     """β: the implied reward is β times the log-ratio to the reference; a larger β keeps the policy closer to it."""

@@ -1,12 +1,13 @@
 """The section of a recipe that the evaluation stage reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from data.config import SourceConfig
 from reward.config import check_rewards
+from stages.evaluate.gates import EvaluationGate, check_tasks
 from stages.evaluate.tasks import (
     AnswersTask,
     ChoicesTask,
@@ -44,6 +45,7 @@ _PLACE = "is a key of a task: `tasks: [{name: ..., data: [...]}]`"
 class Config(StageConfig):
     """Evaluates all `models` on the same tasks; those that the run has not published are reported and left out."""
 
+    published: ClassVar[Sequence[str]] = ("models", "items")
     without_effect: ClassVar[frozenset[str]] = frozenset({"batch_size"})
     refused: ClassVar[Mapping[str, str]] = {
         "reward": "scores are a list: `tasks: [{name: ..., data: [...], scores: [{model: NAME, reencode: true}]}]`",
@@ -58,6 +60,9 @@ class Config(StageConfig):
         min_length=1
     )
     """What the models are evaluated on (docs/stages/evaluate.md)."""
+    gate: EvaluationGate = Field(default_factory=EvaluationGate)
+    """What the models must reach (docs/gates.md). If they do not, the evaluation is kept aside, the one that was
+    published before stays, and the pipeline stops with exit code 3."""
     batch_size: int = Field(default=64, ge=1)
     """Rows decoded or scored at once by one process."""
     samples: int = Field(default=12, ge=0)
@@ -76,6 +81,7 @@ class Config(StageConfig):
             entry for task in self.tasks if not isinstance(task, ChoicesTask | DocumentsTask) for entry in task.scores
         ]
         check_rewards(*([entry] for entry in entries))
+        check_tasks(self.gate, self.tasks, self.models)
         return self
 
     def main_data(self) -> list[SourceConfig]:
@@ -85,6 +91,10 @@ class Config(StageConfig):
     def references(self) -> list[str]:
         """The reward models of all tasks."""
         return list(dict.fromkeys(ref for task in self.tasks for ref in task.references()))
+
+    def compared_with_parents(self) -> list[str]:
+        """As `StageConfig.compared_with_parents`: those of the gate."""
+        return [entry.model for entry in self.gate.tasks if entry.no_worse_than is not None and entry.model is not None]
 
     def rehearsal(self, processes: int) -> dict[str, Any]:
         """As `StageConfig.rehearsal`: short answers."""

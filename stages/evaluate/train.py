@@ -18,7 +18,7 @@ from rich.table import Table
 from handoff.errors import HandoffError
 from handoff.files import write_json
 from handoff.parent import Parent
-from stages.evaluate import answers, tables
+from stages.evaluate import answers, gates, tables
 from stages.evaluate.choices import ChoicesPart
 from stages.evaluate.config import Config
 from stages.evaluate.documents import DocumentsPart
@@ -56,13 +56,18 @@ def train(run: Run) -> None:
 
     tasks = {part.task.name: part.results(origins) for part in parts}
     names = [subject.name for subject in subjects]
-    results = {"models": names, "comparisons": tables.comparisons(tasks), "tasks": tasks}
+    called = {ref: ref if ref in run.recipe.sections else present[ref].name for ref in config.models if ref in present}
+    for missing in gates.left_out(config.gate, list(called)):
+        run.console.print(f"  the gate's conditions on {missing} are left out: it is not in this run")
+    results: dict[str, Any] = {"models": names, "comparisons": tables.comparisons(tasks), "tasks": tasks}
+    verdicts = gates.judged(config.gate, config.tasks, called, results)
+    results["gates"] = [verdict.model_dump(exclude_none=True) for verdict in verdicts]
     if run.is_main:
-        write_json(run.dir.path / "results.json", results)
+        write_json(run.dir.made("results.json"), results)
     run.engine.on_main(partial(_write_answers, run, parts))
     _print(run, results)
     metrics = {"models": len(names), "items": sum(part.count for part in parts), **_headline(results)}
-    run.publish("evaluation", None, metrics, files=["results.json", answers.FILE])
+    run.publish("evaluation", None, metrics, files=["results.json", answers.FILE], verdicts=verdicts)
 
 
 def _part(run: Run, number: int, task: TaskConfig, subjects: Sequence[Subject], scorers: Scorers) -> Part[Any]:
@@ -128,7 +133,7 @@ def _models(run: Run, present: dict[str, Parent]) -> dict[str, Parent]:
 
 
 def _write_answers(run: Run, parts: Sequence[Part[Any]]) -> None:
-    answers.write(run.dir.path / answers.FILE, chain.from_iterable(part.answers() for part in parts))
+    answers.write(run.dir.made(answers.FILE), chain.from_iterable(part.answers() for part in parts))
 
 
 def _print(run: Run, results: dict[str, Any]) -> None:

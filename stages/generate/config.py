@@ -1,5 +1,6 @@
 """The section of a recipe that the generation stage reads."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -22,6 +23,16 @@ DECLARATION = Declaration(
 class Config(StageConfig):
     """Sampled answers to prompts, with scores, as rows for other sections: `data: [{source: stage, name: ...}]`."""
 
+    published: ClassVar[Sequence[str]] = (
+        "rows",
+        "answers",
+        "stop_rate",
+        "length_tokens",
+        "score",
+        "scores/*",
+        "kept/*",
+        "dropped/*",
+    )
     publishes_rows: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 

@@ -1,6 +1,6 @@
 """The section of a recipe that the policy-gradient stage reads: PPO, GRPO, RLOO and REINFORCE++ by `advantage`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -10,6 +10,7 @@ from reward.config import RewardConfig, check_rewards
 from rollout.config import VLLMConfig
 from stages.ppo.charts import CHARTS, SECTION
 from training.config import (
+    CHANGED,
     REHEARSED_ANSWER,
     REHEARSED_STEPS,
     AdapterConfig,
@@ -288,6 +289,17 @@ class GuardConfig(Strict):
 
 class Config(StageConfig):
     """Reinforcement learning on prompts, against rewards, from an instruction-tuned parent."""
+
+    published: ClassVar[Sequence[str]] = (
+        "objective/scores",
+        "objective/kl",
+        "completions/mean_length",
+        "kept_iteration",
+        "eval/scores",
+        "eval/kl",
+        "eval/mean_length",
+        *CHANGED,
+    )
 
     parent: str
     """The policy to start from; its frozen copy is the reference."""

@@ -1,11 +1,13 @@
 """The section of a recipe that the pretraining stage reads."""
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from data.config import SourceConfig
 from training.config import (
+    CHANGED,
     AdapterConfig,
     MuonTrainConfig,
     QuantizationArguments,
@@ -37,6 +39,16 @@ class PretrainTrainConfig(MuonTrainConfig):
 
 class Config(StageConfig):
     """Next-token prediction on documents, from random weights or from a checkpoint."""
+
+    published: ClassVar[Sequence[str]] = (
+        "parameters",
+        "train_tokens",
+        "eval_loss",
+        "eval_perplexity",
+        "eval_bits_per_byte",
+        "eval_mean_token_accuracy",
+        *CHANGED,
+    )
 
     parent: str
     """A tokenizer, to start from random weights (`model` then describes the model), or a causal language model."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from data.sampling import shuffled
-from stages.reward_model.config import Gate
+from stages.reward_model.config import CardGate
 from stages.reward_model.schema import CalibrationBin, Card, Ensemble, Histogram, LengthBucket, Probe, Share
 from training.measure import wilson
 
@@ -172,7 +172,7 @@ def make_card(
     rejected: np.ndarray,
     lengths: np.ndarray,
     probes: Mapping[str, np.ndarray],
-    gate: Gate,
+    gate: CardGate,
     ensemble: Ensemble | None = None,
 ) -> Card:
     """Computes the card.
@@ -242,7 +242,7 @@ def findings(card: Card) -> list[str]:
     return found
 
 
-def failures(card: Card, gate: Gate) -> list[str]:
+def failures(card: Card, gate: CardGate) -> list[str]:
     """The gate's conditions that the card does not meet, each as a text that names the key."""
     low, correlated = card.accuracy.low, abs(card.score_length_correlation)
     found = []

@@ -1,11 +1,13 @@
 """The section of a recipe that the reward model stage reads."""
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from training.config import Strict, TrainConfig, TrainedStageConfig, adapter_note
+from training.config import CHANGED, TrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import LOSS, TRAINER_LINE, Declaration, HeldModel, pair_charts
+from training.gates import Gate
 from training.work import Batch, Work
 
 DECLARATION = Declaration(
@@ -20,7 +22,7 @@ DECLARATION = Declaration(
 )
 
 
-class Gate(Strict):
+class CardGate(Gate):
     """Conditions on held-out pairs under which the reward model is published. A key that is absent is not checked."""
 
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
@@ -47,6 +49,18 @@ class RewardTrainConfig(TrainConfig):
 class Config(TrainedStageConfig):
     """A score for prompt and answer, learned from pairs (Bradley and Terry). Dropout is off."""
 
+    published: ClassVar[Sequence[str]] = (
+        "eval_loss",
+        "eval_margin",
+        "eval_accuracy*",
+        "eval_length_a*",
+        "eval_score_length_correlation",
+        "eval_ece",
+        "eval_over_length",
+        "eval_beats_*",
+        *CHANGED,
+    )
+
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     """Seed of the new head and of the data order; by default the recipe's. Give each member of an ensemble another."""
     center_rewards_coefficient: float = Field(default=0.01, ge=0)
@@ -55,9 +69,9 @@ class Config(TrainedStageConfig):
     """Batch pairs of similar length together, to reduce padding."""
     train: RewardTrainConfig = Field(default_factory=RewardTrainConfig)
     """The training; its batch sizes count pairs."""
-    gate: Gate = Field(default_factory=Gate)
-    """Conditions for publication. If one fails, the report card is written, the model is not published, and the
-    pipeline stops with exit code 3."""
+    gate: CardGate = Field(default_factory=CardGate)
+    """What the model must reach to be published (docs/gates.md). If it does not, it is kept aside with its report card,
+    what was published before stays, and the pipeline stops with exit code 3."""
     ensemble_with: list[str] = Field(default_factory=list)
     """Reward models (sections of this recipe or directories) whose agreement with this one the report card gives."""
 
@@ -69,10 +83,6 @@ class Config(TrainedStageConfig):
         if len(set(self.ensemble_with)) != len(self.ensemble_with):
             raise ValueError("`ensemble_with` names one model twice")
         return self
-
-    def rehearsal(self, processes: int) -> dict[str, Any]:
-        """As `StageConfig.rehearsal`: nothing is demanded of the scores of a model with random weights."""
-        return {**super().rehearsal(processes), **({"gate": {}} if "gate" in self.model_fields_set else {})}
 
 
 def parents(config: Config) -> dict[str, str]:

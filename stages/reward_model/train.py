@@ -19,14 +19,14 @@ from trl import RewardConfig, RewardTrainer
 from data.overlap import MOST_SHARED, MOST_SHARED_BY_GATE
 from data.rows import Pairs
 from handoff.contract import check_same_encoding
-from handoff.errors import GateError
 from handoff.files import write_json
 from handoff.parent import Parent
+from handoff.refused import Verdict
 from reward.learned import score, statistics
 from rollout.positions import check_positions
 from stages.reward_model.card import Row, agreement, make_card, pair_metrics, spoilt_answers
 from stages.reward_model.config import Config
-from stages.reward_model.schema import Card, Ensemble
+from stages.reward_model.schema import Ensemble
 from training.limits import within_window
 from training.measure import measure_rows
 from training.model import Model, load_encoder
@@ -35,6 +35,11 @@ from training.run import Run
 from training.trainer import StageTrainer, StepOrder, arguments, fit
 
 CARD = "card.json"
+ADVICE = (
+    f"{CARD} there has the whole card. A policy would learn the model's mistakes. What helps: more or cleaner pairs; "
+    "against length, pairs whose better answer is the shorter one; against a probe, pairs with such answers as the "
+    "worse ones. "
+)
 _COMPARED = 32
 # The two forward passes use batches of different shapes, so float32 results differ in their last bits.
 _TOLERANCE = 1e-4
@@ -114,6 +119,7 @@ def train(run: Run) -> None:
     answers = BothAnswers(heldout or rows)
     values = scores(answers)
     extra = {"reward_mean": float(values.mean()), "reward_std": float(max(values.std(), 1e-6))}
+    verdicts: list[Verdict] = []
     if heldout:
         normalised = (values - extra["reward_mean"]) / extra["reward_std"]
         chosen, rejected = np.split(values, 2)
@@ -128,14 +134,11 @@ def train(run: Run) -> None:
         metrics |= {"eval_ece": card.ece, "eval_over_length": card.over_length}
         metrics |= {f"eval_beats_{p.name}": p.share.value for p in card.probes if p.share is not None}
         if run.is_main:
-            if card.gate:  # remove the manifest of a model that an earlier gate let pass
-                run.dir.manifest_path.unlink(missing_ok=True)
-            write_json(run.dir.path / CARD, card.model_dump(mode="json"))
+            write_json(run.dir.made(CARD), card.model_dump(mode="json"))
         for finding in card.findings:
             run.console.print(f"  note: {run.section.name} {finding}")
         run.engine.barrier()
-        if card.gate:
-            raise GateError(refusal(run, card))
+        verdicts = [Verdict(metric="the report card", passed=False, said=reason) for reason in card.gate]
     check_scores(model, answers[:_COMPARED], values[:_COMPARED], trainer)
     write = lambda path: model.write(path, trainer.model_wrapped)  # noqa: E731
     files = [CARD] if heldout else []
@@ -147,6 +150,8 @@ def train(run: Run) -> None:
         files=files,
         step=trainer.state.global_step,
         adapter=model.adapter_record(run.section.name),
+        verdicts=verdicts,
+        advice=ADVICE,
     )
 
 
@@ -246,17 +251,6 @@ def measure_ensemble(
         members[ref] = (found - mean) / std
     pairs = len(answers) // 2
     return agreement({name: (values[:pairs], values[pairs:]) for name, values in members.items()})
-
-
-def refusal(run: Run, card: Card) -> str:
-    """The error message for a model that does not reach the gate."""
-    lines = "".join(f"\n  - {reason}" for reason in card.gate)
-    return (
-        f"{run.section.name}: the reward model is below its gate and is not published; a policy would learn its "
-        f"mistakes:{lines}\n{run.dir.path / CARD} has the whole card, and `baton report` shows it. What helps: more or "
-        "cleaner pairs; against length, pairs whose better answer is the shorter one; against a probe, pairs with such "
-        "answers as the worse ones. Or change `gate` in the recipe."
-    )
 
 
 def check_scores(model: Model, answers: Sequence[Sequence[int]], measured: np.ndarray, trainer: Trainer) -> None:

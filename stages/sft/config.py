@@ -1,11 +1,12 @@
 """The section of a recipe that the SFT stage reads."""
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from data.turns import EarlierTurns
-from training.config import REHEARSED_ANSWER, MuonTrainConfig, TrainedStageConfig, adapter_note
+from training.config import CHANGED, REHEARSED_ANSWER, MuonTrainConfig, TrainedStageConfig, adapter_note
 from training.declaration import LOSS, STOP_RATE, TOKEN_ACCURACY, TRAINER_LINE, Declaration, HeldModel
 from training.work import Batch, Rollout, Work
 
@@ -31,6 +32,14 @@ class SFTTrainConfig(MuonTrainConfig):
 
 class Config(TrainedStageConfig):
     """Instruction tuning on conversations; only answers and their stop tokens enter the loss."""
+
+    published: ClassVar[Sequence[str]] = (
+        "eval_loss",
+        "eval_mean_token_accuracy",
+        "eval_stop_rate",
+        "eval_answer_tokens",
+        *CHANGED,
+    )
 
     earlier_turns: EarlierTurns = "strip"
     """For chat templates that change an answer once later turns follow it (Qwen3 leaves its thought out, GPT-OSS ends

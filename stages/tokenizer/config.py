@@ -1,5 +1,8 @@
 """The section of a recipe that the tokenizer stage reads."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 from pydantic import Field
 
 from data.config import SourceConfig
@@ -21,6 +24,12 @@ DECLARATION = Declaration(
 
 class Config(StageConfig):
     """A new byte-level BPE; a pipeline that starts from a checkpoint needs no such section."""
+
+    published: ClassVar[Sequence[str]] = (
+        "vocab_size",
+        "train_bytes_per_token",
+        "eval_bytes_per_token",
+    )
 
     data: list[SourceConfig] = Field(min_length=1)
     """Training texts. Of conversations and pairs, the messages are used. A file source is read as documents if its
