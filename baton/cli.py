@@ -348,6 +348,26 @@ def report(
 
 
 @app.command()
+def compare(
+    target: RunArgument,
+    before: Annotated[str, typer.Argument(help="The earlier model.", show_default=False)],
+    after: Annotated[str, typer.Argument(help="The later model.", show_default=False)],
+    task: Annotated[str | None, typer.Option(help="Only this task.", show_default=False)] = None,
+    worse: Annotated[bool, typer.Option("--worse", help="Only answers that became worse.")] = False,
+    limit: Annotated[int, typer.Option(min=0, help="How many answers are shown; 0: all.")] = 20,
+    evaluation: Annotated[
+        str | None, typer.Option(help="Which evaluation, if the run has several.", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead.")] = False,
+) -> None:
+    """Show prompt, both answers and their scores for two models of an evaluation, the largest loss first."""
+    from baton.compare import compare as compared
+    from baton.runs import run_dir_of
+
+    compared(run_dir_of(target), before, after, task=task, worse=worse, limit=limit, section=evaluation, as_json=json)
+
+
+@app.command()
 def chat(
     target: Annotated[
         Path, typer.Argument(help="A recipe, the folder of its run, or the folder of a model.", show_default=False)

@@ -18,7 +18,7 @@ from handoff.errors import HandoffError, UserError
 from handoff.files import read_json
 from handoff.gate import ADAPTER_WEIGHTS
 from handoff.manifest import MODEL_KINDS, Manifest
-from handoff.refused import Refused, read_refused
+from handoff.refused import Refused, Verdict, read_refused, refused_sections
 from handoff.stage import StageDir
 from handoff.weights import TensorInfo, read_header, read_tensors
 from stages.reward_model.schema import Card
@@ -88,6 +88,8 @@ class Results(BaseModel):
     comparisons: int = 0
     """Number of differences from parents, each with its interval."""
     tasks: dict[str, TaskResults] = {}
+    gates: list[Verdict] = []
+    """The conditions of the evaluation's gate."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -207,6 +209,10 @@ def read_run(run_dir: Path) -> RunData:
         directory = StageDir(folder)
         if directory.manifest_path.exists() or directory.started_path.exists():
             stages.append(_read_stage(directory, folder.name, problems))
+    there = {stage.name for stage in stages}
+    for name in refused_sections(run_dir):  # a stage that saves no states leaves nothing else
+        if name not in there:
+            stages.append(_read_stage(StageDir(run_dir / name), name, problems))
     if not stages:
         raise UserError(f"{run_dir}: no stage has been started here; run `baton run <recipe>` first")
     return RunData(run_dir, _in_order(stages), problems)
@@ -238,7 +244,7 @@ def _read_stage(directory: StageDir, name: str, problems: list[str]) -> Stage:
         results=_read_results(judged, folder / "results.json", problems),
         parameters=parameters,
         card=_read_card(folder / "card.json", problems),
-        begun_as=_package_begun(directory),
+        begun_as=_package_begun(directory) or (failed.manifest.stage if failed else None),
         origin=_origin(directory),
         failed=failed,
     )

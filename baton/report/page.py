@@ -76,7 +76,7 @@ def _evaluation(stage: Stage) -> dict[str, Any]:
         }
         for task in stage.results.tasks.values()
     ]
-    return {"name": stage.name, "comparisons": stage.results.comparisons, "tasks": tasks}
+    return {"name": stage.name, "comparisons": stage.results.comparisons, "tasks": tasks, "gates": stage.results.gates}
 
 
 def samples_before_and_after(stage: Stage) -> list[dict[str, Any]]:
