@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from baton.report.text import number, short, visible
+from baton.report.text import NOTHING, number, short, visible
 
 T = TypeVar("T")
 
@@ -153,6 +153,42 @@ def path_chart(
     rows = [[number(value) for value in point] for point in shown]
     ramp = f"step {number(min(steps))} → {number(max(steps))}"
     return Chart(title, svg, [], ["step", x_label, y_label], rows, rows_note, ramp=ramp, note=note)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value with its interval of one model in `tree_chart`."""
+
+    label: str
+    parent: str | None
+    """Label of the point from which a line is drawn; None: none."""
+    value: float
+    low: float
+    high: float
+    color: str
+
+
+def tree_chart(key: str, title: str, points: Sequence[Point], *, note: str = "") -> Chart:
+    """Points with intervals beside each other, and a line from each one's parent to it."""
+    places = {point.label: place for place, point in enumerate(points)}
+    with rc_context(_STYLE | {"svg.hashsalt": key, "svg.id": key}):
+        figure, axes = _figure()
+        for point in points:
+            x = places[point.label]
+            if point.parent is not None and point.parent in places:
+                before = points[places[point.parent]].value
+                axes.plot(
+                    [places[point.parent], x], [before, point.value], color=_STAND_IN["line"], linewidth=1.4, zorder=2
+                )
+            color = _STAND_IN[point.color]
+            axes.plot([x, x], [point.low, point.high], color=color, linewidth=1.8, zorder=3)
+            axes.plot([x], [point.value], "o", color=color, markersize=5.5, zorder=4)
+        axes.set_xticks(range(len(points)), [str(visible(point.label))[:14] for point in points])
+        axes.margins(x=0.08, y=0.12)
+        described = "; ".join(f"{point.label}: {number(point.value)}" for point in points)
+        svg = _svg(figure, key, title, described)
+    rows = [[one.label, one.parent or NOTHING, number(one.value), number(one.low), number(one.high)] for one in points]
+    return Chart(title, svg, [], ["model", "from", "value", "low", "high"], rows, "", note=note)
 
 
 def histogram(

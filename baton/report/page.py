@@ -1,12 +1,15 @@
 """Assembles the report: the content from the other modules, the layout from page.html.jinja and page.css."""
 
+import base64
+import hashlib
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from baton.report import alerts, evaluation, facts, lineage, reward_card
+from baton.report import alerts, answers, evaluation, facts, lineage, reward_card, tax
 from baton.report.collect import RunData, Stage
 from baton.report.curves import sections, training_charts
 from baton.report.text import moment, number, visible
@@ -25,6 +28,10 @@ def render(run: RunData) -> str:
     palette = facts.colors(run)
     nodes = facts.lineage_nodes(run, palette)
     sentences = facts.sentences(run)
+    evaluations = [_evaluation(stage, run, palette, place) for place, stage in enumerate(run.stages) if stage.results]
+    script = (
+        Markup((folder / "search.js").read_text(encoding="utf-8")) if any(e["answers"] for e in evaluations) else ""
+    )
     return template.render(
         css=Markup((folder / "page.css").read_text(encoding="utf-8")),
         run=run,
@@ -40,7 +47,9 @@ def render(run: RunData) -> str:
         training=training_charts(run.stages, palette),
         cards=reward_card.sections(run.stages, palette),
         sections=sections(run.stages, palette),
-        evaluations=[_evaluation(stage) for stage in run.stages if stage.results],
+        evaluations=evaluations,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         samples=[(stage, rows) for stage in run.stages if (rows := samples_before_and_after(stage))],
         accounts=facts.accounts(run),
         warnings=alerts.warnings(run),
@@ -59,7 +68,7 @@ def _when_and_with_what(run: RunData) -> list[str]:
     return [moment(newest.created), f"seed {seeds}", *versions]
 
 
-def _evaluation(stage: Stage) -> dict[str, Any]:
+def _evaluation(stage: Stage, run: RunData, palette: Mapping[str, str], place: int) -> dict[str, Any]:
     assert stage.results is not None
     tasks = [
         {
@@ -76,7 +85,18 @@ def _evaluation(stage: Stage) -> dict[str, Any]:
         }
         for task in stage.results.tasks.values()
     ]
-    return {"name": stage.name, "comparisons": stage.results.comparisons, "tasks": tasks, "gates": stage.results.gates}
+    folder = stage.failed.path if stage.failed is not None and stage.manifest is None else run.path / stage.name
+    more = {
+        "answers": answers.tables(stage, folder, run.path),
+        "tax": tax.charts(f"tax-{place}", stage.results, palette),
+    }
+    return {
+        **more,
+        "name": stage.name,
+        "comparisons": stage.results.comparisons,
+        "tasks": tasks,
+        "gates": stage.results.gates,
+    }
 
 
 def samples_before_and_after(stage: Stage) -> list[dict[str, Any]]:
