@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import threading
 from types import ModuleType
@@ -106,6 +107,19 @@ def test_lines_that_a_crash_of_the_machine_took_from_tensorboards_file_are_sent_
     scene.send(LINES[:3])
     assert in_tensorboard(scene.folder)["eval_loss"] == [(2, 2.125)]
     assert [step for step, _ in in_tensorboard(scene.folder)["loss"]] == [1, 2]
+
+
+def test_lines_that_another_start_put_in_place_are_not_sent(tmp_path):
+    """The stage did not pass its gate, and the content of an earlier start came back."""
+    pytest.importorskip("tensorboard")
+    scene = Scene(tmp_path, "tensorboard")
+    scene.send(LINES[:1])
+    (scene.stage / "started.json").write_text('{"run_id": "another"}')
+    scene.lines(LINES)
+    settings = {"tracker": "tensorboard", "stage": str(scene.stage), "run_id": "abc123", "config": {}}
+    command = [sys.executable, "-m", "training.trackers"]
+    subprocess.run(command, input=json.dumps(settings) + "\n", text=True, check=True, timeout=100)
+    assert in_tensorboard(scene.folder)["loss"] == [(1, 2.5)]
 
 
 class Torn:

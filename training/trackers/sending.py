@@ -8,7 +8,7 @@ line again that arrived but was not recorded when its process died.
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,11 +43,18 @@ class Lines:
                 yield self._key, line
 
 
-def send(sink: Sink, path: Path, record: TextIO, ended: threading.Event) -> None:
+def send(
+    sink: Sink,
+    path: Path,
+    record: TextIO,
+    ended: threading.Event,
+    is_ours: Callable[[], bool] = lambda: True,
+) -> None:
     """Sends the lines of `path` until `ended` is set, then the remaining ones.
 
     Args:
         record: file with the keys of the sent lines, one per line; new keys are appended.
+        is_ours: whether the file is still that of this run. Another start may have put its own in its place.
     """
     record.seek(0)
     keys = record.readlines()
@@ -60,7 +67,10 @@ def send(sink: Sink, path: Path, record: TextIO, ended: threading.Event) -> None
     sent, last = len(keys), tuple(json.loads(keys[-1])) if keys else (-1, 0)
     lines = Lines(path)
     while True:
-        over = ended.is_set()  # read first, so that lines written before the end are still sent below
+        # Read first, so that lines written before the end are still sent below.
+        over = ended.is_set()
+        if not is_ours():
+            break
         for key, line in lines.new():
             if key > last:
                 if sink.arrived is None or sent >= sink.arrived:
