@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from baton.export.commands import export, push
 from handoff.errors import GateError, UserError
 from training.terminal import Screen, lost, prepare, shown
 from training.threads import settle
@@ -411,38 +412,8 @@ def serve(
     sys.exit(code)
 
 
-@app.command()
-def export(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="RUN[:stage], e.g. runs/tiny:sft; or the folder or .gguf file of a model.", show_default=False
-        ),
-    ],
-    to: Annotated[str, typer.Option(help="hf or gguf.", show_default=False)],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="f32, f16 or bf16; for gguf also q8_0 and q4_0. By default f16 for gguf, else as it was published.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The folder; by default RUN/exports/STAGE-FORM-PRECISION.", show_default=False),
-    ] = None,
-    check: Annotated[bool, typer.Option(help="Compare the answers of the export with those of the stage.")] = True,
-) -> None:
-    """Write a stage's model in a form that other programs read, and check that it answers as the stage does.
-
-    An export that does not is removed, and the exit code is 2.
-    """
-    from baton.export.run import export as exported
-    from training.engines.launch import check_environment
-
-    check_environment(launched=False)
-    folder = exported(target, to, dtype, out, lambda line: print(shown(line), file=sys.stderr), check=check)
-    print(shown(str(folder)))
+app.command()(export)
+app.command()(push)
 
 
 def main() -> NoReturn:

@@ -1,5 +1,6 @@
 """What an export does: opens the model, writes it beside, checks it, and gives it its name."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,14 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from baton.export import gguf_file
+from baton.export import gguf_file, ollama, onnx_file
+from baton.export.card import NAME as CARD
+from baton.export.card import card
 from baton.export.check import CheckFailed, Expected, Verdict, check_gguf, check_hf
 from baton.export.lineage import line_of
 from baton.export.place import building, check_target
 from baton.export.record import CheckRecord, ExportRecord, write_record
 from baton.export.source import Source
 from handoff.errors import HandoffError, UserError
-from handoff.files import check_free_space, hash_tree, quoted
+from handoff.files import check_free_space, hash_tree, quoted, read_json
 from handoff.manifest import KIND_WORDS
 from handoff.weights import read_tensors
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("baton-align", "torch", "transformers", "tokenizers", "gguf", "onnx")
 _PUBLISHED: dict[str, Any] = {"auto": "auto", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+SERVE = "serve.sh"
 _SPARE = 64 << 20  # bytes, for the small files
 
 
@@ -66,6 +70,16 @@ def _write_hf(job: Job) -> None:
     job.model.write(job.folder, job.model.module)
 
 
+def _write_vllm(job: Job) -> None:
+    """The same directory, with the command that serves it."""
+    _write_hf(job)
+    path = job.folder / SERVE
+    path.write_text(
+        f'#!/bin/sh\nexec vllm serve "$(dirname "$0")" --served-model-name {shlex.quote(job.name)} "$@"\n', "utf-8"
+    )
+    path.chmod(0o755)
+
+
 def _write_gguf(job: Job) -> None:
     """From the published files, or from the merged model if these are not whole."""
     parent = job.source.parent
@@ -86,6 +100,27 @@ def _write_gguf(job: Job) -> None:
         job.notes.append(f"{len(written.kept)} matrices whose rows cannot be quantised are f16")
 
 
+def _write_ollama(job: Job) -> None:
+    _write_gguf(job)
+    generation = job.source.parent.model_dir / "generation_config.json"
+    settings = read_json(generation) if generation.is_file() else {}
+    text = ollama.modelfile(job.file.name, job.source.encoder, settings)
+    (job.folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def _hold_ollama(source: Source) -> None:
+    _hold_gguf(source)
+    ollama.learn(source.encoder)
+
+
+def _check_ollama(job: Job, expected: Expected) -> Verdict:
+    verdict = check_gguf(job.file, expected, job.dtype, composes=job.composes)
+    verdict.said.append(
+        f"Ollama's template gives the text of the chat template in {ollama.CHATS} of {ollama.CHATS} chats"
+    )
+    return verdict
+
+
 def _hold_gguf(source: Source) -> None:
     gguf_file.check_holdable(source.parent.weights_dir, source.encoder, str(source.parent.path))
 
@@ -103,6 +138,18 @@ FORMS: Mapping[str, Form] = {
         lambda job, expected: check_gguf(job.file, expected, job.dtype, composes=job.composes),
         _hold_gguf,
     ),
+    "vllm": Form(
+        ("auto", "f32", "f16", "bf16"),
+        _write_vllm,
+        lambda job, expected: check_hf(job.folder, expected, job.dtype),
+    ),
+    "onnx": Form(
+        ("f32",),
+        lambda job: onnx_file.write_onnx(job.model, job.folder),
+        lambda job, expected: onnx_file.check_onnx(job.model, job.folder, expected),
+        lambda source: onnx_file.need_onnx(),
+    ),
+    "ollama": Form(("f16", "f32", "bf16", "q8_0", "q4_0"), _write_ollama, _check_ollama, _hold_ollama),
 }
 """{--to: form}."""
 
@@ -145,6 +192,10 @@ def export(
                 verdict = form.check(job, expected)
             except CheckFailed as error:
                 raise CheckFailed(f"{quoted(folder)}: the export failed its check and was removed: {error}") from error
+        said = [] if verdict is None else [f"By {verdict.by}.", *verdict.said]
+        names = sorted(path.name for path in written.iterdir())
+        text = card(parent, job.name, to, dtype, names, said, job.notes)
+        (written / CARD).write_text(text, encoding="utf-8")
         write_record(written, _record(job, to, verdict))
     for line in job.notes:
         say(f"  note: {line}")

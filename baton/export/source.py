@@ -63,4 +63,3 @@ class Source:
             engines.current(), self.parent, role, self.encoder, ModelArguments(), publish=publish, **keys
         )
         return model.freeze()
-
