@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from baton.export.commands import export, push
 from handoff.errors import GateError, UserError
 from training.terminal import Screen, lost, prepare, shown
 from training.threads import settle
@@ -436,6 +437,10 @@ def serve(
     limits = Limits(batch_size=batch_size, queue=queue, max_n=max_n, max_length=max_length)
     code = served(targets, host=host, port=port, engine=engine, key_file=api_key_file, pooling=pooling, limits=limits)
     sys.exit(code)
+
+
+app.command()(export)
+app.command()(push)
 
 
 def main() -> NoReturn:

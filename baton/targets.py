@@ -3,13 +3,13 @@
 No torch here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from baton.runs import run_dir_of
 from handoff.errors import UserError
 from handoff.gguf import is_gguf
-from handoff.manifest import Manifest
+from handoff.manifest import Kind, Manifest
 from handoff.parent import Parent, open_parent
 from handoff.stage import StageDir
 from training.recipe import load_recipe
@@ -17,38 +17,40 @@ from training.recipe_text import did_you_mean
 from training.registry import Registry
 
 
-def open_target(target: str) -> Parent:
+def open_target(target: str, kinds: Collection[Kind] = ("causal_lm",)) -> Parent:
     """Opens `RUN`, `RUN:SECTION`, a model's folder or file, or an id of the hub. RUN is a recipe or a run's folder.
+
+    `kinds`: those of which the model may be.
 
     Raises:
         UserError, HandoffError: as `open_models`.
     """
     run, colon, name = target.rpartition(":")
     if colon and not Path(target).exists():
-        return open_models(Path(run), [name])[0]
+        return open_models(Path(run), [name], kinds)[0]
     path = Path(target)
     if path.exists() or target.count("/") != 1 or path.suffix in (".yaml", ".yml", ".gguf"):
-        return open_models(path, [])[0]
-    return open_parent(target, Path("runs"), {"causal_lm"})
+        return open_models(path, [], kinds)[0]
+    return open_parent(target, Path("runs"), kinds)
 
 
-def open_models(target: Path, names: Sequence[str]) -> list[Parent]:
+def open_models(target: Path, names: Sequence[str], kinds: Collection[Kind] = ("causal_lm",)) -> list[Parent]:
     """The models to talk to. `target` is a recipe, the folder of a run, or the folder of one model.
 
     Without names: the newest aligned model of the run, or the newest instruction-tuned one.
 
     Raises:
         UserError: the target does not exist, or the run has no model to chat with or no section of that name.
-        HandoffError: a model is missing, unfinished, altered, or not a language model.
+        HandoffError: a model is missing, unfinished, altered, or of another kind.
     """
     if is_gguf(target) or (target.is_dir() and _is_model(target)):
         if names:
             raise UserError(f"{target} is one model; --model and --compare need a recipe or the folder of a run")
-        return [open_parent(str(target.resolve()), Path("runs"), {"causal_lm"})]
+        return [open_parent(str(target.resolve()), Path("runs"), kinds)]
     run_dir = run_dir_of(target)
     for name in names:
         _check_section(name, target, run_dir)
-    return [open_parent(name, run_dir, {"causal_lm"}) for name in names or [default_model(run_dir)]]
+    return [open_parent(name, run_dir, kinds) for name in names or [default_model(run_dir)]]
 
 
 def _check_section(name: str, target: Path, run_dir: Path) -> None:

@@ -12,11 +12,14 @@ import sys
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from handoff.errors import HandoffError
 from handoff.files import check_free_space, fsync_tree, human_bytes, quoted, read_json, remove_tree, write_json
 from handoff.gate import named_errors
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 SUFFIX = ".gguf"
 _REFUSED = 2
@@ -58,12 +61,8 @@ def sizes(path: Path) -> tuple[dict[str, Any], int]:
 
         reader = GGUFReader(path)
 
-        def field(name: str) -> Any:
-            found = reader.get_field(name)
-            return None if found is None else found.contents()
-
-        family = field("general.architecture")
-        named = {key: field(f"{family}.{name}") for key, name in _SIZES.items()}
+        family = _value(reader, "general.architecture")
+        named = {key: _value(reader, f"{family}.{name}") for key, name in _SIZES.items()}
         shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
         embedding = shapes["token_embd.weight"]
     config = {key: value for key, value in named.items() if value is not None}
@@ -135,29 +134,50 @@ def _convert_apart(path: Path, folder: Path) -> None:
 def _convert(path: Path, folder: Path) -> None:
     """Writes the model in float32, and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    reader = GGUFReader(path)
     keys: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **keys)
+    config = AutoConfig.from_pretrained(path.parent, **keys)
+    _correct_settings(config, reader)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **keys)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **keys)
     del read.config.quantization_config
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     plain.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=_stop_ids(reader), pad_token_id=tokenizer.pad_token_id
     )
     plain.save_pretrained(folder, state_dict=read.state_dict())
     tokenizer.save_pretrained(folder)
-    _correct_tokenizer(folder / "tokenizer.json", plain.config.vocab_size, _split(path))
+    _correct_tokenizer(folder / "tokenizer.json", plain.config.vocab_size, _split(reader))
 
 
-def _split(path: Path) -> str | None:
+def _value(reader: "GGUFReader", name: str) -> Any:
+    """The value of a key of the file; None if it has none."""
+    found = reader.get_field(name)
+    return None if found is None else found.contents()
+
+
+def _correct_settings(config: Any, reader: "GGUFReader") -> None:
+    """Corrects what transformers leaves out of a configuration: the size of a head, where that is no quotient of the
+    others."""
+    size = _value(reader, f"{_value(reader, 'general.architecture')}.attention.key_length")
+    if size is not None and "head_dim" in type(config).__dataclass_fields__:
+        config.head_dim = size
+
+
+def _stop_ids(reader: "GGUFReader") -> list[int]:
+    """Every token that ends an answer: of a text, of a turn, and of a message."""
+    found = (_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return sorted({token for token in found if token is not None})
+
+
+def _split(reader: "GGUFReader") -> str | None:
     """llama.cpp's name of the rule by which a byte-level tokenizer first splits a text; None for other tokenizers."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    kind, split = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    return str(split.contents()) if kind and split and kind.contents() == "gpt2" else None
+    split = _value(reader, "tokenizer.ggml.pre")
+    return str(split) if split and _value(reader, "tokenizer.ggml.model") == "gpt2" else None
 
 
 def _correct_tokenizer(path: Path, rows: int, split: str | None) -> None:
