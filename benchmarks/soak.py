@@ -48,8 +48,9 @@ class Soak:
         self.right: dict[tuple[str, int, bool], str] = {}
         self._lock = threading.Lock()
 
-    def learn(self) -> None:
-        """What one client alone is answered."""
+    def learn(self, questions: int) -> None:
+        """What one client alone is answered to the first `questions` prompts, which all clients then ask."""
+        del self.server.prompts[questions:]
         with self.server.client() as client:
             for prompt in self.server.prompts:
                 for length in LENGTHS:
@@ -133,12 +134,12 @@ def _said(reply: dict[str, Any]) -> str:
     return text
 
 
-def soak(minutes: float, clients: int, model: str | None) -> dict[str, Any]:
+def soak(minutes: float, clients: int, model: str | None, questions: int = 16) -> dict[str, Any]:
     """Runs it; returns what was found."""
     with served(model, "5M", 0.005) as server:
         process = psutil.Process(server.process.pid)
         found = Soak(server, 0)
-        found.learn()
+        found.learn(questions)
         start = time.monotonic()
         found.end = start + 60 * minutes
         threads = [threading.Thread(target=found.client, args=(i,)) for i in range(clients)]

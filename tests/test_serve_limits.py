@@ -324,6 +324,17 @@ def test_a_model_that_fails_is_an_error_of_the_server_and_the_log_has_no_text(pa
     assert "the model failed (ValueError)" in caplog.text and SECRET not in caplog.text
 
 
+def test_an_error_of_a_route_is_answered_and_its_text_is_not_logged(server, caplog, capfd, monkeypatch):
+    def broken(*_):
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr("baton.serve.chat.prepare", broken)
+    reply = server.post(ASK, {"messages": ASKED})
+    assert reply.status_code == 500 and reply.json()["error"]["message"] == "the server failed (ValueError)"
+    assert "a request failed: ValueError" in caplog.text
+    assert SECRET not in caplog.text + reply.text + "".join(capfd.readouterr())
+
+
 # ---- the command
 
 
