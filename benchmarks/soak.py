@@ -102,7 +102,7 @@ class Soak:
         return "" if first == self.right[prompt, length, False] and len(reply["choices"]) == 3 else "other answers"
 
     def _embedding(self, client: httpx.Client, chance: random.Random) -> str:
-        asked = {"input": chance.sample(self.server.prompts, 3)}
+        asked = {"input": chance.choices(self.server.prompts, k=3)}
         reply = client.post("/v1/embeddings", json=asked).raise_for_status().json()
         return "" if len(reply["data"]) == 3 else "other vectors"
 

@@ -71,13 +71,14 @@ def test_a_story_goes_on_from_the_chosen_beginning(client):
 
     def told():
         story = Story(client, "tiny", "a lighthouse", seed=4, length=15)
-        story.take(story.beginnings()[1])
+        first, second = story.beginnings(2)
+        assert first != second
+        story.take(second)
         pieces = list(story.go_on("It snows."))
         assert len(pieces) > 2 and "".join(pieces) == story.paragraphs[1]
         return story
 
     assert told().paragraphs == told().paragraphs
-    assert len(set(told().beginnings(2))) == 2
 
 
 def test_a_served_model_grades_answers(client, tmp_path, server, monkeypatch, capsys):

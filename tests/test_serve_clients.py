@@ -6,6 +6,7 @@ import pydantic
 import pytest
 import torch
 
+from data.records import Message
 from tests.serving import ASKED, serving, write_model
 from tests.test_serve import first
 
@@ -106,17 +107,17 @@ def test_llama_index(server, want):
     assert len(vectors.get_text_embedding("a")) == 48
 
 
-def test_lm_evaluation_harness_scores_over_http(server):
+def test_lm_evaluation_harness_scores_over_http(server, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval.models.openai_completions")
     from lm_eval.api.instance import Instance
 
+    monkeypatch.setenv("OPENAI_API_KEY", "the-key")
     encoder, model = first(server)
     api = lm_eval.LocalCompletionsAPI(
         base_url=f"{server.base}/completions",
         model="tiny",
         tokenizer=str(server.served[0].parent.model_dir),
         tokenizer_backend="huggingface",
-        auth_token="the-key",
         batch_size=2,
     )
     pairs = [("Sort the words", " pear"), ("apple, pear", " fig"), ("Be", " brief.")]
@@ -127,3 +128,22 @@ def test_lm_evaluation_harness_scores_over_http(server):
             logp = torch.log_softmax(model(torch.tensor([whole])).logits[0, :, : encoder.vocab_size], -1)
         want = sum(logp[i - 1, whole[i]].item() for i in range(len(begun), len(whole)))
         assert logprob == pytest.approx(want, abs=1e-3)
+
+
+def test_a_recipes_judge_asks_a_served_model(server, monkeypatch):
+    """A schema in `request` makes any model a judge whose replies can be read."""
+    from reward.judge import judge
+
+    monkeypatch.setenv("OPENAI_API_KEY", "the-key")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    schema = {
+        "type": "object",
+        "properties": {"score": {"type": "integer", "minimum": 1, "maximum": 10}},
+        "required": ["score"],
+        "additionalProperties": False,
+    }
+    request = {"max_tokens": 60, "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    prompts, answers = [(Message("user", "2 + 3?"),)] * 2, ["5", "five"]
+    found = judge(prompts, answers, base_url=server.base, model="tiny", request=request)
+    assert all(score is not None and 0 <= score <= 1 for score in found)
+    assert found == judge(prompts, answers, base_url=server.base, model="tiny", request=request)

@@ -391,7 +391,12 @@ def test_which_engine_serves(parent, tmp_path, monkeypatch):
     made = command(parent, "127.0.0.1", 8000, "the-key", Limits(batch_size=5))
     line = " ".join(made.arguments)
     assert line.startswith(f"{program} serve {parent.model_dir} --host 127.0.0.1 --port 8000 ")
-    for part in ("--served-model-name tiny", "--max-num-seqs 5", f"--generation-config {parent.model_dir}"):
+    for part in (
+        "--served-model-name tiny",
+        "--max-num-seqs 5",
+        "--dtype float32",
+        f"--generation-config {parent.model_dir}",
+    ):
         assert part in line
     assert "the-key" not in line and made.environment == {"VLLM_API_KEY": "the-key"}
     with pytest.raises(UserError, match="--port 0"):

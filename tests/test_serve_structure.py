@@ -96,7 +96,7 @@ def test_a_json_object_is_one_and_streams_are_restricted_too(server):
     body = {"response_format": {"type": "json_object"}, "seed": 4, "temperature": 0.7}
     found = []
     for seed in range(3):
-        (choice,) = ask(server, **{**body, "seed": seed})
+        (choice,) = ask(server, **{**body, "seed": seed}, max_tokens=60)
         if choice["finish_reason"] == "stop":
             assert isinstance(json.loads(choice["message"]["content"]), dict)
             found.append(seed)
