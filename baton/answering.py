@@ -76,6 +76,11 @@ class Answering:
         with self._encoding:
             return self.encoder.prompt(messages)
 
+    def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The whole conversation as ids, and the mask of its answers. Raises DataError if it cannot be expressed."""
+        with self._encoding:
+            return self.encoder.chat(messages)
+
     def document(self, text: str) -> list[int]:
         """The beginning of a text as ids; a text that spells a special token stays text."""
         with self._encoding:

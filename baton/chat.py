@@ -3,7 +3,7 @@
 Conversations are encoded as in training (`data.encode`). An answer is decoded one token at a time, shown immediately,
 and ends at the model's stop tokens. Every model has its own conversation. Lines are read from standard input; if that
 is not a terminal, standard output gets only the answers, so that scripts can use it. Errors go to standard error.
-Ctrl-C ends an answer; what was said of it stays in the conversation.
+Ctrl-C ends an answer, of which the conversation keeps what was said, or drops the line that is being typed.
 """
 
 import math
@@ -39,11 +39,17 @@ class Terminal:
     asks: bool = field(default_factory=lambda: sys.stdin.isatty() and sys.stdout.isatty())
 
     def read(self) -> str | None:
-        """The next line, None at the end of input."""
-        try:
-            return (self.console.input("[bold cyan]you[/] > ") if self.asks else input()).strip()
-        except EOFError:
-            return None
+        """The next line, None at the end of input. In a terminal, Ctrl-C drops the line; a second one in a row ends."""
+        for last in (not self.asks, True):
+            try:
+                return (self.console.input("[bold cyan]you[/] > ") if self.asks else input()).strip()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                if last:
+                    raise
+                self.say(f"\n{COMMANDS}, as does Ctrl-C once more")
+        raise AssertionError
 
     def say(self, text: str) -> None:
         """Prints a line that is not from a model."""

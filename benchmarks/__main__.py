@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 
 # Benchmarks of learning take hours, and run only when they are named.
-SPEED = ("rollout", "rl", "adapters", "exchange", "scaling", "checkpoint_cost", "rows", "threads")
+SPEED = ("rollout", "rl", "adapters", "exchange", "scaling", "checkpoint_cost", "rows", "threads", "serve")
 LEARNING = ("verifiable", "overoptimization", "adapter_learning", "real_model")
 
 if __name__ == "__main__":

@@ -216,7 +216,8 @@ class Live:
 
     def _record(self, answers: Sequence[Answer], logits: Tensor) -> list[int]:
         """Draws a token for each answer and hands it over; returns the answers that end. logits (B, V)."""
-        drawn, finite = self._drawn(answers, logits)
+        left, bound = self._bound(answers, logits)
+        drawn, finite = self._drawn(answers, left)
         told = [i for i, answer in enumerate(answers) if answer.top is not None]
         numbers: dict[int, Token] = {}
         if told:
@@ -227,20 +228,46 @@ class Live:
         ended = []
         for i, (answer, token) in enumerate(zip(answers, drawn, strict=True)):
             if not finite[i]:
-                answer.failed(GateError("the model's logits are not finite: its weights are broken"))
+                answer.failed(bound.get(i) or GateError("the model's logits are not finite: its weights are broken"))
                 ended.append(i)
                 continue
             answer.ids.append(token)
-            end: End | None = None
-            if token in answer.spec.stop_ids or (answer.constraint is not None and answer.constraint.advance(token)):
-                end = "stop"
-            elif len(answer.ids) >= answer.spec.max_new_tokens:
-                end = "length"
-            number = numbers.get(i)
-            said = Token(token, end) if number is None else Token(token, end, number.logprob, number.top)
-            if not answer.receive(said) or end is not None:
+            try:
+                if not self._hand_over(answer, token, numbers.get(i)):
+                    ended.append(i)
+            except Exception as error:  # of this answer alone
+                answer.failed(error)
                 ended.append(i)
         return ended
+
+    @staticmethod
+    def _hand_over(answer: Answer, token: int, number: Token | None) -> bool:
+        """Gives an answer its next token; returns whether it goes on."""
+        end: End | None = "length" if len(answer.ids) >= answer.spec.max_new_tokens else None
+        constraint = answer.constraint
+        if token in answer.spec.stop_ids or (constraint is not None and constraint.advance(token)):
+            end = "stop"
+        said = Token(token, end) if number is None else Token(token, end, number.logprob, number.top)
+        return answer.receive(said) and end is None
+
+    def _bound(self, answers: Sequence[Answer], logits: Tensor) -> tuple[Tensor, dict[int, Exception]]:
+        """The logits (B, V) without the tokens that constraints forbid, and the errors of constraints."""
+        errors: dict[int, Exception] = {}
+        bound = [i for i, answer in enumerate(answers) if answer.constraint is not None]
+        if not bound:
+            return logits, errors
+        size = logits.shape[1]
+        forbidden = torch.zeros(logits.shape, dtype=torch.bool)
+        for i in bound:
+            constraint = answers[i].constraint
+            assert constraint is not None
+            forbidden[i] = True
+            try:
+                allowed = constraint.allowed()[:size]
+                forbidden[i, : len(allowed)] = ~allowed
+            except Exception as error:  # of this answer alone
+                errors[i] = error
+        return logits.masked_fill(forbidden.to(logits.device), -torch.inf), errors
 
     def _drawn(self, answers: Sequence[Answer], logits: Tensor) -> tuple[list[int], list[bool]]:
         """A token for each answer, and whether its log-probability is finite. Answers of one distribution are drawn
@@ -248,15 +275,11 @@ class Live:
         groups: dict[tuple[object, ...], list[int]] = {}
         for i, answer in enumerate(answers):
             spec = answer.spec
-            groups.setdefault((spec.temperature, spec.top_k, spec.top_p, answer.constraint is None), []).append(i)
+            groups.setdefault((spec.temperature, spec.top_k, spec.top_p), []).append(i)
         tokens, finite = [0] * len(answers), [False] * len(answers)
         for members in groups.values():
             spec = answers[members[0]].spec
             own = logits if len(members) == len(answers) else logits[members]  # (members, V)
-            own = own[:, : self._vocab_size]
-            if answers[members[0]].constraint is not None:
-                allowed = torch.stack([_allowed(answers[i], own.shape[1]) for i in members]).to(own.device)
-                own = own.masked_fill(~allowed, -torch.inf)
             uniforms = None
             if spec.temperature > 0:
                 numbers = [_number(answers[i]) for i in members]
@@ -270,12 +293,6 @@ class Live:
 def _number(answer: Answer) -> float:
     assert answer.uniforms is not None
     return float(answer.uniforms[len(answer.ids)])
-
-
-def _allowed(answer: Answer, size: int) -> Tensor:
-    assert answer.constraint is not None
-    allowed = answer.constraint.allowed()
-    return allowed[:size] if len(allowed) >= size else torch.nn.functional.pad(allowed, (0, size - len(allowed)))
 
 
 def _tokens(logits: Tensor, ids: Sequence[int], tops: Sequence[int | None]) -> list[Token]:

@@ -57,3 +57,28 @@ def test_a_section_that_does_not_exist_is_refused_with_those_that_do(tmp_path, m
             open_models(target, [name])
     with pytest.raises(UserError, match="make it with `baton run <recipe> --to tuned`"):
         open_models(recipe, ["tuned"])
+
+
+def test_ctrl_c_drops_a_line_in_a_terminal_and_ends_a_script(monkeypatch, capsys):
+    def typed(*keys):
+        rest = iter(keys)
+
+        def line(*_):
+            key = next(rest)
+            if key is KeyboardInterrupt:
+                raise key
+            return key
+
+        return line
+
+    terminal = Terminal(asks=True)
+    monkeypatch.setattr(terminal.console, "input", typed(KeyboardInterrupt, " one ", KeyboardInterrupt, "two"))
+    assert (terminal.read(), terminal.read()) == ("one", "two")
+    assert "Ctrl-C once more" in capsys.readouterr().out
+    monkeypatch.setattr(terminal.console, "input", typed(KeyboardInterrupt, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        terminal.read()
+    script = Terminal(asks=False)
+    monkeypatch.setattr("builtins.input", typed(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        script.read()

@@ -163,14 +163,44 @@ def test_a_constraint_restricts_its_own_answer_alone():
     model = tiny("llama")
     spec = SamplingSpec(12, (), 0, temperature=1.5)
     live = Live(model, 4)
-    bound, even = wanted(PROMPTS[0], spec, 0, constraint=OnlyEven())
+    bound, even = wanted(PROMPTS[0], spec, 0, constraint=OnlyEven(), top=64)
     free, other = wanted(PROMPTS[1], spec, 1)
     live.add([bound])
     live.add([free])
     run(live)
     live.close()
+    for token in even.tokens:  # those of the model, before the constraint
+        assert sum(math.exp(logprob) for _, logprob in token.top) == pytest.approx(1, abs=1e-4)
+        assert all(math.isfinite(logprob) for _, logprob in token.top) and dict(token.top)[token.id] == token.logprob
     assert len(even.ids) == 4 and even.tokens[-1].end == "stop" and all(i % 2 == 0 and i < 50 for i in even.ids)
     assert other.ids == expected(model, PROMPTS[1], spec, 1).ids
+
+
+@pytest.mark.parametrize("where", ["allowed", "advance", "nothing", "receive"])
+def test_an_error_of_one_answer_ends_that_answer_alone(where, monkeypatch):
+    model = tiny("llama")
+    spec = SamplingSpec(12, (), 0, temperature=1.5)
+
+    def broken(*_):
+        raise ValueError("too complex")
+
+    live = Live(model, 4)
+    constraint = OnlyEven()
+    bound, failing = wanted(PROMPTS[0], spec, 0, constraint=constraint)
+    free, other = wanted(PROMPTS[1], spec, 1)
+    live.add([bound])
+    live.add([free])
+    live.step()
+    if where == "nothing":
+        monkeypatch.setattr(constraint, "allowed", lambda: torch.zeros(50, dtype=torch.bool))
+    elif where == "receive":
+        bound.receive = broken
+    else:
+        monkeypatch.setattr(constraint, where, broken)
+    run(live)
+    live.close()
+    assert isinstance(failing.error, GateError if where == "nothing" else ValueError)
+    assert other.ids == expected(model, PROMPTS[1], spec, 1).ids and other.error is None
 
 
 def test_broken_logits_fail_their_answers_and_the_next_ones_are_answered():

@@ -324,6 +324,17 @@ def test_a_model_that_fails_is_an_error_of_the_server_and_the_log_has_no_text(pa
     assert "the model failed (ValueError)" in caplog.text and SECRET not in caplog.text
 
 
+def test_an_error_of_a_route_is_answered_and_its_text_is_not_logged(server, caplog, capfd, monkeypatch):
+    def broken(*_):
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr("baton.serve.chat.prepare", broken)
+    reply = server.post(ASK, {"messages": ASKED})
+    assert reply.status_code == 500 and reply.json()["error"]["message"] == "the server failed (ValueError)"
+    assert "a request failed: ValueError" in caplog.text
+    assert SECRET not in caplog.text + reply.text + "".join(capfd.readouterr())
+
+
 # ---- the command
 
 
@@ -380,7 +391,12 @@ def test_which_engine_serves(parent, tmp_path, monkeypatch):
     made = command(parent, "127.0.0.1", 8000, "the-key", Limits(batch_size=5))
     line = " ".join(made.arguments)
     assert line.startswith(f"{program} serve {parent.model_dir} --host 127.0.0.1 --port 8000 ")
-    for part in ("--served-model-name tiny", "--max-num-seqs 5", f"--generation-config {parent.model_dir}"):
+    for part in (
+        "--served-model-name tiny",
+        "--max-num-seqs 5",
+        "--dtype float32",
+        f"--generation-config {parent.model_dir}",
+    ):
         assert part in line
     assert "the-key" not in line and made.environment == {"VLLM_API_KEY": "the-key"}
     with pytest.raises(UserError, match="--port 0"):

@@ -11,7 +11,9 @@
     generation.py  the answers to one request, from the thread that computes to the one that sends
     replies.py     the JSON of answers
     grammar.py     answers that follow a JSON schema
-    tools.py       tool calls in the form of the model's template
+    chat.py, completions.py, embeddings.py   the routes' work
+    tools.py       tool calls, separated from text
+    call_forms.py  the forms in which templates write calls
     metrics.py     what /metrics shows
 
 An answer depends on the request and its seed alone: sampling is keyed, and the rows beside it do not matter.

@@ -46,6 +46,7 @@ class Application:
         self.fast.add_exception_handler(Refused, _refused)
         self.fast.add_exception_handler(HTTPException, _http)
         self.fast.add_exception_handler(ClientDisconnect, _left)
+        self.fast.add_exception_handler(Exception, _broken)
         self.asgi: ASGIApp = Guard(self.fast, state)
 
     async def _read(self, request: Request, kind: type[B]) -> tuple[B, Served]:
@@ -158,6 +159,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return reply(Refused(error.status_code, str(error.detail), code="no_such_route"))
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return reply(Refused(500, f"the server failed ({type(error).__name__})", code="server_failed"))
 
 
 async def _left(request: Request, error: Exception) -> Response:

@@ -10,7 +10,7 @@ from baton.serve.fields import ChatBody, chosen_tools, read_messages
 from baton.serve.generation import Generation
 from baton.serve.grammar import GrammarError, Grammars
 from baton.serve.served import Served, Worker
-from baton.serve.tools import CallForm, CallReader, read_form
+from baton.serve.tools import CallForm, CallReader, has_special, read_form
 from data.calls import read_tools
 from data.errors import DataError
 from data.streaming import Form
@@ -78,7 +78,7 @@ def prepare(served: Served, body: ChatBody) -> Prepared:
 
 def start(served: Served, worker: Worker, body: ChatBody, made: Prepared) -> Generation:
     """Asks for the answers. Raises Refused."""
-    form: Form = "tokens" if made.form is not None and made.form.has_special else "answer"
+    form: Form = "tokens" if made.form is not None and has_special(made.form, served) else "answer"
     return Generation(
         served,
         worker,
@@ -96,7 +96,9 @@ class _Answer:
     """One choice, with its calls."""
 
     def __init__(self, served: Served, body: ChatBody, made: Prepared) -> None:
-        self.reader = None if made.form is None else CallReader(made.form, served, many=body.parallel_tool_calls)
+        self.reader = (
+            None if made.form is None else CallReader(made.form, served, body.tools, many=body.parallel_tool_calls)
+        )
         self.text = ""
         self.tokens: list[Token] = []
         self.calls: list[dict[str, Any]] = []

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 
+from baton.serve.call_forms import JsonForm, TaggedForm
 from baton.serve.served import Served
 from baton.serve.tools import CallForm
 from rollout.live import Constraint
@@ -47,33 +48,72 @@ class Grammars:
     def calls(
         self, form: CallForm, tools: Sequence[Mapping[str, Any]], *, text: bool, many: bool
     ) -> Callable[[], Constraint]:
-        """One call of one of the tools, or with `many` several; `text`: or an answer without calls.
+        """One call of one of the tools, or with `many` several. `text`: any text may come before calls, or no calls.
 
         Raises:
             GrammarError: as `json`.
         """
-        return self._made("\n".join([f"start: {'calls | TEXT' if text else 'calls'}", *self._rules(form, tools, many)]))
+        rules = self._rules(form, tools, many)
+        if not text:
+            start = [f"start: {self._literal(form.begin)} calls"]
+        elif not form.marker:
+            start = ["start: calls | TEXT", r"TEXT: /[^\{\s](.|\n)*/"]
+        else:
+            rest = self._literal(form.begin.partition(form.marker)[2])
+            start = [f"start: begun {rest} calls | TEXT", "TEXT: /(.|\\n)*/"]
+            marker = self._literal(form.marker)
+            # A lazy lexeme ends where the marker does; a special token ends the text before it by itself.
+            start.append(f"begun{'' if self._special(form.marker) else '[lazy]'}: TEXT {marker}")
+        return self._made("\n".join([*start, *rules]))
 
     def calls_or_json(
         self, form: CallForm, tools: Sequence[Mapping[str, Any]], schema: Any
     ) -> Callable[[], Constraint]:
         """A call of one of the tools, or JSON that the schema allows. Raises GrammarError."""
-        rules = [rule for rule in self._rules(form, tools, many=False) if not rule.startswith("TEXT")]
-        return self._made("\n".join(["start: calls | answer", f"answer: {_json(schema)}", *rules]))
+        start = [f"start: {self._literal(form.begin)} calls | answer", f"answer: {_json(schema)}"]
+        return self._made("\n".join([*start, *self._rules(form, tools, many=False)]))
 
     def _rules(self, form: CallForm, tools: Sequence[Mapping[str, Any]], many: bool) -> list[str]:
+        """What comes after the beginning."""
         rules = []
         for i, tool in enumerate(tools):
             function = tool["function"]
-            before, after = form.around(function["name"])
             schema = function.get("parameters") or {"type": "object"}
-            rules.append(f"call_{i}: {self._literal(before)} {_json(schema)} {self._literal(after)}")
+            if isinstance(form, JsonForm):
+                before, after = form.around(function["name"])
+                rules.append(f"call_{i}: {self._literal(before)} {_json(schema)} {self._literal(after)}")
+            else:
+                rules += self._tagged(form, i, function["name"], schema)
         one = " | ".join(f"call_{i}" for i in range(len(tools)))
-        more = f"({self._literal(form.between)} call)*" if many and form.between else ""
-        first = form.marker[:1] or "{"
-        rules += [f"call: {one}", f"calls: {self._literal(form.begin)} call {more} {self._literal(form.end)}"]
-        rules.append(f"TEXT: /[^\\s{_escaped(first)}](.|\\n)*/")
-        return rules
+        if isinstance(form, JsonForm):
+            between, end = form.between, form.end
+        else:  # a call has its own end
+            between, end = form.between + form.begin, ""
+        more = f"({self._literal(between)} call)*" if many and form.between else ""
+        return [*rules, f"call: {one}", f"calls: call {more} {self._literal(end)}"]
+
+    def _tagged(self, form: TaggedForm, number: int, name: str, schema: Mapping[str, Any]) -> list[str]:
+        """The rules of a call whose arguments stand between tags, in the order of the schema."""
+        parts, rules = [], []
+        required = schema.get("required", [])
+        for j, (key, own) in enumerate(schema.get("properties", {}).items()):
+            value = f"value_{number}_{j}"
+            rules.append(f"{value}: {self._value(own, schema)}")
+            part = " ".join(
+                [self._literal(form.open + key + form.middle), value, self._literal(form.close)],
+            )
+            parts.append(part if key in required else f"({part})?")
+        head, tail = self._literal(name + form.named), self._literal(form.end)
+        return [*rules, f"call_{number}: {head} {' '.join(parts)} {tail}"]
+
+    def _value(self, schema: Any, whole: Mapping[str, Any]) -> str:
+        """A value between tags: a text as it is, and without a tag; everything else as JSON."""
+        if isinstance(schema, dict) and schema.get("enum") and all(isinstance(one, str) for one in schema["enum"]):
+            return " | ".join(self._literal(one) for one in schema["enum"])
+        if isinstance(schema, dict) and schema.get("type") == "string":
+            least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+            return f"/[^<]{{{least},{most}}}/"
+        return _json({**schema, **{key: whole[key] for key in ("$defs", "definitions") if key in whole}})
 
     def _literal(self, text: str) -> str:
         """The text in a grammar; special tokens stand there by their ids."""
@@ -121,7 +161,3 @@ def _json(schema: Any) -> str:
     if not isinstance(schema, dict):
         raise GrammarError("a schema is an object")
     return "%json " + json.dumps({**schema, "x-guidance": _SPACES})
-
-
-def _escaped(character: str) -> str:
-    return "\\" + character if character in "[]{}()/\\^-<|" else character

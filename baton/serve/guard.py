@@ -67,6 +67,12 @@ class Guard:
                 await reply(refused)(scope, receive, sending)
             else:
                 await self._app(scope, receive, sending)
+        except Exception as error:  # its text may have some of the request in it
+            log.error("a request failed: %s", type(error).__name__)
+            log.debug("where it failed", exc_info=error)
+            if not status:
+                broken = Refused(500, f"the server failed ({type(error).__name__})", code="server_failed")
+                await reply(broken)(scope, receive, sending)
         finally:
             path = str(scope["path"])
             route = path if path in self._state.routes else "other"

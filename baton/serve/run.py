@@ -56,10 +56,11 @@ def serve(
 
 
 def _serve(parents: Sequence[Parent], listening: socket.socket, state: State, pooling: Pooling) -> int:
-    from transformers.utils.logging import disable_progress_bar
+    with quick_imports():
+        from transformers.utils.logging import disable_progress_bar
 
-    from baton.serve.app import Application
-    from baton.serve.served import Served, Worker
+        from baton.serve.app import Application
+        from baton.serve.served import Served, Worker
 
     disable_progress_bar()
     handler = logging.StreamHandler(sys.stderr)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ class Served(Answering):
     def __init__(self, parent: Parent, limits: Limits, pooling: Pooling) -> None:
         super().__init__(parent)
         self.limits, self.pooling = limits, pooling
+        self.loaded = int(time.time())
         self.context = min(self.context, limits.max_length)
         self.live = Live(self.model, limits.batch_size, self.encoder.vocab_size)
 
@@ -33,7 +35,7 @@ class Served(Answering):
         return {
             "id": self.name,
             "object": "model",
-            "created": 0,
+            "created": self.loaded,
             "owned_by": "baton",
             "max_model_len": self.context,
             "conversations": f"as text, because {self.as_text}" if self.as_text else "chat template",

@@ -56,11 +56,11 @@ def command(parent: Parent, host: str, port: int, key: str | None, limits: Limit
     if port == 0:
         raise UserError("--port 0: vLLM takes no free port by itself; name one")
     arguments = [
-        *([shutil.which("vllm") or "vllm"]),
-        "serve",
+        *(shutil.which("vllm") or "vllm", "serve"),
         str(parent.weights_dir),
         *("--host", host, "--port", str(port)),
         *("--tokenizer", str(parent.model_dir)),
+        *("--dtype", _precision(parent)),
         *("--max-num-seqs", str(limits.batch_size)),
         *("--generation-config", str(parent.model_dir)),
         *("--seed", "0"),
@@ -79,6 +79,12 @@ def command(parent: Parent, host: str, port: int, key: str | None, limits: Limit
         arguments += ["--lora-modules", f"{parent.name}={parent.adapter_dir}"]
         arguments += ["--served-model-name", f"{parent.name}-base"]
     return Command(arguments, {} if key is None else {"VLLM_API_KEY": key})
+
+
+def _precision(parent: Parent) -> str:
+    """That of the weights. By itself, vLLM would compute with float32 weights in float16."""
+    config = read_json(parent.weights_dir / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def _allowed(size: int) -> int:
