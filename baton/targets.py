@@ -16,8 +16,10 @@ from training.recipe import load_recipe
 from training.recipe_text import did_you_mean
 from training.registry import Registry
 
+_LANGUAGE_MODELS: tuple[Kind, ...] = ("causal_lm",)
 
-def open_target(target: str, kinds: Collection[Kind] = ("causal_lm",)) -> Parent:
+
+def open_target(target: str, kinds: Collection[Kind] = _LANGUAGE_MODELS) -> Parent:
     """Opens `RUN`, `RUN:SECTION`, a model's folder or file, or an id of the hub. RUN is a recipe or a run's folder.
 
     `kinds`: those of which the model may be.
@@ -34,7 +36,7 @@ def open_target(target: str, kinds: Collection[Kind] = ("causal_lm",)) -> Parent
     return open_parent(target, Path("runs"), kinds)
 
 
-def open_models(target: Path, names: Sequence[str], kinds: Collection[Kind] = ("causal_lm",)) -> list[Parent]:
+def open_models(target: Path, names: Sequence[str], kinds: Collection[Kind] = _LANGUAGE_MODELS) -> list[Parent]:
     """The models to talk to. `target` is a recipe, the folder of a run, or the folder of one model.
 
     Without names: the newest aligned model of the run, or the newest instruction-tuned one.

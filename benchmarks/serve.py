@@ -9,6 +9,7 @@ is one; rows are answers at once, and streams.
 import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def main(path: Path | None, model: str | None = None) -> None:
             return tokens / (time.perf_counter() - start)
 
         rows = [
-            in_turns(f"serve_{kind}", "tokens/s", lambda s=stream: rate(CLIENTS, s), lambda s=stream: rate(1, s))
+            in_turns(f"serve_{kind}", "tokens/s", partial(rate, CLIENTS, stream), partial(rate, 1, stream))
             for kind, stream in (("answers", False), ("streams", True))
         ]
     report(rows, path)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from baton.targets import open_target
 from handoff.files import read_json
@@ -54,12 +54,10 @@ class Source:
         from training import engines
         from training.config import ModelArguments
         from training.importing import quiet_libraries
-        from training.model import Model
+        from training.model import Model, Role
 
         quiet_libraries()
-        role = "reward" if self.parent.kind == "reward_model" else "policy"
-        keys = {"dropout": False, "bf16": False}
-        model = Model.load(
-            engines.current(), self.parent, role, self.encoder, ModelArguments(), publish=publish, **keys
-        )
+        role: Role = "reward" if self.parent.kind == "reward_model" else "policy"
+        keys: dict[str, Any] = {"dropout": False, "bf16": False, "publish": publish}
+        model = Model.load(engines.current(), self.parent, role, self.encoder, ModelArguments(), **keys)
         return model.freeze()
