@@ -8,6 +8,7 @@ from pathlib import Path
 
 from baton.runs import run_dir_of
 from handoff.errors import UserError
+from handoff.gate import ADAPTER_CONFIG
 from handoff.gguf import is_gguf
 from handoff.manifest import Kind, Manifest
 from handoff.parent import Parent, open_parent
@@ -68,7 +69,7 @@ def _check_section(name: str, target: Path, run_dir: Path) -> None:
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / "stage.json").exists() or (folder / "started.json").exists()
+    return any((folder / name).exists() for name in ("config.json", ADAPTER_CONFIG, "stage.json", "started.json"))
 
 
 def default_model(run_dir: Path) -> str:
