@@ -10,7 +10,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,8 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, script: str, seconds: float = 60.0) -> None:
-        """Waits until a script's expression is true; how long depends on the machine's load, the result does not."""
-        end = time.monotonic() + seconds
-        while not self.run(script):
-            assert time.monotonic() < end, f"it did not become true: {script}"
-            time.sleep(0.02)
+        """Waits until a script's expression is true."""
+        until(lambda: self.run(script), script, seconds)
 
     def press(self, key: str, shift: bool = False) -> None:
         """Presses and lets go of a key: Enter, Escape, Tab or Space."""
@@ -113,6 +110,14 @@ class Page:
         self._process.wait(timeout=30)
         os.close(self._out)
         os.close(self._in)
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+    """Waits until the condition is true; how long depends on the machine's load, the result does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"it did not become true: {what}"
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -46,7 +46,10 @@
     if (response.ok) return response;
     let told = `the server answered with status ${response.status}`;
     try { told = (await response.json()).error.message; } catch { /* no JSON: the status has to do */ }
-    if (response.status === 401) askForKey();
+    if (response.status === 401) {
+      askForKey();
+      told = "the server asks for a key";
+    }
     throw new Error(told);
   }
 
@@ -167,7 +170,8 @@
     log.setAttribute("aria-busy", "false");
     if (!turns.includes(turn)) return; // a new chat has begun
     turn.node.append(button("again", "Regenerate", () => { if (!running && ready()) answer(turn); }));
-    say(stopped ? "Stopped" : offer(turn) || "Done");
+    const failed = turn.answers.some((one) => one.failed);
+    say(stopped ? "Stopped" : failed ? "There is no whole answer" : offer(turn) || "Done");
     if (log.scrollHeight - log.scrollTop - log.clientHeight < 200) log.scrollTop = log.scrollHeight;
   }
 
@@ -176,7 +180,7 @@
     text.dir = "auto";
     note.hidden = true;
     node.append(head, text, note);
-    return { model, title, text: "", end: "", node, head, into: text, note };
+    return { model, title, text: "", end: "", failed: false, node, head, into: text, note };
   }
 
   async function receive(one, messages, signal) {
@@ -199,13 +203,14 @@
       else if (!one.text.trim()) remark(one, "an empty answer");
     } catch (error) {
       one.end = "";
-      remark(one, error.name === "AbortError" ? "stopped" : error.message, error.name !== "AbortError");
+      one.failed = error.name !== "AbortError";
+      remark(one, one.failed ? error.message : "stopped");
     }
     one.node.setAttribute("aria-busy", "false");
   }
 
-  function remark(one, text, bad = false) {
-    one.note.className = bad ? "note bad" : "note";
+  function remark(one, text) {
+    one.note.classList.toggle("bad", one.failed);
     one.note.textContent = shown(text);
     one.note.hidden = false;
   }
@@ -270,7 +275,7 @@
     event.preventDefault();
     key = $("key").value.trim();
     $("key").value = "";
-    if (/^[\x21-\x7e]+$/.test(key)) begin();
+    if (/^[\x20-\x7e]+$/.test(key)) begin();
     else askForKey();
   });
   const wide = matchMedia("(min-width: 720px)");

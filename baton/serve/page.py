@@ -59,9 +59,7 @@ class Document:
 def document() -> Document:
     """Puts the page together from its files."""
     folder = Path(__file__).parent
-    text, style, script = (
-        (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
-    )
+    text, style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
     text = text.replace("<style></style>", f"<style>{style}</style>")
     text = text.replace("<script></script>", f"<script>{script}</script>")
     policy = [
