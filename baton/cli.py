@@ -421,6 +421,15 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused with 429.")] = 64,
     max_n: Annotated[int, typer.Option(min=1, help="Answers that one request may ask for.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer together.")] = 4096,
+    ui: Annotated[bool, typer.Option("--ui", help="Also serve a page to chat on, at the address itself.")] = False,
+    preferences: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the page keeps which of two answers you prefer; by default preferences.jsonl in the folder of "
+            "the first model's run.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve models over HTTP, as OpenAI's clients know it: chat, completions, embeddings.
 
@@ -435,7 +444,17 @@ def serve(
     from baton.serve.run import serve as served
 
     limits = Limits(batch_size=batch_size, queue=queue, max_n=max_n, max_length=max_length)
-    code = served(targets, host=host, port=port, engine=engine, key_file=api_key_file, pooling=pooling, limits=limits)
+    code = served(
+        targets,
+        host=host,
+        port=port,
+        engine=engine,
+        key_file=api_key_file,
+        pooling=pooling,
+        limits=limits,
+        ui=ui,
+        preferences=preferences,
+    )
     sys.exit(code)
 
 

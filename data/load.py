@@ -27,6 +27,7 @@ from data.calls import held, with_tools
 from data.columns import lost
 from data.config import Format, SourceConfig, WorldSource
 from data.errors import DataError, RowRefused
+from data.files import Row
 from data.fingerprint import label
 from data.formats import Choice, Conversation, Document, Pair, Parsed, Told, detect, parse
 from data.records import Chat, Message, Origin, Preference, Prompt, Question, Record, Text
@@ -68,6 +69,15 @@ def read(
         if isinstance(record, Preference):
             _note_opposite(record, seen, accounting)
         yield record
+
+
+def read_row(row: Row, format: Format, want: type[R], origin: Origin) -> R:
+    """The record of one row.
+
+    Raises:
+        RowRefused: the row cannot be used. DataError: as `read`.
+    """
+    return _shape(parse(row, format, origin, want is not Prompt), want, origin, Accounting())
 
 
 def _mixed(

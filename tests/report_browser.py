@@ -1,16 +1,24 @@
-"""Headless Chromium for the tests of the report, controlled with the standard library only."""
+"""Headless Chromium for the tests of pages, controlled with the standard library only."""
 
 import base64
 import fcntl
 import io
 import json
 import os
+import re
 import select
+import shutil
 import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 
 
 class Page:
@@ -59,13 +67,13 @@ class Page:
         line, self._left = self._left.split(b"\0", 1)
         return json.loads(line)
 
-    def open(self, path: Path, width: int, dark: bool = False) -> None:
-        """Loads a file in a window `width` pixels wide and waits until it has loaded."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    def open(self, page: Path | str, width: int, dark: bool = False, height: int = 900) -> None:
+        """Loads a file or an address in a window `width` pixels wide and waits until it has loaded."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
 
@@ -74,6 +82,22 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait(self, script: str, seconds: float = 60.0) -> None:
+        """Waits until a script's expression is true."""
+        until(lambda: self.run(script), script, seconds)
+
+    def press(self, key: str, shift: bool = False) -> None:
+        """Presses and lets go of a key: Enter, Escape, Tab or Space."""
+        code, text = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), "Space": (32, " ")}[key]
+        made = {"key": " " if key == "Space" else key, "code": key, "windowsVirtualKeyCode": code}
+        made["modifiers"] = 8 if shift else 0
+        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **made)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **made)
+
+    def type(self, text: str) -> None:
+        """Types a text where the focus is."""
+        self.call("Input.insertText", text=text)
 
     def picture(self) -> Image.Image:
         """A picture of the whole page."""
@@ -86,3 +110,30 @@ class Page:
         self._process.wait(timeout=30)
         os.close(self._out)
         os.close(self._in)
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+    """Waits until the condition is true; how long depends on the machine's load, the result does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"it did not become true: {what}"
+        time.sleep(0.02)
+
+
+@contextmanager
+def opened(profile: Path) -> Iterator[Page]:
+    """Chromium with this folder as its profile, until the end of the block. Skips the test where there is none."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium to look at the page with; `apt-get install chromium` brings one")
+    page = Page(CHROMIUM, profile)
+    try:
+        yield page
+    finally:
+        page.close()
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of a CSS `rgb(...)` (WCAG 2)."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from baton.serve.app import Application
 from baton.serve.guard import State
+from baton.serve.page import add_page
+from baton.serve.preferences import Preferences
 from baton.serve.run import Server, listen
 from baton.serve.served import Served, Worker
 from baton.serve.settings import ApiKey, Limits, Pooling
@@ -91,14 +93,22 @@ class Running:
 
 @contextmanager
 def serving(
-    parents: Sequence[Parent], *, key: str | None = None, pooling: Pooling = "mean", **limits: Any
+    parents: Sequence[Parent],
+    *,
+    key: str | None = None,
+    pooling: Pooling = "mean",
+    preferences: Path | None = None,
+    **limits: Any,
 ) -> Iterator[Running]:
-    """Serves these models on a free port until the end of the block."""
+    """Serves these models on a free port until the end of the block; with the page if there is a file for its rows."""
     state = State(Limits(**limits), None if key is None else ApiKey(key), "127.0.0.1")
     served = [Served(parent, state.limits, pooling) for parent in parents]
     worker = Worker(served)
     listening = listen("127.0.0.1", 0)
-    server = Server(Application(served, worker, state).asgi, state, "ready")
+    application = Application(served, worker, state)
+    if preferences is not None:
+        add_page(application.fast, state, [one.name for one in served], Preferences(preferences))
+    server = Server(application.asgi, state, "ready")
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
     worker.start()
     thread.start()

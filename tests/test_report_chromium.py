@@ -1,17 +1,13 @@
 """A report in headless Chromium: text, sizes, contrast, pixels; and it requests no other file."""
 
-import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from baton.report import build
-from tests.report_browser import Page
+from tests.report_browser import Page, luminance, opened
 from tests.report_run import make_run
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +19,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """Headless Chromium with an empty profile."""
-    if not CHROMIUM:
-        pytest.skip("no Chromium to look at the page with; `apt-get install chromium` brings one")
-    page = Page(CHROMIUM, tmp_path_factory.mktemp("profile"))
-    yield page
-    page.close()
+    with opened(tmp_path_factory.mktemp("profile")) as page:
+        yield page
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (420, False), (420, True)])
@@ -74,10 +67,3 @@ def test_chromium_opens_the_numbers(browser: Page, whole: Path) -> None:
     assert browser.run(tables) > 15
     assert "first try of it" in browser.run("document.body.innerText")
     assert browser.run("document.documentElement.scrollWidth") == 420
-
-
-def luminance(color: str) -> float:
-    """Relative luminance of a CSS `rgb(...)` (WCAG 2)."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -14,6 +14,8 @@
     chat.py, completions.py, embeddings.py   the routes' work
     tools.py       tool calls, separated from text
     call_forms.py  the forms in which templates write calls
+    page.py        the page to chat on (page.html, page.css, page.js), and preferences from it
+    preferences.py the file that they are appended to
     metrics.py     what /metrics shows
 
 An answer depends on the request and its seed alone: sampling is keyed, and the rows beside it do not matter.

@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 
 from baton.serve.guard import State, log
+from baton.serve.preferences import Preferences, default_file
 from baton.serve.settings import KEY_VARIABLE, ApiKey, Limits, Pooling, read_key
 from baton.serve.vllm import Choice, chosen, command
 from baton.targets import open_target
@@ -30,36 +31,47 @@ def serve(
     key_file: Path | None,
     pooling: Pooling,
     limits: Limits,
+    ui: bool,
+    preferences: Path | None,
 ) -> int:
     """Serves until a signal; returns the exit code.
 
     Raises:
-        UserError: the port is in use, a model cannot be opened, or two have one name; or the key cannot be read.
+        UserError: the port is in use, a model cannot be opened, or two have one name; or the key cannot be read, or
+            preferences cannot be kept.
     """
+    if preferences is not None and not ui:
+        raise UserError("--preferences: only the page for chats writes them; add --ui")
     key = read_key(key_file)
     parents = [open_target(target) for target in targets]
     names = [parent.name for parent in parents]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two models are named {twice[0]}, and a request could not tell them apart; serve one of them")
+    kept = Preferences(preferences or default_file(parents[0])) if ui else None
     with quick_imports():
         import torch
 
     if chosen(engine, torch.cuda.device_count()) == "vllm":
         if len(parents) > 1:
             raise UserError("vLLM serves one model; name one, or use --engine inprocess")
+        if ui:
+            raise UserError("--ui: vLLM has no page for chats; use --engine inprocess")
         made = command(parents[0], host, port, key, limits)
         print(shown("starting " + " ".join(made.arguments)), flush=True)
         made.run()
     listening = listen(host, port)
     with listening:
-        return _serve(parents, listening, State(limits, None if key is None else ApiKey(key), host), pooling)
+        return _serve(parents, listening, State(limits, None if key is None else ApiKey(key), host), pooling, kept)
 
 
-def _serve(parents: Sequence[Parent], listening: socket.socket, state: State, pooling: Pooling) -> int:
+def _serve(
+    parents: Sequence[Parent], listening: socket.socket, state: State, pooling: Pooling, kept: Preferences | None
+) -> int:
     with quick_imports():
         from transformers.utils.logging import disable_progress_bar
 
         from baton.serve.app import Application
+        from baton.serve.page import add_page
         from baton.serve.served import Served, Worker
 
     disable_progress_bar()
@@ -80,7 +92,11 @@ def _serve(parents: Sequence[Parent], listening: socket.socket, state: State, po
     try:
         address = f"[{host}]" if ":" in host else host
         ready = f"serving {', '.join(one.name for one in served)} at http://{address}:{port}/v1"
-        server = Server(Application(served, worker, state).asgi, state, ready)
+        application = Application(served, worker, state)
+        if kept is not None:
+            add_page(application.fast, state, [one.name for one in served], kept)
+            ready += f"\nchat at http://{address}:{port}/, preferences go to {kept.path}"
+        server = Server(application.asgi, state, ready)
         asyncio.run(server.serve(sockets=[listening]))
         return server.code
     finally:
