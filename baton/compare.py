@@ -50,7 +50,7 @@ class Pair:
     """What the later answer gained in the metric; less than 0: it is worse."""
 
     @property
-    def rank(self) -> tuple[Any, ...]:
+    def order(self) -> tuple[Any, ...]:
         """Sorts the largest loss to the front."""
         return (self.change, self.task, self.item, self.kind, self.sample)
 
@@ -104,7 +104,7 @@ class Answers:
     def pairs(self, before: str, after: str, tasks: Sequence[str]) -> list[Pair]:
         """The pairs of two models' answers with a score in common, the largest loss first."""
         found = [pair for task in tasks for pair in self._of_task(task, before, after)]
-        return sorted(found, key=lambda pair: pair.rank)
+        return sorted(found, key=lambda pair: pair.order)
 
     def _of_task(self, task: str, before: str, after: str) -> Iterator[Pair]:
         mine = self._table.filter(pc.equal(self._table["task"], task))

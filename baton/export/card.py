@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "README.md"
 _LIBRARY = {"hf": "transformers", "vllm": "transformers", "gguf": "gguf", "ollama": "gguf", "onnx": "onnx"}
-_TASK = {"causal_lm": "text-generation", "reward_model": "text-classification"}
+_WRITES, _SCORES = "text-generation", "text-classification"  # the hub's names of tasks
 _NOT_RECORDED = "no licence is recorded"
 
 
@@ -81,7 +81,7 @@ def _metadata(
     sets = [entry["name"] for entry in _entries(lines) if entry.get("source") == "hub"]
     results = [
         EvalResult(
-            task_type=_TASK[parent.kind],
+            task_type=_WRITES if parent.kind == "causal_lm" else _SCORES,
             dataset_type=one.task,
             dataset_name=one.task,
             metric_type=one.metric,
@@ -92,7 +92,7 @@ def _metadata(
     licence = _licence("model", bases[-1]) if bases else None
     return ModelCardData(
         library_name=_LIBRARY[form],
-        pipeline_tag=_TASK[parent.kind],
+        pipeline_tag=_WRITES if parent.kind == "causal_lm" else _SCORES,
         tags=["baton", *(["gguf"] if _LIBRARY[form] == "gguf" else [])],
         base_model=list(dict.fromkeys(bases)) or None,
         datasets=list(dict.fromkeys(sets)) or None,

@@ -78,8 +78,8 @@ def vocabulary_of(encoder: "Encoder", rows: int) -> Vocabulary:
     if unknown in tokens:
         types[tokens.index(unknown)] = UNKNOWN
     ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merges):
-        ranks.setdefault(left + right, rank)
+    for place, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, place)
     scores = [float(-ranks.get(token, len(merges))) for token in tokens]
     spaced = _space_prefix(path, steps, normal)
     return Vocabulary("llama", "default", tokens, types, [], scores, space_prefix=spaced, composes=False)
