@@ -118,5 +118,6 @@ class _Handler(BaseHTTPRequestHandler):
                 content = self.server.objects[value["oid"]]
                 assert hashlib.sha256(content).hexdigest() == value["oid"]
                 self.server.files[value["path"]] = content
-        commit = {"commitUrl": f"{self.server.address}/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None}
+        name = "/".join(self.path.split("/")[3:5])
+        commit = {"commitUrl": f"{self.server.address}/{name}/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None}
         self._answer(200, {**commit, "success": True})

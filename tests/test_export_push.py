@@ -116,7 +116,7 @@ def test_a_card_names_its_base_and_data_sets_of_the_hub(run, tmp_path):
 
 def test_a_push_is_private_and_uploads_the_checked_export_in_one_commit(run, fake):
     address = push(f"{run}:sft", "org/tiny", "hf", None, quiet)
-    assert address == f"{fake.address}/commit/1"
+    assert address == f"{fake.address}/org/tiny/commit/1"
     made = fake.repositories["org/tiny"]
     assert made.get("private") is True or made.get("visibility") == "private"
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "export.json"} <= fake.files.keys()

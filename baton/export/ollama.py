@@ -86,32 +86,33 @@ def learn(encoder: "Encoder") -> Around:
     system, first = {"role": "system", "content": _SYSTEM}, {"role": "user", "content": _FIRST}
     reply, second = {"role": "assistant", "content": _REPLY}, {"role": "user", "content": _SECOND}
     try:
-        whole, bare, asked, closed, answered = renderer(
+        whole, bare, closed, answered = renderer(
             [
                 ([system, first, reply, second], True, None),
                 ([first, reply, second], True, None),
-                ([first, reply, second], False, None),
                 ([first], False, None),
                 ([first, reply], False, None),
             ]
         )
-        head, after_system, between, before_second, tail = _cut(whole, [_SYSTEM, _FIRST, _REPLY, _SECOND])
-        opening, _, _, _ = _cut(bare, [_FIRST, _REPLY, _SECOND])
-        after_user = _cut(closed, [_FIRST])[1]
-        assert _cut(asked, [_SECOND])[1] == after_user
-        after_answer = _cut(answered, [_REPLY])[1]
-        before_user = before_second.removeprefix(after_answer)
-        around = Around(
-            opening=opening.removesuffix(before_user),
-            system=(head, after_system.removesuffix(before_user)),
-            user=(before_user, after_user),
-            assistant=(between.removeprefix(after_user), after_answer),
-            header=tail.removeprefix(after_user),
-        )
-    except (DataError, ValueError, AssertionError) as error:
+        head, before_first, before_reply, before_second, tail = _cut(whole, [_SYSTEM, _FIRST, _REPLY, _SECOND])
+        beginning = _cut(bare, [_FIRST, _REPLY, _SECOND])[0]
+        after_answer, after_user = _cut(answered, [_FIRST, _REPLY])[2], _cut(closed, [_FIRST])[1]
+    except (DataError, ValueError) as error:
         raise _other(place) from error
-    wrong = differing(around, renderer)
-    if wrong is not None:
+    # What ends one message and begins the next is one text. A conversation that is over may end otherwise.
+    before_user = before_second.removeprefix(after_answer)
+    if not (before_first.endswith(before_user) and beginning.endswith(before_user)):
+        before_user = _beginning([text[::-1] for text in (before_first, before_second, beginning)])[::-1]
+    if not (before_reply.startswith(after_user) and tail.startswith(after_user)):
+        after_user = _beginning([before_reply, tail])
+    around = Around(
+        opening=beginning.removesuffix(before_user),
+        system=(head, before_first.removesuffix(before_user)),
+        user=(before_user, after_user),
+        assistant=(before_reply.removeprefix(after_user), before_second.removesuffix(before_user)),
+        header=tail.removeprefix(after_user),
+    )
+    if differing(around, renderer) is not None:
         raise _other(place)
     return _without_bos(around, encoder)
 
@@ -120,6 +121,13 @@ def _other(place: str) -> HandoffError:
     return HandoffError(
         f"{place}: its chat template is more than texts around messages, which Ollama's cannot hold; export it to gguf"
     )
+
+
+def _beginning(texts: Sequence[str]) -> str:
+    """What all these texts begin with."""
+    letters = enumerate(zip(*texts, strict=False))
+    end = next((place for place, each in letters if len(set(each)) > 1), min(map(len, texts)))
+    return texts[0][:end]
 
 
 def _cut(text: str, marks: Sequence[str]) -> list[str]:
