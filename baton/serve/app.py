@@ -4,8 +4,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -21,6 +22,7 @@ from baton.serve.guard import Guard, State, read_body, reply
 from baton.serve.served import Served, Worker
 
 Events = AsyncIterator[dict[str, Any]]
+T = TypeVar("T")
 
 
 class Application:
@@ -29,6 +31,8 @@ class Application:
     def __init__(self, served: Sequence[Served], worker: Worker, state: State) -> None:
         self._served = {one.name: one for one in served}
         self._worker, self._state = worker, state
+        # Few threads: the tokenizer has a lock, and what a thread has once allocated for a long prompt, it keeps.
+        self._readers = ThreadPoolExecutor(2, "baton-read")
         self.fast = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None)
         add = self.fast.add_api_route
         routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
@@ -57,9 +61,13 @@ class Application:
             raise Refused(404, f"model: there are {', '.join(self._served)}", "model", "model_not_found")
         return body, self._served[body.model or next(iter(self._served))]
 
+    async def _aside(self, work: Callable[[Served, B], T], served: Served, body: B) -> T:
+        """Reads the prompts in another thread, while this one goes on with other requests."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work, served, body)
+
     async def _chat(self, request: Request) -> Response:
         body, served = await self._read(request, ChatBody)
-        made = await asyncio.to_thread(chat.prepare, served, body)
+        made = await self._aside(chat.prepare, served, body)
         generation = chat.start(served, self._worker, body, made)
         if body.stream:
             return self._stream(generation, chat.chunks(served, body, made, generation))
@@ -67,7 +75,7 @@ class Application:
 
     async def _completions(self, request: Request) -> Response:
         body, served = await self._read(request, CompletionBody)
-        prompts = await asyncio.to_thread(completions.prompts_of, served, body)
+        prompts = await self._aside(completions.prompts_of, served, body)
         echoed = await self._until_left(request, completions.echoed(served, self._worker, body, prompts))
         if body.max_tokens == 0:
             return JSONResponse(completions.without_answer(served, prompts, echoed))
@@ -78,7 +86,8 @@ class Application:
 
     async def _embeddings(self, request: Request) -> Response:
         body, served = await self._read(request, EmbeddingBody)
-        work = embeddings.embedded(served, self._worker, body)
+        rows = await self._aside(embeddings.rows_of, served, body)
+        work = embeddings.embedded(served, self._worker, body, rows)
         return JSONResponse(await self._until_left(request, work))
 
     async def _whole(self, request: Request, generation: Generation, work: Awaitable[dict[str, Any]]) -> Response:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import struct
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ from baton.serve.generation import failure
 from baton.serve.served import Served, Worker
 
 
-async def embedded(served: Served, worker: Worker, body: EmbeddingBody) -> dict[str, Any]:
-    """The reply. Raises Refused."""
+def rows_of(served: Served, body: EmbeddingBody) -> list[list[int]]:
+    """The inputs' ids. Raises Refused."""
     inputs = body.inputs
     if len(inputs) > served.limits.max_inputs:
         raise wrong("input", f"{len(inputs)} texts; at most {served.limits.max_inputs} a request")
@@ -29,6 +30,11 @@ async def embedded(served: Served, worker: Worker, body: EmbeddingBody) -> dict[
                 "input", f"text {i} has {len(ids)} tokens; 1 to {served.context} fit", "context_length_exceeded"
             )
         rows.append(ids)
+    return rows
+
+
+async def embedded(served: Served, worker: Worker, body: EmbeddingBody, rows: Sequence[list[int]]) -> dict[str, Any]:
+    """The reply. Raises Refused."""
 
     def vector(ids: list[int]) -> list[float]:
         return served.vector(served.live.hidden(ids), served.pooling)
