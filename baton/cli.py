@@ -150,14 +150,19 @@ def top(
 @app.command()
 def verify(target: RunArgument) -> None:
     """Hash every published file and saved state of a run and its lineage again, and check that each stage still has the
-    parents from which it was made.
+    parents from which it was made. Of the folder of an export, its files.
 
     Exit code 1 when something differs.
     """
+    from baton.export.record import is_export, verify_export
     from baton.runs import run_dir_of
     from handoff.refused import read_refused, refused_sections
     from handoff.verify import lineage, verify_run
 
+    if is_export(target):
+        verify_export(target)
+        print(shown(f"{target}: every file is as it was exported"))
+        return
     run_dir = run_dir_of(target)
     problems = verify_run(run_dir)
     for problem in problems:

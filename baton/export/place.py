@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from baton.export.record import NAME
+from baton.export.record import is_export
 from handoff.errors import HandoffError
 from handoff.files import cannot_write, check_writable, disk_is_full, fsync_path, fsync_tree, quoted, remove_tree
 
@@ -13,7 +13,7 @@ from handoff.files import cannot_write, check_writable, disk_is_full, fsync_path
 def check_target(out: Path) -> None:
     """Raises HandoffError if the folder cannot be made, or holds something that is no export."""
     check_writable(out)
-    if out.is_file() or out.is_symlink() or (out.is_dir() and any(out.iterdir()) and not (out / NAME).is_file()):
+    if out.is_file() or out.is_symlink() or (out.is_dir() and any(out.iterdir()) and not is_export(out)):
         raise HandoffError(
             f"{quoted(out)} is there already and is no export, so that it is not replaced; give another --out"
         )

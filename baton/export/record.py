@@ -1,5 +1,6 @@
 """export.json: what was exported, from what, and how it was checked. Imports no torch."""
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from handoff.errors import HandoffError
 from handoff.files import canonical_hash, changed_files, list_files, quoted, read_json, write_json
+from training.terminal import shown
 
 NAME = "export.json"
 FORMAT_VERSION = 1
@@ -83,7 +85,21 @@ def read_record(folder: Path) -> ExportRecord:
     return record
 
 
-def changes(folder: Path, record: ExportRecord) -> list[tuple[str, str]]:
-    """(file, what happened) for every file that is not as it was exported."""
+def is_export(folder: Path) -> bool:
+    """Whether the folder is that of an export."""
+    return (folder / NAME).is_file()
+
+
+def verify_export(folder: Path) -> None:
+    """Hashes every file of an export again, says each that is not as it was exported, and exits with 1 if there is one.
+
+    Raises:
+        HandoffError: the record itself is damaged or altered.
+    """
+    record = read_record(folder)
     added = sorted(set(list_files(folder)) - record.files.keys() - {NAME})
-    return changed_files(folder, record.files) + [(quoted(name), "was added") for name in added]
+    changes = changed_files(folder, record.files) + [(quoted(name), "was added") for name in added]
+    for file, what in changes:
+        print(shown(f"{folder}/{file}: {what} after the export"), file=sys.stderr)
+    if changes:
+        sys.exit(1)
