@@ -16,7 +16,7 @@ from data.encode import Encoder
 from data.records import Message, Question
 from data.rows import Choices
 from handoff.window import model_window
-from stages.evaluate import likelihood
+from stages.evaluate import likelihood, trees
 from stages.evaluate.answers import Answer
 from stages.evaluate.part import Subject, TaskPart
 from stages.evaluate.rows import (
@@ -91,10 +91,8 @@ class ChoicesPart(TaskPart[ChoicesTask]):
         """The likelihood of every choice. Each process reads its share, then all processes get all numbers."""
         engine, rows = self.run.engine, self.read[subject.name]
         mine = engine.share(len(rows))
-        flat = [pair for i in mine for pair in rows[i]]
-        values = iter(likelihood.of_pairs(model, subject.encoder, flat, self.batch_size, advance=advance))
-        sums = [(i, [next(values) for _ in rows[i]]) for i in mine]
-        self.sums[subject.name] = engine.join(sums)
+        sums = trees.of_choices(model, subject.encoder, [rows[i] for i in mine], self.batch_size, advance)
+        self.sums[subject.name] = engine.join(zip(mine, sums, strict=True))
 
     def items(self) -> dict[str, dict[str, Items]]:
         """Whether each question was answered rightly, by both ways to choose."""
