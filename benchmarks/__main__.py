@@ -5,7 +5,18 @@ import importlib
 from pathlib import Path
 
 # Benchmarks of learning take hours, and run only when they are named.
-SPEED = ("rollout", "rl", "adapters", "exchange", "scaling", "checkpoint_cost", "rows", "threads", "serve")
+SPEED = (
+    "rollout",
+    "rl",
+    "adapters",
+    "exchange",
+    "scaling",
+    "checkpoint_cost",
+    "rows",
+    "threads",
+    "serve",
+    "evaluation",
+)
 LEARNING = ("verifiable", "overoptimization", "adapter_learning", "real_model")
 
 if __name__ == "__main__":

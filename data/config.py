@@ -58,6 +58,8 @@ class RowsSource(SourceBase):
     split: Literal["all", "train", "validation", "test"] = "all"
     """Which part of the rows to use. Every value but `all` requires `holdout`; `all` forbids it."""
 
+    rename: dict[str, str] = Field(default_factory=dict)
+    """{column of the data: name under which it is read}. A row that already has the new name is left as it is."""
     ignore: list[str] = Field(default_factory=list)
     """Columns, and keys of turns, to leave out on purpose, e.g. `[tools, tool_calls]`. Otherwise a row that means
     something else without such a key is dropped."""

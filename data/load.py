@@ -18,7 +18,7 @@ answer of a conversation.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -156,6 +156,8 @@ def _parsed_rows(
     formats: dict[str, Format] = {}
     ignore = frozenset(source.ignore)
     for row, origin in read_rows(source, root, accounting.notes):
+        if source.rename:
+            row = _renamed(row, source.rename, origin)
         if origin.file not in formats:
             formats[origin.file] = detect(row, want is Text, origin) if source.format == "auto" else source.format
             accounting.notes[f"files read as {formats[origin.file]}"] += 1
@@ -167,6 +169,19 @@ def _parsed_rows(
         accounting.notes.update(parsed.told.notes)
         accounting.notes.update(f"{label(source)}: {what} not read" for what in parsed.told.unread)
         yield parsed, row, origin
+
+
+def _renamed(row: Row, names: Mapping[str, str], origin: Origin) -> Row:
+    """The row with the columns' new names. Raises DataError if it has neither the old name nor the new one."""
+    if isinstance(row, str):
+        raise DataError(f"{origin}: `rename` is for columns, and the row is a text")
+    for old, new in names.items():
+        if old not in row and new not in row:
+            raise DataError(
+                f"{origin}: no column `{old}` to be read as `{new}`; the row has {', '.join(row) or 'none'}. Name "
+                f"the right one: `rename: {{COLUMN: {new}}}`"
+            )
+    return {(name if names.get(name, name) in row else names[name]): value for name, value in row.items()}
 
 
 def _world(source: WorldSource) -> Iterator[Record]:

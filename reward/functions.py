@@ -148,6 +148,7 @@ FUNCTIONS = {
     "numeric_match": "reward.verifiers.maths:numeric_match",
     "multiple_choice": "reward.verifiers.text:multiple_choice",
     "regex_format": "reward.verifiers.text:regex_format",
+    "regex_extract": "reward.verifiers.extract:regex_extract",
     "xml_format": "reward.verifiers.text:xml_format",
     "json_schema": "reward.verifiers.json_schema:json_schema",
     "ifeval": "reward.verifiers.ifeval:ifeval",

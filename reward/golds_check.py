@@ -19,6 +19,7 @@ CHECKS = {
     "math_equal": "reward.verifiers.maths:math_equal_unreadable",
     "numeric_match": "reward.verifiers.maths:numeric_match_unreadable",
     "multiple_choice": "reward.verifiers.text:multiple_choice_unreadable",
+    "regex_extract": "reward.verifiers.extract:regex_extract_unreadable",
     "json_schema": "reward.verifiers.json_schema:json_schema_unreadable",
     "ifeval": "reward.verifiers.ifeval:ifeval_unreadable",
     "code_tests": "reward.code:code_tests_unreadable",

@@ -14,10 +14,11 @@ from data.errors import DataError
 from data.load import read
 from data.records import Chat, Origin, Question
 from handoff.errors import UserError
-from stages.evaluate import choices, likelihood
+from stages.evaluate import choices, likelihood, trees
 from stages.evaluate.answers import read as read_answers
 from stages.evaluate.config import Config
 from stages.evaluate.tasks import ChoicesTask
+from tests.test_families import publish
 from training.recipe import RecipeError, load_recipe
 from training.run import run_section
 
@@ -76,7 +77,7 @@ def test_a_prompt_without_the_question_is_refused():
     data = [{"source": "world", "kind": "prompts"}]
     task = {"name": "arc", "kind": "choices", "data": data}
     for prompt, message in (
-        ("Answer:", r"write .question. once"),
+        ("Answer:", r"write .question. where"),
         ("{question} {answer}", r"would show the models the right answer.*\{\{answer\}\}"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -113,6 +114,28 @@ def test_likelihoods_are_those_of_each_choice_read_alone(end, micro_recipe):
             expected.append(sum(logp[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
     found = likelihood.of_pairs(model, encoder, pairs, 2)
     assert found == pytest.approx(expected, rel=1e-5)
+    together = trees.of_choices(model, encoder, [pairs[:3], pairs[3:]], 8)
+    assert [value for row in together for value in row] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma 3"])
+def test_the_text_before_choices_is_computed_once_where_the_attention_allows_it(family, tmp_path, monkeypatch):
+    """Gemma 3 has layers that see a window, so each choice is read behind a text of its own."""
+    publish(tmp_path, family)
+    model, encoder = AutoModelForCausalLM.from_pretrained(tmp_path).eval().float(), Encoder.from_pretrained(tmp_path)
+    rows = [choices.encode(encoder, "Where is " * n + "it?", ["in the box", "here", "a"]) for n in (1, 7, 3)]
+    expected = [likelihood.of_pairs(model, encoder, row, 8) for row in rows]
+    seen: list[int] = []
+    inner = model.forward
+    monkeypatch.setattr(model, "forward", lambda **keys: seen.append(keys["input_ids"].numel()) or inner(**keys))
+    done: list[int] = []
+    found = trees.of_choices(model, encoder, rows, 6, done.append)
+    for got, wanted in zip(found, expected, strict=True):
+        assert got == pytest.approx(wanted, abs=1e-4)
+    assert sum(done) == 9
+    whole = sum(len(before) + len(scored) - 1 for row in rows for before, scored in row)
+    assert (sum(seen) < 0.8 * whole + 40) == (family == "Qwen3")
 
 
 def test_the_norm_divides_by_the_choices_characters():
@@ -143,7 +166,7 @@ def test_the_stage_reports_both_accuracies(micro_recipe, tmp_path):
         assert row["answer"] == COLOURS[row["choice"]] and np.argmax(row["log_likelihoods"]) == row["choice"]
         assert dict(row["scores"])["accuracy"] == float(row["choice"] == 1)
     path.write_text(path.read_text().replace("name: arc,", "name: arc, prompt: 'Q',"))
-    with pytest.raises(UserError, match=r"write .question. once"):
+    with pytest.raises(UserError, match=r"write .question. where"):
         load_recipe(path)
 
 

@@ -389,6 +389,10 @@ class StageConfig(Strict):
         """Every data source that the section names, under whichever key."""
         return [source for key, value in self for _, source in _sources(key, value)]
 
+    def folders(self) -> list[str]:
+        """Folders, relative to the working directory, on whose files the result depends besides its data."""
+        return []
+
     def main_data(self) -> list[SourceConfig]:
         """The sources that the stage is about: its `data:`, without what is held out."""
         return [source for key, value in self if key == "data" for _, source in _sources(key, value)]

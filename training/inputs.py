@@ -1,13 +1,16 @@
 """Computes what a stage's result depends on. The runner compares it with the record in a published stage. No torch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from data.config import StageSource
+from data.errors import DataError
 from data.fingerprint import fingerprints
 from handoff.errors import HandoffError
+from handoff.files import canonical_hash, hash_tree
 from handoff.manifest import MODEL_KINDS, Inputs, Kind
 from handoff.parent import known_hashes, open_dataset, open_parent
 from handoff.stage import StageDir
@@ -40,7 +43,8 @@ def stage_inputs(recipe: Recipe, name: str) -> Inputs:
             [source for source in section.config.sources() if not isinstance(source, StageSource)],
             recipe.data_root,
             known_hashes(recipe.run_dir).sha256,
-        ),
+        )
+        | {f"folder:{folder}": _folder_hash(folder) for folder in section.config.folders()},
         code=code_fingerprint(section.stage),
         functions={function: function_fingerprint(function) for function in sorted(_own_functions(section.config))},
         seed=recipe.seed,
@@ -99,6 +103,13 @@ def _own_functions(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _own_functions(item)
+
+
+def _folder_hash(folder: str) -> str:
+    """Hash of the names and bytes of all files below a folder. Raises DataError if there is no such folder."""
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder")
+    return canonical_hash(hash_tree(Path(folder)))
 
 
 def _parent_fingerprint(recipe: Recipe, ref: str, role: str, reader: str) -> str:

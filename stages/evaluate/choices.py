@@ -16,10 +16,20 @@ from data.encode import Encoder
 from data.records import Message, Question
 from data.rows import Choices
 from handoff.window import model_window
-from stages.evaluate import likelihood
+from stages.evaluate import likelihood, trees
 from stages.evaluate.answers import Answer
-from stages.evaluate.part import Part, Subject
-from stages.evaluate.rows import LETTERS, continued, filled, group_keys, listed
+from stages.evaluate.part import Subject, TaskPart
+from stages.evaluate.rows import (
+    LETTERS,
+    Shot,
+    continued,
+    filled,
+    first_of_each,
+    group_keys,
+    listed,
+    shots_for,
+    without_marks,
+)
 from stages.evaluate.statistics import Items
 from stages.evaluate.tasks import ChoicesTask
 from training.recipe import RecipeError
@@ -37,16 +47,19 @@ class Asked:
     right: int
 
 
-class ChoicesPart(Part[ChoicesTask]):
+class ChoicesPart(TaskPart[ChoicesTask]):
     """One task of kind `choices`."""
 
     def __init__(self, run: Run, number: int, task: ChoicesTask, subjects: Sequence[Subject]) -> None:
         super().__init__(run, number, task, subjects)
-        shots = []
+        shots: list[Shot] = []
         if task.few_shot is not None:
-            rows = run.rows(task.few_shot.data, Choices(), label=f"{task.name}'s examples")
-            made = [asked(task, (), question) for question in rows[: task.few_shot.count]]
-            shots = [(one.before, one.options[one.right]) for one in made]
+            rows, by = run.rows(task.few_shot.data, Choices(), label=f"{task.name}'s examples"), task.few_shot.by
+            keys = [None if by is None else str(question.columns.get(by)) for question in rows]
+            bare = task.model_copy(update={"intro": "", "few_shot": None})
+            for place in first_of_each(task.few_shot.count, keys):
+                one = asked(bare, (), rows[place])
+                shots.append((keys[place], one.before, one.options[one.right]))
         self.questions = list(run.rows(task.data, Choices(), label=task.name))
         self.asked = [asked(task, shots, question) for question in self.questions]
         self.column, self.keys = group_keys(
@@ -78,10 +91,8 @@ class ChoicesPart(Part[ChoicesTask]):
         """The likelihood of every choice. Each process reads its share, then all processes get all numbers."""
         engine, rows = self.run.engine, self.read[subject.name]
         mine = engine.share(len(rows))
-        flat = [pair for i in mine for pair in rows[i]]
-        values = iter(likelihood.of_pairs(model, subject.encoder, flat, self.batch_size, advance=advance))
-        sums = [(i, [next(values) for _ in rows[i]]) for i in mine]
-        self.sums[subject.name] = engine.join(sums)
+        sums = trees.of_choices(model, subject.encoder, [rows[i] for i in mine], self.batch_size, advance)
+        self.sums[subject.name] = engine.join(zip(mine, sums, strict=True))
 
     def items(self) -> dict[str, dict[str, Items]]:
         """Whether each question was answered rightly, by both ways to choose."""
@@ -119,11 +130,17 @@ class ChoicesPart(Part[ChoicesTask]):
                 )
 
 
-def asked(task: ChoicesTask, shots: Sequence[tuple[str, str]], question: Question) -> Asked:
-    """The question in the task's form, after the solved examples `shots`: (question, right choice)."""
-    text = filled(task.prompt, question.text, question.columns, question.origin, choices=listed(question))
+def asked(task: ChoicesTask, shots: Sequence[Shot], question: Question) -> Asked:
+    """The question in the task's form, after the solved examples."""
+    intro, text = (
+        filled(form, question.text, question.columns, question.origin, choices=listed(question))
+        for form in (task.intro, task.prompt)
+    )
     options = question.choices if task.answer == "text" else tuple(LETTERS[: len(question.choices)])
-    return Asked(continued(shots, text), options, question.right)
+    if task.clean == "wikihow":
+        text, options = without_marks(text), tuple(map(without_marks, options))
+    by = None if task.few_shot is None else task.few_shot.by
+    return Asked(intro + continued(shots_for(shots, by, question.columns), text), options, question.right)
 
 
 def encode(encoder: Encoder, before: str, options: Sequence[str]) -> list[likelihood.Pair]:

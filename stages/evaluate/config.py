@@ -14,7 +14,7 @@ from stages.evaluate.tasks import (
     DocumentsTask,
     PreferencesTask,
     TaskConfig,
-    with_kind,
+    with_defaults,
 )
 from training.config import REHEARSED_ANSWER, ModelArguments, StageConfig
 from training.declaration import COMPARED, Declaration, HeldModel
@@ -56,13 +56,18 @@ class Config(StageConfig):
 
     models: list[str] = Field(min_length=1)
     """Sections of this recipe, checkpoint directories, or model ids of the hub, in the order of the table."""
-    tasks: list[Annotated[Annotated[TaskConfig, Field(discriminator="kind")], BeforeValidator(with_kind)]] = Field(
-        min_length=1
+    tasks: list[Annotated[Annotated[TaskConfig, Field(discriminator="kind")], BeforeValidator(with_defaults)]] = Field(
+        default_factory=list
     )
     """What the models are evaluated on (docs/stages/evaluate.md)."""
     gate: EvaluationGate = Field(default_factory=EvaluationGate)
     """What the models must reach (docs/gates.md). If they do not, the evaluation is kept aside, the one that was
     published before stays, and the pipeline stops with exit code 3."""
+    lm_eval: list[str] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness, by name, which it runs on each model as it does by itself (extra `eval`)."""
+    lm_eval_path: str | None = None
+    """Folder with the YAML files of these tasks, relative to the working directory; without one, they are the
+    harness's own, whose data it fetches from the hub. The result depends on every file below it."""
     batch_size: int = Field(default=64, ge=1)
     """Rows decoded or scored at once by one process."""
     samples: int = Field(default=12, ge=0)
@@ -72,7 +77,11 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [task.name for task in self.tasks]
+        if not self.tasks and not self.lm_eval:
+            raise ValueError("nothing to evaluate: give `tasks`, or `lm_eval`")
+        if self.lm_eval_path is not None and not self.lm_eval:
+            raise ValueError("`lm_eval_path` is not read without `lm_eval`")
+        names = [*(task.name for task in self.tasks), *self.lm_eval]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two tasks are called {name}: give one of them another `name:`")
@@ -83,6 +92,10 @@ class Config(StageConfig):
         check_rewards(*([entry] for entry in entries))
         check_tasks(self.gate, self.tasks, self.models)
         return self
+
+    def folders(self) -> list[str]:
+        """The folder with the harness's tasks."""
+        return [] if self.lm_eval_path is None else [self.lm_eval_path]
 
     def main_data(self) -> list[SourceConfig]:
         """The data of all tasks."""

@@ -8,7 +8,7 @@ from data.records import Message, Text
 from data.rows import Texts
 from stages.evaluate import likelihood
 from stages.evaluate.answers import Answer
-from stages.evaluate.part import Part, Subject
+from stages.evaluate.part import Subject, TaskPart
 from stages.evaluate.statistics import Items
 from stages.evaluate.tasks import DocumentsTask
 from training.limits import within_window
@@ -18,7 +18,7 @@ _SHOWN = 200
 """Characters of a document that are kept beside its numbers."""
 
 
-class DocumentsPart(Part[DocumentsTask]):
+class DocumentsPart(TaskPart[DocumentsTask]):
     """One task of kind `documents`."""
 
     def __init__(self, run: Run, number: int, task: DocumentsTask, subjects: Sequence[Subject]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from data.encode import EncodedPrompt, Encoder
-from data.errors import RowRefused
+from data.errors import DataError, RowRefused
 from data.records import Prompt
 from data.rows import Rows
 from handoff.window import model_window
@@ -20,8 +20,8 @@ from rollout.engine import generate
 from rollout.sampling import Completion, SamplingSpec
 from stages.evaluate import likelihood, tables
 from stages.evaluate.answers import Answer
-from stages.evaluate.part import Part, Scorers, Subject
-from stages.evaluate.rows import Asked, filled, group_keys
+from stages.evaluate.part import Scorers, Subject, TaskPart
+from stages.evaluate.rows import Asked, Shot, filled, first_of_each, group_keys
 from stages.evaluate.several import VOTES, majority_at, mean_of, pass_at
 from stages.evaluate.statistics import Items
 from stages.evaluate.tasks import Answering, AnswersTask, ScoreConfig
@@ -47,7 +47,7 @@ class Answered:
     """Bits and bytes of the rows' own answers."""
 
 
-class AnswersPart(Part[AnswersTask]):
+class AnswersPart(TaskPart[AnswersTask]):
     """One task of kind `answers`."""
 
     needs_parent = True
@@ -64,7 +64,8 @@ class AnswersPart(Part[AnswersTask]):
         place = f"tasks.{number}.max_prompt_length"
         longest = within_window(run, readers, place, task.max_prompt_length, task.max_new_tokens)
         first = subjects[0].encoder
-        self.form = Asked(longest, plain, task.prompt, task.system, _shots(run, task, first))
+        by = None if task.few_shot is None else task.few_shot.by
+        self.form = Asked(longest, plain, task.prompt, task.system, task.intro, _shots(run, task, first), by)
         rows = run.rows(task.data, self.form, first, task.name)
         self.prompts: Rows[EncodedPrompt] = readable(run, self.entries, rows, task.name, max_drop_fraction=1.0)
         # A prompt that one of the templates cannot express is an error before any model answers.
@@ -167,7 +168,7 @@ class AnswersPart(Part[AnswersTask]):
         found.kl = [sum(values) / len(values) for values in kl]
 
     def finish(self, subject: Subject) -> None:
-        """Scores the answers, and says which of them have no score."""
+        """Scores the answers."""
         found = self.answered[subject.name]
         ids = self.ids[subject.name]
         for kind, scorer in self.scorers.items():
@@ -190,8 +191,7 @@ class AnswersPart(Part[AnswersTask]):
                 if kind in entry.metrics:
                     values = iter(parts[entry.name])
                     found.scores[entry.metrics[kind]] = [[next(values) for _ in group] for group in groups]
-        for line in tables.unscored(f"{subject.name}: {self.task.name}", self.items()[subject.name]):
-            self.run.console.print(f"  {line}")
+        super().finish(subject)
 
     def items(self) -> dict[str, dict[str, Items]]:
         """Every metric of every model, item by item."""
@@ -281,18 +281,21 @@ class AnswersPart(Part[AnswersTask]):
                     )
 
 
-def _shots(run: Run, task: AnswersTask, encoder: Encoder) -> tuple[tuple[str, str], ...]:
+def _shots(run: Run, task: AnswersTask, encoder: Encoder) -> tuple[Shot, ...]:
     """The solved examples: the first rows of `few_shot`, in the task's form."""
     if task.few_shot is None:
         return ()
     rows = run.rows(task.few_shot.data, Asked(task.max_prompt_length, plain=True), encoder, f"{task.name}'s examples")
+    records, by = [row.record for row in rows], task.few_shot.by
+    keys = [None if by is None else str(record.columns.get(by)) for record in records]
     shots = []
-    for prompt in rows[: task.few_shot.count]:
-        record = prompt.record
+    for place in first_of_each(task.few_shot.count, keys):
+        record = records[place]
         answer = record.columns.get("reference")
         if not isinstance(answer, str):
-            raise RowRefused(f"{record.origin}: an example of `few_shot` without an answer")
-        shots.append((filled(task.prompt, record.messages[-1].content, record.columns, record.origin), answer))
+            raise DataError(f"{record.origin}: an example of `few_shot` has no answer; give rows with answers")
+        asked = filled(task.prompt, record.messages[-1].content, record.columns, record.origin)
+        shots.append((keys[place], asked, answer))
     return tuple(shots)
 
 

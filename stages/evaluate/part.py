@@ -53,16 +53,17 @@ class Scorers:
         return found
 
 
-class Part(ABC, Generic[C]):
+class Part(ABC):
     """One task of an evaluation while it runs.
 
     A subclass's constructor reads and encodes everything and loads the rewards, so that mistakes are found before any
     model answers.
     """
 
-    def __init__(self, run: Run, number: int, task: C, subjects: Sequence[Subject]) -> None:
-        self.run, self.task, self.subjects = run, task, subjects
-        self.place = f"{run.section.name}.tasks.{number}"
+    def __init__(self, run: Run, name: str, kind: str, key: str, subjects: Sequence[Subject]) -> None:
+        """`key`: that of the section which names the task, for messages."""
+        self.run, self.name, self.kind, self.subjects = run, name, kind, subjects
+        self.place = f"{run.section.name}.{key}"
         self.batch_size: int = run.config.batch_size
         self.steps = 0
         """What one model's `measure` advances the progress by."""
@@ -78,9 +79,12 @@ class Part(ABC, Generic[C]):
 
     def against(self, subject: Subject, parent: PreTrainedModel) -> None:
         """Compares a measured model with its parent, which was measured before. Every process calls it."""
+        raise NotImplementedError
 
     def finish(self, subject: Subject) -> None:
-        """Called when a model's weights are no longer in memory: scores its answers. Every process calls it."""
+        """Called when a model's weights are no longer in memory. Every process calls it."""
+        for line in tables.unscored(f"{subject.name}: {self.name}", self.items()[subject.name]):
+            self.run.console.print(f"  {line}")
 
     @abstractmethod
     def items(self) -> dict[str, dict[str, Items]]:
@@ -100,10 +104,10 @@ class Part(ABC, Generic[C]):
         first = self.first_metric()
         groups = tables.groups(seed, first, self.keys, items) if first is not None else {}
         return {
-            "kind": self.task.kind,
+            "kind": self.kind,
             "about": self.about(),
             "models": list(items),
-            "on": self.task.measured_on(),
+            "on": self.measured_on(),
             "metrics": tables.metrics(seed, items),
             "changes": tables.changes(seed, origins, items),
             "families": groups,
@@ -119,9 +123,25 @@ class Part(ABC, Generic[C]):
         return len(self.keys)
 
     @abstractmethod
+    def measured_on(self) -> dict[str, str]:
+        """What each metric is measured on."""
+
+    @abstractmethod
     def about(self) -> str:
         """What was measured, in a few words."""
 
     def first_metric(self) -> str | None:
         """The metric that is also reported by group."""
         return None
+
+
+class TaskPart(Part, Generic[C]):
+    """A task that an entry of `tasks` describes."""
+
+    def __init__(self, run: Run, number: int, task: C, subjects: Sequence[Subject]) -> None:
+        super().__init__(run, task.name, task.kind, f"tasks.{number}", subjects)
+        self.task = task
+
+    def measured_on(self) -> dict[str, str]:
+        """As the task says."""
+        return self.task.measured_on()

@@ -16,7 +16,7 @@ from data.rows import Rows
 from reward.compose import Answers
 from stages.evaluate import likelihood
 from stages.evaluate.answers import Answer
-from stages.evaluate.part import Part, Scorers, Subject
+from stages.evaluate.part import Scorers, Subject, TaskPart
 from stages.evaluate.rows import Compared, group_keys
 from stages.evaluate.statistics import Items
 from stages.evaluate.tasks import PreferencesTask
@@ -30,7 +30,7 @@ Encoded = tuple[list[int], list[int], list[int]]
 """Ids of the prompt, the chosen and the rejected answer."""
 
 
-class PreferencesPart(Part[PreferencesTask]):
+class PreferencesPart(TaskPart[PreferencesTask]):
     """One task of kind `preferences`."""
 
     needs_parent = True
@@ -106,6 +106,7 @@ class PreferencesPart(Part[PreferencesTask]):
 
     def finish(self, subject: Subject) -> None:
         """The explicit rewards, once: they do not depend on the model."""
+        super().finish(subject)
         if self.scorer is None or self.explicit:
             return
         ids = self.encoded[self.subjects[0].name]

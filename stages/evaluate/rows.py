@@ -1,10 +1,11 @@
 """What the models read: the prompts, questions and pairs of a task in the form that its entry of the recipe says."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from data.encode import Encoder
 from data.errors import DataError, RowRefused
@@ -16,15 +17,23 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _APART = "\n\n"
 
 
+Shot: TypeAlias = tuple[str | None, str, str]
+"""A solved example: its value of the column `by`, the question in the task's form, and the answer."""
+
+
 @dataclass(frozen=True)
 class Asked(Prompts):
-    """Prompts in a task's form. `shots` are solved examples: (question in the same form, answer)."""
+    """Prompts in a task's form."""
 
     plain: bool = False
     """Whether the model continues plain text, instead of answering in a conversation."""
     prompt: str = QUESTION
     system: str | None = None
-    shots: tuple[tuple[str, str], ...] = ()
+    intro: str = ""
+    shots: tuple[Shot, ...] = ()
+    """Solved examples."""
+    by: str | None = None
+    """Column whose value examples share with the question."""
     columns: ClassVar[dict[str, Column]] = Prompts.columns
 
     def encode(
@@ -44,17 +53,23 @@ class Asked(Prompts):
 
     def _asked(self, record: Prompt) -> Prompt | RowRefused:
         messages = record.messages
+        question = messages[-1].content
+
+        def fill(form: str) -> str:
+            return filled(form, question, record.columns, record.origin)
+
         if self.prompt != QUESTION:
-            text = filled(self.prompt, messages[-1].content, record.columns, record.origin)
-            messages = (*messages[:-1], replace(messages[-1], content=text))
+            messages = (*messages[:-1], replace(messages[-1], content=fill(self.prompt)))
+        shots = shots_for(self.shots, self.by, record.columns)
         if self.plain:
             if len(messages) > 1:
                 return RowRefused("several turns, where plain text asks one question", "set `form: chat`")
-            return replace(record, messages=(Message("user", continued(self.shots, messages[-1].content)),))
-        shown = [turn for asked, said in self.shots for turn in (Message("user", asked), Message("assistant", said))]
+            text = fill(self.intro) + continued(shots, messages[-1].content)
+            return replace(record, messages=(Message("user", text),))
+        shown = [turn for asked, said in shots for turn in (Message("user", asked), Message("assistant", said))]
         begin, rest = (messages[:1], messages[1:]) if messages[0].role == "system" else ((), messages)
         if self.system is not None and not begin:
-            begin = (Message("system", self.system),)
+            begin = (Message("system", fill(self.system)),)
         return replace(record, messages=(*begin, *shown, *rest))
 
 
@@ -93,7 +108,7 @@ def filled(form: str, question: str, columns: Mapping[str, Any], origin: Origin,
     """
 
     def value(found: Any) -> str:
-        name = found[1]
+        name, way = found[1], found[2]
         if name is None:
             return str(found[0][1:-1])
         own = {"question": question, **more}
@@ -104,7 +119,13 @@ def filled(form: str, question: str, columns: Mapping[str, Any], origin: Origin,
                 f"`{'`, `'.join(own)}` there are {there or 'none'}"
             )
         told = own.get(name, columns.get(name))
-        return "\n".join(map(str, told)) if isinstance(told, list) else str(told)
+        if not isinstance(told, str):
+            if isinstance(told, list) and all(isinstance(one, str) for one in told):
+                told = "\n".join(told)
+            else:
+                told = json.dumps(told, ensure_ascii=False)
+        ways = {"words": told.replace("_", " "), "strip": told.strip(), "capitalize": told.capitalize()}
+        return ways.get(way, told)
 
     return FIELD.sub(value, form)
 
@@ -112,6 +133,29 @@ def filled(form: str, question: str, columns: Mapping[str, Any], origin: Origin,
 def continued(shots: Sequence[tuple[str, str]], asked: str) -> str:
     """The solved examples and the question as plain text, as lm-evaluation-harness joins them."""
     return "".join(f"{before} {answer}{_APART}" for before, answer in shots) + asked
+
+
+def shots_for(shots: Sequence[Shot], by: str | None, columns: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The examples for a row with these columns: (question, answer)."""
+    key = None if by is None else str(columns.get(by))
+    return [(asked, answer) for of, asked, answer in shots if of == key]
+
+
+def first_of_each(count: int, keys: Sequence[str | None]) -> list[int]:
+    """The places of the first `count` of each key."""
+    seen: Counter[str | None] = Counter()
+    kept = []
+    for place, key in enumerate(keys):
+        seen[key] += 1
+        if seen[key] <= count:
+            kept.append(place)
+    return kept
+
+
+def without_marks(text: str) -> str:
+    """Text of WikiHow without the marks that HellaSwag's rows have, as lm-evaluation-harness takes them off."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def listed(question: Question) -> str:

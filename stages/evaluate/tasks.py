@@ -4,6 +4,7 @@ There are four kinds. `answers`: the models write answers to prompts. `choices`:
 answers. `documents`: they read text. `preferences`: they, or reward models, prefer one of two answers. No torch here.
 """
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, TypeAlias
@@ -12,19 +13,21 @@ from pydantic import Field, field_validator, model_validator
 
 from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
+from stages.evaluate.shipped import SHIPPED
 from training.config import Strict
 
 Answering: TypeAlias = Literal["greedy", "sampled"]
 QUESTION = "{question}"
-FIELD = re.compile(r"\{\{\w+\}\}|\{(\w+)\}")
-"""A field of a prompt's form, `{name}`; doubled braces stand for themselves."""
+_ROWS = ("file", "hub", "stage")
+FIELD = re.compile(r"\{\{\w+\}\}|\{(\w+)(?::(words|strip|capitalize))?\}")
+"""A field of a prompt's form, `{name}` or `{name:words}`; doubled braces stand for themselves."""
 _NAME = r"^[A-Za-z0-9_.-]+$"
 _SOLUTIONS = ("answer", "reference", "ground_truth", "solution")
 
 
 def _template(value: str) -> str:
     """A prompt's form. Raises ValueError if it asks nothing, or shows the right answer."""
-    names = FIELD.findall(value)
+    names = [name for name, _ in FIELD.findall(value)]
     if not any(names):
         raise ValueError("write {question} where the row's question goes, or {column} for one of its columns")
     shown = [name for name in names if name in _SOLUTIONS]
@@ -83,6 +86,8 @@ class ShotsConfig(Strict):
     """Where they come from; other rows than the task's."""
     count: int = Field(default=5, ge=1)
     """How many: the first ones."""
+    by: str | None = None
+    """Column: only examples with the question's value of it, such as `subject`."""
 
 
 class TaskBase(Strict):
@@ -91,8 +96,11 @@ class TaskBase(Strict):
     measured: ClassVar[Mapping[str, str]] = {}
     """The metrics that are measured anyway, and on what."""
 
+    task: str | None = None
+    """A shipped task (docs/tasks.md), which gives the other keys their values; those that are written here come first.
+    """
     name: str = Field(pattern=_NAME)
-    """Name in the tables."""
+    """Name in the tables; by default that of `task`."""
     data: list[SourceConfig] = Field(min_length=1)
     """Held-out rows."""
 
@@ -129,9 +137,12 @@ class AnswersTask(Grouped):
     """`chat`: a conversation in the model's chat template. `text`: plain text that the model continues, as base models
     are evaluated; examples are separated by blank lines."""
     system: str | None = None
-    """A system message before each prompt that has none."""
+    """A system message before each prompt that has none; with the fields of `prompt`."""
     prompt: str = QUESTION
-    """What is asked: `{question}` is the row's last user turn, `{column}` a column of the row."""
+    """What is asked: `{question}` is the row's last user turn, `{column}` a column of the row. `{column:words}` has
+    spaces for its underscores, `{column:strip}` none at its ends, and `{column:capitalize}` one capital, the first."""
+    intro: str = ""
+    """`form: text` only: what is read before the examples; with the same fields."""
     few_shot: ShotsConfig | None = None
     """Solved examples before each prompt: their answers are those of the rows (column `reference`)."""
     greedy: bool = True
@@ -188,13 +199,15 @@ class AnswersTask(Grouped):
                 raise ValueError(f"{entry.name} needs {most} answers to a prompt: raise `num_generations` to {most}")
         voted = any(entry.majority_at for entry in self.scores)
         given = self.model_fields_set
-        if not voted and "vote" in given:
+        if not voted and "vote" in given and self.task is None:
             raise ValueError("`vote` is not read without `majority_at` in an entry of `scores`")
         unread = [key for key in ("temperature", "top_k", "top_p") if key in given and not self.num_generations]
         if unread:
             raise ValueError(f"`{unread[0]}` is not read without sampled answers: `num_generations` is 0")
         if self.form == "text" and self.system is not None:
-            raise ValueError("`system` is for `form: chat`; write it into `prompt`")
+            raise ValueError("`system` is for `form: chat`; write it into `intro`")
+        if self.form == "chat" and self.intro:
+            raise ValueError("`intro` is for `form: text`; write it into `system`")
         return self
 
     @property
@@ -229,7 +242,12 @@ class ChoicesTask(Grouped):
     """Chooses the likeliest of the row's answers."""
     prompt: str = "Question: {question}\nAnswer:"
     """What the model reads before a choice; `{question}` is the row's question, `{choices}` its answers as lines `A.
-    ...`, `{column}` a column of the row. A space follows, and the choice."""
+    ...`, `{column}` a column of the row. `{column:words}` has spaces for its underscores, `{column:strip}` none at its
+    ends, and `{column:capitalize}` one capital, the first. A space follows, and the choice."""
+    intro: str = ""
+    """What is read before all that, and before the examples; with the same fields."""
+    clean: Literal["nothing", "wikihow"] = "nothing"
+    """`wikihow`: take the marks of WikiHow's articles off prompt and choices, as HellaSwag needs it."""
     answer: Literal["text", "letter"] = "text"
     """What is scored: the choice's text, or its letter."""
     few_shot: ShotsConfig | None = None
@@ -238,8 +256,6 @@ class ChoicesTask(Grouped):
     @field_validator("prompt")
     @classmethod
     def _has_question(cls, value: str) -> str:
-        if value.count(QUESTION) != 1:
-            raise ValueError("write {question} once, where the row's question goes")
         return _template(value)
 
     @model_validator(mode="after")
@@ -294,6 +310,31 @@ class PreferencesTask(Grouped):
 TaskConfig: TypeAlias = AnswersTask | ChoicesTask | DocumentsTask | PreferencesTask
 
 
-def with_kind(raw: Any) -> Any:
-    """The entry of a recipe with its kind, `answers` by default."""
-    return {"kind": "answers", **raw} if isinstance(raw, dict) else raw
+def with_defaults(raw: Any) -> Any:
+    """The entry of a recipe with the values of its shipped task, and its kind, `answers` by default.
+
+    Raises:
+        ValueError: there is no such shipped task, or it is of another kind.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    name = raw.get("task")
+    if not isinstance(name, str):
+        return {"kind": "answers", **raw}
+    if name not in SHIPPED:
+        close = difflib.get_close_matches(name, SHIPPED, 1)
+        raise ValueError(
+            f"no shipped task {name}"
+            + (f", did you mean {close[0]}?" if close else f"; there are {', '.join(SHIPPED)}")
+            + " A task of your own has no key `task`, but a `name`"
+        )
+    shipped = SHIPPED[name]
+    if raw.get("kind", shipped.kind) != shipped.kind:
+        raise ValueError(f"the shipped task {name} is of kind {shipped.kind}; leave `kind` out")
+    data = raw.get("data")
+    if isinstance(data, list):
+        data = [
+            {**shipped.source, **one} if isinstance(one, dict) and one.get("source") in _ROWS else one for one in data
+        ]
+    keys = {"name": name, "kind": shipped.kind, **shipped.keys, **raw}
+    return keys if data is None else {**keys, "data": data}

@@ -23,6 +23,7 @@ from stages.evaluate.choices import ChoicesPart
 from stages.evaluate.config import Config
 from stages.evaluate.documents import DocumentsPart
 from stages.evaluate.generation import AnswersPart
+from stages.evaluate.harness import HarnessPart
 from stages.evaluate.part import Part, Scorers, Subject
 from stages.evaluate.preferences import PreferencesPart
 from stages.evaluate.tasks import AnswersTask, ChoicesTask, DocumentsTask, TaskConfig
@@ -38,6 +39,7 @@ def train(run: Run) -> None:
     subjects = [Subject(name, parent, load_encoder(parent)) for name, parent in _models(run, present).items()]
     scorers = Scorers(present)
     parts = [_part(run, number, task, subjects, scorers) for number, task in enumerate(config.tasks)]
+    parts += [HarnessPart(run, name, subjects) for name in config.lm_eval]
 
     origins: dict[str, str] = {}
     with run.progress(len(subjects) * sum(part.steps for part in parts), "evaluate") as advance:
@@ -54,7 +56,7 @@ def train(run: Run) -> None:
             for part in parts:
                 part.finish(subject)
 
-    tasks = {part.task.name: part.results(origins) for part in parts}
+    tasks = {part.name: part.results(origins) for part in parts}
     names = [subject.name for subject in subjects]
     called = {ref: ref if ref in run.recipe.sections else present[ref].name for ref in config.models if ref in present}
     for missing in gates.left_out(config.gate, list(called)):
@@ -70,7 +72,7 @@ def train(run: Run) -> None:
     run.publish("evaluation", None, metrics, files=["results.json", answers.FILE], verdicts=verdicts)
 
 
-def _part(run: Run, number: int, task: TaskConfig, subjects: Sequence[Subject], scorers: Scorers) -> Part[Any]:
+def _part(run: Run, number: int, task: TaskConfig, subjects: Sequence[Subject], scorers: Scorers) -> Part:
     """The task, prepared."""
     if isinstance(task, AnswersTask):
         return AnswersPart(run, number, task, subjects, scorers)
@@ -81,7 +83,7 @@ def _part(run: Run, number: int, task: TaskConfig, subjects: Sequence[Subject], 
     return PreferencesPart(run, number, task, subjects, scorers)
 
 
-def _against(run: Run, parts: Sequence[Part[Any]], subject: Subject, before: Subject) -> None:
+def _against(run: Run, parts: Sequence[Part], subject: Subject, before: Subject) -> None:
     """Compares a model with its parent, in the tasks that do so by the parent's likelihoods."""
     if not parts:
         return
@@ -132,7 +134,7 @@ def _models(run: Run, present: dict[str, Parent]) -> dict[str, Parent]:
     return parents
 
 
-def _write_answers(run: Run, parts: Sequence[Part[Any]]) -> None:
+def _write_answers(run: Run, parts: Sequence[Part]) -> None:
     answers.write(run.dir.made(answers.FILE), chain.from_iterable(part.answers() for part in parts))
 
 
