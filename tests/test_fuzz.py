@@ -15,8 +15,10 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from baton.chat import Sampling, Speaker, Terminal, converse, open_models
+from baton.chat import Terminal, converse
 from baton.cli import main
+from baton.speaker import ChatSampling, Speaker
+from baton.targets import open_models
 from tests.fuzzing import STRANGE, examples, fuzz, tree, values
 from training.recipe import load_recipe
 from training.terminal import Screen
@@ -181,7 +183,7 @@ lines = st.text(max_size=40) | st.sampled_from(
 @examples(fast=10, full=150)
 def test_chat_answers_or_refuses_each_line(micro_recipe, count):
     (parent,) = open_models(load_recipe(micro_recipe).run_dir, ["sft"])
-    speaker = Speaker(parent, Sampling(1.0, 2, 0))
+    speaker = Speaker(parent, ChatSampling(1.0, 2, 0))
     out = io.StringIO()
 
     def answers(said: list[str], system: str | None) -> None:

@@ -19,9 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from baton.chat import Sampling, Speaker
+from baton.speaker import ChatSampling, Speaker
 from data.encode import Encoder
-from data.records import Message
 from handoff.contract import read_tokenizer
 from handoff.errors import HandoffError
 from handoff.files import sha256_file
@@ -157,12 +156,13 @@ def test_rollouts_evaluation_and_chat_stop_where_the_published_model_does(foreig
     out.mkdir()
     model.write(out, model.module)
     published = set(json.loads((out / "generation_config.json").read_text())["eos_token_id"])
-    speaker = Speaker(open_parent(str(out), tmp_path, {"causal_lm"}), Sampling(0.0, 4, 0))
+    speaker = Speaker(open_parent(str(out), tmp_path, {"causal_lm"}), ChatSampling(0.0, 4, 0))
     assert published == {1, 9, 12}
     assert set(SamplingSpec.of(load_encoder(parent), 8).stop_ids) == published
     assert set(speaker.encoder.stop_ids) == published == set(read_tokenizer(out).stop_ids)
     for stop in published:  # an answer that begins with any of them is empty
-        speaker._choose = lambda logits, stop=stop: stop
+        speaker.live._drawn = lambda answers, logits, stop=stop: ([stop], [True])
+        speaker.reset(None)
         assert list(speaker.answer("hi")) == []
     answered = model.encoder.answer("x")
     assert answered[-1] == model.encoder.stop_ids[0]  # what answers are trained to end with
@@ -170,12 +170,21 @@ def test_rollouts_evaluation_and_chat_stop_where_the_published_model_does(foreig
 
 def test_chat_never_says_an_id_without_a_token(foreign, tmp_path):
     """The model has three rows more than the tokenizer has ids."""
-    speaker = Speaker(open_parent(str(foreign), tmp_path, {"causal_lm"}), Sampling(1.0, 4, 0))
+    speaker = Speaker(open_parent(str(foreign), tmp_path, {"causal_lm"}), ChatSampling(1.0, 4, 0))
     with torch.no_grad():
         head = speaker.model.get_output_embeddings().weight
         head[:-3], head[-3], head[-2:] = 0.0, 100.0, -100.0  # whatever the hidden state, one of these is the likeliest
-    ids = list(speaker._tokens(speaker.encoder.prompt([Message("user", "hi")])))
-    assert all(token < speaker.model.config.vocab_size - 3 for token in ids)
+    ids: list[int] = []
+    drawn = speaker.live._drawn
+
+    def seen(answers, logits):
+        found = drawn(answers, logits)
+        ids.extend(found[0])
+        return found
+
+    speaker.live._drawn = seen
+    list(speaker.answer("hi"))
+    assert ids and all(token < speaker.model.config.vocab_size - 3 for token in ids)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(foreign, tmp_path):
