@@ -75,7 +75,7 @@ def described() -> list[Any]:
 def answer(client: OpenAI, model: str, question: str, *, rounds: int = 4, first: str = "auto") -> tuple[str, list[str]]:
     """The answer, and the calls that were made. `first`: the tool choice of the first round."""
     messages: list[Any] = [{"role": "user", "content": question}]
-    made = []
+    made: list[str] = []
     for number in range(rounds):
         last = number == rounds - 1
         choice = "none" if last else first if number == 0 else "auto"

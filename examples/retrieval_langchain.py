@@ -12,6 +12,7 @@ from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from pydantic import SecretStr
 
 from examples.passages import passages
 
@@ -31,11 +32,14 @@ class Answer:
 def answer(base_url: str, model: str, documents: Path, question: str, *, key: str = "none", seed: int = 0) -> Answer:
     """Reads the documents, and answers from the two passages nearest to the question."""
     # Texts, not the token ids of another model's tokenizer, are sent to be embedded.
-    embeddings = OpenAIEmbeddings(base_url=base_url, api_key=key, model=model, check_embedding_ctx_length=False)
+    secret = SecretStr(key)
+    embeddings = OpenAIEmbeddings(base_url=base_url, api_key=secret, model=model, check_embedding_ctx_length=False)
     store = InMemoryVectorStore(embeddings)
     store.add_documents([Document(text, metadata={"source": name}) for name, text in passages(documents)])
     found = store.similarity_search(question, k=2)
-    chat = ChatOpenAI(base_url=base_url, api_key=key, model=model, temperature=0, seed=seed, max_tokens=200)
+    chat = ChatOpenAI(
+        base_url=base_url, api_key=secret, model=model, temperature=0, seed=seed, max_completion_tokens=200
+    )
     chain = PROMPT | chat
     said = chain.invoke({"passages": "\n\n".join(one.page_content for one in found), "question": question})
     return Answer(str(said.content), [one.metadata["source"] for one in found])

@@ -174,17 +174,10 @@ def test_chat_never_says_an_id_without_a_token(foreign, tmp_path):
     with torch.no_grad():
         head = speaker.model.get_output_embeddings().weight
         head[:-3], head[-3], head[-2:] = 0.0, 100.0, -100.0  # whatever the hidden state, one of these is the likeliest
-    ids: list[int] = []
-    drawn = speaker.live._drawn
-
-    def seen(answers, logits):
-        found = drawn(answers, logits)
-        ids.extend(found[0])
-        return found
-
-    speaker.live._drawn = seen
+    drawn, seen = speaker.live._drawn, []
+    speaker.live._drawn = lambda answers, logits: seen.append(drawn(answers, logits)) or seen[-1]
     list(speaker.answer("hi"))
-    assert ids and all(token < speaker.model.config.vocab_size - 3 for token in ids)
+    assert seen and all(ids[0] < speaker.model.config.vocab_size - 3 for ids, _ in seen)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(foreign, tmp_path):

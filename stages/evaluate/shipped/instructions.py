@@ -1,4 +1,4 @@
-"""Instructions whose fulfilment a program can check."""
+"""Instructions whose fulfillment a program can check."""
 
 from stages.evaluate.shipped.declaration import GREEDY, Shipped
 
