@@ -13,7 +13,7 @@ import yaml
 from baton.export.evaluations import Measured, folder_of, measured
 from baton.export.lineage import Line, line_of
 from handoff.errors import HandoffError
-from handoff.manifest import KIND_WORDS
+from handoff.manifest import KIND_WORDS, SCORERS
 from handoff.parent import Parent, is_hub_id
 
 if TYPE_CHECKING:
@@ -100,6 +100,10 @@ def _metadata(
         model_name=name if results else None,
         eval_results=results or None,
     )
+
+
+def _task(parent: Parent) -> str:
+    return "text-classification" if parent.kind in SCORERS else "text-generation"
 
 
 def _hub_name(name: str) -> bool:
