@@ -119,7 +119,8 @@ def test_a_gate_on_what_is_not_evaluated_is_refused(condition, said):
 
 
 def recipe_with(path, gate, models="pretrain, sft"):
-    section = f"  evaluate: {{models: [{models}], tasks: {json.dumps(TASKS)}, gate: {json.dumps(gate)}}}\n"
+    keys = f"models: [{models}], tasks: {json.dumps(TASKS)}, gate: {json.dumps(gate)}"
+    section = f"  gated: {{stage: evaluate, {keys}}}\n"  # the run is other tests', too, which may publish `evaluate`
     path.write_text(path.read_text() + section)
     return load_recipe(path)
 
@@ -129,9 +130,7 @@ def test_a_parent_that_is_not_evaluated_is_refused_before_anything_starts(tmp_pa
     path.write_text(MICRO.format(root=tmp_path / "runs"))
     gate = {"tasks": [{"task": "world", "model": "sft", "no_worse_than": "parent"}]}
     recipe = recipe_with(path, gate, "sft")
-    with pytest.raises(
-        RecipeError, match=r"evaluate\.gate: sft is to be no worse than its parent pretrain, which is not"
-    ):
+    with pytest.raises(RecipeError, match=r"gated\.gate: sft is to be no worse than its parent pretrain, which is not"):
         run_pipeline(recipe, (), (), None, dry_run=True)
     assert not recipe.run_dir.exists()
 
@@ -144,15 +143,15 @@ def test_an_evaluation_below_its_gate_is_kept_aside_and_the_report_shows_it(micr
         path, {"tasks": [{"task": "text", "max": 99.0}, {"task": "text", "model": "sft", "max": 0.01}]}
     )
     with pytest.raises(GateError, match=r"text, sft: bits_per_byte is .*; the gate demands at most 0.01"):
-        run_section(recipe, "evaluate")
-    kept = failed_dir(recipe.run_dir, "evaluate")
+        run_section(recipe, "gated")
+    kept = failed_dir(recipe.run_dir, "gated")
     gates = json.loads((kept / "results.json").read_text())["gates"]
     assert [(gate["task"], gate["model"], gate["passed"]) for gate in gates] == [
         ("text", "pretrain", True),
         ("text", "sft", True),
         ("text", "sft", False),
     ]
-    assert (kept / "answers.arrow").is_file() and StageDir(recipe.run_dir / "evaluate").manifest() is None
-    (stage,) = [one for one in read_run(recipe.run_dir).stages if one.name == "evaluate"]
+    assert (kept / "answers.arrow").is_file() and StageDir(recipe.run_dir / "gated").manifest() is None
+    (stage,) = [one for one in read_run(recipe.run_dir).stages if one.name == "gated"]
     assert stage.results is not None and [gate.passed for gate in stage.results.gates] == [True, True, False]
-    assert read_refused(recipe.run_dir, "evaluate").reasons == [gates[2]["said"]]
+    assert read_refused(recipe.run_dir, "gated").reasons == [gates[2]["said"]]
