@@ -116,7 +116,7 @@ def test_without_llama_cpp_the_file_is_read_back_and_it_is_said(run, tmp_path, n
     assert record.check is not None and record.check.by == "transformers"
     assert "llama.cpp was not asked" in record.check.said[0] and any("was not asked" in line for line in lines)
     assert record.check.numbers["largest_difference"] < 1e-4
-    assert sorted(path.name for path in folder.iterdir()) == ["export.json", "micro-sft-f32.gguf"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "export.json", "micro-sft-f32.gguf"]
 
 
 def test_a_gguf_file_goes_on_as_a_parent_and_is_exported_again(run, tmp_path, llama):
