@@ -157,7 +157,7 @@ def test_several_turns_are_no_plain_text():
     form = Asked(64, plain=True, prompt="Q: {question}")
     turns = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Why?"))
     assert isinstance(form._asked(Prompt(turns, Origin("x", 1))), RowRefused)
-    chat = Asked(64, system="Be brief.", shots=(("1 + 1?", "2"),))._asked(Prompt(turns, Origin("x", 1)))
+    chat = Asked(64, system="Be brief.", shots=((None, "1 + 1?", "2"),))._asked(Prompt(turns, Origin("x", 1)))
     assert [m.role for m in chat.messages] == ["system", "user", "assistant", "user", "assistant", "user"]
 
 
