@@ -28,6 +28,7 @@ CASES = {
         {},
         "no single number in the gold answer 'four'",
     ),
+    "regex_extract": ([{"answer": "4"}, {"answer": ["4"]}], {"pattern": "(.*)"}, "a gold answer is text or a number"),
     "multiple_choice": ([{"key": "B"}, {"key": 1}], {"column": "key"}, "not one of the letters"),
     "exact_match": ([{"answer": 4}, {"answer": ["4"]}], {}, r"holds \['4'\]; `exact_match` needs text or a number"),
     "json_schema": ([{"schema": {"type": "object"}}, {"schema": {"type": "thing"}}], {}, "the schema cannot be used"),

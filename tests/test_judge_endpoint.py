@@ -400,7 +400,7 @@ def test_the_recipe_entries_of_the_documentation(root):
     loaded = [yaml.safe_load(block) for block in blocks]
     entries = [entry for block in loaded for entry in (block if isinstance(block, list) else [block])]
     judges = [RewardConfig(**entry).args for entry in entries if "function" in entry]
-    assert len(judges) == 6
+    assert len(judges) == 7
     for args in judges:
         config, columns = read_options(args, 1)
         assert columns == {} and config.body([])["model"] == args["model"]

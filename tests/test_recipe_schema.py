@@ -31,10 +31,12 @@ def tags(model: type[BaseModel]) -> dict[str, str]:
 
 
 def places(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
-    """Every model inside a section with the keys that lead to it; "0" for the entry of a list."""
+    """Every model inside a section with the keys that lead to it; "0" for the entry of a list, and a metric for that
+    of an object of metrics."""
     yield path, model
     for name, info in model.model_fields.items():
-        entry = ("0",) if "list[" in str(info.annotation) or "tuple[" in str(info.annotation) else ()
+        kind = str(info.annotation)
+        entry = ("0",) if "list[" in kind or "tuple[" in kind else ("eval_loss",) if kind.startswith("dict[") else ()
         for inner in models_in(info.annotation):
             yield from places(inner, (*path, name, *entry))
 
@@ -72,7 +74,8 @@ PLACES = [(stage, path, model) for stage in STAGES for path, model in places(Reg
 )
 def test_a_one_letter_slip_gets_a_suggestion(tmp_path, stage, path, model):
     keys = set(model.model_fields)
-    slips = {key: slip(key, keys) for key in keys - tags(model).keys() if len(key) > 1}
+    known = keys.union(*(inner.model_fields for _, inner in places(model)))  # a key of an inner place gets other advice
+    slips = {key: slip(key, known) for key in keys - tags(model).keys() if len(key) > 1}
     section = nested(path, tags(model) | dict.fromkeys(slips.values(), 1)) | {"stage": stage}
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump({"name": "r", "stages": {"mine": section}}))

@@ -143,7 +143,13 @@ def test_a_terminal_is_drawn_again_until_ctrl_c_which_ends_it_well(tmp_path, roo
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "baton", "top", str(tmp_path), "--interval", "0.2"]
     environment = {**os.environ, "PYTHONPATH": str(root), "TERM": "xterm", "COLUMNS": "120"}
-    child = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    child = subprocess.Popen(
+        command,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if the tests run in the background
+    )
     os.close(theirs)
     read_until(ours, b"1.50")
     with (folder / "metrics.jsonl").open("a") as file:

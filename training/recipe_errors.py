@@ -62,16 +62,16 @@ def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
 def _models_at(model: type[BaseModel], raw: Any, path: KeyPath) -> list[type[BaseModel]]:
     """The models that the mapping at `path` of a section may have, without those that its own keys rule out."""
     models, value = [model], raw
+    own = False  # whether the next key is one of the user's, in a mapping of models
     for part in path:
         value = value[part]
-        if isinstance(part, str):
-            models = [
-                inner
-                for outer in models
-                if part in outer.model_fields
-                for inner in models_in(outer.model_fields[part].annotation)
-            ]
-        if isinstance(value, dict):
+        if own:
+            own = False
+        elif isinstance(part, str):
+            kinds = [outer.model_fields[part].annotation for outer in models if part in outer.model_fields]
+            models = [inner for kind in kinds for inner in models_in(kind)]
+            own = any(get_origin(kind) is dict for kind in kinds)
+        if isinstance(value, dict) and not own:
             fitting = [inner for inner in models if _fits(inner, value)]
             models = fitting or models
     return models

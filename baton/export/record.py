@@ -87,7 +87,7 @@ def read_record(folder: Path) -> ExportRecord:
 
 def is_export(folder: Path) -> bool:
     """Whether the folder is that of an export."""
-    return (folder / NAME).is_file()
+    return folder.is_dir() and (folder / NAME).is_file()
 
 
 def verify_export(folder: Path) -> None:
