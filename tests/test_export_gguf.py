@@ -24,6 +24,8 @@ from tests.test_families import FAMILIES, publish
 from training.recipe import load_recipe
 from training.run import run_section
 
+pytestmark = pytest.mark.slow  # each unpacking is a process of its own
+
 NAMES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 10_000.0}

@@ -26,6 +26,8 @@ from training.model import Model, load_encoder
 from training.recipe import load_recipe
 from training.shapes import shape_of
 
+pytestmark = pytest.mark.slow  # each unpacking is a process of its own
+
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
