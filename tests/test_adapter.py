@@ -30,6 +30,8 @@ from training.recipe import RecipeError, load_recipe
 from training.run import run_section
 from training.trainer import StageTrainer, fit
 
+pytestmark = pytest.mark.slow  # models are trained and loaded again
+
 ENGINE = engines.current()
 IDS = torch.arange(8, 32).reshape(2, 12)
 QUICK = ("adapter.r=4", "train.max_steps=4", "eval_answers=0")

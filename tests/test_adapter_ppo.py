@@ -22,6 +22,8 @@ from training.run import run_section
 from training.shared import SharedBase
 from training.stored_adapter import StoredAdapter
 
+pytestmark = pytest.mark.slow  # models are trained and loaded again
+
 ENGINE = engines.current()
 QUICK = ("adapter.r=4", "train.iterations=2", "guards={probe_prompts: 0, keep: last}", "train.save_iterations=1")
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16]]

@@ -23,6 +23,8 @@ from tests.test_chat_templates import LLAMA2, MARKERS, NAMES, TEMPLATES
 from tests.test_data_encode import CHATML, make_tokenizer
 from training.recipe import load_recipe
 
+pytestmark = pytest.mark.slow  # models are trained and loaded again
+
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named {{ SmolLM }}<|im_end|>\n' }}{% endif %}"

@@ -26,6 +26,8 @@ from training.precision import trained_dtype
 from training.recipe import load_recipe
 from training.shared import SharedBase
 
+pytestmark = pytest.mark.slow  # models are trained and loaded again
+
 ENGINE = engines.current()
 IDS = torch.arange(6, 30).reshape(2, 12)
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300, "bos_token_id": 1}
@@ -157,7 +159,6 @@ def test_a_reward_model_on_weights_in_bfloat16_scores_as_alone(half_sft, tmp_pat
     assert torch.allclose(score(alone.module, rows, 2), score(beside.module, rows, 2), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_adapter_of_a_parent_stands_beside_weights_in_bfloat16(half_sft, micro_recipe, tmp_path, monkeypatch):
     """SFT, a reward model and PPO, each an adapter on a base in bfloat16, which no merge rounds."""
     few = ("adapter.r=4", "train.max_steps=2", "train.learning_rate=1e-2", "eval_answers=0")

@@ -29,6 +29,8 @@ from training.engines.splitting import Splitting
 from training.model import Model, load_encoder
 from training.recipe import RecipeError, load_recipe
 
+pytestmark = pytest.mark.slow  # models are trained and loaded again
+
 NF4 = QuantizationRecord(method="nf4", double_quant=True)
 INT8 = QuantizationRecord(method="int8", double_quant=False)
 QUICK = ("adapter.r=4", "train.max_steps=4", "eval_answers=0")
