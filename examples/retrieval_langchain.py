@@ -4,8 +4,6 @@ baton serve runs/tiny:sft
 python -m examples.retrieval_langchain --documents docs "What does a seed do?"
 """
 
-import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 from langchain_core.documents import Document
@@ -14,19 +12,11 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import SecretStr
 
-from examples.passages import passages
+from examples.passages import Answer, command, passages
 
 PROMPT = ChatPromptTemplate.from_messages(
     [("system", "Answer from these passages alone.\n\n{passages}"), ("user", "{question}")]
 )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The text, and the files that it was found in."""
-
-    text: str
-    sources: list[str]
 
 
 def answer(base_url: str, model: str, documents: Path, question: str, *, key: str = "none", seed: int = 0) -> Answer:
@@ -45,17 +35,5 @@ def answer(base_url: str, model: str, documents: Path, question: str, *, key: st
     return Answer(str(said.content), [one.metadata["source"] for one in found])
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("question")
-    parser.add_argument("--documents", type=Path, required=True, help="a folder of .txt and .md files")
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", default="sft")
-    given = parser.parse_args()
-    found = answer(given.base_url, given.model, given.documents, given.question)
-    print(f"{found.text}\n\nfrom {', '.join(found.sources)}")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, answer)

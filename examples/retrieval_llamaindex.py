@@ -4,7 +4,6 @@ baton serve runs/tiny:sft
 python -m examples.retrieval_llamaindex --documents docs "What does a seed do?"
 """
 
-import argparse
 from pathlib import Path
 
 from llama_index.core import Settings, VectorStoreIndex
@@ -12,8 +11,7 @@ from llama_index.core.schema import TextNode
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
 
-from examples.passages import passages
-from examples.retrieval_langchain import Answer
+from examples.passages import Answer, command, passages
 
 
 def answer(
@@ -35,17 +33,5 @@ def answer(
     return Answer(str(found), [node.metadata["source"] for node in found.source_nodes])
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("question")
-    parser.add_argument("--documents", type=Path, required=True, help="a folder of .txt and .md files")
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", default="sft")
-    given = parser.parse_args()
-    found = answer(given.base_url, given.model, given.documents, given.question)
-    print(f"{found.text}\n\nfrom {', '.join(found.sources)}")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, answer)
