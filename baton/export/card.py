@@ -4,7 +4,7 @@ It says what the model is, from what it was made (with hashes), with which data 
 limits the trust in that, and how it is used.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 NAME = "README.md"
 _LIBRARY = {"hf": "transformers", "vllm": "transformers", "gguf": "gguf", "ollama": "gguf", "onnx": "onnx"}
-_WRITES, _SCORES = "text-generation", "text-classification"  # the hub's names of tasks
 _NOT_RECORDED = "no licence is recorded"
 
 
@@ -78,10 +77,10 @@ def _metadata(
     bases = [line.ancestor.name for line in lines[:-1] if _hub_name(line.ancestor.name)]
     if is_hub_id(parent):
         bases.append(parent.name)
-    sets = [entry["name"] for entry in _entries(lines) if entry.get("source") == "hub"]
+    sets = [entry["name"] for _, _, entry in _sources(lines) if entry["source"] == "hub"]
     results = [
         EvalResult(
-            task_type=_WRITES if parent.kind == "causal_lm" else _SCORES,
+            task_type=_task(parent),
             dataset_type=one.task,
             dataset_name=one.task,
             metric_type=one.metric,
@@ -92,7 +91,7 @@ def _metadata(
     licence = _licence("model", bases[-1]) if bases else None
     return ModelCardData(
         library_name=_LIBRARY[form],
-        pipeline_tag=_WRITES if parent.kind == "causal_lm" else _SCORES,
+        pipeline_tag=_task(parent),
         tags=["baton", *(["gguf"] if _LIBRARY[form] == "gguf" else [])],
         base_model=list(dict.fromkeys(bases)) or None,
         datasets=list(dict.fromkeys(sets)) or None,
@@ -103,6 +102,7 @@ def _metadata(
 
 
 def _task(parent: Parent) -> str:
+    """The hub's name of what the model does."""
     return "text-classification" if parent.kind in SCORERS else "text-generation"
 
 
@@ -110,17 +110,13 @@ def _hub_name(name: str) -> bool:
     return name.count("/") == 1
 
 
-def _entries(lines: Sequence[Line]) -> list[Mapping[str, Any]]:
-    """The data sources of all stages."""
-    return [
-        entry
-        for line in lines
-        if line.manifest is not None
-        for value in line.manifest.recipe.values()
-        if isinstance(value, list)
-        for entry in value
-        if isinstance(entry, dict) and "source" in entry
-    ]
+def _sources(lines: Sequence[Line]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(stage, key of its section, data source) of all stages."""
+    for line in lines:
+        for key, value in ({} if line.manifest is None else line.manifest.recipe).items():
+            for entry in value if isinstance(value, list) else ():
+                if isinstance(entry, dict) and "source" in entry:
+                    yield line.ancestor.name, key, entry
 
 
 def _licence(kind: str, name: str) -> str | None:
@@ -150,17 +146,10 @@ def _cell(text: str) -> str:
 
 def _data(lines: Sequence[Line]) -> str:
     rows = ["| stage | data | rows | licence |", "| --- | --- | --- | --- |"]
-    for line in lines:
-        if line.manifest is None:
-            continue
-        for key, value in line.manifest.recipe.items():
-            if not isinstance(value, list):
-                continue
-            for entry in value:
-                if isinstance(entry, dict) and "source" in entry:
-                    what, licence = _source(entry)
-                    held = "" if key == "data" else f" ({key})"
-                    rows.append(f"| {line.ancestor.name} | {_cell(what)}{held} | {entry.get('size', '')} | {licence} |")
+    for stage, key, entry in _sources(lines):
+        what, licence = _source(entry)
+        held = "" if key == "data" else f" ({key})"
+        rows.append(f"| {stage} | {_cell(what)}{held} | {entry.get('size', '')} | {licence} |")
     if len(rows) == 2:
         return "The data are not recorded: no stage of Baton made this model."
     return "\n".join(rows)

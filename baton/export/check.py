@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from baton.export import llama_cpp, probes
@@ -71,6 +72,10 @@ class Verdict:
 
 def check_hf(folder: Path, expected: Expected, dtype: str) -> Verdict:
     """Reads a model directory as transformers does."""
+    return _by_transformers(folder, expected, dtype, probes.strings(expected.encoder))
+
+
+def _by_transformers(folder: Path, expected: Expected, dtype: str, texts: Sequence[str]) -> Verdict:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,8 +83,7 @@ def check_hf(folder: Path, expected: Expected, dtype: str) -> Verdict:
 
     verdict = Verdict("transformers")
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, **LOCAL)
-    texts = probes.strings(expected.encoder)
-    _same_tokens(verdict, texts, expected.tokens(texts), tokenizer(texts, add_special_tokens=False).input_ids)
+    _same_tokens(verdict, texts, expected.tokens(texts), tokenizer(list(texts), add_special_tokens=False).input_ids)
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL)
     stops = module.generation_config.eos_token_id
     _same_stops(expected, [stops] if isinstance(stops, int) else stops or [])
@@ -107,25 +111,10 @@ def check_gguf(file: Path, expected: Expected, dtype: str, *, composes: bool) ->
 
 
 def _read_back(file: Path, expected: Expected, dtype: str, texts: Sequence[str]) -> Verdict:
-    from tempfile import TemporaryDirectory
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from handoff.gguf import unpacked
-    from training.architecture import LOCAL
 
-    verdict = Verdict("transformers")
     with TemporaryDirectory(dir=file.parent, prefix=".read-back-") as store:
-        folder = unpacked(file, Path(store), sha256_file(file))
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **LOCAL)
-        _same_tokens(verdict, texts, expected.tokens(texts), tokenizer(list(texts), add_special_tokens=False).input_ids)
-        module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOCAL)
-        stops = module.generation_config.eos_token_id
-        _same_stops(expected, [stops] if isinstance(stops, int) else stops or [])
-        answers = answers_of(module, expected.encoder, expected.rows, expected.question, probes.ANSWER)
-    _compare(verdict, expected, answers, dtype)
-    return verdict
+        return _by_transformers(unpacked(file, Path(store), sha256_file(file)), expected, dtype, texts)
 
 
 def _same_tokens(

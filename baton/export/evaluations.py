@@ -10,6 +10,7 @@ from handoff.errors import HandoffError
 from handoff.files import read_json
 from handoff.manifest import read_manifest
 from handoff.parent import Parent
+from handoff.refused import FAILED
 
 _RESULTS = "results.json"
 
@@ -34,7 +35,7 @@ def results_of(parent: Parent, *, refused: bool = False) -> Iterator[tuple[str, 
     if parent.manifest is None:
         return
     run = parent.path.parent
-    for path in sorted([*run.glob(f"*/{_RESULTS}"), *(run.glob(f".*/*/{_RESULTS}") if refused else ())]):
+    for path in sorted([*run.glob(f"*/{_RESULTS}"), *(run.glob(f"{FAILED}/*/{_RESULTS}") if refused else ())]):
         with suppress(HandoffError):
             made = read_manifest(path.parent / "stage.json")
             evaluated = made is not None and any(

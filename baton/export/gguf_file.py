@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from data.encode import Encoder
 
-DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 EXACT = ("f32", "f16", "bf16")
 """Those that only round."""
 # LLAMA_FTYPE of llama.h.
@@ -72,7 +71,7 @@ def write_gguf(
     """Writes the model in `model_dir`, which has whole weights that are not quantised.
 
     Args:
-        dtype: one of `DTYPES`.
+        dtype: one of `EXACT`, q8_0 or q4_0.
         encoder: its tokenizer, with the chat template and the stop ids.
         name: what the file calls the model.
         origin: more keys of the file.

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from baton.export.evaluations import failed_gates
-from baton.export.run import export
+from baton.export.run import export_source
 from baton.export.source import Source
 from handoff.errors import HandoffError, UserError
 from handoff.files import quoted
@@ -29,7 +29,7 @@ def push(
     Args:
         target: as for `export`.
         repository: `ORG/NAME`; it is made if it is not there, private unless `public`.
-        to, dtype, say, check: as for `export`.
+        to, dtype, say, check: as for `export_source`.
 
     Raises:
         UserError: the name is none, or there is no token.
@@ -50,7 +50,7 @@ def push(
         raise UserError("there is no token for the hub: `hf auth login`, or set HF_TOKEN to one that may write")
     api = HfApi()
     with TemporaryDirectory(prefix="baton-push-") as place:
-        folder = export(target, to, dtype, Path(place) / "model", say, check=check)
+        folder = export_source(source, to, dtype, Path(place) / "model", say, check=check)
         return _upload(api, repository, folder, source.parent.fingerprint, public=public)
 
 

@@ -157,10 +157,18 @@ FORMS: Mapping[str, Form] = {
 def export(
     target: str, to: str, dtype: str | None, out: Path | None, say: Callable[[str], None], *, check: bool = True
 ) -> Path:
+    """As `export_source`, of `RUN[:stage]`, or a model's folder or file."""
+    _form(to, dtype)  # a mistake there is said before a model is read
+    return export_source(Source.open(target), to, dtype, out, say, check=check)
+
+
+def export_source(
+    source: Source, to: str, dtype: str | None, out: Path | None, say: Callable[[str], None], *, check: bool = True
+) -> Path:
     """Exports a model. Returns the folder.
 
     Args:
-        target: `RUN[:stage]`, or a model's folder or file.
+        source: the model, opened.
         to: one of `FORMS`.
         dtype: the precision; None: the form's default.
         out: the folder; by default one in the run, or beside.
@@ -169,11 +177,10 @@ def export(
 
     Raises:
         UserError: an unknown form or precision, or a model that the form cannot hold.
-        HandoffError: the model cannot be opened, or the export cannot be written.
+        HandoffError: the export cannot be written.
         CheckFailed: the export answers otherwise than the model.
     """
     form, dtype = _form(to, dtype)
-    source = Source.open(target)
     parent = source.parent
     if parent.kind == "reward_model" and not form.scores:
         raise HandoffError(f"{parent.path} is {KIND_WORDS[parent.kind]}, which {to} cannot hold; export it to hf")
