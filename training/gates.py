@@ -19,6 +19,12 @@ from training.recipe_text import did_you_mean
 from training.strict import Strict
 
 
+def check_order(least: float | None, most: float | None) -> None:
+    """Raises ValueError if no value can be within these bounds."""
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"no value is at least {least:g} and at most {most:g}")
+
+
 class Bound(Strict):
     """The least and the most that a value may be."""
 
@@ -31,8 +37,7 @@ class Bound(Strict):
     def _bounds_something(self) -> Self:
         if self.min is None and self.max is None:
             raise ValueError("demands nothing: give `min`, `max` or both")
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"no value is at least {self.min:g} and at most {self.max:g}")
+        check_order(self.min, self.max)
         return self
 
     def holds(self, value: float) -> bool:

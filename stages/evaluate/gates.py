@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from handoff.refused import Verdict
 from stages.evaluate.tasks import AnswersTask, TaskConfig
-from training.gates import Bound, Gate
+from training.gates import Bound, Gate, check_order
 from training.recipe_text import did_you_mean
 from training.strict import Strict
 
@@ -46,8 +46,7 @@ class TaskGate(Strict):
         bounded = self.min is not None or self.max is not None
         if bounded == (self.no_worse_than is not None):
             raise ValueError("give either `min`, `max` or both, or `no_worse_than`")
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"no value is at least {self.min:g} and at most {self.max:g}")
+        check_order(self.min, self.max)
         return self
 
 

@@ -26,7 +26,7 @@ from stages.evaluate.several import VOTES, majority_at, mean_of, pass_at
 from stages.evaluate.statistics import Items
 from stages.evaluate.tasks import Answering, AnswersTask, ScoreConfig
 from training.limits import within_window
-from training.rewards import Scorer, load_rewards, readable, token_readers
+from training.rewards import readable, token_readers
 from training.run import Run
 
 
@@ -77,21 +77,7 @@ class AnswersPart(TaskPart[AnswersTask]):
         self.vote = VOTES[task.vote]
         kinds: tuple[Answering, ...] = ("greedy", "sampled")
         self.scorers = {
-            kind: Scorer(
-                load_rewards(
-                    run.engine,
-                    chosen,
-                    scorers.present.__getitem__,
-                    parents,
-                    self.prompts,
-                    run.config.model_args,
-                    bf16=False,
-                    learned=scorers.learned,
-                    frozen=scorers.frozen,
-                ),
-                run.engine,
-                scorers.frozen,
-            )
+            kind: scorers.scorer(run, chosen, parents, self.prompts)
             for kind in kinds
             if (chosen := [entry for entry in self.entries if kind in entry.metrics])
         }

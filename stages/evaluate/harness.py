@@ -17,7 +17,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from data.records import Message
-from stages.evaluate import tables
 from stages.evaluate.answers import Answer
 from stages.evaluate.part import Part, Subject
 from stages.evaluate.statistics import Estimate, Items
@@ -84,8 +83,7 @@ class HarnessPart(Part):
             for model, one in self._found.items()
         }
         names = dict.fromkeys(name for measured in metrics.values() for name in measured)
-        changes = tables.changes(self.run.seed, origins, self.items())
-        return {**found, "metrics": metrics, "on": dict.fromkeys(names, "lm_eval"), "changes": changes}
+        return {**found, "metrics": metrics, "on": dict.fromkeys(names, "lm_eval")}
 
     def about(self) -> str:
         """How many items the harness has asked."""
@@ -141,9 +139,8 @@ def _name(metric: str, by: str) -> str:
 
 
 def _estimate(value: float, error: float | None, n: int) -> Estimate:
-    spread = float("nan") if error is None else _Z * error
-    low, high = (value, value) if error is None else (value - spread, value + spread)
-    return Estimate(value=value, low=low, high=high, n=n)
+    spread = 0.0 if error is None else _Z * error
+    return Estimate(value=value, low=value - spread, high=value + spread, n=n)
 
 
 def _answer(task: str, item: int, model: str, of_item: Sequence[Mapping[str, Any]]) -> Answer:

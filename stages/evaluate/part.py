@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
-from data.encode import Encoder
+from data.encode import EncodedPrompt, Encoder
 from handoff.parent import Parent
 from reward.config import RewardConfig
 from reward.learned import LearnedReward
@@ -16,6 +16,7 @@ from stages.evaluate.answers import Answer
 from stages.evaluate.statistics import Items
 from stages.evaluate.tasks import TaskConfig
 from training.model import Model
+from training.rewards import Scorer, load_rewards
 from training.run import Run
 
 C = TypeVar("C", bound=TaskConfig)
@@ -51,6 +52,15 @@ class Scorers:
             else:
                 found.append(entry)
         return found
+
+    def scorer(
+        self, run: Run, entries: Sequence[RewardConfig], policies: Sequence[Parent], prompts: Sequence[EncodedPrompt]
+    ) -> Scorer:
+        """Scores by these entries. A faulty one raises its error here, before any prompt is answered."""
+        present, args = self.present.__getitem__, run.config.model_args
+        shared: dict[str, Any] = {"bf16": False, "learned": self.learned, "frozen": self.frozen}
+        rewards = load_rewards(run.engine, entries, present, policies, prompts, args, **shared)
+        return Scorer(rewards, run.engine, self.frozen)
 
 
 class Part(ABC):

@@ -21,7 +21,6 @@ from stages.evaluate.rows import Compared, group_keys
 from stages.evaluate.statistics import Items
 from stages.evaluate.tasks import PreferencesTask
 from training.limits import within_window
-from training.rewards import Scorer, load_rewards
 from training.run import Run
 
 Both = tuple[float, float]
@@ -67,20 +66,7 @@ class PreferencesPart(TaskPart[PreferencesTask]):
             EncodedPrompt(ids, Prompt(pair.prompt, pair.origin, pair.columns | {"reference": pair.chosen}))
             for pair, (ids, _, _) in zip(self.pairs, self.encoded[first.name], strict=True)
         ]
-        self.scorer = None
-        if self.entries:
-            composition = load_rewards(
-                run.engine,
-                self.entries,
-                scorers.present.__getitem__,
-                parents,
-                self.prompts,
-                run.config.model_args,
-                bf16=False,
-                learned=scorers.learned,
-                frozen=scorers.frozen,
-            )
-            self.scorer = Scorer(composition, run.engine, scorers.frozen)
+        self.scorer = scorers.scorer(run, self.entries, parents, self.prompts) if self.entries else None
         self.logp: dict[str, list[Both]] = {}
         self.implicit: dict[str, list[Both]] = {}
         self.explicit: dict[str, list[tuple[float | None, float | None]]] = {}

@@ -4,7 +4,6 @@ There are four kinds. `answers`: the models write answers to prompts. `choices`:
 answers. `documents`: they read text. `preferences`: they, or reward models, prefer one of two answers. No torch here.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, TypeAlias
@@ -14,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from data.config import SourceConfig
 from reward.config import RewardConfig, check_rewards
 from stages.evaluate.shipped import SHIPPED
-from training.config import Strict
+from training.recipe_text import did_you_mean
+from training.strict import Strict
 
 Answering: TypeAlias = Literal["greedy", "sampled"]
 QUESTION = "{question}"
@@ -322,10 +322,9 @@ def with_defaults(raw: Any) -> Any:
     if not isinstance(name, str):
         return {"kind": "answers", **raw}
     if name not in SHIPPED:
-        close = difflib.get_close_matches(name, SHIPPED, 1)
         raise ValueError(
             f"no shipped task {name}"
-            + (f", did you mean {close[0]}?" if close else f"; there are {', '.join(SHIPPED)}")
+            + (did_you_mean(name, SHIPPED) or f"; there are {', '.join(SHIPPED)}")
             + " A task of your own has no key `task`, but a `name`"
         )
     shipped = SHIPPED[name]

@@ -27,7 +27,7 @@ from stages.evaluate.harness import HarnessPart
 from stages.evaluate.part import Part, Scorers, Subject
 from stages.evaluate.preferences import PreferencesPart
 from stages.evaluate.tasks import AnswersTask, ChoicesTask, DocumentsTask, TaskConfig
-from training.model import Model, load_encoder
+from training.model import Model, Role, load_encoder
 from training.precision import answering_dtype
 from training.run import Run
 
@@ -44,7 +44,7 @@ def train(run: Run) -> None:
     origins: dict[str, str] = {}
     with run.progress(len(subjects) * sum(part.steps for part in parts), "evaluate") as advance:
         for place, subject in enumerate(subjects):
-            model = _loaded(run, subject)
+            model = _loaded(run, subject.parent, "policy", subject)
             with model.whole() as module:
                 for part in parts:
                     part.measure(subject, module, advance)
@@ -87,24 +87,16 @@ def _against(run: Run, parts: Sequence[Part], subject: Subject, before: Subject)
     """Compares a model with its parent, in the tasks that do so by the parent's likelihoods."""
     if not parts:
         return
-    reference = Model.load(
-        run.engine,
-        before.parent,
-        "reference",
-        subject.encoder,
-        run.config.model_args,
-        dtype=None,
-        bf16=False,
-        frozen=True,
-    ).freeze()
+    reference = _loaded(run, before.parent, "reference", subject)
     with reference.whole() as module:
         for part in parts:
             part.against(subject, module)
 
 
-def _loaded(run: Run, subject: Subject) -> Model:
+def _loaded(run: Run, parent: Parent, role: Role, subject: Subject) -> Model:
+    """A model that reads the ids of a subject's encoder."""
     keys: dict[str, Any] = {"dtype": answering_dtype(run.engine), "bf16": False, "frozen": True}
-    return Model.load(run.engine, subject.parent, "policy", subject.encoder, run.config.model_args, **keys).freeze()
+    return Model.load(run.engine, parent, role, subject.encoder, run.config.model_args, **keys).freeze()
 
 
 def _origin(subject: Subject, earlier: Sequence[Subject]) -> Subject | None:
