@@ -50,6 +50,11 @@ class Pair:
     """What the later answer gained in the metric; less than 0: it is worse."""
 
     @property
+    def name(self) -> str:
+        """What it is called where it is shown."""
+        return f"{self.task} {self.item}" + (f", sample {self.sample}" if self.kind == "sample" else "")
+
+    @property
     def order(self) -> tuple[Any, ...]:
         """Sorts the largest loss to the front."""
         return (self.change, self.task, self.item, self.kind, self.sample)
@@ -208,9 +213,10 @@ def compare(
         UserError: there is no such evaluation, model or task.
     """
     answers = find_answers(run_dir, section)
-    for kind, name, known in (("model", before, answers.models), ("model", after, answers.models)):
-        if name not in known:
-            raise UserError(f"{answers.folder}: no {kind} {name}{did_you_mean(name, known) or _among(known)}")
+    for model in (before, after):
+        if model not in answers.models:
+            hint = did_you_mean(model, answers.models) or _among(answers.models)
+            raise UserError(f"{answers.folder}: no model {model}{hint}")
     if task is not None and task not in answers.tasks:
         raise UserError(f"{answers.folder}: no task {task}{did_you_mean(task, answers.tasks) or _among(answers.tasks)}")
     pairs = answers.pairs(before, after, answers.tasks if task is None else [task])
@@ -233,11 +239,10 @@ def compare(
 
 
 def _drawn(pair: Pair, before: str, after: str) -> Group:
-    name = f"{pair.task} {pair.item}" + (f", sample {pair.sample}" if pair.kind == "sample" else "")
     style = "red" if pair.change < 0 else "green" if pair.change > 0 else "default"
     lines = [
         Text(""),
-        Text.assemble((name, "bold"), "  ", (f"{pair.metric} {number(pair.change, signed=True)}", style)),
+        Text.assemble((pair.name, "bold"), "  ", (f"{pair.metric} {number(pair.change, signed=True)}", style)),
         *_block("prompt", pair.prompt),
     ]
     if pair.reference is not None:

@@ -83,7 +83,7 @@ def _spread(pairs: list[Pair]) -> list[Pair]:
 
 def _row(pair: Pair) -> Row:
     return Row(
-        name=f"{pair.task} {pair.item}" + (f", sample {pair.sample}" if pair.kind == "sample" else ""),
+        name=pair.name,
         group="worse" if pair.change < 0 else "better" if pair.change > 0 else "equal",
         prompt=_cut(pair.prompt),
         reference=_cut(pair.reference),
