@@ -72,7 +72,7 @@ def standing(recipe: Recipe, name: str, inputs_of: InputsOf = stage_inputs) -> S
         return Standing(name, State.NEW, (*aside, *below))
     changes = now.differences(started)
     if changes:
-        return Standing(name, State.STALE, ("was not finished", *changes, *aside))
+        return Standing(name, State.STALE, ("was not finished", *changes, *aside, *below))
     return Standing(name, State.UNFINISHED, (_continuation(stage, recipe.sections[name].stage), *below))
 
 
