@@ -13,7 +13,8 @@ from training.registry import Registry
 BAKE = """
 from typing import Annotated, Any, Literal
 from pydantic import Field
-from training.config import StageConfig, Strict
+from training.config import StageConfig
+from training.strict import Strict
 from training.declaration import Declaration
 
 DECLARATION = Declaration("a toy")

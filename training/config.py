@@ -9,7 +9,7 @@ from data.config import FileSource, HubSource, SourceConfig, StageSource, WorldS
 from handoff.manifest import QuantizationRecord
 from reward.config import RewardConfig
 from training.gates import Gate, check_measured
-from training.strict import Strict as Strict
+from training.strict import Strict
 
 REHEARSED_STEPS = 2
 """Steps of each training in a rehearsal."""
@@ -98,6 +98,7 @@ class OptimizerConfig(Strict):
 
 
 Optimizer = TypeVar("Optimizer", bound=OptimizerConfig)
+_SOURCES = (WorldSource, FileSource, HubSource, StageSource)
 CHANGED = ("weights/changed*",)
 """The metric that every stage with a parent model publishes (`StageConfig.published`)."""
 
@@ -352,22 +353,17 @@ def adapter_note(adapter: AdapterConfig | None, quantization: str | None = None)
     return "" if adapter is None else f"an adapter of rank {adapter.r}{over}"
 
 
+def _below(kind: type | tuple[type, ...], place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The entries of a kind below a value of the recipe, each with its dotted place."""
+    if isinstance(value, kind):
+        yield place, value
+    elif isinstance(value, list | BaseModel):
+        for key, inner in enumerate(value) if isinstance(value, list) else value:
+            yield from _below(kind, f"{place}.{key}", inner)
+
+
 def _sources(place: str, value: Any) -> Iterator[tuple[str, SourceConfig]]:
-    """The data sources below a value of the recipe, each with its dotted place."""
-    if isinstance(value, WorldSource | FileSource | HubSource | StageSource):
-        yield place, value
-    elif isinstance(value, list | BaseModel):
-        for key, inner in enumerate(value) if isinstance(value, list) else value:
-            yield from _sources(f"{place}.{key}", inner)
-
-
-def _entries(place: str, value: Any) -> Iterator[tuple[str, RewardConfig]]:
-    """The rewards below a value of the recipe, each with its dotted place."""
-    if isinstance(value, RewardConfig):
-        yield place, value
-    elif isinstance(value, list | BaseModel):
-        for key, inner in enumerate(value) if isinstance(value, list) else value:
-            yield from _entries(f"{place}.{key}", inner)
+    return _below(_SOURCES, place, value)
 
 
 class StageConfig(Strict):
@@ -399,7 +395,7 @@ class StageConfig(Strict):
 
     def rewards(self) -> dict[str, RewardConfig]:
         """Every reward that the section names, by its place: `reward.0`."""
-        return {place: entry for key, value in self for place, entry in _entries(key, value)}
+        return {place: entry for key, value in self for place, entry in _below(RewardConfig, key, value)}
 
     def compared_with_parents(self) -> list[str]:
         """Models that the section's gate compares with their parents, which the section has to name, too."""

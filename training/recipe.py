@@ -31,7 +31,7 @@ from data.config import FileSource, StageSource
 from handoff.errors import UserError
 from handoff.gguf import is_gguf
 from handoff.manifest import KIND_WORDS, kinds_in_words
-from training.config import StageConfig, Strict
+from training.config import StageConfig
 from training.recipe_errors import Translator
 from training.recipe_text import (
     COMMAND_LINE,
@@ -44,6 +44,7 @@ from training.recipe_text import (
     read_document,
 )
 from training.registry import Registry
+from training.strict import Strict
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
 _RUN_NAME = re.compile(r"[A-Za-z](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
@@ -454,14 +455,14 @@ def find(section: Section, ref: str, role: str = "") -> KeyPath:
         elif isinstance(value, list) and ref in value:
             found.append((*path, value.index(ref)))
     key = role.partition(":")[0]
-    # The role of a reward model is `reward:`, whichever list of rewards names it.
-    found.sort(
-        key=lambda path: (
-            not str(path[0]).startswith(key)
-            if key != "reward"
-            else len(path) < 3 or not {"model", "models"} & {*path[-2:]}
-        )
-    )
+
+    def fits(path: KeyPath) -> bool:
+        # The role of a reward model is `reward:`, whichever list of rewards names it, as `model` or among `models`.
+        if key == "reward":
+            return len(path) >= 3 and not {"model", "models"}.isdisjoint(path[-2:])
+        return str(path[0]).startswith(key)
+
+    found.sort(key=fits, reverse=True)  # those that fit first, and otherwise in the order of the recipe
     return ("stages", section.name, *(found[0] if found else ()))
 
 

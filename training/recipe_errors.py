@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from training.config import Strict
 from training.recipe_text import Document, KeyPath, did_you_mean, dotted
+from training.strict import Strict
 
 _EXPECTED = {
     "bool_type": "true or false",

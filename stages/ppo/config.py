@@ -17,12 +17,12 @@ from training.config import (
     OptimizerConfig,
     QuantizationArguments,
     StageConfig,
-    Strict,
     TrainedModelArguments,
     adapted,
     adapter_note,
 )
 from training.declaration import Declaration, HeldModel
+from training.strict import Strict
 from training.work import Batch, Rollout, Work
 
 DECLARATION = Declaration(
