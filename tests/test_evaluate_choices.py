@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from data.accounting import Accounting
 from data.config import FileSource
@@ -18,6 +25,7 @@ from stages.evaluate import choices, likelihood, trees
 from stages.evaluate.answers import read as read_answers
 from stages.evaluate.config import Config
 from stages.evaluate.tasks import ChoicesTask
+from tests.test_data_encode import own
 from tests.test_families import publish
 from training.recipe import RecipeError, load_recipe
 from training.run import run_section
@@ -136,6 +144,28 @@ def test_the_text_before_choices_is_computed_once_where_the_attention_allows_it(
     assert sum(done) == 9
     whole = sum(len(before) + len(scored) - 1 for row in rows for before, scored in row)
     assert (sum(seen) < 0.8 * whole + 40) == (family == "Qwen3")
+
+
+class Blind(LlamaForCausalLM):
+    """A model whose attention takes no mask: every token sees all before it, as in one that reads with a state."""
+
+    def forward(self, attention_mask=None, **keys):
+        return super().forward(**keys)
+
+
+@pytest.mark.parametrize("first", [[[8], [9]], [[8, 9], [10, 11]]], ids=["of one token", "of two"])
+def test_a_model_that_ignores_the_mask_reads_each_choice_by_itself(first):
+    """Whatever the first question is like: choices of one token do not tell, since none of them is read."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = own()
+    model = Blind(LlamaConfig(vocab_size=encoder.vocab_size, **sizes)).eval()
+    rows = [
+        [([5, 6, 7], one) for one in first],
+        [([5, 6, 7, 8], [12, 13, 14]), ([5, 6, 7, 8], [15, 16])],
+    ]
+    found = [trees.of_choices(model, encoder, [row], 1)[0] for row in rows]
+    assert found == [pytest.approx(likelihood.of_pairs(model, encoder, row, 1)) for row in rows]
 
 
 def test_the_norm_divides_by_the_choices_characters():

@@ -22,8 +22,10 @@ from rollout.positions import check_positions
 from stages.evaluate import likelihood
 from stages.evaluate.likelihood import Pair
 
-_CLOSE = 1e-2
-"""Nats by which the two ways may differ in a model's trial."""
+_CLOSE = 1e-3
+"""Nats by which the two ways may differ in a model's trial, of a few tokens."""
+_BEFORE, _AFTER = 16, 4
+"""Tokens of the texts and of the continuations in that trial."""
 _checked: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
 
 
@@ -54,7 +56,7 @@ def of_choices(
 
 
 def _takes_trees(model: PreTrainedModel, encoder: Encoder, row: Sequence[Pair]) -> bool:
-    """Whether the model gives the same values in both ways, tried once on a row."""
+    """Whether the model gives the same values in both ways, tried once with the ids of a row."""
     if model not in _checked:
         try:
             plain = all(window is None for window in windows(model)) and all(
@@ -63,11 +65,23 @@ def _takes_trees(model: PreTrainedModel, encoder: Encoder, row: Sequence[Pair]) 
         except UnsupportedError:
             plain = False
         if plain:
-            wanted = likelihood.of_pairs(model, encoder, row, len(row))
-            got = _scored(model, encoder, [row])[0]
+            tried = _trial(row)
+            flat = [pair for pairs in tried for pair in pairs]
+            wanted = likelihood.of_pairs(model, encoder, flat, len(flat))
+            got = [value for values in _scored(model, encoder, tried) for value in values]
             plain = max(abs(a - b) for a, b in zip(got, wanted, strict=True)) < _CLOSE
         _checked[model] = plain
     return _checked[model]
+
+
+def _trial(row: Sequence[Pair]) -> list[list[Pair]]:
+    """Two rows that show whether continuations see one another, and whether a shorter row's padding is seen.
+
+    Continuations of one token do not: their only token is scored and never read. So they are repeated.
+    """
+    before = row[0][0][-_BEFORE:]
+    scored = [(after * _AFTER)[:_AFTER] for _, after in row]
+    return [[(text, one) for one in scored] for text in (before, before[len(before) // 2 :])]
 
 
 def _scored(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Sequence[Pair]]) -> list[list[float]]:
